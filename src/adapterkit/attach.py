@@ -1,0 +1,242 @@
+"""Add adapters to a model and remove them: all or nothing."""
+
+import copy
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import base_tensors
+from .config.base import AdapterConfig
+from .errors import AdapterNameError, CompatibilityError, ConfigError, TargetError
+from .hooks import InputHook, OutputHook, remove_hooks, set_hook, sync_site_hooks
+from .hosts import resolve_host
+from .methods import method_of
+from .names import check_name
+from .patterns import SITE, match, modules_by_path
+from .placement import resolve
+from .plan import apply
+from .record import RECORD, Handover, Record
+from .sites import AdapterSite, Entry, SiteSpec, adapter_names, record_of, site_key, sites_of
+from .structure.trace import ExampleInputs
+
+__all__ = [
+    "Part", "add", "attach", "build_parts", "check_free", "check_unsharded", "copy_head", "detach", "find_heads", "find_sites",
+    "named_parameters", "parameter_near", "shared_record",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of an adapter, and where it goes: a site, or the head at `path` that it is a copy of (spec None)."""
+
+    path: str
+    module: nn.Module
+    spec: SiteSpec | None
+
+
+def add(
+    model: nn.Module,
+    name: str,
+    config: AdapterConfig,
+    heads: Sequence[str] = (),
+    example_inputs: ExampleInputs | None = None,
+) -> None:
+    """Add a new adapter, or raise and leave the model as it was. Raises: see `AdapterKit.add`."""
+    check_free(model, name)
+    check_unsharded(model)
+    sites = find_sites(model, config, example_inputs)
+    head_paths = find_heads(model, heads, sites)
+    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, head_paths))
+
+
+def find_sites(model: nn.Module, config: AdapterConfig, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
+    """The sites that a config would adapt. Raises: see `placement.resolve`."""
+    return resolve(model, config, method_of(config).placement(config), example_inputs)
+
+
+def find_heads(model: nn.Module, heads: Sequence[str], sites: Sequence[SiteSpec]) -> list[str]:
+    """The paths of the modules that an adapter would own copies of. An `nn.Sequential` stands for its layers.
+
+    Raises:
+        TargetError: a pattern matches nothing, what it matches has no parameters, or a site or head lies in a head.
+    """
+    modules = modules_by_path(model)
+    paths = [path for head in match(model, heads) for path in _parametrised(head, modules)] if heads else []
+    paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
+    if heads and not paths:
+        raise TargetError(f"heads={list(heads)} have no parameters of their own to train")
+    for path in paths:
+        inside = [s.path for s in sites if _lies_in(s.path, path)]
+        inside += [other for other in paths if other != path and _lies_in(other, path)]
+        if inside:
+            raise TargetError(f"{inside} lie inside the head {path!r}, which the adapter replaces by a copy; exclude them")
+    return paths
+
+
+def build_parts(
+    model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec], heads: Sequence[str], *, meta: bool = False
+) -> list[Part]:
+    """New modules for these sites and copies of these heads, not yet attached.
+
+    Args:
+        meta: Build the sites' modules without memory or values, for a file to fill.
+    """
+    method = method_of(config)
+    parts = []
+    with torch.random.fork_rng(devices=[], enabled=config.seed is not None), torch.device("meta" if meta else "cpu"):
+        if config.seed is not None:
+            torch.manual_seed(config.seed)
+        for site in sites:
+            like = parameter_near(model, site.path)
+            dtype = getattr(torch, config.dtype) if config.dtype else _compute_dtype(like)
+            module = method.build(config, site, dtype=dtype)
+            parts.append(Part(site.path, module if meta else module.to(like.device), site))
+    return parts + [Part(path, copy_head(model.get_submodule(path)), None) for path in heads]
+
+
+def attach(model: nn.Module, name: str, config: AdapterConfig, parts: Sequence[Part]) -> None:
+    """Put an adapter's modules into the model. Nothing can fail from here on but a lack of memory.
+
+    Raises:
+        AdapterNameError: the name is taken, or cannot be a name.
+        CompatibilityError: two parts of the model were wrapped apart.
+    """
+    check_free(model, name)
+    record = shared_record(model)
+    model.__dict__[RECORD] = record
+    trains = record.frozen is None
+    for part in parts:
+        host = model.get_submodule(part.path)
+        site = host._modules.get(SITE)
+        if not isinstance(site, AdapterSite):
+            site = host._modules[SITE] = AdapterSite(record, part.path)
+            site.train(host.training)
+        handover = Handover() if part.spec is not None and part.spec.residual is not None else None
+        part.module.requires_grad_(trains).train(host.training)
+        site.insert(name, part.module, Entry(config, part.spec, handover))
+    _refresh(model, record)
+
+
+def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """An adapter's parameters with their names in the model: sites first, in the model's order, then heads."""
+    for is_head in (False, True) if heads else (False,):
+        for path, _, site in sites_of(model):
+            if name in site.entries and (site.entries[name].spec is None) == is_head:
+                start = f"{path}.{SITE}.{site_key(name)}".lstrip(".")
+                yield from site.held(name).named_parameters(prefix=start)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take an adapter out of the model, hooks and all, where no other adapter needs them."""
+    record = shared_record(model)
+    if record.activation.active == name:
+        record.activation.switch(None)
+    for _, host, site in list(sites_of(model)):
+        if name in site.entries:
+            site.discard(name)
+        if not site.entries:
+            set_hook(host, OutputHook, False, record)
+            set_hook(host, InputHook, False, record)
+            del host._modules[SITE]
+    _refresh(model, record)
+
+
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise AdapterNameError unless an adapter of this name can be added."""
+    if check_name(name) in adapter_names(model):
+        raise AdapterNameError(f"the model already has an adapter {name!r}; remove it first, or choose another name")
+
+
+def shared_record(model: nn.Module) -> Record:
+    """The model's record, or a new one that is not in the model yet.
+
+    Raises:
+        CompatibilityError: parts of the model were wrapped apart, so that two records claim it.
+    """
+    record = record_of(model) or Record()
+    apart = [path for path, _, site in sites_of(model) if site.record is not record]
+    if apart:
+        raise CompatibilityError(
+            f"parts of {type(model).__name__} were wrapped on their own ({apart[0]!r} among them); unwrap them, then "
+            "wrap the whole model once"
+        )
+    return record
+
+
+def _refresh(model: nn.Module, record: Record) -> None:
+    """Bring hooks and steps in line with the sites."""
+    sync_site_hooks(model, record)
+    apply(model, record)
+    # A graph compiled before would not see the hooks.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def copy_head(head: nn.Module) -> nn.Module:
+    """A copy of a head without what adapterkit put there."""
+    head = copy.deepcopy(head)
+    for module in head.modules():
+        module._modules.pop(SITE, None)
+        remove_hooks(module)
+    return head
+
+
+def _parametrised(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The path itself, or, of a Sequential, those of its layers that have parameters."""
+    module = modules[path]
+    if type(module) is nn.Sequential:
+        return [inner for name in module._modules for inner in _parametrised(f"{path}.{name}".lstrip("."), modules)]
+    return [path] if any(True for _ in module.parameters()) else []
+
+
+def _lies_in(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.") or outer == ""
+
+
+def _with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The config with predicates replaced by what they matched, so that it can be saved."""
+
+    def paths(targets: Sequence[Any]) -> list[str]:
+        return [
+            path
+            for target in targets
+            for path in ([target] if isinstance(target, str) else [f"re:{re.escape(p)}" for p in match(model, [target])])
+        ]
+
+    return config.override({"targets": paths(config.targets), "exclude": paths(config.exclude)})
+
+
+def parameter_near(model: nn.Module, path: str) -> torch.Tensor:
+    """A floating-point tensor of the host's, or of the innermost module around it that has one: where it lives."""
+    parts = path.split(".") if path else []
+    for n in range(len(parts), -1, -1):
+        for _, tensor in base_tensors(model.get_submodule(".".join(parts[:n]))):
+            if tensor.is_floating_point():
+                return tensor
+    return torch.empty(0)
+
+
+def _compute_dtype(like: torch.Tensor) -> torch.dtype:
+    """float32, on half-precision and quantised bases as well; float64 on a float64 base."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Raise where adapters would run but not be synchronised.
+
+    Raises:
+        ConfigError: the model is inside a distributed wrapper already.
+    """
+    kinds = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    for path, module in model.named_modules():
+        found = kinds & {base.__name__ for base in type(module).__mro__}
+        if found:
+            raise ConfigError(
+                f"{path or 'the model'} is already wrapped in {found.pop()}, which would not synchronise the adapters; "
+                "add adapters first, then distribute the model"
+            )

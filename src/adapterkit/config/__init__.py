@@ -1,0 +1,1 @@
+"""Configs: one frozen pydantic model per method."""

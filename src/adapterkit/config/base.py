@@ -1,0 +1,132 @@
+"""What the configs of all methods share: which modules, which layers, which seed, which dtype."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from ..errors import ConfigError
+
+__all__ = ["AdapterConfig", "DType", "Predicate", "describe", "per_layer"]
+
+Predicate = Callable[[torch.nn.Module, str], bool]
+C = TypeVar("C", bound="AdapterConfig")
+
+DType = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class _PredicateSchema:
+    """Accept a callable as a target in Python; JSON has none (a predicate is resolved to paths when it is added)."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: object, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.callable_schema()
+
+
+Target = str | Annotated[Predicate, _PredicateSchema]
+
+
+def _as_list(value: object) -> object:
+    """One target may be given without a list around it."""
+    return [value] if isinstance(value, str) or callable(value) else value
+
+
+def _range_to_list(value: object) -> object:
+    return list(value) if isinstance(value, range) else value
+
+
+def _dtype_name(value: object) -> object:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_list)]
+Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_range_to_list)]
+
+
+class AdapterConfig(BaseModel):
+    """Settings that every method has.
+
+    Args:
+        targets: Modules to adapt. A dotted suffix (`"output.dense"`), with globs (`*` within one component, `**` across
+            several: `"layers.*"` is the blocks), `"re:…"` (a regular expression for the whole path), `""` (the model
+            itself) or a predicate `(module, path) -> bool`. Each must match something.
+        exclude: Modules to leave out, written the same way.
+        layers: Only these layers (AdapterDrop): indices into the repeated blocks, negative ones from the end.
+        seed: Seed of the initialisation; torch's global generator if not given.
+        dtype: Of the adapter's parameters; float32 if not given (float64 on a float64 host).
+        output: Which tensor of a host that returns several: an index, a key, or a list of them. The first floating
+            one if not given.
+        input: Which argument of the host, by position or keyword, where the adapter reads its host's input.
+        channel_axis: Axis of the features, where the host's type does not tell: -1 for tokens, 1 for images.
+
+    Raises:
+        ConfigError: one for all bad fields.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Pairs of settings for one quantity: giving one as an override drops the other.
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    method: str
+    targets: Targets = Field(min_length=1)
+    exclude: Targets = ()
+    layers: Layers = None
+    seed: int | None = None
+    dtype: Annotated[DType | None, BeforeValidator(_dtype_name)] = None
+    output: int | str | tuple[int | str, ...] | None = None
+    input: int | str | None = None
+    channel_axis: int | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(f"{type(self).__name__} cannot be built: {describe(error)}") from error
+
+    @field_validator("layers")
+    @classmethod
+    def _some_layer(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and not layers:
+            raise ValueError("an empty list adapts nothing; leave `layers` out to adapt every layer")
+        return layers
+
+    def override(self: C, settings: Mapping[str, Any]) -> C:
+        """The same config with these settings changed, validated anew."""
+        if not settings:
+            return self
+        kept = {name: getattr(self, name) for name in self.model_fields_set}
+        for one, other in self.exclusive:
+            for given, dropped in ((one, other), (other, one)):
+                if given in settings:
+                    kept.pop(dropped, None)
+        return type(self)(**{**kept, **settings})
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self)))
+
+
+def per_layer(value: Any, layer: int | None) -> Any:
+    """Read a setting that may be a map from layer index to value, with a "default"."""
+    if not isinstance(value, Mapping):
+        return value
+    return value.get(str(layer), value.get("default"))
+
+
+def describe(error: ValidationError) -> str:
+    """A pydantic error in one line: each bad field, what was found, what is wanted."""
+    parts = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(part) for part in item["loc"]) or "config"
+        found = "" if item["type"] == "missing" else f" (found {str(item['input'])[:80]!r})"
+        parts.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{found}")
+    return "; ".join(parts)

@@ -1,0 +1,89 @@
+"""Settings of bottleneck adapters (Houlsby, Pfeiffer, parallel and all between)."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from ..modules.bottleneck import BottleneckInit
+from ..ops.activations import NonLinearity
+from .base import AdapterConfig
+
+__all__ = ["BottleneckConfig"]
+
+Factor = Annotated[float, Field(gt=0)]
+Size = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+DEFAULT_REDUCTION_FACTOR = 16.0
+
+
+def _check_map(sizes: dict[str, Any]) -> dict[str, Any]:
+    """A map by layer has a default, and layer indices for its other keys. Sorted, so that equal means equal hash."""
+    wrong = [key for key in sizes if key != "default" and not key.isdecimal()]
+    if wrong or "default" not in sizes:
+        raise ValueError("a map by layer needs a 'default', and layer indices for its other keys")
+    return dict(sorted(sizes.items()))
+
+
+class BottleneckConfig(AdapterConfig):
+    """A bottleneck at each target: project down, non-linearity, project up, add.
+
+    With `x` the tensor at the site and `f` the bottleneck, the placements are
+
+        at="output"                        x + f(x)         after a module: Houlsby; a whole pre-LN block: Pfeiffer
+        at="input"                         x + f(x)         before a module, on its input
+        at="renormalised"                  x + f(norm(x))   on the input of a norm: Pfeiffer in a post-LN block
+        placement="parallel"               x + f(input)     beside a module: reads the module's own input
+        residual="ln_2"                    x + f(x + r)     r is the input of the nearest module with that name
+        placement="parallel", residual=…   x + f(r)         the parallel adapter that reads the residual stream
+
+    Args:
+        reduction_factor: hidden size / bottleneck size; 16 if neither is given. A map `{"default": 16, "11": 4}` sets
+            it by layer. The width is rounded down, at least 1.
+        bottleneck_size: Inner width in features, instead of `reduction_factor`; a map as well.
+        non_linearity: The function in the middle.
+        at: Where the adapter adds.
+        placement: Whether it reads the tensor that it adds to, or the input of the module that made it.
+        residual: Name (a pattern) of the module whose input is the residual stream; the one nearest to the target.
+        layer_norm_before: A layer norm of its own on what it reads.
+        layer_norm_after: A layer norm of its own on what it adds.
+        residual_before_layer_norm: That norm sees x + f, not f alone. Such an adapter is not the identity at init.
+        scaling: A factor, "learned" (one trained factor) or "channel" (one for each feature).
+        gating: A trained gate in (0, 1) for each row.
+        dropout: Probability of dropping an output feature in training.
+        stochastic_depth: Probability of dropping the adapter for a row in training.
+        init: "lora" (= "mam": up-projection zero), "houlsby" or "bert" (near the identity, not at it).
+
+    Every other setting: see `AdapterConfig`.
+
+    Reference: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2022,
+    arXiv:2110.04366 (parallel).
+    """
+
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("reduction_factor", "bottleneck_size"),)
+
+    method: Literal["bottleneck"] = "bottleneck"
+    reduction_factor: Factor | Annotated[dict[str, Factor], AfterValidator(_check_map)] | None = None
+    bottleneck_size: Size | Annotated[dict[str, Size], AfterValidator(_check_map)] | None = None
+    non_linearity: NonLinearity = "relu"
+    at: Literal["output", "input", "renormalised"] = "output"
+    placement: Literal["sequential", "parallel"] = "sequential"
+    residual: str | None = None
+    layer_norm_before: bool = False
+    layer_norm_after: bool = False
+    residual_before_layer_norm: bool = False
+    scaling: float | Literal["learned", "channel"] = 1.0
+    gating: bool = False
+    dropout: Probability = 0.0
+    stochastic_depth: Probability = 0.0
+    init: BottleneckInit = "lora"
+
+    @model_validator(mode="after")
+    def _check(self) -> "BottleneckConfig":
+        if self.reduction_factor is not None and self.bottleneck_size is not None:
+            raise ValueError("give reduction_factor or bottleneck_size, not both")
+        if self.at != "output" and (self.placement == "parallel" or self.residual is not None):
+            raise ValueError(f"placement='parallel' and residual= need at='output'; found at={self.at!r}")
+        if self.residual_before_layer_norm and not self.layer_norm_after:
+            raise ValueError("residual_before_layer_norm needs layer_norm_after=True")
+        return self

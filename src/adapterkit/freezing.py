@@ -1,0 +1,105 @@
+"""The freezing manager: θ stays as it is, φ trains.
+
+It owns `requires_grad`, keeps the running statistics of frozen norms from moving, and makes the first tensor of the
+stream require grad, without which reentrant gradient checkpointing trains nothing on a frozen base.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import base_parameters, base_tensors, digest
+from .hooks import KitHook, has_hook, remove_hooks, require_input_grad, set_hook
+from .patterns import modules_by_path
+from .record import Frozen, Record
+from .sites import sites_of
+
+__all__ = ["freeze", "set_training", "unfreeze"]
+
+
+class FrozenNormHook(KitHook):
+    """Let a norm with running statistics normalise with them, and leave them alone, in `model.train()` too."""
+
+    is_pre = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Switch this norm, and no other module, to eval mode, if `model.train()` switched it on. Shape: any."""
+        if module.training:
+            module.training = False
+
+
+class StreamStartHook(KitHook):
+    """Make what an embedding returns require grad, in grad mode."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return the output, requiring grad. Shape: (..., hidden)."""
+        return None if torch.compiler.is_compiling() else require_input_grad(output)
+
+
+class RootInputHook(KitHook):
+    """Make the model's floating-point input require grad, in grad mode, where the model takes no token ids."""
+
+    is_pre = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return the arguments, the first floating one requiring grad. Shape: as given."""
+        if torch.compiler.is_compiling():
+            return None
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        has_ids = any(not value.is_floating_point() and value.dtype != torch.bool for value in given)
+        return None if has_ids else require_input_grad((args, kwargs))
+
+
+def freeze(model: nn.Module, record: Record) -> None:
+    """Freeze the base: no gradients, no moving statistics. Remembers what it finds; freezing twice changes nothing."""
+    modules = modules_by_path(model)
+    if record.frozen is None:
+        record.frozen = Frozen(
+            requires_grad={name: p.requires_grad for name, p in base_parameters(model)},
+            digests={name: digest(tensor) for name, tensor in base_tensors(model)},
+            own_mode={
+                path: module.training
+                for path, module in modules.items()
+                if has_running_statistics(module) and module.training != _mode_around(path, modules)
+            },
+        )
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad_(False)
+    for module in modules.values():
+        set_hook(module, FrozenNormHook, has_running_statistics(module), record)
+        set_hook(module, StreamStartHook, isinstance(module, (nn.Embedding, nn.EmbeddingBag)), record)
+    set_hook(model, RootInputHook, True, record)
+
+
+def unfreeze(model: nn.Module, record: Record) -> None:
+    """Undo `freeze`: every base parameter trains, or not, as it did before; norms follow the mode around them again."""
+    if record.frozen is None:
+        return
+    for name, parameter in base_parameters(model):
+        parameter.requires_grad_(record.frozen.requires_grad.get(name, parameter.requires_grad))
+    modules = modules_by_path(model)
+    for path, module in modules.items():
+        if has_hook(module, FrozenNormHook):
+            around = _mode_around(path, modules)
+            module.training = record.frozen.own_mode.get(path, module.training if around is None else around)
+        for kind in (FrozenNormHook, StreamStartHook, RootInputHook):
+            remove_hooks(module, kind)
+    record.frozen = None
+
+
+def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:
+    """Whether the module around this one is in training mode; None for the root."""
+    return modules[path.rpartition(".")[0]].training if path else None
+
+
+def set_training(model: nn.Module, name: str, trains: bool) -> None:
+    """Open or close an adapter's parameters, its heads' too."""
+    for _, _, site in sites_of(model):
+        if name in site.entries:
+            site.held(name).requires_grad_(trains)
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether the module normalises with running statistics (BatchNorm, InstanceNorm and their like)."""
+    return module._buffers.get("running_mean") is not None and module._buffers.get("running_var") is not None

@@ -1,0 +1,223 @@
+"""The façade: `ak.wrap(model)` gives an `AdapterKit`, whose methods delegate to the layers below."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import attach, freezing, plan, store
+from .config.base import AdapterConfig
+from .errors import ConfigError
+from .methods import as_config
+from .record import RECORD, Record
+from .sites import SiteSpec, adapter_names, sites_of
+from .structure.trace import ExampleInputs
+from .summary import Summary, summarise
+from .verify import Verification, verify
+
+__all__ = ["AdapterKit", "wrap"]
+
+ConfigLike = AdapterConfig | Mapping[str, Any] | str | Path
+
+_kits: WeakValueDictionary[int, "AdapterKit"] = WeakValueDictionary()
+
+
+def wrap(model: nn.Module, example_inputs: ExampleInputs | None = None) -> "AdapterKit":
+    """Get the kit of a model. The model is not touched, and stays the object that you use.
+
+    Args:
+        model: Any module. Of one that `torch.compile` wrapped, the module inside.
+        example_inputs: Inputs that the model runs on: a tensor, a tuple (by position) or a mapping (by keyword). Needed
+            where the widths of target modules cannot be told from their types.
+
+    Raises:
+        ConfigError: not a module, or one that is already distributed.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.Module):
+        raise ConfigError(f"wrap takes an nn.Module; found {type(model).__name__}")
+    kit = _kits.get(id(inner))
+    if kit is None:
+        kit = _kits[id(inner)] = AdapterKit(inner)
+    if example_inputs is not None:
+        kit.example_inputs = example_inputs
+    return kit
+
+
+class AdapterKit:
+    """A handle on the adapters of one model. It holds no state of theirs: that lies in the model's sites.
+
+    Get one from `ak.wrap`. Every method that fails leaves the model as it was.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.example_inputs: ExampleInputs | None = None
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, config: ConfigLike, heads: Sequence[str] = (), **overrides: Any) -> None:
+        """Add a new adapter. It is not active yet, and the identity for every init whose paper allows it.
+
+        Args:
+            name: Any printable name of at most 128 characters.
+            config: A config, a mapping with its method, or a path to such JSON.
+            heads: Names (patterns) of modules that the adapter owns a copy of, trained and saved with it.
+            **overrides: Settings to change in the config.
+
+        Raises:
+            AdapterNameError: the name is taken.
+            ConfigError: bad settings.
+            TargetError: a target or head that names nothing, or something that cannot be adapted.
+        """
+        attach.add(self.model, name, as_config(config, overrides), heads, self.example_inputs)
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter; a host without any left is as it was before. Raises AdapterNameError."""
+        plan.check_known(self.model, name)
+        attach.detach(self.model, name)
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterConfig]:
+        """The adapters' configs by name."""
+        return {name: site.entries[name].config for _, _, site in sites_of(self.model) for name in site.entries}
+
+    def sites(self, config: ConfigLike, **overrides: Any) -> list[SiteSpec]:
+        """What a config would adapt. Changes nothing. Raises as `add` does."""
+        return attach.find_sites(self.model, as_config(config, overrides), self.example_inputs)
+
+    def unwrap(self) -> nn.Module:
+        """Remove everything that adapterkit added or changed, and return the model."""
+        freezing.unfreeze(self.model, self._record())
+        for name in adapter_names(self.model):
+            attach.detach(self.model, name)
+        self.model.__dict__.pop(RECORD, None)
+        return self.model
+
+    # --- what runs ----------------------------------------------------------------------------------------------------
+
+    def activate(self, name: str) -> None:
+        """Run this adapter from now on. What trains does not change.
+
+        Raises:
+            AdapterNameError: no such adapter.
+            ActivationError: another thread is running the model with another adapter.
+        """
+        plan.activate(self.model, self._record(), name)
+
+    def deactivate(self) -> None:
+        """Run the base alone from now on."""
+        plan.activate(self.model, self._record(), None)
+
+    def active(self, name: str) -> AbstractContextManager[None]:
+        """`with kit.active("a"):` runs adapter a within the block, and what was active before after it."""
+        return plan.activated(self.model, self._record(), name)
+
+    def base(self) -> AbstractContextManager[None]:
+        """`with kit.base():` runs the base alone within the block."""
+        return plan.activated(self.model, self._record(), None)
+
+    # --- what trains --------------------------------------------------------------------------------------------------
+
+    def train_adapter(self, name: str) -> None:
+        """Freeze the base and all other adapters, open this one and its heads, and activate it.
+
+        Leaves train/eval mode alone. Raises AdapterNameError.
+        """
+        plan.check_known(self.model, name)
+        freezing.freeze(self.model, self._record())
+        for other in adapter_names(self.model):
+            freezing.set_training(self.model, other, other == name)
+        self.activate(name)
+
+    def freeze(self, name: str | None = None) -> None:
+        """Freeze the base, or the adapter of this name. Raises AdapterNameError."""
+        if name is None:
+            freezing.freeze(self.model, self._record())
+        else:
+            plan.check_known(self.model, name)
+            freezing.set_training(self.model, name, False)
+
+    def unfreeze(self, name: str | None = None) -> None:
+        """Undo `freeze`: restore the base's flags as they were found, or open the adapter of this name."""
+        if name is None:
+            freezing.unfreeze(self.model, self._record())
+        else:
+            plan.check_known(self.model, name)
+            freezing.set_training(self.model, name, True)
+
+    def parameters(self, name: str, *, heads: bool = False) -> Iterator[nn.Parameter]:
+        """The adapter's own parameters in a fixed order, frozen or not; with `heads`, those of its heads after them."""
+        return (parameter for _, parameter in self.named_parameters(name, heads=heads))
+
+    def named_parameters(self, name: str, *, heads: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """`parameters`, each with its name in the model. Raises AdapterNameError."""
+        plan.check_known(self.model, name)
+        return attach.named_parameters(self.model, name, heads=heads)
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """The adapter's own tensors by name, detached; no heads. Raises AdapterNameError."""
+        return {key: parameter.detach() for key, parameter in self.named_parameters(name)}
+
+    # --- looking and proving ------------------------------------------------------------------------------------------
+
+    def summary(self) -> Summary:
+        """Adapters, parameters, bytes, share of θ, what is active and what trains; `print` it."""
+        return summarise(self.model, self._record())
+
+    def verify(
+        self, example_inputs: ExampleInputs | None = None, *, optimizer: torch.optim.Optimizer | None = None
+    ) -> Verification:
+        """Prove that hooks are there and fire, that the base has not moved, that the optimizer has what trains."""
+        inputs = self.example_inputs if example_inputs is None else example_inputs
+        return verify(self.model, self._record(), inputs, optimizer)
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        heads: bool = True,
+        metadata: store.Metadata | Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Save an adapter in a directory, atomically, and return the directory.
+
+        Args:
+            heads: Save its heads too.
+            metadata: What people want to know: see `ak.Metadata`.
+
+        Raises:
+            AdapterNameError: no such adapter.
+            StoreError: the directory cannot be written, or the metadata are wrong.
+        """
+        plan.check_known(self.model, name)
+        return store.save_adapter(self.model, name, directory, heads=heads, metadata=metadata)
+
+    def load(
+        self, directory: str | Path, name: str | None = None, *, heads: bool = True, any_base: bool = False
+    ) -> str:
+        """Load an adapter and return its name; it is not active yet. Raises: see `store.load_adapter`."""
+        return store.load_adapter(self.model, directory, name=name, heads=heads, any_base=any_base)
+
+    @contextmanager
+    def base_checkpoint(self) -> Iterator[None]:
+        """Within the block, `model.state_dict()` (so `save_pretrained`, too) holds the base alone."""
+        record = self._record()
+        before, record.omit_adapters = record.omit_adapters, True
+        try:
+            yield
+        finally:
+            record.omit_adapters = before
+
+    def __repr__(self) -> str:
+        active = self._record().activation.active
+        return f"AdapterKit({type(self.model).__name__}, adapters={adapter_names(self.model)}, active={active!r})"
+
+    def _record(self) -> Record:
+        return attach.shared_record(self.model)

@@ -1,0 +1,55 @@
+"""The adapter methods. A new one is a file here, its module, its config, and a line in METHODS."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config.base import AdapterConfig
+from ..errors import ConfigError
+from .base import Method
+from .bottleneck import Bottleneck
+
+__all__ = ["METHODS", "Method", "as_config", "config_from", "method_of"]
+
+METHODS: tuple[Method[Any], ...] = (Bottleneck(),)
+_BY_NAME = {method.name: method for method in METHODS}
+
+
+def method_of(config: AdapterConfig) -> Method[Any]:
+    """The method that a config belongs to."""
+    return _BY_NAME[config.method]
+
+
+def config_from(settings: Mapping[str, Any]) -> AdapterConfig:
+    """Build a config from a mapping that names its method: `{"method": "bottleneck", ...}`.
+
+    Raises:
+        ConfigError: no such method, or bad settings.
+    """
+    name = settings.get("method")
+    if not isinstance(name, str) or name not in _BY_NAME:
+        raise ConfigError(f"'method' must be one of {sorted(_BY_NAME)}; found {name!r}")
+    return _BY_NAME[name].config_type(**settings)
+
+
+def as_config(config: AdapterConfig | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> AdapterConfig:
+    """A config from any of its spellings: a config, a mapping with its method, or a path to such JSON.
+
+    Raises:
+        ConfigError: not one of these, or bad settings.
+    """
+    if isinstance(config, AdapterConfig):
+        return config.override(overrides)
+    if isinstance(config, Mapping):
+        return config_from(config).override(overrides)
+    path = Path(config)
+    if not path.is_file():
+        raise ConfigError(f"{str(config)!r} is neither a config nor a JSON file with one; try a BottleneckConfig")
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{str(path)!r} holds a JSON {type(settings).__name__}, not an object with settings")
+    return config_from(settings).override(overrides)

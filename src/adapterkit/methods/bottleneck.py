@@ -1,0 +1,53 @@
+"""Bottleneck adapters as a method: from config and site to module."""
+
+import torch
+
+from ..config.base import per_layer
+from ..config.bottleneck import DEFAULT_REDUCTION_FACTOR, BottleneckConfig
+from ..modules.bottleneck import BottleneckAdapter
+from ..placement import Placement
+from ..sites import SiteSpec
+
+__all__ = ["Bottleneck"]
+
+
+class Bottleneck:
+    """Houlsby, Pfeiffer and parallel adapters, and all between."""
+
+    name = "bottleneck"
+    config_type = BottleneckConfig
+
+    def placement(self, config: BottleneckConfig) -> Placement:
+        """Translate `at`, `placement` and `residual`."""
+        if config.at == "renormalised":
+            return Placement(at="input", reads="norm")
+        if config.placement == "parallel":
+            return Placement(reads="residual" if config.residual is not None else "input", residual=config.residual)
+        return Placement(at=config.at, reads="site" if config.residual is None else "sum", residual=config.residual)
+
+    def build(self, config: BottleneckConfig, site: SiteSpec, *, dtype: torch.dtype) -> BottleneckAdapter:
+        """A bottleneck of the site's width."""
+        return BottleneckAdapter(
+            site.width,
+            bottleneck_size(config, site),
+            input_size=site.input_width,
+            non_linearity=config.non_linearity,
+            norm_before=config.layer_norm_before,
+            norm_after=config.layer_norm_after,
+            residual_before_norm=config.residual_before_layer_norm,
+            scaling=config.scaling,
+            gating=config.gating,
+            dropout=config.dropout,
+            stochastic_depth=config.stochastic_depth,
+            init=config.init,
+            dtype=dtype,
+        )
+
+
+def bottleneck_size(config: BottleneckConfig, site: SiteSpec) -> int:
+    """The inner width at a site: as given, or the width there divided by the reduction factor, at least 1."""
+    size = per_layer(config.bottleneck_size, site.layer and site.layer[0])
+    if size is not None:
+        return int(size)
+    factor = per_layer(config.reduction_factor, site.layer and site.layer[0]) or DEFAULT_REDUCTION_FACTOR
+    return max(1, int(site.width // factor))

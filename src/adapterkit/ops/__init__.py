@@ -1,0 +1,1 @@
+"""Tensor functions: no state, no modules."""

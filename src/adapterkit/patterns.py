@@ -1,0 +1,105 @@
+"""Find modules by name: dotted suffixes, globs, regular expressions, predicates."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from .config.base import Predicate
+from .errors import TargetError
+
+__all__ = ["SITE", "match", "modules_by_path", "nearest_to"]
+
+# The name under which a host holds its AdapterSite: nothing below it is part of the user's model.
+SITE = "_adapterkit"
+
+_GLOB = re.compile(r"\*\*|\*|\?|\[[^\]]+\]")
+_GLOB_MEANS = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the user's own model under each of its names; the model itself is ''.
+
+    Left out: what adapterkit added, and the insides of `torch.nn.utils.parametrize`.
+    """
+    return {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if SITE not in (parts := path.split(".")) and "parametrizations" not in parts
+    }
+
+
+def match(model: nn.Module, targets: Sequence[str | Predicate], exclude: Sequence[str | Predicate] = ()) -> list[str]:
+    """The paths of the modules that a list of targets names, in the model's order, each module once.
+
+    A module that is reachable under several names is matched by any of them and returned under the first.
+
+    Raises:
+        TargetError: a target matches nothing (with the nearest names), or everything it matches is excluded.
+    """
+    modules = modules_by_path(model)
+    first_name: dict[int, str] = {}
+    for path, module in modules.items():
+        first_name.setdefault(id(module), path)
+
+    def named(targets: Sequence[str | Predicate]) -> Iterator[set[str]]:
+        for target in targets:
+            yield {first_name[id(modules[path])] for path in modules if _matches(target, path, modules[path])}
+
+    wanted: set[str] = set()
+    for target, found in zip(targets, named(targets), strict=True):
+        if not found:
+            raise TargetError(_nothing_matches(target, model, list(modules)))
+        wanted |= found
+    kept = wanted.difference(*named(exclude))
+    if not kept:
+        raise TargetError(f"every module that targets={list(targets)} matches is excluded by exclude={list(exclude)}")
+    return [path for path in dict.fromkeys(first_name.values()) if path in kept]
+
+
+def nearest_to(path: str, candidates: Sequence[str]) -> list[str]:
+    """Of these paths, the ones that share the longest run of leading components with `path`."""
+
+    def shared(candidate: str) -> int:
+        pairs = zip(path.split("."), candidate.split("."), strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(candidate.split(".")))
+
+    longest = max(map(shared, candidates), default=0)
+    return [candidate for candidate in candidates if shared(candidate) == longest]
+
+
+def _matches(target: str | Predicate, path: str, module: nn.Module) -> bool:
+    if not isinstance(target, str):
+        return bool(target(module, path))
+    return _compile(target).fullmatch(path) is not None
+
+
+def _compile(target: str) -> re.Pattern[str]:
+    """A string target as a regular expression for the whole path."""
+    if target.startswith("re:"):
+        try:
+            return re.compile(target[3:])
+        except re.error as error:
+            raise TargetError(f"{target!r} is not a regular expression: {error}") from error
+    if not target:
+        return re.compile("")
+    pieces, end = [], 0
+    for glob in _GLOB.finditer(target):
+        pieces += [re.escape(target[end : glob.start()]), _GLOB_MEANS.get(glob[0], glob[0])]
+        end = glob.end()
+    return re.compile(r"(?:.*\.)?" + "".join(pieces) + re.escape(target[end:]))
+
+
+def _nothing_matches(target: str | Predicate, model: nn.Module, paths: list[str]) -> str:
+    """The message for a target without a match, with the names that come nearest."""
+    name = type(model).__name__
+    if not isinstance(target, str):
+        return f"the predicate {getattr(target, '__name__', target)!r} is true for no module of {name}"
+    tails = {".".join(path.split(".")[-n:]): None for path in paths if path for n in (1, 2, 3)}
+    near = difflib.get_close_matches(target, list(tails), n=3, cutoff=0.4)
+    hint = f"Nearest: {', '.join(map(repr, near))}. " if near else ""
+    return (
+        f"{target!r} matches no module of {name}, which has {len(paths)}. {hint}"
+        "Change `targets`, or call kit.sites(config) to list what would match."
+    )

@@ -1,0 +1,229 @@
+"""From a config to sites: which modules of this model, and what each looks like there."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from . import values
+from .config.base import AdapterConfig
+from .errors import TargetError
+from .hosts import HostShape, channel_axis, known_shape, resolve_host
+from .patterns import match, modules_by_path, nearest_to
+from .sites import Reads, SiteSpec
+from .steps import argument_path
+from .structure.trace import ExampleInputs, observe
+
+__all__ = ["Placement", "host_type", "resolve"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a method's modules sit at their hosts, and what they read (see `SiteSpec`)."""
+
+    at: Literal["output", "input"] = "output"
+    reads: Reads = "site"
+    residual: str | None = None
+
+
+def resolve(
+    model: nn.Module, config: AdapterConfig, placement: Placement, example_inputs: ExampleInputs | None = None
+) -> list[SiteSpec]:
+    """The sites that a config names in a model, in the model's order. Changes nothing.
+
+    Raises:
+        TargetError: a target matches nothing or cannot be adapted, a host never runs on the example inputs, or its
+            shape cannot be known without them.
+    """
+    modules = modules_by_path(model)
+    matched = match(model, config.targets, config.exclude)
+    hosts = list(dict.fromkeys(resolve_host(path, modules, at_input=placement.at == "input") for path in matched))
+    layers = {path: _layer(path, modules) for path in hosts}
+    hosts = _in_layers(hosts, layers, config.layers)
+    arguments = {path: _argument(modules[path], config.input) for path in hosts}
+    seen = _trace(model, hosts, config, arguments, example_inputs)
+    sites = []
+    for path in hosts:
+        shape = _shape(path, modules[path], config, placement, seen.get(path))
+        sites.append(
+            SiteSpec(
+                path=path,
+                host=host_type(modules[path]),
+                at=placement.at,
+                reads=placement.reads,
+                width=shape.width,
+                input_width=shape.input_width or shape.width,
+                axis=shape.axis,
+                layer=layers[path],
+                output=_as_path(config.output),
+                input=arguments[path],
+                residual=_residual(path, placement.residual, model, modules),
+            )
+        )
+    return sites
+
+
+def host_type(module: nn.Module) -> str:
+    """The name of the module's class in torch.nn where it is one or derives from one, else of its own class."""
+    for base in type(module).__mro__:
+        if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module:
+            return base.__name__
+    return type(module).__name__
+
+
+def _layer(path: str, modules: dict[str, nn.Module]) -> tuple[int, int] | None:
+    """(index, count) of the outermost repeated block that holds the module: in an nn.ModuleList, else a Sequential."""
+    parts = path.split(".")
+    for kind in (nn.ModuleList, nn.Sequential):
+        for n in range(len(parts)):
+            parent = modules[".".join(parts[:n])]
+            if isinstance(parent, kind):
+                return list(parent._modules).index(parts[n]), len(parent._modules)
+    return None
+
+
+def _in_layers(
+    hosts: list[str], layers: dict[str, tuple[int, int] | None], wanted: Sequence[int] | None
+) -> list[str]:
+    """The hosts that lie in the wanted layers."""
+    if wanted is None:
+        return hosts
+    kept = [path for path in hosts if (layer := layers[path]) and {layer[0], layer[0] - layer[1]} & set(wanted)]
+    if not kept:
+        there = sorted({layer[0] for layer in layers.values() if layer})
+        raise TargetError(
+            f"layers={list(wanted)} leaves none of the {len(hosts)} modules that match; "
+            + (f"they lie in layers {there}" if there else "none of them lies in a repeated block")
+        )
+    return kept
+
+
+class _Seen(NamedTuple):
+    """Shapes of the tensor that a host returned and of the one that it took; None where there was none."""
+
+    output: tuple[int, ...] | None
+    input: tuple[int, ...] | None
+
+
+def _trace(
+    model: nn.Module,
+    hosts: list[str],
+    config: AdapterConfig,
+    arguments: dict[str, tuple[int | None, str | None] | None],
+    example_inputs: ExampleInputs | None,
+) -> dict[str, _Seen]:
+    """What each host took and returned on the example inputs; empty without them."""
+    if example_inputs is None:
+        return {}
+
+    def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Seen:
+        call, argument = (args, kwargs), arguments[path]
+        try:
+            taken = argument_path(call, argument) if argument else values.find(call)
+            returned = _as_path(config.output) or values.find(output)
+            return _Seen(_shape_at(output, returned), _shape_at(call, taken))
+        except LookupError as error:
+            raise TargetError(f"{path!r} has no tensor {error} where `output=` or `input=` say") from error
+
+    calls = observe(model, example_inputs, hosts, look)
+    never = [path for path, seen in calls.items() if not seen]
+    if never:
+        raise TargetError(
+            f"{never} never ran on the example inputs (skipped, or their weights are read around them), so an adapter "
+            "there would do nothing. Exclude them, or target the module around them."
+        )
+    return {path: seen[0] for path, seen in calls.items()}
+
+
+def _shape_at(value: Any, path: values.Path | None) -> tuple[int, ...] | None:
+    tensor = None if path is None else values.get(value, path)
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+
+
+def _shape(
+    path: str, host: nn.Module, config: AdapterConfig, placement: Placement, seen: _Seen | None
+) -> HostShape:
+    """Width, width read and axis of a site, from the trace if there is one, else from the host's type."""
+    known = known_shape(host)
+    if placement.reads == "norm":
+        _check_norm(path, host)
+    if seen is not None:
+        return _seen_shape(path, host, known, config, placement, seen)
+    if known is None:
+        raise TargetError(
+            f"the width of {path!r} ({type(host).__name__}) cannot be told from its type; "
+            "wrap the model with example inputs: ak.wrap(model, example_inputs=batch)"
+        )
+    width = known.width if placement.at == "output" else known.input_width
+    reads = known.input_width if placement.reads == "input" else width
+    if width is None or reads is None or known.input_width == 0:
+        raise TargetError(
+            f"{path!r} ({type(host).__name__}) takes no features that an adapter could read or change (or, if it is "
+            "lazy, not yet: run the model once); adapt its output, or the module after it"
+        )
+    return HostShape(width, reads, known.axis if config.channel_axis is None else config.channel_axis)
+
+
+def _seen_shape(
+    path: str, host: nn.Module, known: HostShape | None, config: AdapterConfig, placement: Placement, seen: _Seen
+) -> HostShape:
+    """`_shape`, from what the host took and returned."""
+    here = seen.output if placement.at == "output" else seen.input
+    reads = seen.input if placement.reads == "input" else here
+    if here is None or reads is None:
+        raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {placement.at}")
+    axis = config.channel_axis
+    if axis is None:
+        axis = known.axis if known else channel_axis(host, here)
+    if axis is None:
+        raise TargetError(
+            f"cannot tell which axis of {path!r} ({type(host).__name__}, shape {here}) holds the features; "
+            "set channel_axis=1 (images, signals) or channel_axis=-1 (tokens)"
+        )
+    for shape in (here, reads):
+        if not -len(shape) <= axis < len(shape):
+            raise TargetError(f"{path!r} has a tensor of shape {shape}, which has no axis {axis}; set channel_axis")
+    if placement.reads == "input" and here[:axis] + here[axis:][1:] != reads[:axis] + reads[axis:][1:]:
+        raise TargetError(
+            f"{path!r} turns a tensor of shape {reads} into {here}: a parallel adapter needs all axes but the features' "
+            "to agree; use placement='sequential'"
+        )
+    return HostShape(here[axis], reads[axis], axis)
+
+
+def _check_norm(path: str, host: nn.Module) -> None:
+    known = known_shape(host)
+    if isinstance(host, (nn.modules.batchnorm._NormBase)) or (known is not None and known.width != known.input_width):
+        raise TargetError(
+            f"at='renormalised' needs a norm without running statistics (such as nn.LayerNorm); {path!r} is "
+            f"{type(host).__name__}"
+        )
+
+
+def _residual(path: str, pattern: str | None, model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """The module that the pattern names nearest to the host."""
+    if pattern is None:
+        return None
+    near = nearest_to(path, match(model, [pattern]))
+    if len(near) != 1:
+        raise TargetError(f"residual={pattern!r} names {near} for the site {path!r}; make it name one near that site")
+    return resolve_host(near[0], modules, at_input=True)
+
+
+def _argument(host: nn.Module, which: int | str | None) -> tuple[int | None, str | None] | None:
+    """An argument of the host by position and keyword both, as far as its signature tells."""
+    if which is None:
+        return None
+    try:
+        names = list(inspect.signature(host.forward).parameters)
+    except ValueError:
+        names = []
+    if isinstance(which, int):
+        return which, names[which] if which < len(names) else None
+    return names.index(which) if which in names else None, which
+
+
+def _as_path(output: int | str | tuple[int | str, ...] | None) -> values.Path | None:
+    return output if output is None or isinstance(output, tuple) else (output,)

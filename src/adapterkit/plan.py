@@ -1,0 +1,68 @@
+"""What runs: the active adapter, compiled into the steps of each site."""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .errors import AdapterNameError
+from .record import Record
+from .sites import AdapterSite, Step, adapter_names, site_key, sites_of
+from .steps import AddDelta, UseHead
+
+__all__ = ["activate", "activated", "check_known"]
+
+
+def activate(model: nn.Module, record: Record, name: str | None) -> None:
+    """Make an adapter active; None is the base alone.
+
+    Raises:
+        AdapterNameError: no such adapter.
+        ActivationError: another thread is running the model with another adapter.
+    """
+    if name is not None:
+        check_known(model, name)
+    record.activation.switch(name)
+    apply(model, record)
+
+
+@contextmanager
+def activated(model: nn.Module, record: Record, name: str | None) -> Iterator[None]:
+    """Make an adapter active within a `with` block; see `activate`."""
+    if name is not None:
+        check_known(model, name)
+    try:
+        with record.activation.scope(name):
+            apply(model, record)
+            yield
+    finally:
+        apply(model, record)
+
+
+def apply(model: nn.Module, record: Record) -> None:
+    """Put the steps of what is active at every site."""
+    active = record.activation.active
+    for _, _, site in sites_of(model):
+        steps = _steps(site, active)
+        site.input_steps = tuple(step for at_input, step in steps if at_input)
+        site.output_steps = tuple(step for at_input, step in steps if not at_input)
+
+
+def check_known(model: nn.Module, name: str) -> None:
+    """Raise AdapterNameError, with the nearest names, unless the model has this adapter."""
+    names = adapter_names(model)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=3)
+        hint = f"Did you mean {', '.join(map(repr, near))}?" if near else f"It has: {names or 'none'}."
+        raise AdapterNameError(f"the model has no adapter {name!r}. {hint}")
+
+
+def _steps(site: AdapterSite, active: str | None) -> list[tuple[bool, Step]]:
+    """The steps of one site, each with whether it works on the host's input."""
+    if active is None or active not in site.entries:
+        return []
+    entry, key = site.entries[active], site_key(active)
+    if entry.spec is None:
+        return [(False, UseHead(key))]
+    return [(entry.spec.at == "input", AddDelta(key, active, entry.spec, entry.handover))]

@@ -1,0 +1,214 @@
+"""The plain objects that all sites of a model share: which adapter is active, and what adapterkit changed.
+
+A `Record` hangs on the root module and on every site. It holds values only, so it is copied with `deepcopy`, pickled with
+the model, and found again by `ak.wrap`.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .errors import ActivationError
+
+__all__ = ["RECORD", "Activation", "Frozen", "Handover", "Record"]
+
+# The attribute of the root module that holds its Record.
+RECORD = "_adapterkit_record"
+
+_LOCK = threading.RLock()  # guards changes of activation, in any model
+_HISTORY = 4096  # changes of activation that a backward may still look back on
+
+
+def _sequence_number() -> int:
+    """The number that autograd will give to the next node made in this thread."""
+    return torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined,no-any-return]
+
+
+class Activation:
+    """Which adapter is active in a model, who asked for it, and since when.
+
+    Activation belongs to the model, not to a thread. What is kept here beside the name lets two mistakes be errors that
+    would otherwise give wrong numbers: another thread changed the adapter under a running one, and the adapter changed
+    between a forward under gradient checkpointing and the recomputation in its backward.
+    """
+
+    def __init__(self, active: str | None = None) -> None:
+        self.active = active
+        self._default = active  # what is active outside of every `scope`
+        self._scopes: list[tuple[threading.Thread, str | None]] = []
+        self._expected: WeakKeyDictionary[threading.Thread, str | None] = WeakKeyDictionary()
+        self._crowded = False  # more than one thread has asked for an adapter
+        # (autograd's sequence number at the change, thread that changed it, adapter from then on)
+        self._history: deque[tuple[int, int, str | None]] = deque(maxlen=_HISTORY)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"active": self._default}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def switch(self, name: str | None) -> None:
+        """Make an adapter active (None: the base alone) until the next switch, or the end of the scope it is in.
+
+        Raises:
+            ActivationError: another thread is inside a scope with another adapter.
+        """
+        with _LOCK:
+            self._refuse_under_others(name)
+            mine = [i for i, (thread, _) in enumerate(self._scopes) if thread is threading.current_thread()]
+            if mine:
+                self._scopes[mine[-1]] = (threading.current_thread(), name)
+            else:
+                self._default = name
+            self._set(name, expected=name)
+
+    @contextmanager
+    def scope(self, name: str | None) -> Iterator[None]:
+        """Make an adapter active within a `with` block of this thread; whatever was active before is so again after it.
+
+        Raises:
+            ActivationError: another thread is inside a scope with another adapter.
+        """
+        me = threading.current_thread()
+        with _LOCK:
+            self._refuse_under_others(name)
+            self._scopes.append((me, name))
+            self._set(name, expected=name)
+        try:
+            yield
+        finally:
+            with _LOCK:
+                last = max(i for i, (thread, _) in enumerate(self._scopes) if thread is me)
+                del self._scopes[last]
+                mine = next((name for thread, name in reversed(self._scopes) if thread is me), self._default)
+                # Threads inside other scopes keep their adapter; this one then may not run the model meanwhile.
+                self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
+
+    def check(self) -> None:
+        """Raise if running an adapter now would give the numbers of another one.
+
+        Raises:
+            ActivationError: see the class.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() >= 0:  # inside a backward: checkpointing recomputes a forward
+            self._check_recomputation()
+        elif self._crowded:
+            expected = self._expected.get(threading.current_thread(), self.active)
+            if expected != self.active:
+                raise ActivationError(
+                    f"this thread activated {expected!r}, but another thread has since activated {self.active!r} in the "
+                    "same model. Hold a lock around activation and forward, or give each thread its own copy."
+                )
+
+    def _refuse_under_others(self, name: str | None) -> None:
+        for thread, held in self._scopes:
+            if thread is not threading.current_thread() and held != name:
+                raise ActivationError(
+                    f"cannot activate {name!r}: thread {thread.name!r} is running this model with {held!r}. "
+                    "Hold a lock around activation and forward, or give each thread its own copy."
+                )
+
+    def _set(self, name: str | None, *, expected: str | None) -> None:
+        self._expected[threading.current_thread()] = expected
+        self._crowded = len(self._expected) > 1
+        if name != self.active:
+            if not self._history:
+                self._history.append((-1, threading.get_ident(), self.active))
+            self._history.append((_sequence_number(), threading.get_ident(), name))
+            self.active = name
+
+    def _check_recomputation(self) -> None:
+        """Compare with the adapter that was active when the forward being recomputed first ran.
+
+        Autograd numbers its nodes in the order of their making, so the number of the node that asks for the
+        recomputation tells when its forward ran. Numbers are counted by thread: changes made by another Python thread
+        say nothing here, but a device's backward thread (which Python did not start) serves the thread that made them.
+        """
+        node = torch._C._current_autograd_node()
+        if node is None or not self._history:
+            return
+        me = threading.get_ident()
+        started_by_python = not isinstance(threading.current_thread(), threading._DummyThread)
+        changes = [(n, name) for n, thread, name in self._history if thread == me or not started_by_python]
+        then = [name for number, name in changes if number <= node._sequence_nr()]
+        if changes and (not then or then[-1] != self.active):
+            was = repr(then[-1]) if then else "another adapter"
+            raise ActivationError(
+                f"the active adapter changed between forward and backward: a checkpointed forward ran with {was}, its "
+                f"recomputation would run with {self.active!r}. Call backward before you activate another adapter."
+            )
+
+
+class Handover:
+    """Carries one tensor, the residual stream, from the hook that sees it to the site that reads it.
+
+    Per thread in eager mode; as a plain attribute under `torch.compile`, which sees it set and cleared in one graph.
+    """
+
+    def __init__(self) -> None:
+        self._traced: Tensor | None = None
+
+    def give(self, tensor: Tensor) -> None:
+        """Leave the tensor for the site."""
+        if torch.compiler.is_compiling():
+            self._traced = tensor
+        else:
+            _handed.__dict__[str(id(self))] = tensor
+
+    def take(self) -> Tensor | None:
+        """Take the tensor away; None if none was left."""
+        if torch.compiler.is_compiling():
+            tensor, self._traced = self._traced, None
+            return tensor
+        return _handed.__dict__.pop(str(id(self)), None)
+
+
+_handed = threading.local()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What `freeze` found in the base.
+
+    Attributes:
+        requires_grad: The flag of each parameter.
+        digests: A digest of each parameter and buffer.
+        own_mode: The train/eval flag of each norm that differed from the module around it.
+    """
+
+    requires_grad: dict[str, bool]
+    digests: dict[str, str]
+    own_mode: dict[str, bool]
+
+
+class Record:
+    """What adapterkit changed in a model beside adding sites, as plain values.
+
+    Attributes:
+        activation: Which adapter is active.
+        frozen: What `freeze` found; None when the base is not frozen.
+        omit_adapters: `state_dict()` leaves adapters out.
+        last_hook_id: The highest id among hooks registered here.
+    """
+
+    def __init__(self) -> None:
+        self.activation = Activation()
+        self.frozen: Frozen | None = None
+        self.omit_adapters = False
+        self.last_hook_id = -1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Hook ids are pickled as they are, but a new process counts from 0 again: without this, the next hook that
+        # anyone registers would take the place of one of ours.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.last_hook_id + 1)

@@ -1,0 +1,194 @@
+"""Sites: where an adapter sits in a host model, and the module that holds what sits there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from torch import Tensor, nn
+
+from .config.base import AdapterConfig
+from .errors import AdapterKitError
+from .names import module_key
+from .patterns import SITE
+from .record import RECORD, Handover, Record
+from .values import Path
+
+__all__ = ["AdapterSite", "Entry", "SiteSpec", "Step", "adapter_names", "record_of", "site_key", "sites_of"]
+
+Reads = Literal["site", "norm", "input", "residual", "sum"]
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One resolved place of an adapter.
+
+    Attributes:
+        path: The host module's path in the model.
+        host: Name of the host's type, as in torch.nn where it derives from there.
+        at: Whether the host's output or its input is adapted.
+        reads: What the adapter reads: the tensor at the site ("site"), that tensor through the host ("norm"), the
+            host's input ("input"), the residual stream ("residual"), or the tensor at the site plus the stream ("sum").
+        width: Features of the tensor at the site.
+        input_width: Features of what the adapter reads.
+        axis: The axis they lie on.
+        layer: (index, count) of the repeated block that the host lies in, if any.
+        output: Which tensor of the host's output; the first floating one if None.
+        input: Which argument of the host, as (position, keyword); the first floating one if None.
+        residual: Path of the module whose input is the residual stream.
+    """
+
+    path: str
+    host: str
+    at: Literal["output", "input"]
+    reads: Reads
+    width: int
+    input_width: int
+    axis: int = -1
+    layer: tuple[int, int] | None = None
+    output: Path | None = None
+    input: tuple[int | None, str | None] | None = None
+    residual: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an AdapterSite knows of one adapter: its config and place, or that it owns a copy of this head."""
+
+    config: AdapterConfig
+    spec: SiteSpec | None  # None: a head
+    handover: Handover | None = field(default=None, compare=False)
+
+
+class Step:
+    """One thing that a hook does to the tensors of a call. Immutable; finds its module through the site."""
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Return `value` (the host's output, or its `(args, kwargs)`) with tensors of shape (..., width) replaced."""
+        raise NotImplementedError
+
+
+class AdapterSite(nn.Module):
+    """Holds the adapters of one host module; registered as its child, so that it moves, saves and copies with it.
+
+    Never run as a module: the host's hooks call the steps that activation put here.
+    """
+
+    def __init__(self, record: Record, host_path: str) -> None:
+        super().__init__()
+        self.record = record
+        self.entries: dict[str, Entry] = {}
+        self.output_steps: tuple[Step, ...] = ()
+        self.input_steps: tuple[Step, ...] = ()
+        self.host_path = host_path
+        self.register_load_state_dict_post_hook(_forgive_absent_adapters)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refuse. Shape: any."""
+        raise AdapterKitError(
+            f"the host {self.host_path!r} runs all of its children as layers, the adapter site among them; "
+            "target the children of that module instead"
+        )
+
+    def insert(self, name: str, module: nn.Module, entry: Entry) -> None:
+        """Hold an adapter's module for this host."""
+        self.entries[name] = entry
+        self._modules[site_key(name)] = module
+
+    def discard(self, name: str) -> None:
+        """Let go of an adapter's module."""
+        del self.entries[name], self._modules[site_key(name)]
+
+    def held(self, name: str) -> nn.Module:
+        """The module of one adapter at this host."""
+        module = self._modules[site_key(name)]
+        assert module is not None
+        return module
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, but nothing inside `kit.base_checkpoint()`."""
+        return kwargs.get("destination", {}) if self.record.omit_adapters else super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(  # noqa: PLR0913 (the signature is torch's)
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        log = _LoadLog.of(missing_keys)
+        for name in self.entries:
+            start = f"{prefix}{site_key(name)}."
+            if any(key.startswith(start) for key in state_dict):
+                log.present.add(name)
+            else:
+                log.absent.setdefault(name, []).append(start)
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+_RESERVED = frozenset(dir(AdapterSite)) | {"record", "entries", "output_steps", "input_steps", "host_path", "training"}
+
+
+def site_key(name: str) -> str:
+    """The name under which a site holds an adapter's module."""
+    return module_key(name, _RESERVED)
+
+
+class _LoadLog:
+    """Which adapters one `load_state_dict` call has met, so that a file with none of an adapter's tensors (a base
+    checkpoint) loads strictly, while a file with some of them is an error."""
+
+    _current = threading.local()
+
+    def __init__(self, missing: list[str]) -> None:
+        self.missing = missing  # the list is torch's own, one for each load_state_dict call
+        self.present: set[str] = set()
+        self.absent: dict[str, list[str]] = {}
+        self.forgiven: dict[str, list[str]] = {}
+
+    @classmethod
+    def of(cls, missing: list[str]) -> _LoadLog:
+        log = getattr(cls._current, "log", None)
+        if log is None or log.missing is not missing:
+            log = cls._current.log = cls(missing)
+        return log
+
+    def settle(self) -> None:
+        """Take the absent adapters' keys out of the missing ones; put them back if the adapter turned up after all."""
+        for name, starts in self.absent.items():
+            if name in self.present:
+                self.missing.extend(self.forgiven.pop(name, []))
+                continue
+            gone = [key for key in self.missing if key.startswith(tuple(starts))]
+            self.forgiven.setdefault(name, []).extend(gone)
+            self.missing[:] = [key for key in self.missing if key not in gone]
+
+
+def _forgive_absent_adapters(_site: nn.Module, incompatible: Any) -> None:
+    _LoadLog.of(incompatible.missing_keys).settle()
+
+
+def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
+    """Each host that holds adapters: its path, itself, its site; in the model's order."""
+    for path, module in model.named_modules():
+        site = module._modules.get(SITE)
+        if isinstance(site, AdapterSite):
+            yield path, module, site
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters in the model."""
+    return list(dict.fromkeys(name for _, _, site in sites_of(model) for name in site.entries))
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """The model's record: on its root, or, in a part taken out of a larger model, on its sites; None if untouched."""
+    record: Record | None = model.__dict__.get(RECORD)
+    return record or next((site.record for _, _, site in sites_of(model)), None)

@@ -1,0 +1,144 @@
+"""The steps that hooks run: add an adapter's delta to a tensor, or put an adapter's head in place of the host's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import values
+from .errors import CompatibilityError
+from .record import Handover
+from .sites import AdapterSite, SiteSpec, Step
+
+__all__ = ["AddDelta", "UseHead"]
+
+
+@dataclass(frozen=True)
+class AddDelta(Step):
+    """Add what the adapter computes to the site's tensor.
+
+    Args:
+        key: The adapter's name among the site's children.
+        adapter: The adapter's name, for messages.
+        spec: The place.
+        handover: Where the residual stream is left, if the adapter reads it.
+    """
+
+    key: str
+    adapter: str
+    spec: SiteSpec
+    handover: Handover | None = None
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Return the output (or the arguments) with its tensor x, shape (..., width), replaced by x + delta."""
+        if isinstance(value, Tensor) and not self.spec.output:
+            return self._adapt(site, host, args, kwargs, value)
+        path = self._locate(value, in_call=self.spec.at == "input")
+        return values.put(value, path, self._adapt(site, host, args, kwargs, values.get(value, path)))
+
+    def _adapt(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
+        """x + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
+        spec = self.spec
+        if x.is_nested:
+            return self._adapt_nested(site, host, args, kwargs, x)
+        reads = spec.reads
+        z = x if reads == "site" else self._read(host, args, kwargs, x)
+        if z.shape[spec.axis] != spec.input_width or x.shape[spec.axis] != spec.width:
+            raise self._wrong_shape(z, x)
+        module: Any = site._modules[self.key]
+        dtype = module.compute_dtype
+        if z.dtype is not dtype:
+            z = z.to(dtype)
+        if spec.axis == -1:
+            delta = module(z, x)
+        else:
+            delta = module(z.movedim(spec.axis, -1), x.movedim(spec.axis, -1)).movedim(-1, spec.axis)
+        if reads != "site" and delta.shape != x.shape:
+            raise self._wrong_shape(z, x)
+        return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
+
+    def _adapt_nested(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
+        """Row by row, for the nested tensors of `nn.TransformerEncoder`'s padded inference.
+
+        Few functions take a nested tensor; each of its rows is an ordinary tensor of shape (1, seq, width).
+        """
+        if self.spec.reads not in ("site", "norm"):
+            raise CompatibilityError(
+                f"adapter {self.adapter!r} at {self.spec.path!r} reads {self.spec.reads!r} and received a nested tensor; "
+                "build the nn.TransformerEncoder with enable_nested_tensor=False"
+            )
+        rows = [self._adapt(site, host, args, kwargs, row.unsqueeze(0)).squeeze(0) for row in x.unbind()]
+        return torch.nested.as_nested_tensor(rows)
+
+    def _read(self, host: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
+        """What the adapter reads, where that is not the tensor at the site. Shape: (..., input_width)."""
+        reads = self.spec.reads
+        if reads == "norm":
+            return host.forward(x)  # type: ignore[no-any-return]  # not __call__: that would run this hook again
+        if reads == "input":
+            call = (args, kwargs)
+            return values.get(call, self._locate(call, in_call=True))  # type: ignore[no-any-return]
+        stream = self.handover.take() if self.handover else None
+        if stream is None:
+            raise CompatibilityError(
+                f"adapter {self.adapter!r} at {self.spec.path!r} reads the residual stream at the input of "
+                f"{self.spec.residual!r}, which has not run before it in this forward; name another `residual`"
+            )
+        return stream if reads == "residual" else x + stream
+
+    def _locate(self, value: Any, *, in_call: bool) -> values.Path:
+        """The path of the tensor to adapt or read, in `(args, kwargs)` or in an output."""
+        spec = self.spec
+        try:
+            if in_call:
+                path = argument_path(value, spec.input) if spec.input else values.find(value)
+            else:
+                path = spec.output or values.find(value)
+            if path is not None and isinstance(values.get(value, path), Tensor):
+                return path
+        except LookupError:
+            pass
+        found = [type(item).__name__ for item in value[0]] if in_call else type(value).__name__
+        raise CompatibilityError(
+            f"adapter {self.adapter!r} finds no tensor at the {'input' if in_call else 'output'} of {spec.path!r}, which "
+            f"is {found}; name it with `{'input' if in_call else 'output'}=`"
+        )
+
+    def _wrong_shape(self, z: Tensor, x: Tensor) -> CompatibilityError:
+        spec = self.spec
+        return CompatibilityError(
+            f"adapter {self.adapter!r} at {spec.path!r} reads {spec.input_width} features and adds to {spec.width} on "
+            f"axis {spec.axis}, but read a tensor of shape {tuple(z.shape)} and would add to one of shape "
+            f"{tuple(x.shape)}; set `channel_axis`, `output` or `input`, or add it anew with example_inputs"
+        )
+
+
+@dataclass(frozen=True)
+class UseHead(Step):
+    """Return what the adapter's own copy of the host head makes of the same call.
+
+    Args:
+        key: The adapter's name among the site's children.
+    """
+
+    key: str
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Return the copy's output. Shape: as the host's."""
+        head: Any = site._modules[self.key]
+        return head(*args, **kwargs)
+
+
+def argument_path(call: tuple[Any, ...], argument: tuple[int | None, str | None]) -> values.Path:
+    """Where `(args, kwargs)` hold the argument with this position and keyword.
+
+    Raises:
+        LookupError: the call does not have it.
+    """
+    position, keyword = argument
+    if keyword in call[1]:
+        return (1, keyword)
+    if position is not None and position < len(call[0]):
+        return (0, position)
+    raise LookupError(keyword if keyword is not None else position)

@@ -1,0 +1,133 @@
+"""Reading and writing the files of a saved adapter, safely.
+
+Writing. The manifest names its tensors by hash, so the two files need not change at one instant: the new tensors are
+written beside the old ones, under a name made from their hash; the manifest is replaced (this is the moment of the
+change); then the tensors take their final name. A kill in between leaves a manifest whose tensors lie under one of two
+names, and a reader looks under both.
+"""
+
+import contextlib
+import hashlib
+import os
+import stat
+import time
+import uuid
+from pathlib import Path
+
+from ..errors import StoreError
+
+__all__ = ["CARD", "CARD_MARK", "MANIFEST", "TENSORS", "read_manifest_bytes", "read_tensors_bytes", "replace_adapter"]
+
+MANIFEST, TENSORS, CARD = "adapter.json", "adapter.safetensors", "README.md"
+MAX_MANIFEST_BYTES = 64 * 2**20
+CARD_MARK = "<!-- Written by adapterkit at each save. Remove this line to keep your own text. -->"
+
+
+def replace_adapter(directory: Path, manifest: bytes, tensors: bytes, card: bytes) -> None:
+    """Write the files of an adapter into a directory, over an older adapter if there is one.
+
+    Raises:
+        StoreError: the path is a file, or cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        pending = directory / _pending_name(hashlib.sha256(tensors).hexdigest())
+        _write(pending, tensors)
+        _write(directory / MANIFEST, manifest)
+        with contextlib.suppress(FileNotFoundError):  # another process saved the very same adapter, and moved it
+            os.replace(pending, directory / TENSORS)
+        if _is_ours(directory / CARD):
+            _write(directory / CARD, card)
+        _sync_directory(directory)
+        for leftover in directory.glob(".adapter-*"):  # of saves that were killed
+            if leftover.stat().st_mtime < time.time() - 3600:
+                leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot save an adapter in {str(directory)!r}: {error}") from error
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a card may be written: there is none, or it is one that no person took over."""
+    return not card.exists() or CARD_MARK.encode() in card.read_bytes()
+
+
+def read_manifest_bytes(directory: Path) -> bytes:
+    """The manifest's bytes.
+
+    Raises:
+        StoreError: there is none, it is too large, or it lies outside the directory.
+    """
+    if not directory.is_dir():
+        raise StoreError(f"no adapter in {str(directory)!r}: there is no such directory")
+    path = directory / MANIFEST
+    if not path.exists():
+        raise StoreError(f"no adapter in {str(directory)!r}: it has no {MANIFEST}")
+    size = _check_inside(path, directory)
+    if size > MAX_MANIFEST_BYTES:
+        raise StoreError(f"{str(path)!r} has {size:,} bytes; a manifest has at most {MAX_MANIFEST_BYTES:,}")
+    return path.read_bytes()
+
+
+def read_tensors_bytes(directory: Path, sha256: str, size_bytes: int) -> bytes:
+    """The bytes of the tensors file that a manifest means: under its own name, or still under that of a killed save.
+
+    Raises:
+        StoreError: missing, or its size or hash is not the manifest's: damaged, or not the file that was saved.
+    """
+    found = []
+    for path in (directory / TENSORS, directory / _pending_name(sha256)):
+        if not path.exists():
+            continue
+        size = _check_inside(path, directory)
+        if size != size_bytes:
+            found.append(f"{path.name} has {size:,} bytes, not {size_bytes:,}")
+            continue
+        content = path.read_bytes()
+        actual = hashlib.sha256(content).hexdigest()
+        if actual == sha256:
+            return content
+        found.append(f"{path.name} has SHA-256 {actual[:12]}…, not {sha256[:12]}…")
+    raise StoreError(
+        f"the tensors in {str(directory)!r} are not those of its manifest: {'; '.join(found) or f'no {TENSORS}'}. "
+        "The file is damaged or incomplete; fetch or save the adapter again"
+    )
+
+
+def _pending_name(sha256: str) -> str:
+    return f".adapter-{sha256[:32]}.safetensors"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file in one step, on disk before this returns."""
+    temporary = path.with_name(f".adapter-{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _check_inside(path: Path, directory: Path) -> int:
+    """The size of a file that must lie in the directory (or in the blob store of the Hugging Face cache it is in)."""
+    real, home = path.resolve(), directory.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if home not in real.parents and blobs not in real.parents:
+        raise StoreError(f"{str(path)!r} is a link to {str(real)!r}, outside the adapter's directory; it is not followed")
+    status = real.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise StoreError(f"{str(path)!r} is not a regular file")
+    return status.st_size

@@ -1,0 +1,168 @@
+"""Load an adapter from a directory: check everything first, then attach."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..attach import Part, attach, build_parts, check_free, parameter_near
+from ..base import fingerprint
+from ..config.base import AdapterConfig
+from ..errors import AdapterKitError, CompatibilityError, StoreError
+from ..hosts import resolve_host
+from ..methods import config_from, method_of
+from ..patterns import modules_by_path
+from ..sites import SiteSpec
+from .files import read_manifest_bytes, read_tensors_bytes
+from .identity import structure_of
+from .manifest import Manifest, SiteRecord, parse_manifest
+from .save import dtype_name, tensor_key
+
+__all__ = ["BaseMismatchWarning", "load_adapter", "read_manifest"]
+
+# A safetensors file is its tensors and a header: this much for each tensor is plenty.
+_HEADER_BYTES_PER_TENSOR = 2**14
+
+
+class BaseMismatchWarning(UserWarning):
+    """The adapter was trained on other weights than the model has."""
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a saved adapter. Raises StoreError."""
+    return parse_manifest(read_manifest_bytes(Path(directory)), str(directory))
+
+
+def load_adapter(
+    model: nn.Module, directory: str | Path, *, name: str | None = None, heads: bool = True, any_base: bool = False
+) -> str:
+    """Attach a saved adapter, without activating it, and return its name. The model is touched last, or not at all.
+
+    Args:
+        name: Another name than it was saved under.
+        heads: Bring its heads as well.
+        any_base: Say nothing if the model's weights are not those it was trained on (its structure must be, always).
+
+    Raises:
+        StoreError: the files are missing, damaged, hostile or too new.
+        CompatibilityError: the model's structure differs at the adapter's sites; says which.
+        AdapterNameError: the name is taken.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    name = manifest.name if name is None else name
+    check_free(model, name)
+    _check_structure(model, manifest, heads=heads, source=directory)
+    try:
+        config = config_from(manifest.config)
+        parts = _empty_parts(model, manifest, config, heads=heads)
+    except (AdapterKitError, RuntimeError, OverflowError, MemoryError) as error:
+        raise StoreError(f"the manifest in {str(directory)!r} describes no adapter for this model: {error}") from error
+    tensors = _read_tensors(directory, manifest)
+    _fill(model, parts, tensors, heads=heads, source=directory)
+    if not any_base and fingerprint(model) != manifest.base.fingerprint:
+        warnings.warn(
+            f"adapter {manifest.name!r} was trained on {manifest.base.hub_id or manifest.base.class_path!r} with other "
+            f"weights (or another dtype) than this {type(model).__name__} has: expect other outputs. "
+            "Pass any_base=True if that is meant.",
+            BaseMismatchWarning,
+            stacklevel=3,
+        )
+    attach(model, name, config, parts)
+    return name
+
+
+def _check_structure(model: nn.Module, manifest: Manifest, *, heads: bool, source: Path) -> None:
+    """Raise CompatibilityError, naming the sites, unless the model has what the adapter was trained around."""
+    modules = modules_by_path(model)
+    differing = []
+    for record in (*manifest.sites, *(manifest.heads if heads else ())):
+        needs = {record.path, record.residual or record.path} if isinstance(record, SiteRecord) else {record.path}
+        if not needs <= modules.keys():
+            differing.append(f"{record.path!r} ({record.host}) does not exist")
+        elif structure_of(model, record.path) != record.structure:
+            found = type(modules[record.path]).__name__
+            differing.append(f"{record.path!r} has another type or shape (saved: {record.host}, here: {found})")
+    if differing:
+        shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise CompatibilityError(
+            f"the adapter in {str(source)!r} was trained on {manifest.base.hub_id or manifest.base.class_path!r} and does "
+            f"not fit this {type(model).__name__}: {len(differing)} of its sites and heads differ: {shown}"
+        )
+
+
+def _empty_parts(model: nn.Module, manifest: Manifest, config: AdapterConfig, *, heads: bool) -> list[Part]:
+    """The adapter's modules without values, after checking that sites and config agree."""
+    modules = modules_by_path(model)
+    placement = method_of(config).placement(config)
+    sites = [SiteSpec(**record.model_dump(exclude={"structure"})) for record in manifest.sites]
+    for site in sites:
+        if (site.at, site.reads, site.residual is None) != (placement.at, placement.reads, placement.residual is None):
+            raise StoreError(f"site {site.path!r} says at={site.at!r}, reads={site.reads!r}; its config says otherwise")
+        if resolve_host(site.path, modules, at_input=site.at == "input") != site.path:
+            raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
+    return build_parts(model, config, sites, [head.path for head in manifest.heads] if heads else [], meta=True)
+
+
+def _read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors of the file, each as the manifest says."""
+    declared = manifest.tensors
+    itemsize = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "uint8": 1}
+    limit = 2**20 + _HEADER_BYTES_PER_TENSOR * len(declared)
+    for key, record in declared.items():
+        if record.dtype not in itemsize:
+            raise StoreError(f"tensor {key!r} has dtype {record.dtype!r}; an adapter has {sorted(itemsize)}")
+        limit += torch.Size(record.shape).numel() * itemsize[record.dtype]
+    if manifest.tensors_size_bytes > limit:
+        raise StoreError(
+            f"{str(directory)!r} declares a tensors file of {manifest.tensors_size_bytes:,} bytes, more than the "
+            f"{limit:,} that its tensors need"
+        )
+    content = read_tensors_bytes(directory, manifest.tensors_sha256, manifest.tensors_size_bytes)
+    try:
+        tensors = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise StoreError(f"the tensors in {str(directory)!r} are not safetensors: {error}") from error
+    found = {key: (tuple(t.shape), dtype_name(t)) for key, t in tensors.items()}
+    wanted = {key: (record.shape, record.dtype) for key, record in declared.items()}
+    _check_same(found, wanted, f"the tensors file in {str(directory)!r}", "its manifest")
+    return tensors
+
+
+def _fill(model: nn.Module, parts: list[Part], tensors: dict[str, Tensor], *, heads: bool, source: Path) -> None:
+    """Give the empty modules the tensors of the file, on their hosts' devices, after checking that they match."""
+    states: list[dict[str, Tensor]] = []
+    wanted: dict[str, Any] = {}
+    for part in parts:
+        kind = "heads" if part.spec is None else "sites"
+        keys = {tensor: tensor_key(kind, part.path, tensor) for tensor in part.module.state_dict()}
+        wanted |= {keys[tensor]: tuple(value.shape) for tensor, value in part.module.state_dict().items()}
+        states.append({tensor: tensors[key] for tensor, key in keys.items() if key in tensors})
+    taken = {key: t for key, t in tensors.items() if heads or not key.startswith("heads/")}
+    _check_same({key: tuple(t.shape) for key, t in taken.items()}, wanted, f"the adapter in {str(source)!r}", "its config")
+    wrong = [key for key, t in taken.items() if key.startswith("sites/") and not t.is_floating_point()]
+    if wrong:
+        raise StoreError(f"the adapter in {str(source)!r} has tensors that are not floating-point: {wrong[:5]}")
+    for part, state in zip(parts, states, strict=True):
+        if part.spec is None:
+            part.module.load_state_dict(state)
+        else:
+            part.module.load_state_dict(state, assign=True)
+            part.module.to(parameter_near(model, part.path).device)
+
+
+def _check_same(found: dict[str, Any], wanted: dict[str, Any], what: str, against: str) -> None:
+    """Raise StoreError, with the first differences, unless both hold the same tensors with the same shapes."""
+    problems = [f"{key!r} is unknown to {against}" for key in found.keys() - wanted.keys()]
+    problems += [f"{key!r} is missing" for key in wanted.keys() - found.keys()]
+    problems += [
+        f"{key!r} is {found[key]}, {against} says {wanted[key]}"
+        for key in found.keys() & wanted.keys()
+        if found[key] != wanted[key]
+    ]
+    if problems:
+        raise StoreError(f"{what} does not match {against}: {'; '.join(sorted(problems)[:5])}")

@@ -1,0 +1,138 @@
+"""`adapter.json`: what an adapter is, where it belongs, and what its tensors must look like."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..config.base import describe
+from ..errors import StoreError
+
+__all__ = [
+    "FORMAT_VERSION", "BaseIdentity", "Manifest", "Metadata", "Metric", "SiteRecord", "TensorRecord", "parse_manifest",
+]  # fmt: skip
+
+FORMAT_VERSION = 1
+MAX_SITES = 100_000
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=10_000)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SiteRecord(_Strict):
+    """One site: the fields of `SiteSpec`, and a hash over the module around it that a base must share."""
+
+    path: Text
+    host: Text
+    at: Literal["output", "input"]
+    reads: Literal["site", "norm", "input", "residual", "sum"]
+    width: Annotated[int, Field(ge=1)]
+    input_width: Annotated[int, Field(ge=1)]
+    axis: int
+    layer: tuple[int, int] | None
+    output: tuple[int | str, ...] | None
+    input: tuple[int | None, str | None] | None
+    residual: Text | None
+    structure: Sha256
+
+
+class HeadRecord(_Strict):
+    """A head that the adapter owns a copy of."""
+
+    path: Text
+    host: Text
+    structure: Sha256
+
+
+class TensorRecord(_Strict):
+    """What a tensor in the safetensors file must be."""
+
+    shape: tuple[Count, ...]
+    dtype: Text
+
+
+class BaseIdentity(_Strict):
+    """The model that the adapter was trained on.
+
+    Attributes:
+        class_path: Module and name of the model's class.
+        structure: Hash over the structures of all sites.
+        fingerprint: Digest of all base parameters.
+        hub_id: Where the base comes from (a Hugging Face id, say), if the model tells.
+        revision: Its revision there.
+    """
+
+    class_path: Text
+    structure: Sha256
+    fingerprint: Sha256
+    hub_id: Text | None = None
+    revision: Text | None = None
+
+
+class Metric(_Strict):
+    """One measured number, and where it comes from."""
+
+    name: Text
+    value: float
+    dataset: Text | None = None
+    split: Text | None = None
+    provenance: Text | None = None
+
+
+class Metadata(_Strict):
+    """What people want to know of an adapter. All of it is optional."""
+
+    description: Text | None = None
+    task: Text | None = None
+    language: Text | None = None
+    dataset: Text | None = None
+    domain: Text | None = None
+    metrics: tuple[Metric, ...] = ()
+    license: Text | None = None
+    base_id: Text | None = None
+    base_revision: Text | None = None
+
+
+class Manifest(_Strict):
+    """The whole of `adapter.json`."""
+
+    format_version: Literal[1]
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    config: dict[str, Any]
+    sites: Annotated[tuple[SiteRecord, ...], Field(min_length=1, max_length=MAX_SITES)]
+    heads: Annotated[tuple[HeadRecord, ...], Field(max_length=MAX_SITES)]
+    tensors: Annotated[dict[str, TensorRecord], Field(max_length=10 * MAX_SITES)]
+    tensors_sha256: Sha256
+    tensors_size_bytes: Count
+    base: BaseIdentity
+    metadata: Metadata
+    versions: dict[str, Text]
+
+
+def parse_manifest(text: bytes, source: str) -> Manifest:
+    """Read a manifest from JSON.
+
+    Raises:
+        StoreError: not JSON, unknown or missing fields, wrong types, or a newer format version.
+    """
+    try:
+        version = _VersionOnly.model_validate_json(text).format_version
+    except ValidationError as error:
+        raise StoreError(f"{source} is not an adapter manifest: {describe(error)}") from error
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{source} has format version {version}; this adapterkit reads version {FORMAT_VERSION}: "
+            + ("upgrade adapterkit" if version > FORMAT_VERSION else "it was never in use")
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise StoreError(f"{source} is not a valid manifest: {describe(error)}") from error
+
+
+class _VersionOnly(BaseModel):
+    format_version: int

@@ -1,0 +1,151 @@
+"""Save an adapter to a directory."""
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from ..config.base import describe
+from ..errors import StoreError
+from ..placement import host_type
+from ..sites import AdapterSite, sites_of
+from .files import CARD_MARK, replace_adapter
+from .identity import base_identity, structure_of
+from .manifest import FORMAT_VERSION, HeadRecord, Manifest, Metadata, SiteRecord, TensorRecord
+
+__all__ = ["dtype_name", "save_adapter", "tensor_key"]
+
+
+def save_adapter(
+    model: nn.Module,
+    name: str,
+    directory: str | Path,
+    *,
+    heads: bool = True,
+    metadata: Metadata | Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter, with its heads unless told not to, and return the directory.
+
+    A kill at any moment leaves the old adapter or the new one. Other files in the directory are left alone.
+
+    Raises:
+        StoreError: the directory cannot be written, or the metadata have wrong or unknown fields.
+    """
+    metadata = _as_metadata(metadata)
+    held = [(path, host, site) for path, host, site in sites_of(model) if name in site.entries]
+    held = [(path, host, site) for path, host, site in held if heads or site.entries[name].spec is not None]
+    tensors = _tensors(held, name)
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    site_records, head_records = _records(model, held, name)
+    structures = [record.structure for record in (*site_records, *head_records)]
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        config=held[0][2].entries[name].config.model_dump(mode="json", exclude_unset=True) | {"method": _method(held, name)},
+        sites=tuple(site_records),
+        heads=tuple(head_records),
+        tensors={key: TensorRecord(shape=tuple(t.shape), dtype=dtype_name(t)) for key, t in tensors.items()},
+        tensors_sha256=hashlib.sha256(content).hexdigest(),
+        tensors_size_bytes=len(content),
+        base=base_identity(model, structures, metadata),
+        metadata=metadata,
+        versions={"adapterkit": version("adapterkit"), "torch": torch.__version__, "python": platform.python_version()},
+    )
+    directory = Path(directory)
+    text = manifest.model_dump_json(indent=2, exclude_none=False)
+    replace_adapter(directory, text.encode(), content, _card(manifest).encode())
+    return directory
+
+
+def _as_metadata(metadata: Metadata | Mapping[str, Any] | None) -> Metadata:
+    if isinstance(metadata, Metadata):
+        return metadata
+    try:
+        return Metadata(**(metadata or {}))
+    except ValidationError as error:
+        raise StoreError(f"the metadata cannot be saved: {describe(error)}") from error
+
+
+def tensor_key(kind: str, path: str, tensor: str) -> str:
+    """The name of a tensor in the file. `kind` is "sites" or "heads"."""
+    return f"{kind}/{path}/{tensor}"
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """A dtype's name as the manifest spells it: "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _method(held: list[tuple[str, nn.Module, AdapterSite]], name: str) -> str:
+    return held[0][2].entries[name].config.method
+
+
+def _tensors(held: list[tuple[str, nn.Module, AdapterSite]], name: str) -> dict[str, Tensor]:
+    tensors = {}
+    for path, _, site in held:
+        kind = "heads" if site.entries[name].spec is None else "sites"
+        for tensor, value in site.held(name).state_dict().items():
+            # A clone: the format has no tensors that share memory, and a head may tie two of its own.
+            tensors[tensor_key(kind, path, tensor)] = value.detach().cpu().contiguous().clone()
+    return tensors
+
+
+def _records(
+    model: nn.Module, held: list[tuple[str, nn.Module, AdapterSite]], name: str
+) -> tuple[list[SiteRecord], list[HeadRecord]]:
+    sites, heads = [], []
+    for path, host, site in held:
+        spec, structure = site.entries[name].spec, structure_of(model, path)
+        if spec is None:
+            heads.append(HeadRecord(path=path, host=host_type(host), structure=structure))
+        else:
+            sites.append(SiteRecord(**asdict(spec), structure=structure))
+    return sites, heads
+
+
+def _card(manifest: Manifest) -> str:
+    """A README for people: what it is, what it fits, how to load it."""
+    meta, base = manifest.metadata, manifest.base
+    rows = {
+        "method": manifest.config.get("method"),
+        "sites": len(manifest.sites),
+        "heads": ", ".join(head.path for head in manifest.heads) or "none",
+        "size": f"{manifest.tensors_size_bytes:,} bytes",
+        "base": base.hub_id or base.class_path,
+        "task": meta.task,
+        "language": meta.language,
+        "dataset": meta.dataset,
+        "domain": meta.domain,
+        "license": meta.license,
+        **{metric.name: f"{metric.value} ({metric.dataset or 'no dataset named'})" for metric in meta.metrics},
+    }
+    lines = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
+    return "\n".join(
+        [
+            CARD_MARK,
+            f"# {manifest.name}",
+            "",
+            meta.description or "An adapter for a frozen PyTorch model, saved by adapterkit.",
+            "",
+            "| | |",
+            "|---|---|",
+            *lines,
+            "",
+            "```python",
+            "import adapterkit as ak",
+            "",
+            "kit = ak.wrap(model)",
+            'name = kit.load("path/to/this/directory")',
+            "kit.activate(name)",
+            "```",
+            "",
+        ]
+    )

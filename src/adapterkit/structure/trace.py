@@ -1,0 +1,82 @@
+"""Run a model once on example inputs and look at what its modules take and return."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import CompatibilityError
+
+__all__ = ["ExampleInputs", "call_with", "observe", "untouched"]
+
+ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+T = TypeVar("T")
+
+
+def call_with(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Call the model: a mapping by keyword, a tuple by position, anything else as the only argument."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def observe(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    paths: Iterable[str],
+    look: Callable[[str, nn.Module, Any, Any, Any], T],
+) -> dict[str, list[T]]:
+    """What `look(path, module, args, kwargs, output)` makes of each call of these modules, in one eval, no-grad forward.
+
+    Flags, buffers and random state of the model are as before afterwards.
+
+    Raises:
+        CompatibilityError: the model does not run on these inputs.
+    """
+    seen: dict[str, list[T]] = {path: [] for path in paths}
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        for path, calls in seen.items():
+
+            def hook(
+                module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path, calls: list[T] = calls
+            ) -> None:
+                calls.append(look(path, module, args, kwargs, output))
+
+            stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
+        try:
+            call_with(model.eval(), inputs)
+        except Exception as error:
+            raise CompatibilityError(
+                f"{type(model).__name__} does not run on example_inputs: {type(error).__name__}: {error}"
+            ) from error
+    return seen
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run a block without gradients, after which the model's flags and buffers and all random state are as before."""
+    training = {module: module.training for module in model.modules()}
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [(b, b.detach().clone()) for _, held in buffers for b in held.values() if b is not None and not b.is_meta]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    fast_path, python_random = torch.backends.mha.get_fastpath_enabled(), random.getstate()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        random.setstate(python_random)
+        for module, flag in training.items():
+            module.training = flag
+        for module, held in buffers:
+            module._buffers.update(held)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

@@ -1,0 +1,67 @@
+"""Find a tensor inside what a module takes or returns, and put another in its place, out of place.
+
+A module may return a tensor, a tuple, a named tuple, a list, a mapping, a dataclass (Hugging Face's ModelOutput is both
+of the last two) or any nesting of these. A `Path` is the list of keys that leads to one tensor inside; `()` is the value
+itself.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Path", "find", "get", "put"]
+
+Path = tuple[int | str, ...]
+
+
+def find(value: Any) -> Path | None:
+    """The path of the first floating-point tensor, depth first; None if there is none."""
+    if isinstance(value, Tensor):
+        return () if value.is_floating_point() else None
+    for key, item in _items(value):
+        below = find(item)
+        if below is not None:
+            return (key, *below)
+    return None
+
+
+def get(value: Any, path: Path) -> Any:
+    """What lies at the path.
+
+    Raises:
+        LookupError: nothing lies there.
+    """
+    for key in path:
+        value = dict(_items(value))[key]
+    return value
+
+
+def put(value: Any, path: Path, tensor: Tensor) -> Any:
+    """A copy of the value, of the same type, with the tensor at the path."""
+    if not path:
+        return tensor
+    key, rest = path[0], path[1:]
+    new = put(dict(_items(value))[key], rest, tensor)
+    if isinstance(value, tuple):
+        items = [new if i == key or name == key else item for i, (name, item) in enumerate(_items(value))]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{str(key): new})  # type: ignore[type-var]
+    changed = copy.copy(value)
+    changed[key] = new
+    return changed
+
+
+def _items(value: Any) -> Iterator[tuple[int | str, Any]]:
+    """The parts of a container with their keys; nothing for any other value."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from zip(value._fields, value, strict=True)
+    elif isinstance(value, (tuple, list)):
+        yield from enumerate(value)
+    elif dataclasses.is_dataclass(value):
+        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    elif isinstance(value, Mapping):
+        yield from value.items()

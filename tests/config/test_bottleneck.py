@@ -1,0 +1,83 @@
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+
+import adapterkit as ak
+from adapterkit.config.base import per_layer
+
+from ..strategies import configs
+
+
+@given(configs)
+def test_a_config_survives_json_pickle_and_repetition(config: ak.BottleneckConfig) -> None:
+    again = ak.BottleneckConfig.model_validate_json(config.model_dump_json())
+    assert again == config == pickle.loads(pickle.dumps(config))
+    assert hash(again) == hash(config)
+
+
+def test_a_map_by_layer_is_equal_whatever_its_order() -> None:
+    one, other = ({"default": 16, "1": 2}, {"1": 2, "default": 16})
+    a, b = (ak.BottleneckConfig(targets=["x"], reduction_factor=sizes) for sizes in (one, other))
+    assert a == b
+    assert hash(a) == hash(b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "targets: Field required"),
+        ({"targets": []}, "targets: .*at least 1"),
+        ({"targets": ["x"], "reduction_factor": 0}, "reduction_factor.*found '0'"),
+        ({"targets": ["x"], "reduction_factor": -3.5}, "found '-3.5'"),
+        ({"targets": ["x"], "bottleneck_size": 0}, "bottleneck_size.*found '0'"),
+        ({"targets": ["x"], "bottleneck_size": {"1": 3}}, "needs a 'default'"),
+        ({"targets": ["x"], "bottleneck_size": {"default": 3, "first": 2}}, "layer indices"),
+        ({"targets": ["x"], "bottleneck_size": 3, "reduction_factor": 2}, "not both"),
+        ({"targets": ["x"], "non_linearity": "rellu"}, "non_linearity.*found 'rellu'"),
+        ({"targets": ["x"], "dropout": 1.0}, "dropout.*found '1.0'"),
+        ({"targets": ["x"], "scaling": float("nan")}, "scaling"),
+        ({"targets": ["x"], "at": "middle"}, "found 'middle'"),
+        ({"targets": ["x"], "at": "input", "placement": "parallel"}, "at='output'; found at='input'"),
+        ({"targets": ["x"], "at": "renormalised", "residual": "y"}, "found at='renormalised'"),
+        ({"targets": ["x"], "residual_before_layer_norm": True}, "layer_norm_after"),
+        ({"targets": ["x"], "layers": []}, "layers: an empty list"),
+        ({"targets": ["x"], "dtype": "int8"}, "dtype.*found 'int8'"),
+        ({"targets": ["x"], "reduction": 2}, "reduction: Extra inputs"),
+        ({"targets": ["x"], "method": "lora"}, "method.*found 'lora'"),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_was_found(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ak.ConfigError, match=message):
+        ak.BottleneckConfig(**settings)
+
+
+def test_all_bad_settings_are_named_at_once() -> None:
+    with pytest.raises(ak.ConfigError, match=r"dropout.*stochastic_depth.*colour"):
+        ak.BottleneckConfig(targets=["x"], dropout=2, stochastic_depth=-1, colour="red")  # type: ignore[call-arg]
+
+
+def test_several_spellings_mean_the_same() -> None:
+    plain = ak.BottleneckConfig(targets=("x",), layers=(0, 1), dtype="float16", reduction_factor=4.0)
+    assert plain == ak.BottleneckConfig(targets="x", layers=range(2), dtype=torch.float16, reduction_factor=4)
+
+
+def test_an_override_is_validated_and_drops_its_rival() -> None:
+    config = ak.BottleneckConfig(targets=["x"], reduction_factor=4)
+    assert config.override({"bottleneck_size": 3}) == ak.BottleneckConfig(targets=["x"], bottleneck_size=3)
+    assert config.override({}) is config
+    with pytest.raises(ak.ConfigError, match="found '7'"):
+        config.override({"dropout": 7})
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = ak.BottleneckConfig(targets=["x"])
+    with pytest.raises(ValueError, match="frozen"):
+        config.dropout = 0.5  # type: ignore[misc]
+
+
+def test_a_setting_by_layer_falls_back_to_its_default() -> None:
+    assert [per_layer({"default": 16, "1": 4}, layer) for layer in (0, 1, None)] == [16, 4, 16]
+    assert per_layer(3, 1) == 3

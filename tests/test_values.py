@@ -1,0 +1,68 @@
+import copy
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+from transformers.modeling_outputs import BaseModelOutput
+
+from adapterkit import values
+
+Pair = namedtuple("Pair", ["first", "second"])  # noqa: PYI024 (the plain kind is what models return)
+
+
+@dataclass(frozen=True)
+class Output:
+    count: int
+    hidden: Tensor
+
+
+X, IDS, NEW = torch.ones(2, 3), torch.arange(3), torch.zeros(2, 3)
+CASES: list[tuple[Any, values.Path]] = [
+    (X, ()),
+    ((X, None), (0,)),
+    ((None, IDS, X), (2,)),
+    ([IDS, X], (1,)),
+    ({"ids": IDS, "hidden": X}, ("hidden",)),
+    (OrderedDict(hidden=X), ("hidden",)),
+    (Pair(IDS, X), ("second",)),
+    (Output(3, X), ("hidden",)),
+    (BaseModelOutput(last_hidden_state=X), ("last_hidden_state",)),
+    ((IDS, {"deep": [None, Pair(IDS, X)]}), (1, "deep", 1, "second")),
+    (torch.return_types.max((X, IDS)), (0,)),
+    (pack_sequence([X, X]), ("data",)),
+]
+
+
+@pytest.mark.parametrize(("value", "path"), CASES)
+def test_the_first_floating_tensor_is_found_in_any_container(value: Any, path: values.Path) -> None:
+    assert values.find(value) == path
+    assert values.get(value, path).is_floating_point()
+
+
+@pytest.mark.parametrize(("value", "path"), CASES)
+def test_putting_a_tensor_keeps_the_type_and_changes_nothing_else(value: Any, path: values.Path) -> None:
+    before = copy.deepcopy(value)
+    changed = values.put(value, path, NEW)
+    assert type(changed) is type(value)
+    assert values.get(changed, path) is NEW
+    assert repr(value) == repr(before), "the value given must not change"
+    assert repr(values.put(changed, path, values.get(value, path))) == repr(before)
+
+
+@pytest.mark.parametrize("value", [None, IDS, (IDS, None), {}, "text", 3.0])
+def test_there_may_be_no_floating_tensor(value: Any) -> None:
+    assert values.find(value) is None
+
+
+def test_a_path_that_leads_nowhere_is_a_lookup_error() -> None:
+    with pytest.raises(LookupError, match="hidden"):
+        values.get({"x": X}, ("hidden",))
+
+
+def test_a_model_output_keeps_attribute_and_item_in_step() -> None:
+    changed = values.put(BaseModelOutput(last_hidden_state=X), ("last_hidden_state",), NEW)
+    assert changed["last_hidden_state"] is changed.last_hidden_state is changed[0] is NEW
