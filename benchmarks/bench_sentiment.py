@@ -1,6 +1,6 @@
 """How do adapters compare with full fine-tuning on real text, over seeds?
 
-    python benchmarks/bench_sentiment.py --select    # choose learning rate and epochs of each arm on the validation split
+    python benchmarks/bench_sentiment.py --select    # choose learning rate and epochs of each arm, on the validation split
     python benchmarks/bench_sentiment.py             # the chosen settings on the test split, five seeds, paired intervals
 
 Both print a table and write it as JSON under benchmarks/results/. The arms are those of examples/sentiment.py.
@@ -26,7 +26,15 @@ STUDENT_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by number
 def job(arm: str, seed: int, split: str, size: int, learning_rate: float, epochs: int) -> sentiment.Job:
     """One run of one arm."""
     return sentiment.Job(
-        arm, sentiment.OFFLINE_MODEL, sentiment.OFFLINE_TEXT, seed, size, learning_rate, epochs, Path("runs/bench"), split
+        arm,
+        sentiment.OFFLINE_MODEL,
+        sentiment.OFFLINE_TEXT,
+        seed,
+        size,
+        learning_rate,
+        epochs,
+        Path("runs/bench"),
+        split,
     )
 
 
@@ -35,8 +43,9 @@ def select(size: int) -> list[dict[str, Any]]:
     rows = []
     for arm, rates in RATES.items():
         tried: list[dict[str, Any]] = []
-        for rate, epochs in [*((rate, 3) for rate in rates), (None, 2)]:
-            rate = rate or max(tried, key=lambda row: row["validation_accuracy"])["learning_rate"]
+        for trial in range(len(rates) + 1):
+            best_so_far = max(tried, key=lambda row: row["validation_accuracy"], default=None)
+            rate, epochs = (rates[trial], 3) if trial < len(rates) else (best_so_far["learning_rate"], 2)
             [result] = sentiment.run_jobs([job(arm, SELECTION_SEED, "validation", size, rate, epochs)])
             row = {"arm": arm, "learning_rate": rate, "epochs": epochs, "validation_accuracy": result.accuracy}
             tried.append(row)
@@ -92,7 +101,8 @@ def main() -> None:
     for row in summary:
         low, high = row["interval"]
         print(
-            f"{row['arm']:<10} {row['mean']:>7.2f}% {row['stdev']:>6.2f} {row['minus_full']:>+10.2f} [{low:+.2f}, {high:+.2f}]"
+            f"{row['arm']:<10} {row['mean']:>7.2f}% {row['stdev']:>6.2f} "
+            f"{row['minus_full']:>+10.2f} [{low:+.2f}, {high:+.2f}]"
             f"{row['seconds_per_step']:>14.3f} {row['peak_megabytes']:>8,.0f}"
         )
     write_json("sentiment", {"train_size": size, "seeds": seeds, "summary": summary, "rows": rows}, quick=args.quick)

@@ -17,7 +17,9 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, Any]:
     """Versions, device and commit."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
     return {
         "adapterkit": adapterkit.__version__,
         "torch": torch.__version__,

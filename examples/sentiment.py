@@ -304,7 +304,12 @@ def chart(results: list[Result], path: Path) -> None:
     for r in results:
         axes.scatter(r.size_bytes, r.accuracy, s=80)
         axes.annotate(f"{r.arm}\n{r.parameters:,} trained", (r.size_bytes, r.accuracy), (8, -4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="bytes on disk for each task", ylabel="test accuracy (%)", title="Sentiment, one frozen base")
+    axes.set(
+        xscale="log",
+        xlabel="bytes on disk for each task",
+        ylabel="test accuracy (%)",
+        title="Sentiment, one frozen base",
+    )
     axes.margins(x=0.3, y=0.2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

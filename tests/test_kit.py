@@ -43,18 +43,18 @@ def test_a_new_adapter_is_the_identity_bit_for_bit(config: ak.BottleneckConfig) 
     kit.add("a", config)
     assert torch.equal(model(ids), expected), "added, not active"
     kit.activate("a")
-    assert torch.equal(model.eval()(ids), expected) == is_identity_at_init(config) or not is_identity_at_init(config)
     if is_identity_at_init(config):
+        assert torch.equal(model.eval()(ids), expected)
         assert torch.equal(model.train()(ids), expected)
 
 
 @given(configs)
 def test_removing_an_adapter_restores_everything(config: ak.BottleneckConfig) -> None:
     torch.manual_seed(0)
-    model, ids = Tiny(PostNormBlock), torch.randint(0, 11, (3, 5))
+    model, ids = Tiny(PostNormBlock).eval(), torch.randint(0, 11, (3, 5))
     before, expected = trace_of(model), model(ids)
     kit = ak.wrap(model, ids)
-    kit.add("a", config)
+    kit.add("a", config, non_linearity="gelu")  # a narrow relu may be dead by chance
     randomise(kit, "a")
     kit.activate("a")
     assert not torch.equal(model(ids), expected)
@@ -96,7 +96,6 @@ def test_wrapping_changes_nothing_and_gives_one_kit(post_norm: Tiny) -> None:
     before = trace_of(post_norm)
     kit = ak.wrap(post_norm)
     assert ak.wrap(post_norm) is kit
-    assert ak.wrap(torch.compile(post_norm)) is kit
     assert kit.model is post_norm
     assert trace_of(post_norm) == before
 
@@ -184,7 +183,7 @@ def test_an_unknown_adapter_is_an_error_with_the_nearest_name(post_norm: Tiny, c
     kit.add("sentiment", CONFIG)
     arguments = (tmp_path,) if call == "save" else ()
     with pytest.raises(ak.AdapterNameError, match=r"no adapter 'sentimnt'. Did you mean 'sentiment'"):
-        list(filter(None, [getattr(kit, call)("sentimnt", *arguments)]))[0].__enter__()
+        next(filter(None, [getattr(kit, call)("sentimnt", *arguments)])).__enter__()
 
 
 @given(st.lists(adapter_names, min_size=2, max_size=4, unique=True))
@@ -252,7 +251,12 @@ def test_a_config_may_be_given_in_any_spelling(post_norm: Tiny, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "neither a config nor a JSON file"), ("{", "not JSON"), ("[1]", "JSON list"), ('{"method": "x"}', "found 'x'")],
+    [
+        (None, "neither a config nor a JSON file"),
+        ("{", "not JSON"),
+        ("[1]", "JSON list"),
+        ('{"method": "x"}', "found 'x'"),
+    ],
 )
 def test_a_bad_config_file_is_an_error(post_norm: Tiny, tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "config.json"
@@ -300,7 +304,7 @@ def test_an_add_that_fails_leaves_the_model_as_it_was(settings: dict[str, Any]) 
     kit.add("taken", CONFIG)
     kit.train_adapter("taken")
     before, expected, random_state = trace_of(model), model(ids), torch.get_rng_state()
-    with pytest.raises(ak.AdapterKitError):  # noqa: PT011 (each case's message is tested where it is raised)
+    with pytest.raises(ak.AdapterKitError):
         kit.add(settings.pop("name", "a"), {"method": "bottleneck", **settings}, heads=settings.pop("heads", ()))
     assert trace_of(model) == before
     assert torch.equal(model(ids), expected)
@@ -340,7 +344,7 @@ def test_a_copy_is_independent_and_whole(post_norm: Tiny, ids: Tensor, way: str)
     assert not torch.equal(twin(ids), expected)
     twin_kit.unwrap()
     assert torch.equal(post_norm(ids), expected)
-    assert not list(twin.modules())[0].__dict__.get("_adapterkit_record")
+    assert not next(iter(twin.modules())).__dict__.get("_adapterkit_record")
 
 
 def test_a_part_taken_out_of_a_model_keeps_its_adapters(post_norm: Tiny) -> None:
@@ -358,7 +362,7 @@ def test_a_part_taken_out_of_a_model_keeps_its_adapters(post_norm: Tiny) -> None
 def test_parts_that_were_wrapped_apart_are_refused(post_norm: Tiny) -> None:
     for block in post_norm.blocks:
         ak.wrap(block).add("a", CONFIG)
-    with pytest.raises(ak.CompatibilityError, match="'blocks.1.attention.out'.*wrapped on their own|wrapped on their own"):
+    with pytest.raises(ak.CompatibilityError, match=r"'blocks.1.attention.out' among them"):
         ak.wrap(post_norm).add("b", CONFIG)
 
 
@@ -368,7 +372,7 @@ def test_a_model_that_is_distributed_already_is_refused() -> None:
             super().__init__()
             self.module = Tiny(PostNormBlock)
 
-    with pytest.raises(ak.ConfigError, match="DistributedDataParallel.*add adapters first"):
+    with pytest.raises(ak.ConfigError, match=r"DistributedDataParallel.*add adapters first"):
         ak.wrap(DistributedDataParallel()).add("a", CONFIG)
 
 
@@ -381,7 +385,7 @@ def test_a_thousand_adapters_come_and_go_without_a_trace(post_norm: Tiny, ids: T
             kit.activate(f"a{i % 3}")
             kit.remove(f"a{i % 3}")
         gc.collect()
-        return sum(isinstance(o, Tensor) for o in gc.get_objects())
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
     assert cycle(1000) <= cycle(10)
     kit.unwrap()

@@ -18,7 +18,10 @@ from .conftest import Tiny
         (["blocks.[1-9].up"], ["blocks.1.up"]),
         (["re:blocks\\.0\\.(up|down)"], ["blocks.0.up", "blocks.0.down"]),
         ([""], [""]),
-        ([lambda module, path: isinstance(module, nn.LayerNorm) and "0" in path], ["blocks.0.norm_1", "blocks.0.norm_2"]),
+        (
+            [lambda module, path: isinstance(module, nn.LayerNorm) and "0" in path],
+            ["blocks.0.norm_1", "blocks.0.norm_2"],
+        ),
         (["down", "up", "blocks.0.up"], ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]),
     ],
 )

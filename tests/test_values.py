@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from adapterkit import values
 
-Pair = namedtuple("Pair", ["first", "second"])  # noqa: PYI024 (the plain kind is what models return)
+Pair = namedtuple("Pair", ["first", "second"])
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Adapt any PyTorch model with small trained modules, and change nothing else about it.
 
-    import adapterkit as ak
+import adapterkit as ak
 
-    kit = ak.wrap(model)
-    kit.add("sst2", ak.BottleneckConfig(targets=["output.dense"], bottleneck_size=48))
-    kit.train_adapter("sst2")
+kit = ak.wrap(model)
+kit.add("sst2", ak.BottleneckConfig(targets=["output.dense"], bottleneck_size=48))
+kit.train_adapter("sst2")
 """
 
 from .config.bottleneck import BottleneckConfig

@@ -25,8 +25,8 @@ from .sites import AdapterSite, Entry, SiteSpec, adapter_names, record_of, site_
 from .structure.trace import ExampleInputs
 
 __all__ = [
-    "Part", "add", "attach", "build_parts", "check_free", "check_unsharded", "copy_head", "detach", "find_heads", "find_sites",
-    "named_parameters", "parameter_near", "shared_record",
+    "Part", "add", "attach", "build_parts", "check_free", "detach", "find_heads", "find_sites", "named_parameters",
+    "parameter_near", "shared_record",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .base import base_parameters, base_tensors, digest
 from .hooks import KitHook, has_hook, remove_hooks, require_input_grad, set_hook
 from .patterns import modules_by_path
-from .record import Frozen, Record
+from .record import RECORD, Frozen, Record
 from .sites import sites_of
 
 __all__ = ["freeze", "set_training", "unfreeze"]
@@ -54,6 +54,7 @@ class RootInputHook(KitHook):
 def freeze(model: nn.Module, record: Record) -> None:
     """Freeze the base: no gradients, no moving statistics. Remembers what it finds; freezing twice changes nothing."""
     modules = modules_by_path(model)
+    model.__dict__[RECORD] = record
     if record.frozen is None:
         record.frozen = Frozen(
             requires_grad={name: p.requires_grad for name, p in base_parameters(model)},

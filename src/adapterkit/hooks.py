@@ -140,7 +140,11 @@ def set_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Recor
 
 def remove_hooks(module: nn.Module, kind: type[KitHook] = KitHook) -> None:
     """Remove our hooks of this kind from the module, found by their class: handles would not survive a copy."""
-    flags = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called, module._forward_pre_hooks_with_kwargs)
+    flags = (
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+        module._forward_pre_hooks_with_kwargs,
+    )
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
             for held in (hooks, *flags):

@@ -199,9 +199,7 @@ class AdapterKit:
         plan.check_known(self.model, name)
         return store.save_adapter(self.model, name, directory, heads=heads, metadata=metadata)
 
-    def load(
-        self, directory: str | Path, name: str | None = None, *, heads: bool = True, any_base: bool = False
-    ) -> str:
+    def load(self, directory: str | Path, name: str | None = None, *, heads: bool = True, any_base: bool = False) -> str:
         """Load an adapter and return its name; it is not active yet. Raises: see `store.load_adapter`."""
         return store.load_adapter(self.model, directory, name=name, heads=heads, any_base=any_base)
 

@@ -24,9 +24,7 @@ def check_name(name: object) -> str:
     if len(name) > MAX_LENGTH:
         raise AdapterNameError(f"an adapter's name has at most {MAX_LENGTH} characters; {name[:20]!r}… has {len(name)}")
     if not name.isprintable() or name != name.strip():
-        raise AdapterNameError(
-            f"an adapter's name has printable characters only and no spaces at its ends; found {name!r}"
-        )
+        raise AdapterNameError(f"an adapter's name has printable characters only and no spaces at its ends; found {name!r}")
     return name
 
 

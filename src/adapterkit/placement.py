@@ -84,9 +84,7 @@ def _layer(path: str, modules: dict[str, nn.Module]) -> tuple[int, int] | None:
     return None
 
 
-def _in_layers(
-    hosts: list[str], layers: dict[str, tuple[int, int] | None], wanted: Sequence[int] | None
-) -> list[str]:
+def _in_layers(hosts: list[str], layers: dict[str, tuple[int, int] | None], wanted: Sequence[int] | None) -> list[str]:
     """The hosts that lie in the wanted layers."""
     if wanted is None:
         return hosts
@@ -142,9 +140,7 @@ def _shape_at(value: Any, path: values.Path | None) -> tuple[int, ...] | None:
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
-def _shape(
-    path: str, host: nn.Module, config: AdapterConfig, placement: Placement, seen: _Seen | None
-) -> HostShape:
+def _shape(path: str, host: nn.Module, config: AdapterConfig, placement: Placement, seen: _Seen | None) -> HostShape:
     """Width, width read and axis of a site, from the trace if there is one, else from the host's type."""
     known = known_shape(host)
     if placement.reads == "norm":
@@ -225,5 +221,7 @@ def _argument(host: nn.Module, which: int | str | None) -> tuple[int | None, str
     return names.index(which) if which in names else None, which
 
 
-def _as_path(output: int | str | tuple[int | str, ...] | None) -> values.Path | None:
-    return output if output is None or isinstance(output, tuple) else (output,)
+def _as_path(output: int | str | Sequence[int | str] | None) -> values.Path | None:
+    if output is None:
+        return None
+    return (output,) if isinstance(output, (int, str)) else tuple(output)

@@ -29,7 +29,7 @@ _HISTORY = 4096  # changes of activation that a backward may still look back on
 
 def _sequence_number() -> int:
     """The number that autograd will give to the next node made in this thread."""
-    return torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined,no-any-return]
+    return torch._C._autograd._get_sequence_nr()
 
 
 class Activation:
@@ -170,7 +170,8 @@ class Handover:
         if torch.compiler.is_compiling():
             tensor, self._traced = self._traced, None
             return tensor
-        return _handed.__dict__.pop(str(id(self)), None)
+        handed: Tensor | None = _handed.__dict__.pop(str(id(self)), None)
+        return handed
 
 
 _handed = threading.local()

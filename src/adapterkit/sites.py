@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
@@ -83,7 +85,7 @@ class AdapterSite(nn.Module):
         self.output_steps: tuple[Step, ...] = ()
         self.input_steps: tuple[Step, ...] = ()
         self.host_path = host_path
-        self.register_load_state_dict_post_hook(_forgive_absent_adapters)
+        self.register_load_state_dict_post_hook(_forgive_absent_adapters)  # type: ignore[no-untyped-call]
 
     def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refuse. Shape: any."""
@@ -103,15 +105,16 @@ class AdapterSite(nn.Module):
 
     def held(self, name: str) -> nn.Module:
         """The module of one adapter at this host."""
-        module = self._modules[site_key(name)]
-        assert module is not None
-        return module
+        return self.get_submodule(site_key(name))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module, but nothing inside `kit.base_checkpoint()`."""
-        return kwargs.get("destination", {}) if self.record.omit_adapters else super().state_dict(*args, **kwargs)
+        if self.record.omit_adapters:
+            return kwargs.get("destination", {})
+        _warn_if_saved_as_base()
+        return super().state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(  # noqa: PLR0913 (the signature is torch's)
+    def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Tensor],
         prefix: str,
@@ -128,9 +131,7 @@ class AdapterSite(nn.Module):
                 log.present.add(name)
             else:
                 log.absent.setdefault(name, []).append(start)
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 _RESERVED = frozenset(dir(AdapterSite)) | {"record", "entries", "output_steps", "input_steps", "host_path", "training"}
@@ -142,8 +143,10 @@ def site_key(name: str) -> str:
 
 
 class _LoadLog:
-    """Which adapters one `load_state_dict` call has met, so that a file with none of an adapter's tensors (a base
-    checkpoint) loads strictly, while a file with some of them is an error."""
+    """Which adapters one `load_state_dict` call has met.
+
+    A file with none of an adapter's tensors (a base checkpoint) loads strictly; one with some of them is an error.
+    """
 
     _current = threading.local()
 
@@ -169,6 +172,22 @@ class _LoadLog:
             gone = [key for key in self.missing if key.startswith(tuple(starts))]
             self.forgiven.setdefault(name, []).extend(gone)
             self.missing[:] = [key for key in self.missing if key not in gone]
+
+
+def _warn_if_saved_as_base() -> None:
+    """Warn inside a `save_pretrained` that a person called: `from_pretrained` would drop the adapters without a word.
+
+    Not inside that of a Trainer's checkpoint, which is loaded into the adapted model again.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_name != "save_pretrained":
+        frame = frame.f_back
+    if frame.f_back is not None and frame.f_back.f_code.co_name != "_save":
+        warnings.warn(
+            "save_pretrained is writing adapters into the base model's file, where from_pretrained will not find them. "
+            "Call it inside `with kit.base_checkpoint():`, and save the adapters with kit.save.",
+            stacklevel=3,
+        )
 
 
 def _forgive_absent_adapters(_site: nn.Module, incompatible: Any) -> None:

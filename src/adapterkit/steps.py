@@ -38,15 +38,16 @@ class AddDelta(Step):
         return values.put(value, path, self._adapt(site, host, args, kwargs, values.get(value, path)))
 
     def _adapt(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
-        """x + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
+        """X + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
         spec = self.spec
         if x.is_nested:
             return self._adapt_nested(site, host, args, kwargs, x)
         reads = spec.reads
-        z = x if reads == "site" else self._read(host, args, kwargs, x)
+        z: Tensor = x if reads == "site" else self._read(host, args, kwargs, x)
         if z.shape[spec.axis] != spec.input_width or x.shape[spec.axis] != spec.width:
             raise self._wrong_shape(z, x)
         module: Any = site._modules[self.key]
+        delta: Tensor
         dtype = module.compute_dtype
         if z.dtype is not dtype:
             z = z.to(dtype)
@@ -137,7 +138,7 @@ def argument_path(call: tuple[Any, ...], argument: tuple[int | None, str | None]
         LookupError: the call does not have it.
     """
     position, keyword = argument
-    if keyword in call[1]:
+    if keyword is not None and keyword in call[1]:
         return (1, keyword)
     if position is not None and position < len(call[0]):
         return (0, position)

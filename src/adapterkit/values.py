@@ -46,10 +46,15 @@ def put(value: Any, path: Path, tensor: Tensor) -> Any:
     key, rest = path[0], path[1:]
     new = put(dict(_items(value))[key], rest, tensor)
     if isinstance(value, tuple):
-        items = [new if i == key or name == key else item for i, (name, item) in enumerate(_items(value))]
+        items = [new if key in (i, name) else item for i, (name, item) in enumerate(_items(value))]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{str(key): new})  # type: ignore[type-var]
+    # Exact lists and dicts are spelled out, for torch.compile does not know how to copy them.
+    if type(value) is list:
+        return [new if i == key else item for i, item in enumerate(value)]
+    if type(value) is dict:
+        return {**value, key: new}
     changed = copy.copy(value)
     changed[key] = new
     return changed

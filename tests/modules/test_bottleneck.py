@@ -71,7 +71,9 @@ def test_a_gate_is_the_mean_over_tokens_of_a_sigmoid() -> None:
     a = random_adapter(gating=True)
     gate = torch.sigmoid(Z @ a.gate_weight.T + a.gate_bias).mean(1, keepdim=True)
     torch.testing.assert_close(a(Z, X), gate * branch(a, Z))
-    torch.testing.assert_close(a(Z[:, 0], X[:, 0]), torch.sigmoid(Z[:, 0] @ a.gate_weight.T + a.gate_bias) * branch(a, Z[:, 0]))
+    torch.testing.assert_close(
+        a(Z[:, 0], X[:, 0]), torch.sigmoid(Z[:, 0] @ a.gate_weight.T + a.gate_bias) * branch(a, Z[:, 0])
+    )
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -1,6 +1,6 @@
 """What the configs of all methods share: which modules, which layers, which seed, which dtype."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -36,21 +36,23 @@ class _PredicateSchema:
 Target = str | Annotated[Predicate, _PredicateSchema]
 
 
-def _as_list(value: object) -> object:
-    """One target may be given without a list around it."""
-    return [value] if isinstance(value, str) or callable(value) else value
+def _as_tuple(value: object) -> object:
+    """One target may be given without a list around it; a config holds tuples, which cannot change."""
+    if isinstance(value, str) or callable(value):
+        return (value,)
+    return tuple(value) if isinstance(value, (list, range)) else value
 
 
-def _range_to_list(value: object) -> object:
-    return list(value) if isinstance(value, range) else value
+def _list_to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _dtype_name(value: object) -> object:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_list)]
-Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_range_to_list)]
+Targets = Annotated[Sequence[Target], BeforeValidator(_as_tuple)]
+Layers = Annotated[Sequence[int] | None, BeforeValidator(_as_tuple)]
 
 
 class AdapterConfig(BaseModel):
@@ -73,7 +75,8 @@ class AdapterConfig(BaseModel):
         ConfigError: one for all bad fields.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Built on first use: building scans installed packages for plugins, which an import should not cost.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
     # Pairs of settings for one quantity: giving one as an override drops the other.
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
 
@@ -83,7 +86,7 @@ class AdapterConfig(BaseModel):
     layers: Layers = None
     seed: int | None = None
     dtype: Annotated[DType | None, BeforeValidator(_dtype_name)] = None
-    output: int | str | tuple[int | str, ...] | None = None
+    output: Annotated[int | str | Sequence[int | str] | None, BeforeValidator(_list_to_tuple)] = None
     input: int | str | None = None
     channel_axis: int | None = None
 
@@ -95,7 +98,7 @@ class AdapterConfig(BaseModel):
 
     @field_validator("layers")
     @classmethod
-    def _some_layer(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    def _some_layer(cls, layers: Sequence[int] | None) -> Sequence[int] | None:
         if layers is not None and not layers:
             raise ValueError("an empty list adapts nothing; leave `layers` out to adapt every layer")
         return layers

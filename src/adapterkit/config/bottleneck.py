@@ -11,7 +11,7 @@ from .base import AdapterConfig
 __all__ = ["BottleneckConfig"]
 
 Factor = Annotated[float, Field(gt=0)]
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 DEFAULT_REDUCTION_FACTOR = 16.0

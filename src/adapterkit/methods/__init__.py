@@ -30,7 +30,8 @@ def config_from(settings: Mapping[str, Any]) -> AdapterConfig:
     name = settings.get("method")
     if not isinstance(name, str) or name not in _BY_NAME:
         raise ConfigError(f"'method' must be one of {sorted(_BY_NAME)}; found {name!r}")
-    return _BY_NAME[name].config_type(**settings)
+    config: AdapterConfig = _BY_NAME[name].config_type(**settings)
+    return config
 
 
 def as_config(config: AdapterConfig | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> AdapterConfig:

@@ -149,4 +149,3 @@ class BottleneckAdapter(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         return f"{self.input_size} -> {self.bottleneck_size} -> {self.output_size}, scaling={self.scaling}"
-

@@ -101,7 +101,7 @@ def _write(path: Path, content: bytes) -> None:
     """Replace a file in one step, on disk before this returns."""
     temporary = path.with_name(f".adapter-{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

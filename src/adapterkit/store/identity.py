@@ -13,8 +13,10 @@ __all__ = ["base_identity", "structure_of"]
 
 
 def structure_of(model: nn.Module, path: str) -> str:
-    """A hash over what a base must share at a site: the host's path, type, and the parameter shapes of the host, or,
-    where it has none, of the innermost module around it that does."""
+    """A hash over what a base must share at a site: the host's path and type, and parameter shapes.
+
+    The shapes are those of the host or, where it has no parameters, of the innermost module around it that does.
+    """
     parts = path.split(".") if path else []
     shapes: list[str] = []
     for n in range(len(parts), -1, -1):

@@ -19,7 +19,7 @@ from ..patterns import modules_by_path
 from ..sites import SiteSpec
 from .files import read_manifest_bytes, read_tensors_bytes
 from .identity import structure_of
-from .manifest import Manifest, SiteRecord, parse_manifest
+from .manifest import Manifest, PlaceRecord, SiteRecord, parse_manifest
 from .save import dtype_name, tensor_key
 
 __all__ = ["BaseMismatchWarning", "load_adapter", "read_manifest"]
@@ -80,7 +80,8 @@ def _check_structure(model: nn.Module, manifest: Manifest, *, heads: bool, sourc
     """Raise CompatibilityError, naming the sites, unless the model has what the adapter was trained around."""
     modules = modules_by_path(model)
     differing = []
-    for record in (*manifest.sites, *(manifest.heads if heads else ())):
+    places: list[PlaceRecord] = [*manifest.sites, *(manifest.heads if heads else ())]
+    for record in places:
         needs = {record.path, record.residual or record.path} if isinstance(record, SiteRecord) else {record.path}
         if not needs <= modules.keys():
             differing.append(f"{record.path!r} ({record.host}) does not exist")

@@ -11,7 +11,7 @@ __all__ = [
     "FORMAT_VERSION", "BaseIdentity", "Manifest", "Metadata", "Metric", "SiteRecord", "TensorRecord", "parse_manifest",
 ]  # fmt: skip
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MAX_SITES = 100_000
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -20,14 +20,21 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Built on first use: building scans installed packages for plugins, which an import should not cost.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
-class SiteRecord(_Strict):
-    """One site: the fields of `SiteSpec`, and a hash over the module around it that a base must share."""
+class PlaceRecord(_Strict):
+    """A module that a base must have: its path, its type, and a hash over the shapes of and around it."""
 
     path: Text
     host: Text
+    structure: Sha256
+
+
+class SiteRecord(PlaceRecord):
+    """One site: the fields of `SiteSpec`."""
+
     at: Literal["output", "input"]
     reads: Literal["site", "norm", "input", "residual", "sum"]
     width: Annotated[int, Field(ge=1)]
@@ -37,15 +44,10 @@ class SiteRecord(_Strict):
     output: tuple[int | str, ...] | None
     input: tuple[int | None, str | None] | None
     residual: Text | None
-    structure: Sha256
 
 
-class HeadRecord(_Strict):
+class HeadRecord(PlaceRecord):
     """A head that the adapter owns a copy of."""
-
-    path: Text
-    host: Text
-    structure: Sha256
 
 
 class TensorRecord(_Strict):

@@ -45,11 +45,12 @@ def save_adapter(
     tensors = _tensors(held, name)
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     site_records, head_records = _records(model, held, name)
-    structures = [record.structure for record in (*site_records, *head_records)]
+    structures = [r.structure for r in site_records] + [r.structure for r in head_records]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=name,
-        config=held[0][2].entries[name].config.model_dump(mode="json", exclude_unset=True) | {"method": _method(held, name)},
+        # Every setting, not only those that were given: another version may have other defaults.
+        config=held[0][2].entries[name].config.model_dump(mode="json"),
         sites=tuple(site_records),
         heads=tuple(head_records),
         tensors={key: TensorRecord(shape=tuple(t.shape), dtype=dtype_name(t)) for key, t in tensors.items()},
@@ -60,7 +61,7 @@ def save_adapter(
         versions={"adapterkit": version("adapterkit"), "torch": torch.__version__, "python": platform.python_version()},
     )
     directory = Path(directory)
-    text = manifest.model_dump_json(indent=2, exclude_none=False)
+    text = manifest.model_dump_json(indent=2)
     replace_adapter(directory, text.encode(), content, _card(manifest).encode())
     return directory
 
@@ -82,10 +83,6 @@ def tensor_key(kind: str, path: str, tensor: str) -> str:
 def dtype_name(tensor: Tensor) -> str:
     """A dtype's name as the manifest spells it: "float32"."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _method(held: list[tuple[str, nn.Module, AdapterSite]], name: str) -> str:
-    return held[0][2].entries[name].config.method
 
 
 def _tensors(held: list[tuple[str, nn.Module, AdapterSite]], name: str) -> dict[str, Tensor]:

@@ -1,0 +1,113 @@
+"""The tree is the architecture: imports point downwards, public names are listed, importing is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adapterkit
+
+SOURCE = Path(adapterkit.__file__).parent
+# From the bottom up. A module may import from its own layer and from those above it in this list.
+LAYERS = [
+    {"errors"},
+    {"names", "config", "ops", "modules"},
+    {"patterns", "values", "hosts", "record", "base", "structure", "sites", "steps", "hooks", "placement"},
+    {"methods"},
+    {"plan", "attach", "freezing", "verify", "summary", "store"},
+    {"kit"},
+    {"__init__"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# The core dependencies and what they are made of.
+CORE = {
+    "adapterkit",
+    "torch",
+    "pydantic",
+    "pydantic_core",
+    "annotated_types",
+    "typing_extensions",
+    "typing_inspection",
+    "safetensors",
+}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a file imports, relative to the package."""
+    here = list(path.relative_to(SOURCE).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = here[: len(here) - node.level + 1]
+            target = ".".join([*start, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = ".".join(filter(None, [target, alias.name]))
+                is_module = (SOURCE / f"{inner.replace('.', '/')}.py").exists() or (
+                    SOURCE / inner.replace(".", "/")
+                ).is_dir()
+                found.add(inner if is_module else target)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adapterkit"):
+            pytest.fail(f"{path} imports its own package by its absolute name")
+    return found
+
+
+def test_every_file_has_a_layer() -> None:
+    assert {module_of(path).split(".")[0] for path in FILES} == set(RANK)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_downwards(path: Path) -> None:
+    here = module_of(path).split(".")[0]
+    upward = {name for name in imports_of(path) if RANK[name.split(".")[0]] > RANK[here]}
+    assert not upward
+
+
+def test_there_are_no_cycles() -> None:
+    graph = {module_of(path).removesuffix(".__init__"): imports_of(path) for path in FILES}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"cycle: {' -> '.join((*above, name))}"
+        if name not in done:
+            for target in graph.get(name, ()):
+                visit(target, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_public_names_are_listed_sorted_and_there() -> None:
+    assert adapterkit.__all__ == sorted(adapterkit.__all__)
+    public = {name for name in vars(adapterkit) if not name.startswith("_")}
+    modules = {path.stem for path in SOURCE.iterdir()}
+    assert public - modules == {name for name in adapterkit.__all__ if not name.startswith("_")}
+    assert all(getattr(adapterkit, name).__doc__ for name in adapterkit.__all__ if name != "__version__")
+
+
+def in_new_process(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_importing_brings_in_the_core_dependencies_only() -> None:
+    code = (
+        "import sys, torch, pydantic, safetensors.torch; before = set(sys.modules); import adapterkit;"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names) - {'_sysconfigdata__linux_x86_64-linux-gnu'})"
+    )
+    assert set(in_new_process(code).split()) <= CORE
+
+
+def test_importing_takes_at_most_250_ms_over_torch() -> None:
+    code = "import torch, time; t = time.perf_counter(); import adapterkit; print(time.perf_counter() - t)"
+    assert min(float(in_new_process(code)) for _ in range(3)) < 0.25
+
+
+def test_the_types_are_shipped() -> None:
+    assert (SOURCE / "py.typed").exists()

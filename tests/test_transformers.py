@@ -1,0 +1,167 @@
+"""Hugging Face models: their outputs, checkpoints, gradient checkpointing and Trainer."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import adapterkit as ak
+
+from .conftest import randomise
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+PFEIFFER = ak.BottleneckConfig(
+    targets=["layer.*.output.LayerNorm"], at="renormalised", bottleneck_size=3, non_linearity="gelu"
+)
+
+
+@pytest.fixture
+def bert() -> BertForSequenceClassification:
+    return BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)).eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    return {"input_ids": torch.randint(0, 20, (2, 4)), "attention_mask": mask, "labels": torch.tensor([0, 2])}
+
+
+def test_pfeiffer_on_bert_is_found_by_name_alone(bert: BertForSequenceClassification, batch: dict[str, Tensor]) -> None:
+    expected = bert(**batch)
+    kit = ak.wrap(bert)
+    kit.add("a", PFEIFFER, heads=["classifier"])
+    kit.train_adapter("a")
+    assert [site.path for site in kit.sites(PFEIFFER)] == [f"bert.encoder.layer.{i}.output.LayerNorm" for i in (0, 1)]
+    output = bert(**batch)
+    assert torch.equal(output.logits, expected.logits)
+    assert type(output) is SequenceClassifierOutput
+    bert.train()(**batch).loss.backward()
+    assert all(p.grad is not None for p in kit.parameters("a", heads=True))
+    kit.verify(batch).require()
+
+
+def test_the_root_and_its_model_output_can_be_adapted(
+    bert: BertForSequenceClassification, batch: dict[str, Tensor]
+) -> None:
+    kit = ak.wrap(bert, example_inputs=batch)
+    kit.add("a", ak.BottleneckConfig(targets=[""], output="logits", bottleneck_size=2))
+    before = bert(**batch)
+    randomise(kit, "a")
+    kit.activate("a")
+    after = bert(**batch)
+    assert type(after) is SequenceClassifierOutput
+    assert torch.equal(after.loss, before.loss)
+    assert not torch.equal(after.logits, before.logits)
+    assert after["logits"] is after.logits
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+)  # older ones have no other
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_equal_gradients(
+    bert: BertForSequenceClassification, batch: dict[str, Tensor], reentrant: bool
+) -> None:
+    bert.config.hidden_dropout_prob = bert.config.attention_probs_dropout_prob = 0.0
+    for module in bert.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    kit = ak.wrap(bert.train())
+    kit.add("a", PFEIFFER)
+    randomise(kit, "a")
+    kit.train_adapter("a")
+    bert(**batch).loss.backward()
+    plain = [p.grad.clone() for p in kit.parameters("a") if p.grad is not None]
+    bert.zero_grad()
+    bert.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    bert(**batch).loss.backward()
+    recomputed = [p.grad for p in kit.parameters("a")]
+    assert len(plain) == 8
+    for one, other in zip(recomputed, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_generation_with_a_cache_equals_generation_without() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20, n_positions=32)).eval()
+    ids = torch.randint(0, 20, (2, 4))
+    kit = ak.wrap(model, {"input_ids": ids})
+    kit.add("a", ak.BottleneckConfig(targets=["h.*"], bottleneck_size=3))
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    randomise(kit, "a")
+    kit.activate("a")
+    cached, uncached = (
+        model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=use) for use in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+    assert not torch.equal(cached, plain)
+
+
+def test_save_pretrained_does_not_mix_adapters_into_the_base_in_silence(
+    bert: BertForSequenceClassification, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    expected = bert(**batch).logits
+    kit = ak.wrap(bert)
+    kit.add("a", PFEIFFER)
+    randomise(kit, "a")
+    kit.activate("a")
+    with pytest.warns(UserWarning, match="save_pretrained is writing adapters into the base model's file"):
+        bert.save_pretrained(tmp_path / "mixed")
+    with warnings.catch_warnings(), kit.base_checkpoint():
+        warnings.simplefilter("error")
+        bert.save_pretrained(tmp_path / "base")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(again(**batch).logits, expected)
+    folder = kit.save("a", tmp_path / "adapter")
+    other = ak.wrap(again)
+    other.activate(other.load(folder))
+    assert torch.equal(again(**batch).logits, bert(**batch).logits)
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {key: value[index % 2] for key, value in self.batch.items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_a_trainer_trains_saves_and_resumes_the_adapter(batch: dict[str, Tensor], tmp_path: Path) -> None:
+    def kit_on_fresh_base() -> ak.AdapterKit:
+        torch.manual_seed(3)
+        kit = ak.wrap(BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)))
+        kit.add("a", PFEIFFER, heads=["classifier"])
+        kit.train_adapter("a")
+        return kit
+
+    def trainer(kit: ak.AdapterKit, steps: int) -> Trainer:
+        settings = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
+            report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        return Trainer(kit.model, settings, train_dataset=Rows(batch))
+
+    whole = kit_on_fresh_base()
+    trainer(whole, 4).train()
+    assert (tmp_path / "checkpoint-2").is_dir()
+    resumed = kit_on_fresh_base()
+    trainer(resumed, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for one, other in zip(whole.parameters("a", heads=True), resumed.parameters("a", heads=True), strict=True):
+        torch.testing.assert_close(one, other)
+    assert whole.verify().base_is_unmoved
+    assert resumed.verify().base_is_unmoved
