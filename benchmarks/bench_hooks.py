@@ -43,6 +43,10 @@ class Inlined(nn.Module):
         return y + F.linear(F.relu(F.linear(y, p["down"], p["down_bias"])), p["up"], p["up_bias"])
 
 
+def empty_hook(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
+    """The least that a hook can do."""
+
+
 def time_in_turn(work: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, float]:
     """Median over rounds of the mean seconds of each piece of work, all in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -65,7 +69,7 @@ def site_cost(rounds: int, repeats: int) -> dict[str, dict[str, float]]:
         return nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 
     bare, hooked, inactive, active, removed = (linear() for _ in range(5))
-    hooked.register_forward_hook(lambda module, args, kwargs, output: None, with_kwargs=True)
+    hooked.register_forward_hook(empty_hook, with_kwargs=True)
     config = ak.BottleneckConfig(targets=[""], bottleneck_size=BOTTLENECK)
     for model in (inactive, active, removed):
         ak.wrap(model).add("a", config)

@@ -393,6 +393,21 @@ def test_a_thousand_adapters_come_and_go_without_a_trace(post_norm: Tiny, ids: T
     assert torch.equal(post_norm(ids), expected)
 
 
+def test_a_removed_adapter_does_not_come_back_with_the_end_of_a_scope(post_norm: Tiny, ids: Tensor) -> None:
+    kit, expected = ak.wrap(post_norm), post_norm(ids)
+    kit.add("a", CONFIG)
+    kit.activate("a")
+    with kit.base():
+        kit.remove("a")
+    kit.add("a", CONFIG)
+    randomise(kit, "a")
+    assert torch.equal(post_norm(ids), expected)
+    with kit.active("a"):
+        kit.remove("a")
+        assert torch.equal(post_norm(ids), expected)
+    assert not kit.adapters
+
+
 def test_an_adapter_added_while_another_trains_starts_frozen(post_norm: Tiny) -> None:
     kit = ak.wrap(post_norm)
     kit.add("a", CONFIG)

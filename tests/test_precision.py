@@ -143,6 +143,22 @@ def test_frozen_norms_compile() -> None:
     assert kit.verify().base_is_unmoved
 
 
+def test_norms_frozen_after_a_compiled_call_stay() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(), torch.randn(3, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(x)
+    kit = ak.wrap(model)
+    kit.freeze()
+    compiled(x)
+    assert kit.verify().base_is_unmoved
+    kit.unfreeze()
+    kit.freeze()
+    kit.unfreeze()
+    before = model[1].running_mean.clone()
+    compiled(x)
+    assert not torch.equal(model[1].running_mean, before)
+
+
 def test_the_model_exports(post_norm: Tiny, ids: Tensor) -> None:
     kit = ak.wrap(post_norm.eval())
     kit.add("a", CONFIG)

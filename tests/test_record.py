@@ -235,6 +235,8 @@ def test_a_scope_that_another_thread_is_in_cannot_be_overruled() -> None:
     errors = []
     with kit.active("a"):
         errors += in_threads(lambda: kit.activate("b"), lambda: kit.active("b").__enter__(), kit.deactivate)
+        assert [type(e) for e in in_threads(lambda: kit.remove("a"), kit.unwrap)] == [ak.ActivationError] * 2
+        assert in_threads(lambda: kit.remove("b")) == []
         assert in_threads(lambda: kit.active("a").__enter__() and None) == []
     assert [type(error) for error in errors] == [ak.ActivationError] * 3
     assert "is running this model with 'a'" in str(errors[0])

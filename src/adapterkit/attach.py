@@ -2,7 +2,6 @@
 
 import copy
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,14 @@ from torch import nn
 from .base import base_tensors
 from .config.base import AdapterConfig
 from .errors import AdapterNameError, CompatibilityError, ConfigError, TargetError
-from .hooks import InputHook, OutputHook, remove_hooks, set_hook, sync_site_hooks
+from .hooks import InputHook, OutputHook, forget_compiled, remove_hooks, set_hook, sync_site_hooks
 from .hosts import resolve_host
 from .methods import method_of
 from .names import check_name
 from .patterns import SITE, match, modules_by_path
 from .placement import resolve
 from .plan import apply
-from .record import RECORD, Handover, Record
+from .record import ACTIVATION_LOCK, RECORD, Handover, Record
 from .sites import AdapterSite, Entry, SiteSpec, adapter_names, record_of, site_key, sites_of
 from .structure.trace import ExampleInputs
 
@@ -110,16 +109,17 @@ def attach(model: nn.Module, name: str, config: AdapterConfig, parts: Sequence[P
     record = shared_record(model)
     model.__dict__[RECORD] = record
     trains = record.frozen is None
-    for part in parts:
-        host = model.get_submodule(part.path)
-        site = host._modules.get(SITE)
-        if not isinstance(site, AdapterSite):
-            site = host._modules[SITE] = AdapterSite(record, part.path)
-            site.train(host.training)
-        handover = Handover() if part.spec is not None and part.spec.residual is not None else None
-        part.module.requires_grad_(trains).train(host.training)
-        site.insert(name, part.module, Entry(config, part.spec, handover))
-    _refresh(model, record)
+    with ACTIVATION_LOCK:
+        for part in parts:
+            host = model.get_submodule(part.path)
+            site = host._modules.get(SITE)
+            if not isinstance(site, AdapterSite):
+                site = host._modules[SITE] = AdapterSite(record, part.path)
+                site.train(host.training)
+            handover = Handover() if part.spec is not None and part.spec.residual is not None else None
+            part.module.requires_grad_(trains).train(host.training)
+            site.insert(name, part.module, Entry(config, part.spec, handover))
+        _refresh(model, record)
 
 
 def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tuple[str, nn.Parameter]]:
@@ -134,16 +134,16 @@ def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tu
 def detach(model: nn.Module, name: str) -> None:
     """Take an adapter out of the model, hooks and all, where no other adapter needs them."""
     record = shared_record(model)
-    if record.activation.active == name:
-        record.activation.switch(None)
-    for _, host, site in list(sites_of(model)):
-        if name in site.entries:
-            site.discard(name)
-        if not site.entries:
-            set_hook(host, OutputHook, False, record)
-            set_hook(host, InputHook, False, record)
-            del host._modules[SITE]
-    _refresh(model, record)
+    with ACTIVATION_LOCK:
+        record.activation.forget(name)
+        for _, host, site in list(sites_of(model)):
+            if name in site.entries:
+                site.discard(name)
+            if not site.entries:
+                set_hook(host, OutputHook, False, record)
+                set_hook(host, InputHook, False, record)
+                del host._modules[SITE]
+        _refresh(model, record)
 
 
 def check_free(model: nn.Module, name: str) -> None:
@@ -171,10 +171,8 @@ def shared_record(model: nn.Module) -> Record:
 def _refresh(model: nn.Module, record: Record) -> None:
     """Bring hooks and steps in line with the sites."""
     sync_site_hooks(model, record)
+    forget_compiled()
     apply(model, record)
-    # A graph compiled before would not see the hooks.
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
 
 
 def copy_head(head: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import base_parameters, base_tensors, digest
-from .hooks import KitHook, has_hook, remove_hooks, require_input_grad, set_hook
+from .hooks import KitHook, forget_compiled, has_hook, remove_hooks, require_input_grad, set_hook
 from .patterns import modules_by_path
 from .record import RECORD, Frozen, Record
 from .sites import sites_of
@@ -71,6 +71,7 @@ def freeze(model: nn.Module, record: Record) -> None:
         set_hook(module, FrozenNormHook, has_running_statistics(module), record)
         set_hook(module, StreamStartHook, isinstance(module, (nn.Embedding, nn.EmbeddingBag)), record)
     set_hook(model, RootInputHook, True, record)
+    forget_compiled()
 
 
 def unfreeze(model: nn.Module, record: Record) -> None:
@@ -87,6 +88,7 @@ def unfreeze(model: nn.Module, record: Record) -> None:
         for kind in (FrozenNormHook, StreamStartHook, RootInputHook):
             remove_hooks(module, kind)
     record.frozen = None
+    forget_compiled()
 
 
 def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:

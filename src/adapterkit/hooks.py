@@ -4,6 +4,7 @@ Each finds what it needs through the module that it is called with, so that copi
 their own adapters. They are told apart from anyone else's hooks by their class.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from .patterns import SITE
 from .record import Handover, Record
 from .sites import sites_of
 
-__all__ = ["InputHook", "KitHook", "OutputHook", "has_hook", "remove_hooks", "set_hook", "sync_site_hooks"]
+__all__ = [
+    "InputHook",
+    "KitHook",
+    "OutputHook",
+    "forget_compiled",
+    "has_hook",
+    "remove_hooks",
+    "set_hook",
+    "sync_site_hooks",
+]
 
 # The attribute of a module that holds its StreamPort.
 PORT = "_adapterkit_stream"
@@ -149,6 +159,12 @@ def remove_hooks(module: nn.Module, kind: type[KitHook] = KitHook) -> None:
         for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
             for held in (hooks, *flags):
                 held.pop(number, None)
+
+
+def forget_compiled() -> None:
+    """Make torch.compile trace anew: a graph that it made before hooks were added would run without them."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def sync_site_hooks(model: nn.Module, record: Record) -> None:

@@ -92,6 +92,7 @@ class AdapterKit:
 
     def unwrap(self) -> nn.Module:
         """Remove everything that adapterkit added or changed, and return the model."""
+        self.deactivate()
         freezing.unfreeze(self.model, self._record())
         for name in adapter_names(self.model):
             attach.detach(self.model, name)
@@ -128,11 +129,10 @@ class AdapterKit:
 
         Leaves train/eval mode alone. Raises AdapterNameError.
         """
-        plan.check_known(self.model, name)
+        self.activate(name)  # first: it alone can fail
         freezing.freeze(self.model, self._record())
         for other in adapter_names(self.model):
             freezing.set_training(self.model, other, other == name)
-        self.activate(name)
 
     def freeze(self, name: str | None = None) -> None:
         """Freeze the base, or the adapter of this name. Raises AdapterNameError."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .errors import AdapterNameError
-from .record import Record
+from .record import ACTIVATION_LOCK, Record
 from .sites import AdapterSite, Step, adapter_names, site_key, sites_of
 from .steps import AddDelta, UseHead
 
@@ -23,8 +23,9 @@ def activate(model: nn.Module, record: Record, name: str | None) -> None:
     """
     if name is not None:
         check_known(model, name)
-    record.activation.switch(name)
-    apply(model, record)
+    with ACTIVATION_LOCK:
+        record.activation.switch(name)
+        apply(model, record)
 
 
 @contextmanager
@@ -32,12 +33,15 @@ def activated(model: nn.Module, record: Record, name: str | None) -> Iterator[No
     """Make an adapter active within a `with` block; see `activate`."""
     if name is not None:
         check_known(model, name)
-    try:
-        with record.activation.scope(name):
-            apply(model, record)
-            yield
-    finally:
+    with ACTIVATION_LOCK:
+        record.activation.enter(name)
         apply(model, record)
+    try:
+        yield
+    finally:
+        with ACTIVATION_LOCK:
+            record.activation.leave()
+            apply(model, record)
 
 
 def apply(model: nn.Module, record: Record) -> None:

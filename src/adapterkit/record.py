@@ -6,8 +6,6 @@ the model, and found again by `ak.wrap`.
 
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,12 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import ActivationError
 
-__all__ = ["RECORD", "Activation", "Frozen", "Handover", "Record"]
+__all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Handover", "Record"]
 
 # The attribute of the root module that holds its Record.
 RECORD = "_adapterkit_record"
 
-_LOCK = threading.RLock()  # guards changes of activation, in any model
+# Held while activation changes, until every site has its new steps. One for all models: a lock cannot be copied.
+ACTIVATION_LOCK = threading.RLock()
 _HISTORY = 4096  # changes of activation that a backward may still look back on
 
 
@@ -38,11 +37,13 @@ class Activation:
     Activation belongs to the model, not to a thread. What is kept here beside the name lets two mistakes be errors that
     would otherwise give wrong numbers: another thread changed the adapter under a running one, and the adapter changed
     between a forward under gradient checkpointing and the recomputation in its backward.
+
+    Its changes are made under ACTIVATION_LOCK.
     """
 
     def __init__(self, active: str | None = None) -> None:
         self.active = active
-        self._default = active  # what is active outside of every `scope`
+        self._default = active  # what is active outside of every scope
         self._scopes: list[tuple[threading.Thread, str | None]] = []
         self._expected: WeakKeyDictionary[threading.Thread, str | None] = WeakKeyDictionary()
         self._crowded = False  # more than one thread has asked for an adapter
@@ -61,36 +62,48 @@ class Activation:
         Raises:
             ActivationError: another thread is inside a scope with another adapter.
         """
-        with _LOCK:
-            self._refuse_under_others(name)
-            mine = [i for i, (thread, _) in enumerate(self._scopes) if thread is threading.current_thread()]
-            if mine:
-                self._scopes[mine[-1]] = (threading.current_thread(), name)
-            else:
-                self._default = name
-            self._set(name, expected=name)
+        self._refuse_under_others(name)
+        mine = [i for i, (thread, _) in enumerate(self._scopes) if thread is threading.current_thread()]
+        if mine:
+            self._scopes[mine[-1]] = (threading.current_thread(), name)
+        else:
+            self._default = name
+        self._set(name, expected=name)
 
-    @contextmanager
-    def scope(self, name: str | None) -> Iterator[None]:
-        """Make an adapter active within a `with` block of this thread; whatever was active before is so again after it.
+    def forget(self, name: str) -> None:
+        """Let this adapter, which is to be removed, be active nowhere and come back after no scope.
+
+        Raises:
+            ActivationError: another thread is inside a scope with it.
+        """
+        if any(held == name for _, held in self._scopes):
+            self._refuse_under_others(None)
+        self._scopes = [(thread, None if held == name else held) for thread, held in self._scopes]
+        self._default = None if self._default == name else self._default
+        for thread, expected in list(self._expected.items()):
+            self._expected[thread] = None if expected == name else expected
+        if self.active == name:
+            self._set(None, expected=None)
+
+    def enter(self, name: str | None) -> None:
+        """Open a scope of this thread in which an adapter is active.
 
         Raises:
             ActivationError: another thread is inside a scope with another adapter.
         """
+        self._refuse_under_others(name)
+        self._scopes.append((threading.current_thread(), name))
+        self._set(name, expected=name)
+
+    def leave(self) -> None:
+        """Close this thread's innermost scope: what was active before it is so again.
+
+        Threads inside other scopes keep their adapter; this one then may not run the model meanwhile.
+        """
         me = threading.current_thread()
-        with _LOCK:
-            self._refuse_under_others(name)
-            self._scopes.append((me, name))
-            self._set(name, expected=name)
-        try:
-            yield
-        finally:
-            with _LOCK:
-                last = max(i for i, (thread, _) in enumerate(self._scopes) if thread is me)
-                del self._scopes[last]
-                mine = next((name for thread, name in reversed(self._scopes) if thread is me), self._default)
-                # Threads inside other scopes keep their adapter; this one then may not run the model meanwhile.
-                self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
+        del self._scopes[max(i for i, (thread, _) in enumerate(self._scopes) if thread is me)]
+        mine = next((name for thread, name in reversed(self._scopes) if thread is me), self._default)
+        self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
 
     def check(self) -> None:
         """Raise if running an adapter now would give the numbers of another one.
