@@ -39,20 +39,34 @@ def job(arm: str, seed: int, split: str, size: int, learning_rate: float, epochs
 
 
 def select(size: int) -> list[dict[str, Any]]:
-    """Every learning rate with three epochs, then the best one with two, on the validation split."""
+    """Choose learning rate and epochs of each arm on the validation split, by the same rule for all.
+
+    Three learning rates with three epochs, and the next one if the best is the largest; then the best one with two
+    epochs, and with five if two are no better than three.
+    """
     rows = []
     for arm, rates in RATES.items():
-        tried: list[dict[str, Any]] = []
-        for trial in range(len(rates) + 1):
-            best_so_far = max(tried, key=lambda row: row["validation_accuracy"], default=None)
-            rate, epochs = (rates[trial], 3) if trial < len(rates) else (best_so_far["learning_rate"], 2)
-            [result] = sentiment.run_jobs([job(arm, SELECTION_SEED, "validation", size, rate, epochs)])
-            row = {"arm": arm, "learning_rate": rate, "epochs": epochs, "validation_accuracy": result.accuracy}
-            tried.append(row)
-            print(f"{arm:<10} lr {rate:<8g} epochs {epochs}  {result.accuracy:.2f}%", flush=True)
-        best = max(tried, key=lambda row: row["validation_accuracy"])
-        rows += [{**row, "is_chosen": row is best} for row in tried]
+        tried = [trial(arm, size, rate, 3) for rate in rates]
+        if best_of(tried)["learning_rate"] == rates[-1]:
+            tried.append(trial(arm, size, 2 * rates[-1], 3))
+        best = best_of(tried)
+        tried.append(trial(arm, size, best["learning_rate"], 2))
+        if best_of(tried) is best:
+            tried.append(trial(arm, size, best["learning_rate"], 5))
+        rows += [{**row, "is_chosen": row is best_of(tried)} for row in tried]
     return rows
+
+
+def trial(arm: str, size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
+    """One arm with one setting on the validation split."""
+    [result] = sentiment.run_jobs([job(arm, SELECTION_SEED, "validation", size, learning_rate, epochs)])
+    print(f"{arm:<10} lr {learning_rate:<8g} epochs {epochs}  {result.accuracy:.2f}%", flush=True)
+    return {"arm": arm, "learning_rate": learning_rate, "epochs": epochs, "validation_accuracy": result.accuracy}
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the highest accuracy; the earlier one of equals."""
+    return max(rows, key=lambda row: row["validation_accuracy"])
 
 
 def compare(size: int, seeds: int) -> list[dict[str, Any]]:

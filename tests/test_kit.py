@@ -347,6 +347,18 @@ def test_a_copy_is_independent_and_whole(post_norm: Tiny, ids: Tensor, way: str)
     assert not next(iter(twin.modules())).__dict__.get("_adapterkit_record")
 
 
+def test_a_copy_made_within_a_scope_runs_what_the_original_ran(post_norm: Tiny, ids: Tensor) -> None:
+    kit = ak.wrap(post_norm)
+    kit.add("a", CONFIG, heads="classifier")
+    randomise(kit, "a")
+    with kit.active("a"):
+        expected = post_norm(ids)
+        twin = copy.deepcopy(post_norm)
+    assert torch.equal(twin(ids), expected)
+    assert ak.wrap(twin).summary().adapters[0].is_active
+    assert not kit.summary().adapters[0].is_active
+
+
 def test_a_part_taken_out_of_a_model_keeps_its_adapters(post_norm: Tiny) -> None:
     kit = ak.wrap(post_norm)
     kit.add("a", CONFIG)

@@ -65,6 +65,7 @@ def find_heads(model: nn.Module, heads: Sequence[str], sites: Sequence[SiteSpec]
         TargetError: a pattern matches nothing, what it matches has no parameters, or a site or head lies in a head.
     """
     modules = modules_by_path(model)
+    heads = [heads] if isinstance(heads, str) else heads
     paths = [path for head in match(model, heads) for path in _parametrised(head, modules)] if heads else []
     paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
     if heads and not paths:

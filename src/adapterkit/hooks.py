@@ -85,12 +85,12 @@ class StreamHook(KitHook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Leave the first floating tensor. Shape: (..., hidden)."""
+        wanted = [handover for handover in module.__dict__[PORT].gives if handover.is_wanted]
         call = (args, kwargs)
-        path = values.find(call)
+        path = values.find(call) if wanted else None
         if path is not None:
-            stream = values.get(call, path)
-            for handover in module.__dict__[PORT].gives:
-                handover.give(stream)
+            for handover in wanted:
+                handover.give(values.get(call, path))
 
 
 class ClearHook(KitHook):

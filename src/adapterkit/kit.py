@@ -60,7 +60,7 @@ class AdapterKit:
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, config: ConfigLike, heads: Sequence[str] = (), **overrides: Any) -> None:
+    def add(self, name: str, config: ConfigLike, heads: str | Sequence[str] = (), **overrides: Any) -> None:
         """Add a new adapter. It is not active yet, and the identity for every init whose paper allows it.
 
         Args:

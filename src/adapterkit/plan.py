@@ -48,6 +48,9 @@ def apply(model: nn.Module, record: Record) -> None:
     """Put the steps of what is active at every site."""
     active = record.activation.active
     for _, _, site in sites_of(model):
+        for name, entry in site.entries.items():
+            if entry.handover is not None:
+                entry.handover.is_wanted = name == active
         steps = _steps(site, active)
         site.input_steps = tuple(step for at_input, step in steps if at_input)
         site.output_steps = tuple(step for at_input, step in steps if not at_input)

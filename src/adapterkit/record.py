@@ -51,7 +51,7 @@ class Activation:
         self._history: deque[tuple[int, int, str | None]] = deque(maxlen=_HISTORY)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self._default}
+        return {"active": self.active}  # a copy runs what the original ran at that moment, and is in no scope
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -166,9 +166,13 @@ class Handover:
     """Carries one tensor, the residual stream, from the hook that sees it to the site that reads it.
 
     Per thread in eager mode; as a plain attribute under `torch.compile`, which sees it set and cleared in one graph.
+
+    Attributes:
+        is_wanted: Whether the site's adapter is active.
     """
 
     def __init__(self) -> None:
+        self.is_wanted = False
         self._traced: Tensor | None = None
 
     def give(self, tensor: Tensor) -> None:

@@ -38,7 +38,7 @@ class AddDelta(Step):
         return values.put(value, path, self._adapt(site, host, args, kwargs, values.get(value, path)))
 
     def _adapt(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
-        """X + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
+        """Return x + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
         spec = self.spec
         if x.is_nested:
             return self._adapt_nested(site, host, args, kwargs, x)
