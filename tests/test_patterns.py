@@ -49,7 +49,7 @@ def test_excluding_everything_is_an_error(post_norm: Tiny) -> None:
 
 
 def test_a_broken_regular_expression_is_an_error(post_norm: Tiny) -> None:
-    with pytest.raises(TargetError, match=r"'re:\(' is not a regular expression"):
+    with pytest.raises(TargetError, match=r"'re:\(' is not a pattern"):
         match(post_norm, ["re:("])
 
 

@@ -106,13 +106,11 @@ def test_a_residual_that_has_not_run_yet_is_an_error_and_leaves_nothing(pre_norm
     kit = ak.wrap(pre_norm, ids)
     kit.add("a", ak.BottleneckConfig(targets=["attention"], residual="norm_2"))
     kit.activate("a")
-    with pytest.raises(ak.CompatibilityError, match=r"input of 'blocks.0.norm_2', which has not run before it"):
+    with pytest.raises(ak.CompatibilityError, match=r"what enters 'blocks.0.norm_2', which has not run before it"):
         pre_norm(ids)
 
 
-@pytest.mark.parametrize(
-    ("layers", "kept"), [([0], [0]), ([-1], [2]), (range(1, 3), [1, 2]), ([0, -3], [0]), ([2, 9], [2])]
-)
+@pytest.mark.parametrize(("layers", "kept"), [([0], [0]), ([-1], [2]), (range(1, 3), [1, 2]), ([0, -3], [0])])
 def test_layers_choose_among_the_repeated_blocks(layers: object, kept: list[int]) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"inner": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))}))
     sites = ak.wrap(model).sites(ak.BottleneckConfig(targets=["inner.*"], layers=layers))  # type: ignore[arg-type]
@@ -156,7 +154,11 @@ def shared_last() -> nn.Module:
     [
         (lambda: nn.MultiheadAttention(4, 2), {"targets": ["out_proj"]}, "read around its module.*Target ''"),
         (lambda: nn.TransformerEncoderLayer(4, 2), {"targets": ["self_attn.out_proj"]}, "Target 'self_attn'"),
-        (lambda: Tiny(PostNormBlock), {"targets": ["blocks"]}, r"nn.ModuleList, which is never called.*'blocks.\*'"),
+        (
+            lambda: Tiny(PostNormBlock),
+            {"targets": ["blocks"]},
+            r"nn.ModuleList, which is never called as it is.*'blocks.\*'",
+        ),
         (own_forward, {"targets": ["own"]}, "forward of its own"),
         (shared_last, {"targets": ["one"]}, "'one.1' is used elsewhere"),
         (lambda: nn.ModuleDict({"empty": nn.Sequential()}), {"targets": ["empty"]}, "empty nn.Sequential"),

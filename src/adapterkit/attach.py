@@ -16,16 +16,16 @@ from .hooks import InputHook, OutputHook, forget_compiled, remove_hooks, set_hoo
 from .hosts import resolve_host
 from .methods import method_of
 from .names import check_name
-from .patterns import SITE, match, modules_by_path
+from .patterns import SITE, ancestors, match, modules_by_path
 from .placement import resolve
 from .plan import apply
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record
-from .sites import AdapterSite, Entry, SiteSpec, adapter_names, record_of, site_key, sites_of
-from .structure.trace import ExampleInputs
+from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, site_key, sites_of
+from .structure.trace import ExampleInputs, observe
 
 __all__ = [
-    "Part", "add", "attach", "build_parts", "check_free", "detach", "find_heads", "find_sites", "named_parameters",
-    "parameter_near", "shared_record",
+    "Part", "add", "attach", "build_parts", "check_apart", "check_free", "detach", "device_near", "find_heads",
+    "find_sites", "named_parameters", "shared_record",
 ]  # fmt: skip
 
 
@@ -47,9 +47,13 @@ def add(
 ) -> None:
     """Add a new adapter, or raise and leave the model as it was. Raises: see `AdapterKit.add`."""
     check_free(model, name)
-    check_unsharded(model)
     sites = find_sites(model, config, example_inputs)
     head_paths = find_heads(model, heads, sites)
+    if example_inputs is not None:
+        calls = observe(model, example_inputs, head_paths, lambda *_: None)
+        never = [path for path, seen in calls.items() if not seen]
+        if never:
+            raise TargetError(f"the heads {never} never ran on the example inputs, so copies of them would not either")
     attach(model, name, _with_paths(model, config), build_parts(model, config, sites, head_paths))
 
 
@@ -70,12 +74,16 @@ def find_heads(model: nn.Module, heads: Sequence[str], sites: Sequence[SiteSpec]
     paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
     if heads and not paths:
         raise TargetError(f"heads={list(heads)} have no parameters of their own to train")
-    for path in paths:
-        inside = [s.path for s in sites if _lies_in(s.path, path)]
-        inside += [other for other in paths if other != path and _lies_in(other, path)]
-        if inside:
-            raise TargetError(f"{inside} lie inside the head {path!r}, which the adapter replaces by a copy; exclude them")
+    check_apart([site.path for site in sites], paths)
     return paths
+
+
+def check_apart(sites: Sequence[str], heads: Sequence[str]) -> None:
+    """Raise TargetError if a site or head lies in a head: a copy runs in its place, so it would not."""
+    for head in heads:
+        inside = [path for path in (*sites, *(other for other in heads if other != head)) if head in ancestors(path)]
+        if inside:
+            raise TargetError(f"{inside} lie inside the head {head!r}, which the adapter replaces by a copy; exclude them")
 
 
 def build_parts(
@@ -95,8 +103,9 @@ def build_parts(
             like = parameter_near(model, site.path)
             dtype = getattr(torch, config.dtype) if config.dtype else _compute_dtype(like)
             module = method.build(config, site, dtype=dtype)
-            parts.append(Part(site.path, module if meta else module.to(like.device), site))
-    return parts + [Part(path, copy_head(model.get_submodule(path)), None) for path in heads]
+            parts.append(Part(site.path, module if meta else module.to(device_near(model, site.path)), site))
+    copies = copy_heads([model.get_submodule(path) for path in heads])
+    return parts + [Part(path, head, None) for path, head in zip(heads, copies, strict=True)]
 
 
 def attach(model: nn.Module, name: str, config: AdapterConfig, parts: Sequence[Part]) -> None:
@@ -118,7 +127,7 @@ def attach(model: nn.Module, name: str, config: AdapterConfig, parts: Sequence[P
                 site = host._modules[SITE] = AdapterSite(record, part.path)
                 site.train(host.training)
             handover = Handover() if part.spec is not None and part.spec.residual is not None else None
-            part.module.requires_grad_(trains).train(host.training)
+            open_parameters(part.module.train(host.training), trains)
             site.insert(name, part.module, Entry(config, part.spec, handover))
         _refresh(model, record)
 
@@ -148,7 +157,8 @@ def detach(model: nn.Module, name: str) -> None:
 
 
 def check_free(model: nn.Module, name: str) -> None:
-    """Raise AdapterNameError unless an adapter of this name can be added."""
+    """Raise unless an adapter of this name can be added: AdapterNameError, ConfigError if the model is distributed."""
+    check_unsharded(model)
     if check_name(name) in adapter_names(model):
         raise AdapterNameError(f"the model already has an adapter {name!r}; remove it first, or choose another name")
 
@@ -161,6 +171,7 @@ def shared_record(model: nn.Module) -> Record:
     """
     record = record_of(model) or Record()
     apart = [path for path, _, site in sites_of(model) if site.record is not record]
+    apart += [path for path, module in model.named_modules() if path and RECORD in module.__dict__]
     if apart:
         raise CompatibilityError(
             f"parts of {type(model).__name__} were wrapped on their own ({apart[0]!r} among them); unwrap them, then "
@@ -176,13 +187,13 @@ def _refresh(model: nn.Module, record: Record) -> None:
     apply(model, record)
 
 
-def copy_head(head: nn.Module) -> nn.Module:
-    """A copy of a head without what adapterkit put there."""
-    head = copy.deepcopy(head)
-    for module in head.modules():
+def copy_heads(heads: list[nn.Module]) -> list[nn.Module]:
+    """Copies of heads without what adapterkit put there; weights that they share, their copies share."""
+    copies = copy.deepcopy(heads)
+    for module in {module for head in copies for module in head.modules()}:
         module._modules.pop(SITE, None)
         remove_hooks(module)
-    return head
+    return copies
 
 
 def _parametrised(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -191,10 +202,6 @@ def _parametrised(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
     if type(module) is nn.Sequential:
         return [inner for name in module._modules for inner in _parametrised(f"{path}.{name}".lstrip("."), modules)]
     return [path] if any(True for _ in module.parameters()) else []
-
-
-def _lies_in(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(f"{outer}.") or outer == ""
 
 
 def _with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
@@ -211,13 +218,21 @@ def _with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
 
 
 def parameter_near(model: nn.Module, path: str) -> torch.Tensor:
-    """A floating-point tensor of the host's, or of the innermost module around it that has one: where it lives."""
-    parts = path.split(".") if path else []
-    for n in range(len(parts), -1, -1):
-        for _, tensor in base_tensors(model.get_submodule(".".join(parts[:n]))):
+    """A floating-point tensor of the host's, or of the innermost module around it that has one."""
+    for around in ancestors(path):
+        for _, tensor in base_tensors(model.get_submodule(around)):
             if tensor.is_floating_point():
                 return tensor
     return torch.empty(0)
+
+
+def device_near(model: nn.Module, path: str) -> torch.device:
+    """Where the host computes: where its parameters are or, if accelerate moves them, where it moves them to."""
+    for around in ancestors(path):
+        device = getattr(getattr(model.get_submodule(around), "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.empty(0, device=device).device
+    return parameter_near(model, path).device
 
 
 def _compute_dtype(like: torch.Tensor) -> torch.dtype:

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .patterns import SITE
 
 __all__ = ["base_parameters", "base_tensors", "digest", "fingerprint"]
 
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SAMPLES = 64
+_CHUNK = 2**17  # words: small enough to stay in a processor's cache
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -26,19 +27,20 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def digest(tensor: Tensor) -> str:
-    """A digest of a tensor's bits: one pass at memory speed, on whatever device it is.
+    """A digest of a tensor's bits, the same on every device, at about memory speed.
 
-    The sum of all its words, which any change of values moves, and a sample of them, which a change of order does.
+    The words of each chunk are summed with a weight for each place (odd, so that no change of one word is lost; distinct,
+    so that no exchange of two is), and the sums are hashed.
     """
     tensor = tensor.detach()
-    head = f"{tensor.dtype} {tuple(tensor.shape)}"
-    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or not tensor.numel():
+    head = f"{tensor.dtype} {tuple(tensor.shape)}" if not is_lazy(tensor) else "not initialised"
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or not tensor.numel():
         return head
     words = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    words = words.contiguous().view(_WORD[words.element_size()]).flatten()
-    step = max(1, words.numel() // _SAMPLES)
-    total, sample = int(words.sum(dtype=torch.int64)), words[::step][:_SAMPLES].tolist()
-    return hashlib.sha256(f"{head} {total} {sample}".encode()).hexdigest()
+    words = words.contiguous().flatten().view(_WORD[words.element_size()])
+    weights = torch.arange(1, 2 * min(_CHUNK, words.numel()), 2, device=words.device)
+    sums = [(chunk * weights[: chunk.numel()]).sum() for chunk in torch.split(words, _CHUNK)]
+    return hashlib.sha256(f"{head} {torch.stack(sums).tolist()}".encode()).hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import values
 from .base import base_parameters, base_tensors, digest
 from .hooks import KitHook, forget_compiled, has_hook, remove_hooks, require_input_grad, set_hook
 from .patterns import modules_by_path
 from .record import RECORD, Frozen, Record
-from .sites import sites_of
+from .sites import open_parameters, sites_of
 
 __all__ = ["freeze", "set_training", "unfreeze"]
 
@@ -38,7 +39,11 @@ class StreamStartHook(KitHook):
 
 
 class RootInputHook(KitHook):
-    """Make the model's floating-point input require grad, in grad mode, where the model takes no token ids."""
+    """Make the model's floating-point input require grad, in grad mode.
+
+    That is its first tensor, or one given by keyword that is not called a mask; masks come after token ids, and a mask
+    that requires grad would keep attention off its fast kernels.
+    """
 
     is_pre = True
 
@@ -46,9 +51,12 @@ class RootInputHook(KitHook):
         """Return the arguments, the first floating one requiring grad. Shape: as given."""
         if torch.compiler.is_compiling():
             return None
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        has_ids = any(not value.is_floating_point() and value.dtype != torch.bool for value in given)
-        return None if has_ids else require_input_grad((args, kwargs))
+        positions = [i for i, value in enumerate(args) if isinstance(value, Tensor)][:1]
+        keywords = [key for key, value in kwargs.items() if isinstance(value, Tensor) and "mask" not in key]
+        for path in [*((0, i) for i in positions), *((1, key) for key in keywords)]:
+            if values.get((args, kwargs), path).is_floating_point():
+                return require_input_grad((args, kwargs), path)
+        return None
 
 
 def freeze(model: nn.Module, record: Record) -> None:
@@ -100,7 +108,7 @@ def set_training(model: nn.Module, name: str, trains: bool) -> None:
     """Open or close an adapter's parameters, its heads' too."""
     for _, _, site in sites_of(model):
         if name in site.entries:
-            site.held(name).requires_grad_(trains)
+            open_parameters(site.held(name), trains)
 
 
 def has_running_statistics(module: nn.Module) -> bool:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .patterns import SITE
+from .patterns import SITE, ancestors
 from .record import Handover, Record
-from .sites import sites_of
+from .sites import located, sites_of
+from .values import Argument, argument_path
 
 __all__ = [
     "InputHook",
@@ -46,7 +47,7 @@ class OutputHook(KitHook):
         steps = site.output_steps
         if not steps:
             return None
-        site.record.activation.check()
+        site.record.activation.check(steps[0].adapter)
         for step in steps:
             output = step(site, module, args, kwargs, output)
         return output
@@ -63,7 +64,7 @@ class InputHook(KitHook):
         steps = site.input_steps
         if not steps:
             return None
-        site.record.activation.check()
+        site.record.activation.check(steps[0].adapter)
         call = (args, kwargs)
         for step in steps:
             call = step(site, module, args, kwargs, call)
@@ -74,7 +75,7 @@ class StreamPort:
     """Which sites want the stream that enters this module, and which may hold one when it ends."""
 
     def __init__(self) -> None:
-        self.gives: list[Handover] = []
+        self.gives: list[tuple[Handover, Argument | None]] = []
         self.clears: list[Handover] = []
 
 
@@ -85,11 +86,10 @@ class StreamHook(KitHook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Leave the first floating tensor. Shape: (..., hidden)."""
-        wanted = [handover for handover in module.__dict__[PORT].gives if handover.is_wanted]
         call = (args, kwargs)
-        path = values.find(call) if wanted else None
-        if path is not None:
-            for handover in wanted:
+        for handover, argument in module.__dict__[PORT].gives:
+            path = (argument_path(call, argument) if argument else values.find(call)) if handover.is_wanted else None
+            if path is not None:
                 handover.give(values.get(call, path))
 
 
@@ -101,7 +101,7 @@ class ClearHook(KitHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Leave the output alone. Shape: any."""
         for handover in module.__dict__[PORT].clears:
-            handover.take()
+            handover.drop()
 
 
 class EncoderHook(KitHook):
@@ -118,13 +118,13 @@ class EncoderHook(KitHook):
         return None if torch.compiler.is_compiling() else require_input_grad((args, kwargs))
 
 
-def require_input_grad(value: Any) -> Any:
-    """The value with its first floating tensor requiring grad, in grad mode; None if there is nothing to change."""
-    path = values.find(value) if torch.is_grad_enabled() else None
-    if path is None:
+def require_input_grad(value: Any, path: values.Path | None = None) -> Any:
+    """The value with one tensor (its first floating one) requiring grad, in grad mode; None for no change."""
+    path = values.find(value) if path is None else path
+    if path is None or not torch.is_grad_enabled():
         return None
     tensor: Tensor = values.get(value, path)
-    if tensor.requires_grad:
+    if tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     # A clone: the model may go on to change the tensor in place, which a leaf that requires grad forbids.
     return values.put(value, path, tensor.detach().requires_grad_().clone())
@@ -176,11 +176,12 @@ def sync_site_hooks(model: nn.Module, record: Record) -> None:
         specs = [entry.spec for entry in site.entries.values()]
         set_hook(host, OutputHook, any(s is None or s.at == "output" for s in specs), record)
         set_hook(host, InputHook, any(s is not None and s.at == "input" for s in specs), record)
-        encoders |= {above for above in _above(path) if isinstance(modules.get(above), nn.TransformerEncoder)}
+        encoders |= {above for above in ancestors(path) if isinstance(modules.get(above), nn.TransformerEncoder)}
         for entry in site.entries.values():
-            if entry.handover and entry.spec and entry.spec.residual is not None:
-                ports.setdefault(entry.spec.residual, StreamPort()).gives.append(entry.handover)
-                around = _called_around(entry.spec.residual, path, modules)
+            spec = located(entry.spec, path) if entry.spec else None
+            if entry.handover and spec and spec.residual is not None:
+                ports.setdefault(spec.residual, StreamPort()).gives.append((entry.handover, spec.input))
+                around = _called_around(spec.residual, path, modules)
                 ports.setdefault(around, StreamPort()).clears.append(entry.handover)
     for path, module in modules.items():
         port = ports.get(path)
@@ -193,13 +194,7 @@ def sync_site_hooks(model: nn.Module, record: Record) -> None:
             module.__dict__.pop(PORT, None)
 
 
-def _above(path: str) -> list[str]:
-    """The path and those of all modules around it, innermost first, the root's '' last."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
-
-
 def _called_around(one: str, other: str, modules: dict[str, nn.Module]) -> str:
     """The innermost module around both (`one` may be it) that is called when they are: no nn.ModuleList is."""
-    around = (path for path in _above(one) if path in _above(other) and path != other)
+    around = (path for path in ancestors(one) if path in ancestors(other) and path != other)
     return next((path for path in around if not isinstance(modules[path], (nn.ModuleList, nn.ModuleDict))), "")

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from .errors import TargetError
+from .patterns import SITE
 
-__all__ = ["HostShape", "channel_axis", "known_shape", "resolve_host"]
+__all__ = ["HostShape", "channel_axis", "is_more_than_a_norm", "known_shape", "resolve_host"]
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -41,7 +42,7 @@ def known_shape(module: Any) -> HostShape | None:
             return HostShape(module.out_features, inputs)
         case nn.Embedding() | nn.EmbeddingBag():
             return HostShape(module.embedding_dim)
-        case nn.LayerNorm() | nn.RMSNorm() if len(module.normalized_shape) == 1:
+        case nn.LayerNorm() | nn.RMSNorm() if len(module.normalized_shape) == 1 and _is_torchs_own(module):
             return HostShape(module.normalized_shape[0], module.normalized_shape[0])
         case nn.LSTM() | nn.GRU() | nn.RNN():
             width = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
@@ -77,6 +78,13 @@ def channel_axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:
     for part in module.modules():
         known = known_shape(part)
         if known is None:
+            widths = (
+                {p.shape[0] for p in part.parameters(recurse=False) if p.dim() == 1}
+                if not is_more_than_a_norm(part)
+                else set()
+            )
+            first |= len(shape) > 2 and shape[1] in widths
+            last |= shape[-1] in widths
             continue
         if isinstance(part, _CHANNELS_FIRST):
             spatial = len(part.kernel_size) if isinstance(part, _CONV) else None
@@ -86,6 +94,16 @@ def channel_axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:
     if first != last:
         return 1 if first else -1
     return -1 if len(shape) <= 3 and not first else None
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    """Whether the module's forward is that of torch.nn, not of a class that derives from it and may use other axes."""
+    return type(module).forward.__module__.startswith("torch.nn.")
+
+
+def is_more_than_a_norm(module: nn.Module) -> bool:
+    """Whether a module has children or matrices of its own."""
+    return any(name != SITE for name in module._modules) or any(p.dim() > 1 for p in module.parameters(recurse=False))
 
 
 def resolve_host(path: str, modules: dict[str, nn.Module], *, at_input: bool) -> str:
@@ -105,7 +123,8 @@ def resolve_host(path: str, modules: dict[str, nn.Module], *, at_input: bool) ->
         if not names:
             raise TargetError(f"{path!r} is an empty nn.Sequential: it holds no layer to adapt")
         child = f"{path}.{names[0 if at_input else -1]}".removeprefix(".")
-        if sum(other is modules[child] for other in modules.values()) > 1:
+        holders = {id(other): other for other in modules.values()}.values()
+        if sum(held is modules[child] for other in holders for held in other._modules.values()) > 1:
             raise TargetError(
                 f"{path!r} is an nn.Sequential whose {'first' if at_input else 'last'} layer {child!r} is used elsewhere "
                 f"too; target {child!r} itself to adapt it everywhere"
@@ -113,7 +132,7 @@ def resolve_host(path: str, modules: dict[str, nn.Module], *, at_input: bool) ->
         return resolve_host(child, modules, at_input=at_input)
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
         name = type(module).__name__
-        raise TargetError(f"{path!r} is an nn.{name}, which is never called; target its children: '{path}.*'")
+        raise TargetError(f"{path!r} is an nn.{name}, which is never called as it is; target its children: '{path}.*'")
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         parent = path.rpartition(".")[0]
         raise TargetError(

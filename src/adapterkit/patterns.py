@@ -9,7 +9,7 @@ from torch import nn
 from .config.base import Predicate
 from .errors import TargetError
 
-__all__ = ["SITE", "match", "modules_by_path", "nearest_to"]
+__all__ = ["SITE", "ancestors", "match", "modules_by_path", "nearest_to"]
 
 # The name under which a host holds its AdapterSite: nothing below it is part of the user's model.
 SITE = "_adapterkit"
@@ -52,7 +52,11 @@ def match(model: nn.Module, targets: Sequence[str | Predicate], exclude: Sequenc
         if not found:
             raise TargetError(_nothing_matches(target, model, list(modules)))
         wanted |= found
-    kept = wanted.difference(*named(exclude))
+    left_out = list(named(exclude))
+    for target, found in zip(exclude, left_out, strict=True):
+        if not found:
+            raise TargetError("exclude: " + _nothing_matches(target, model, list(modules)))
+    kept = wanted.difference(*left_out)
     if not kept:
         raise TargetError(f"every module that targets={list(targets)} matches is excluded by exclude={list(exclude)}")
     return [path for path in dict.fromkeys(first_name.values()) if path in kept]
@@ -69,7 +73,15 @@ def nearest_to(path: str, candidates: Sequence[str]) -> list[str]:
     return [candidate for candidate in candidates if shared(candidate) == longest]
 
 
+def ancestors(path: str) -> list[str]:
+    """The path and those of all modules around it, innermost first, the root's '' last."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
 def _matches(target: str | Predicate, path: str, module: nn.Module) -> bool:
+    if isinstance(target, nn.Module) or not (isinstance(target, str) or callable(target)):
+        raise TargetError(f"a module is named by its path, or found by a predicate; found {type(target).__name__}")
     if not isinstance(target, str):
         return bool(target(module, path))
     return _compile(target).fullmatch(path) is not None
@@ -77,18 +89,21 @@ def _matches(target: str | Predicate, path: str, module: nn.Module) -> bool:
 
 def _compile(target: str) -> re.Pattern[str]:
     """A string target as a regular expression for the whole path."""
-    if target.startswith("re:"):
-        try:
-            return re.compile(target[3:])
-        except re.error as error:
-            raise TargetError(f"{target!r} is not a regular expression: {error}") from error
+    try:
+        return re.compile(target[3:] if target.startswith("re:") else _translate(target))
+    except re.error as error:
+        raise TargetError(f"{target!r} is not a pattern: {error}") from error
+
+
+def _translate(target: str) -> str:
+    """A glob as a regular expression for whole components at the end of a path."""
     if not target:
-        return re.compile("")
+        return ""
     pieces, end = [], 0
     for glob in _GLOB.finditer(target):
         pieces += [re.escape(target[end : glob.start()]), _GLOB_MEANS.get(glob[0], glob[0])]
         end = glob.end()
-    return re.compile(r"(?:.*\.)?" + "".join(pieces) + re.escape(target[end:]))
+    return r"(?:.*\.)?" + "".join(pieces) + re.escape(target[end:])
 
 
 def _nothing_matches(target: str | Predicate, model: nn.Module, paths: list[str]) -> str:
@@ -101,5 +116,5 @@ def _nothing_matches(target: str | Predicate, model: nn.Module, paths: list[str]
     hint = f"Nearest: {', '.join(map(repr, near))}. " if near else ""
     return (
         f"{target!r} matches no module of {name}, which has {len(paths)}. {hint}"
-        "Change `targets`, or call kit.sites(config) to list what would match."
+        "Change it, or call kit.sites(config) to list what would match."
     )

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from . import values
 from .config.base import AdapterConfig
 from .errors import TargetError
-from .hosts import HostShape, channel_axis, known_shape, resolve_host
-from .patterns import match, modules_by_path, nearest_to
+from .hosts import HostShape, channel_axis, is_more_than_a_norm, known_shape, resolve_host
+from .patterns import ancestors, match, modules_by_path, nearest_to
 from .sites import Reads, SiteSpec
-from .steps import argument_path
 from .structure.trace import ExampleInputs, observe
 
 __all__ = ["Placement", "host_type", "resolve"]
@@ -21,11 +20,16 @@ __all__ = ["Placement", "host_type", "resolve"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a method's modules sit at their hosts, and what they read (see `SiteSpec`)."""
+    """Where a method's modules sit at their hosts, and what they read: see `SiteSpec`; "input" is the target's own."""
 
     at: Literal["output", "input"] = "output"
-    reads: Reads = "site"
+    reads: Reads | Literal["input"] = "site"
     residual: str | None = None
+
+    def allows(self, site: SiteSpec) -> bool:
+        """Whether a site may come of this placement."""
+        reads = "residual" if self.reads == "input" else self.reads
+        return (site.at, site.reads) == (self.at, reads) and (site.residual is None) == (reads in ("site", "norm"))
 
 
 def resolve(
@@ -39,27 +43,36 @@ def resolve(
     """
     modules = modules_by_path(model)
     matched = match(model, config.targets, config.exclude)
-    hosts = list(dict.fromkeys(resolve_host(path, modules, at_input=placement.at == "input") for path in matched))
+    targets = {resolve_host(path, modules, at_input=placement.at == "input"): path for path in reversed(matched)}
+    hosts = list(reversed(targets))
     layers = {path: _layer(path, modules) for path in hosts}
     hosts = _in_layers(hosts, layers, config.layers)
     arguments = {path: _argument(modules[path], config.input) for path in hosts}
-    seen = _trace(model, hosts, config, arguments, example_inputs)
+    firsts = [resolve_host(path, modules, at_input=True) for path in targets.values()] if placement.reads == "input" else []
+    seen = _trace(model, list(dict.fromkeys(hosts + firsts)), config, arguments, example_inputs)
     sites = []
     for path in hosts:
         shape = _shape(path, modules[path], config, placement, seen.get(path))
+        residual: str | None
+        if placement.reads == "input":  # of the target: a Sequential's is its first layer's
+            reads_from = resolve_host(targets[path], modules, at_input=True)
+            residual, input_width = reads_from, _input_width(reads_from, modules[reads_from], shape, seen)
+        else:
+            residual, input_width = _residual(path, placement.residual, model, modules), shape.width
+        _check_rows(path, modules, config)
         sites.append(
             SiteSpec(
                 path=path,
                 host=host_type(modules[path]),
                 at=placement.at,
-                reads=placement.reads,
+                reads="residual" if placement.reads == "input" else placement.reads,
                 width=shape.width,
-                input_width=shape.input_width or shape.width,
+                input_width=input_width,
                 axis=shape.axis,
                 layer=layers[path],
                 output=_as_path(config.output),
                 input=arguments[path],
-                residual=_residual(path, placement.residual, model, modules),
+                residual=residual,
             )
         )
     return sites
@@ -88,14 +101,15 @@ def _in_layers(hosts: list[str], layers: dict[str, tuple[int, int] | None], want
     """The hosts that lie in the wanted layers."""
     if wanted is None:
         return hosts
-    kept = [path for path in hosts if (layer := layers[path]) and {layer[0], layer[0] - layer[1]} & set(wanted)]
-    if not kept:
+    spellings = {path: {layer[0], layer[0] - layer[1]} if layer else set() for path, layer in layers.items()}
+    missing = [index for index in wanted if not any(index in both for both in spellings.values())]
+    if missing:
         there = sorted({layer[0] for layer in layers.values() if layer})
         raise TargetError(
-            f"layers={list(wanted)} leaves none of the {len(hosts)} modules that match; "
+            f"layers={list(wanted)}: none of the {len(hosts)} modules that match lies in {missing}; "
             + (f"they lie in layers {there}" if there else "none of them lies in a repeated block")
         )
-    return kept
+    return [path for path in hosts if spellings[path] & set(wanted)]
 
 
 class _Seen(NamedTuple):
@@ -117,9 +131,9 @@ def _trace(
         return {}
 
     def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Seen:
-        call, argument = (args, kwargs), arguments[path]
+        call, argument = (args, kwargs), arguments.get(path)
         try:
-            taken = argument_path(call, argument) if argument else values.find(call)
+            taken = values.argument_path(call, argument) if argument else values.find(call)
             returned = _as_path(config.output) or values.find(output)
             return _Seen(_shape_at(output, returned), _shape_at(call, taken))
         except LookupError as error:
@@ -141,7 +155,7 @@ def _shape_at(value: Any, path: values.Path | None) -> tuple[int, ...] | None:
 
 
 def _shape(path: str, host: nn.Module, config: AdapterConfig, placement: Placement, seen: _Seen | None) -> HostShape:
-    """Width, width read and axis of a site, from the trace if there is one, else from the host's type."""
+    """Width and axis of a site, from the trace if there is one, else from the host's type."""
     known = known_shape(host)
     if placement.reads == "norm":
         _check_norm(path, host)
@@ -153,13 +167,12 @@ def _shape(path: str, host: nn.Module, config: AdapterConfig, placement: Placeme
             "wrap the model with example inputs: ak.wrap(model, example_inputs=batch)"
         )
     width = known.width if placement.at == "output" else known.input_width
-    reads = known.input_width if placement.reads == "input" else width
-    if width is None or reads is None or known.input_width == 0:
+    if not width:
         raise TargetError(
-            f"{path!r} ({type(host).__name__}) takes no features that an adapter could read or change (or, if it is "
-            "lazy, not yet: run the model once); adapt its output, or the module after it"
+            f"{path!r} ({type(host).__name__}) takes no features that an adapter could change (or, if it is lazy, not yet: "
+            "run the model once); adapt its output, or the module after it"
         )
-    return HostShape(width, reads, known.axis if config.channel_axis is None else config.channel_axis)
+    return HostShape(width, None, known.axis if config.channel_axis is None else config.channel_axis)
 
 
 def _seen_shape(
@@ -167,31 +180,53 @@ def _seen_shape(
 ) -> HostShape:
     """`_shape`, from what the host took and returned."""
     here = seen.output if placement.at == "output" else seen.input
-    reads = seen.input if placement.reads == "input" else here
-    if here is None or reads is None:
+    if here is None:
         raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {placement.at}")
     axis = config.channel_axis
+    if axis is None and known is not None and -len(here) <= known.axis < len(here):
+        width = known.width if placement.at == "output" else known.input_width
+        axis = known.axis if here[known.axis] == width else None
     if axis is None:
-        axis = known.axis if known else channel_axis(host, here)
+        axis = channel_axis(host, here)
     if axis is None:
         raise TargetError(
             f"cannot tell which axis of {path!r} ({type(host).__name__}, shape {here}) holds the features; "
             "set channel_axis=1 (images, signals) or channel_axis=-1 (tokens)"
         )
-    for shape in (here, reads):
-        if not -len(shape) <= axis < len(shape):
-            raise TargetError(f"{path!r} has a tensor of shape {shape}, which has no axis {axis}; set channel_axis")
-    if placement.reads == "input" and here[:axis] + here[axis:][1:] != reads[:axis] + reads[axis:][1:]:
+    if not -len(here) <= axis < len(here):
+        raise TargetError(f"{path!r} has a tensor of shape {here}, which has no axis {axis}; set channel_axis")
+    return HostShape(here[axis], None, axis)
+
+
+def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, _Seen]) -> int:
+    """Width of what a module takes, on the site's axis, from the trace or its type."""
+    known = known_shape(module)
+    taken = seen[path].input if path in seen else None
+    if taken is not None and -len(taken) <= site.axis < len(taken):
+        return taken[site.axis]
+    if path not in seen and known is not None and known.input_width:
+        return known.input_width
+    raise TargetError(
+        f"the input width of {path!r} ({type(module).__name__}) cannot be told; an adapter beside it needs a "
+        "floating-point input, and, where the type does not tell its width, ak.wrap(model, example_inputs=batch)"
+    )
+
+
+def _check_rows(path: str, modules: dict[str, nn.Module], config: AdapterConfig) -> None:
+    """Raise TargetError where a row-wise setting would take the first axis for rows, and the host says that it is not."""
+    by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
+    around = [modules[outer] for outer in ancestors(path)]
+    first = [getattr(getattr(module, "self_attn", module), "batch_first", True) for module in around]
+    if by_row and getattr(config, "batch_axis", None) is None and False in first:
         raise TargetError(
-            f"{path!r} turns a tensor of shape {reads} into {here}: a parallel adapter needs all axes but the features' "
-            "to agree; use placement='sequential'"
+            f"{path!r} lies in a module whose batch is on axis 1 (batch_first=False); gating and stochastic_depth need to "
+            "know: set batch_axis=1"
         )
-    return HostShape(here[axis], reads[axis], axis)
 
 
 def _check_norm(path: str, host: nn.Module) -> None:
-    known = known_shape(host)
-    if isinstance(host, (nn.modules.batchnorm._NormBase)) or (known is not None and known.width != known.input_width):
+    has_statistics = isinstance(host, nn.modules.batchnorm._NormBase)
+    if has_statistics or is_more_than_a_norm(host):
         raise TargetError(
             f"at='renormalised' needs a norm without running statistics (such as nn.LayerNorm); {path!r} is "
             f"{type(host).__name__}"

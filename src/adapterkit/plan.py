@@ -9,7 +9,7 @@ from torch import nn
 from .errors import AdapterNameError
 from .record import ACTIVATION_LOCK, Record
 from .sites import AdapterSite, Step, adapter_names, site_key, sites_of
-from .steps import AddDelta, UseHead
+from .steps import AddDelta, Pass, UseHead
 
 __all__ = ["activate", "activated", "check_known"]
 
@@ -47,13 +47,15 @@ def activated(model: nn.Module, record: Record, name: str | None) -> Iterator[No
 def apply(model: nn.Module, record: Record) -> None:
     """Put the steps of what is active at every site."""
     active = record.activation.active
+    # A model in which nothing was ever active needs no checks, and its hooks stay empty.
+    idle = (Pass(active),) if record.activation.was_used else ()
     for _, _, site in sites_of(model):
         for name, entry in site.entries.items():
             if entry.handover is not None:
                 entry.handover.is_wanted = name == active
-        steps = _steps(site, active)
-        site.input_steps = tuple(step for at_input, step in steps if at_input)
-        site.output_steps = tuple(step for at_input, step in steps if not at_input)
+        at_input, step = _step(site, active)
+        site.input_steps = (step,) if step is not None and at_input else idle
+        site.output_steps = (step,) if step is not None and not at_input else idle
 
 
 def check_known(model: nn.Module, name: str) -> None:
@@ -65,11 +67,11 @@ def check_known(model: nn.Module, name: str) -> None:
         raise AdapterNameError(f"the model has no adapter {name!r}. {hint}")
 
 
-def _steps(site: AdapterSite, active: str | None) -> list[tuple[bool, Step]]:
-    """The steps of one site, each with whether it works on the host's input."""
+def _step(site: AdapterSite, active: str | None) -> tuple[bool, Step | None]:
+    """What the active adapter does at a site, if anything, and whether it does so to the host's input."""
     if active is None or active not in site.entries:
-        return []
+        return False, None
     entry, key = site.entries[active], site_key(active)
     if entry.spec is None:
-        return [(False, UseHead(key))]
-    return [(entry.spec.at == "input", AddDelta(key, active, entry.spec, entry.handover))]
+        return False, UseHead(key, active)
+    return entry.spec.at == "input", AddDelta(key, active, entry.spec, entry.handover)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .errors import ActivationError
+from .errors import ActivationError, CompatibilityError
 
 __all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Handover", "Record"]
 
@@ -24,6 +24,16 @@ RECORD = "_adapterkit_record"
 # Held while activation changes, until every site has its new steps. One for all models: a lock cannot be copied.
 ACTIVATION_LOCK = threading.RLock()
 _HISTORY = 4096  # changes of activation that a backward may still look back on
+
+
+# Of each thread: `key`, which stands for it (its number may be used again once it ends), and `ran`, what it ran last.
+_thread = threading.local()
+
+
+def _this_thread() -> object:
+    if not hasattr(_thread, "key"):
+        _thread.key = object()
+    return _thread.key
 
 
 def _sequence_number() -> int:
@@ -48,7 +58,7 @@ class Activation:
         self._expected: WeakKeyDictionary[threading.Thread, str | None] = WeakKeyDictionary()
         self._crowded = False  # more than one thread has asked for an adapter
         # (autograd's sequence number at the change, thread that changed it, adapter from then on)
-        self._history: deque[tuple[int, int, str | None]] = deque(maxlen=_HISTORY)
+        self._history: deque[tuple[int, object, str | None]] = deque(maxlen=_HISTORY)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"active": self.active}  # a copy runs what the original ran at that moment, and is in no scope
@@ -105,8 +115,13 @@ class Activation:
         mine = next((name for thread, name in reversed(self._scopes) if thread is me), self._default)
         self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
 
-    def check(self) -> None:
-        """Raise if running an adapter now would give the numbers of another one.
+    @property
+    def was_used(self) -> bool:
+        """Whether an adapter has been active, so that running without one may be a mistake, too."""
+        return self.active is not None or bool(self._history)
+
+    def check(self, running: str | None) -> None:
+        """Raise if running this adapter (None: the base alone) now would give numbers that the caller did not ask for.
 
         Raises:
             ActivationError: see the class.
@@ -115,9 +130,11 @@ class Activation:
             return
         if torch._C._current_graph_task_id() >= 0:  # inside a backward: checkpointing recomputes a forward
             self._check_recomputation()
-        elif self._crowded:
+            return
+        _thread.ran = id(self), running
+        if self._crowded:
             expected = self._expected.get(threading.current_thread(), self.active)
-            if expected != self.active:
+            if not expected == self.active == running:
                 raise ActivationError(
                     f"this thread activated {expected!r}, but another thread has since activated {self.active!r} in the "
                     "same model. Hold a lock around activation and forward, or give each thread its own copy."
@@ -136,8 +153,8 @@ class Activation:
         self._crowded = len(self._expected) > 1
         if name != self.active:
             if not self._history:
-                self._history.append((-1, threading.get_ident(), self.active))
-            self._history.append((_sequence_number(), threading.get_ident(), name))
+                self._history.append((-1, _this_thread(), self.active))
+            self._history.append((_sequence_number(), _this_thread(), name))
             self.active = name
 
     def _check_recomputation(self) -> None:
@@ -150,11 +167,14 @@ class Activation:
         node = torch._C._current_autograd_node()
         if node is None or not self._history:
             return
-        me = threading.get_ident()
+        me = _this_thread()
         started_by_python = not isinstance(threading.current_thread(), threading._DummyThread)
-        changes = [(n, name) for n, thread, name in self._history if thread == me or not started_by_python]
+        changes = [(n, name) for n, thread, name in self._history if thread is me or not started_by_python]
         then = [name for number, name in changes if number <= node._sequence_nr()]
-        if changes and (not then or then[-1] != self.active):
+        if not changes:  # only other threads have changed it: compare with what this one ran last
+            whose, ran = getattr(_thread, "ran", (id(self), self.active))
+            then = [ran if whose == id(self) else self.active]
+        if not then or then[-1] != self.active:
             was = repr(then[-1]) if then else "another adapter"
             raise ActivationError(
                 f"the active adapter changed between forward and backward: a checkpointed forward ran with {was}, its "
@@ -180,14 +200,28 @@ class Handover:
         if torch.compiler.is_compiling():
             self._traced = tensor
         else:
-            _handed.__dict__[str(id(self))] = tensor
+            _handed.__dict__[str(id(self))] = tensor, tensor._version
 
     def take(self) -> Tensor | None:
-        """Take the tensor away; None if none was left."""
+        """Take the tensor away; None if none was left.
+
+        Raises:
+            CompatibilityError: the model has changed it in place since it was left.
+        """
         if torch.compiler.is_compiling():
             tensor, self._traced = self._traced, None
             return tensor
-        handed: Tensor | None = _handed.__dict__.pop(str(id(self)), None)
+        tensor, version = self.drop()
+        if tensor is not None and tensor._version != version:
+            raise CompatibilityError(
+                "the model changes its residual stream in place before the adapter reads it; adapt another place"
+            )
+        return tensor
+
+    def drop(self) -> tuple[Tensor | None, int]:
+        """Take the tensor away unseen, with its version when it was left."""
+        self._traced = None
+        handed: tuple[Tensor | None, int] = _handed.__dict__.pop(str(id(self)), (None, 0))
         return handed
 
 
@@ -226,7 +260,7 @@ class Record:
         self.last_hook_id = -1
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, omit_adapters=False)
         # Hook ids are pickled as they are, but a new process counts from 0 again: without this, the next hook that
         # anyone registers would take the place of one of ours.
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.last_hook_id + 1)

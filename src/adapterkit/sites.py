@@ -6,7 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
@@ -18,9 +18,20 @@ from .patterns import SITE
 from .record import RECORD, Handover, Record
 from .values import Path
 
-__all__ = ["AdapterSite", "Entry", "SiteSpec", "Step", "adapter_names", "record_of", "site_key", "sites_of"]
+__all__ = [
+    "AdapterSite",
+    "Entry",
+    "SiteSpec",
+    "Step",
+    "adapter_names",
+    "located",
+    "open_parameters",
+    "record_of",
+    "site_key",
+    "sites_of",
+]
 
-Reads = Literal["site", "norm", "input", "residual", "sum"]
+Reads = Literal["site", "norm", "residual", "sum"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +42,15 @@ class SiteSpec:
         path: The host module's path in the model.
         host: Name of the host's type, as in torch.nn where it derives from there.
         at: Whether the host's output or its input is adapted.
-        reads: What the adapter reads: the tensor at the site ("site"), that tensor through the host ("norm"), the
-            host's input ("input"), the residual stream ("residual"), or the tensor at the site plus the stream ("sum").
+        reads: What the adapter reads: the tensor at the site ("site"), that tensor through the host ("norm"), what enters
+            the module `residual` ("residual"), or the tensor at the site plus that ("sum").
         width: Features of the tensor at the site.
         input_width: Features of what the adapter reads.
         axis: The axis they lie on.
         layer: (index, count) of the repeated block that the host lies in, if any.
         output: Which tensor of the host's output; the first floating one if None.
-        input: Which argument of the host, as (position, keyword); the first floating one if None.
-        residual: Path of the module whose input is the residual stream.
+        input: Which argument, of the host or of `residual`, as (position, keyword); the first floating one if None.
+        residual: Path of the module whose input the adapter reads: the residual stream or, beside the host, its own.
     """
 
     path: str
@@ -65,7 +76,13 @@ class Entry:
 
 
 class Step:
-    """One thing that a hook does to the tensors of a call. Immutable; finds its module through the site."""
+    """One thing that a hook does to the tensors of a call. Immutable; finds its module through the site.
+
+    Attributes:
+        adapter: The adapter that was active when the step was made.
+    """
+
+    adapter: str | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` (the host's output, or its `(args, kwargs)`) with tensors of shape (..., width) replaced."""
@@ -202,6 +219,13 @@ def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
             yield path, module, site
 
 
+def open_parameters(module: nn.Module, trains: bool) -> None:
+    """Let a module's parameters train, or not; those that cannot (integers) stay as they are."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(trains)
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters in the model."""
     return list(dict.fromkeys(name for _, _, site in sites_of(model) for name in site.entries))
@@ -211,3 +235,15 @@ def record_of(model: nn.Module) -> Record | None:
     """The model's record: on its root, or, in a part taken out of a larger model, on its sites; None if untouched."""
     record: Record | None = model.__dict__.get(RECORD)
     return record or next((site.record for _, _, site in sites_of(model)), None)
+
+
+def located(spec: SiteSpec, path: str) -> SiteSpec:
+    """The spec with paths as they are in this model, which may be a part of the one that it was made in, or around it."""
+    if path == spec.path:
+        return spec
+    residual = spec.residual
+    if residual is not None and spec.path.endswith(f".{path}" if path else ""):
+        residual = residual.removeprefix(spec.path[: len(spec.path) - len(path)])
+    elif residual is not None and path.endswith(f".{spec.path}" if spec.path else ""):
+        residual = f"{path[: len(path) - len(spec.path)]}{residual}".rstrip(".")
+    return replace(spec, path=path, residual=residual)

@@ -11,7 +11,7 @@ from .errors import CompatibilityError
 from .record import Handover
 from .sites import AdapterSite, SiteSpec, Step
 
-__all__ = ["AddDelta", "UseHead"]
+__all__ = ["AddDelta", "Pass", "UseHead"]
 
 
 @dataclass(frozen=True)
@@ -26,65 +26,54 @@ class AddDelta(Step):
     """
 
     key: str
-    adapter: str
+    adapter: str | None
     spec: SiteSpec
     handover: Handover | None = None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output (or the arguments) with its tensor x, shape (..., width), replaced by x + delta."""
         if isinstance(value, Tensor) and not self.spec.output:
-            return self._adapt(site, host, args, kwargs, value)
+            return self._adapt(site, host, value)
         path = self._locate(value, in_call=self.spec.at == "input")
-        return values.put(value, path, self._adapt(site, host, args, kwargs, values.get(value, path)))
+        return values.put(value, path, self._adapt(site, host, values.get(value, path)))
 
-    def _adapt(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
+    def _adapt(self, site: AdapterSite, host: nn.Module, x: Tensor) -> Tensor:
         """Return x + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
+        z = x if self.spec.reads == "site" else self._read(host, x)
+        module = site._modules[self.key]
+        if not x.is_nested:
+            return self._add(module, z, x)
+        # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
+        rows = zip(z.unbind(), x.unbind(), strict=True)
+        return torch.nested.as_nested_tensor([self._add(module, a[None], b[None])[0] for a, b in rows])
+
+    def _add(self, module: Any, z: Tensor, x: Tensor) -> Tensor:
+        """Return x + module(z, x). Shape: z (..., input_width), x (..., width), the features on `spec.axis`."""
         spec = self.spec
-        if x.is_nested:
-            return self._adapt_nested(site, host, args, kwargs, x)
-        reads = spec.reads
-        z: Tensor = x if reads == "site" else self._read(host, args, kwargs, x)
-        if z.shape[spec.axis] != spec.input_width or x.shape[spec.axis] != spec.width:
+        axis = spec.axis
+        if axis != -1 and not -x.dim() <= axis < x.dim():
             raise self._wrong_shape(z, x)
-        module: Any = site._modules[self.key]
-        delta: Tensor
+        if z.shape[axis] != spec.input_width or x.shape[axis] != spec.width:
+            raise self._wrong_shape(z, x)
         dtype = module.compute_dtype
         if z.dtype is not dtype:
             z = z.to(dtype)
-        if spec.axis == -1:
-            delta = module(z, x)
-        else:
-            delta = module(z.movedim(spec.axis, -1), x.movedim(spec.axis, -1)).movedim(-1, spec.axis)
-        if reads != "site" and delta.shape != x.shape:
+        is_last = axis == -1
+        delta: Tensor = module(z, x) if is_last else module(z.movedim(axis, -1), x.movedim(axis, -1)).movedim(-1, axis)
+        if delta.shape != x.shape:
             raise self._wrong_shape(z, x)
         return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
 
-    def _adapt_nested(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
-        """Row by row, for the nested tensors of `nn.TransformerEncoder`'s padded inference.
-
-        Few functions take a nested tensor; each of its rows is an ordinary tensor of shape (1, seq, width).
-        """
-        if self.spec.reads not in ("site", "norm"):
-            raise CompatibilityError(
-                f"adapter {self.adapter!r} at {self.spec.path!r} reads {self.spec.reads!r} and received a nested tensor; "
-                "build the nn.TransformerEncoder with enable_nested_tensor=False"
-            )
-        rows = [self._adapt(site, host, args, kwargs, row.unsqueeze(0)).squeeze(0) for row in x.unbind()]
-        return torch.nested.as_nested_tensor(rows)
-
-    def _read(self, host: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
+    def _read(self, host: nn.Module, x: Tensor) -> Tensor:
         """What the adapter reads, where that is not the tensor at the site. Shape: (..., input_width)."""
         reads = self.spec.reads
         if reads == "norm":
             return host.forward(x)  # type: ignore[no-any-return]  # not __call__: that would run this hook again
-        if reads == "input":
-            call = (args, kwargs)
-            return values.get(call, self._locate(call, in_call=True))  # type: ignore[no-any-return]
         stream = self.handover.take() if self.handover else None
         if stream is None:
             raise CompatibilityError(
-                f"adapter {self.adapter!r} at {self.spec.path!r} reads the residual stream at the input of "
-                f"{self.spec.residual!r}, which has not run before it in this forward; name another `residual`"
+                f"adapter {self.adapter!r} at {self.spec.path!r} reads what enters {self.spec.residual!r}, which has not "
+                "run before it in this forward; name another `residual`"
             )
         return stream if reads == "residual" else x + stream
 
@@ -93,7 +82,7 @@ class AddDelta(Step):
         spec = self.spec
         try:
             if in_call:
-                path = argument_path(value, spec.input) if spec.input else values.find(value)
+                path = values.argument_path(value, spec.input) if spec.input else values.find(value)
             else:
                 path = spec.output or values.find(value)
             if path is not None and isinstance(values.get(value, path), Tensor):
@@ -116,30 +105,29 @@ class AddDelta(Step):
 
 
 @dataclass(frozen=True)
+class Pass(Step):
+    """Change nothing where the active adapter has no module; there for the checks that come before every step."""
+
+    adapter: str | None
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Return the value. Shape: any."""
+        return value
+
+
+@dataclass(frozen=True)
 class UseHead(Step):
     """Return what the adapter's own copy of the host head makes of the same call.
 
     Args:
         key: The adapter's name among the site's children.
+        adapter: The adapter's name.
     """
 
     key: str
+    adapter: str | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the copy's output. Shape: as the host's."""
         head: Any = site._modules[self.key]
         return head(*args, **kwargs)
-
-
-def argument_path(call: tuple[Any, ...], argument: tuple[int | None, str | None]) -> values.Path:
-    """Where `(args, kwargs)` hold the argument with this position and keyword.
-
-    Raises:
-        LookupError: the call does not have it.
-    """
-    position, keyword = argument
-    if keyword is not None and keyword in call[1]:
-        return (1, keyword)
-    if position is not None and position < len(call[0]):
-        return (0, position)
-    raise LookupError(keyword if keyword is not None else position)

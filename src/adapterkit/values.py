@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Path", "find", "get", "put"]
+__all__ = ["Argument", "Path", "argument_path", "find", "get", "put"]
 
 Path = tuple[int | str, ...]
+Argument = tuple[int | None, str | None]  # of a call: its position and its keyword
 
 
 def find(value: Any) -> Path | None:
@@ -35,7 +36,7 @@ def get(value: Any, path: Path) -> Any:
         LookupError: nothing lies there.
     """
     for key in path:
-        value = dict(_items(value))[key]
+        value = dict(_items(value))[_name_of(value, key)]
     return value
 
 
@@ -43,13 +44,17 @@ def put(value: Any, path: Path, tensor: Tensor) -> Any:
     """A copy of the value, of the same type, with the tensor at the path."""
     if not path:
         return tensor
-    key, rest = path[0], path[1:]
+    key, rest = _name_of(value, path[0]), path[1:]
     new = put(dict(_items(value))[key], rest, tensor)
     if isinstance(value, tuple):
-        items = [new if key in (i, name) else item for i, (name, item) in enumerate(_items(value))]
+        items = [new if name == key else item for name, item in _items(value)]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
     if dataclasses.is_dataclass(value):
-        return dataclasses.replace(value, **{str(key): new})  # type: ignore[type-var]
+        if all(f.init for f in dataclasses.fields(value)):
+            return dataclasses.replace(value, **{str(key): new})  # type: ignore[type-var]
+        changed = copy.copy(value)  # `replace` would lose what `__init__` does not take
+        object.__setattr__(changed, str(key), new)
+        return changed
     # Exact lists and dicts are spelled out, for torch.compile does not know how to copy them.
     if type(value) is list:
         return [new if i == key else item for i, item in enumerate(value)]
@@ -58,6 +63,26 @@ def put(value: Any, path: Path, tensor: Tensor) -> Any:
     changed = copy.copy(value)
     changed[key] = new
     return changed
+
+
+def argument_path(call: tuple[Any, ...], argument: Argument) -> Path:
+    """Where `(args, kwargs)` hold the argument with this position and keyword.
+
+    Raises:
+        LookupError: the call does not have it.
+    """
+    position, keyword = argument
+    if keyword is not None and keyword in call[1]:
+        return (1, keyword)
+    if position is not None and position < len(call[0]):
+        return (0, position)
+    raise LookupError(keyword if keyword is not None else position)
+
+
+def _name_of(value: Any, key: int | str) -> int | str:
+    """The key of a part that may be given by its position, too, as named tuples and ModelOutputs allow."""
+    names = [name for name, _ in _items(value)]
+    return names[key] if isinstance(key, int) and key not in names else key
 
 
 def _items(value: Any) -> Iterator[tuple[int | str, Any]]:

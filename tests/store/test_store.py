@@ -345,7 +345,7 @@ def declared(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Non
     ("change", "message"),
     [
         (lambda t: t.update({first_key(t): torch.zeros(2, 2)}), r"is \(2, 2\), its config says"),
-        (lambda t: t.update({first_key(t): t[first_key(t)].long()}), "not floating-point"),
+        (lambda t: t.update({first_key(t): t[first_key(t)].long()}), "not one float dtype"),
         (lambda t: t.update({"sites/embedding/up_weight": torch.zeros(3)}), "unknown to its config"),
         (lambda t: t.pop(first_key(t)), "is missing"),
         (lambda t: t.update({first_key(t): torch.zeros(3, dtype=torch.complex64)}), "dtype 'complex64'"),

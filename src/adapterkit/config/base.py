@@ -84,7 +84,7 @@ class AdapterConfig(BaseModel):
     targets: Targets = Field(min_length=1)
     exclude: Targets = ()
     layers: Layers = None
-    seed: int | None = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     dtype: Annotated[DType | None, BeforeValidator(_dtype_name)] = None
     output: Annotated[int | str | Sequence[int | str] | None, BeforeValidator(_list_to_tuple)] = None
     input: int | str | None = None

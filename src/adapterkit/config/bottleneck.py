@@ -49,6 +49,7 @@ class BottleneckConfig(AdapterConfig):
         layer_norm_after: A layer norm of its own on what it adds.
         residual_before_layer_norm: That norm sees x + f, not f alone. Such an adapter is not the identity at init.
         scaling: A factor, "learned" (one trained factor) or "channel" (one for each feature).
+        batch_axis: The axis of rows, where `gating` or `stochastic_depth` needs it; 0 if not given.
         gating: A trained gate in (0, 1) for each row.
         dropout: Probability of dropping an output feature in training.
         stochastic_depth: Probability of dropping the adapter for a row in training.
@@ -73,6 +74,7 @@ class BottleneckConfig(AdapterConfig):
     layer_norm_after: bool = False
     residual_before_layer_norm: bool = False
     scaling: float | Literal["learned", "channel"] = 1.0
+    batch_axis: int | None = None
     gating: bool = False
     dropout: Probability = 0.0
     stochastic_depth: Probability = 0.0
@@ -84,6 +86,10 @@ class BottleneckConfig(AdapterConfig):
             raise ValueError("give reduction_factor or bottleneck_size, not both")
         if self.at != "output" and (self.placement == "parallel" or self.residual is not None):
             raise ValueError(f"placement='parallel' and residual= need at='output'; found at={self.at!r}")
+        if self.input is not None and self.at == "output" and (self.placement == "sequential" or self.residual is not None):
+            raise ValueError("input= names what the adapter reads at its host's input; here it reads something else")
+        if self.output is not None and self.at != "output":
+            raise ValueError(f"output= names a tensor that the host returns; with at={self.at!r} none is adapted")
         if self.residual_before_layer_norm and not self.layer_norm_after:
             raise ValueError("residual_before_layer_norm needs layer_norm_after=True")
         return self

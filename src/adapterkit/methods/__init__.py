@@ -27,6 +27,9 @@ def config_from(settings: Mapping[str, Any]) -> AdapterConfig:
     Raises:
         ConfigError: no such method, or bad settings.
     """
+    wrong = [key for key in settings if not isinstance(key, str)]
+    if wrong:
+        raise ConfigError(f"settings are named by strings; found {wrong}")
     name = settings.get("method")
     if not isinstance(name, str) or name not in _BY_NAME:
         raise ConfigError(f"'method' must be one of {sorted(_BY_NAME)}; found {name!r}")
@@ -44,9 +47,13 @@ def as_config(config: AdapterConfig | Mapping[str, Any] | str | Path, overrides:
         return config.override(overrides)
     if isinstance(config, Mapping):
         return config_from(config).override(overrides)
-    path = Path(config)
-    if not path.is_file():
-        raise ConfigError(f"{str(config)!r} is neither a config nor a JSON file with one; try a BottleneckConfig")
+    try:
+        path = Path(config)
+        is_file = path.is_file()
+    except (TypeError, ValueError, OSError):
+        is_file = False
+    if not is_file:
+        raise ConfigError(f"{str(config)[:80]!r} is neither a config nor a JSON file with one; try a BottleneckConfig")
     try:
         settings = json.loads(path.read_bytes())
     except ValueError as error:

@@ -4,6 +4,7 @@ import torch
 
 from ..config.base import per_layer
 from ..config.bottleneck import DEFAULT_REDUCTION_FACTOR, BottleneckConfig
+from ..errors import ConfigError
 from ..modules.bottleneck import BottleneckAdapter
 from ..placement import Placement
 from ..sites import SiteSpec
@@ -39,6 +40,7 @@ class Bottleneck:
             gating=config.gating,
             dropout=config.dropout,
             stochastic_depth=config.stochastic_depth,
+            batch_axis=config.batch_axis or 0,
             init=config.init,
             dtype=dtype,
         )
@@ -50,4 +52,8 @@ def bottleneck_size(config: BottleneckConfig, site: SiteSpec) -> int:
     if size is not None:
         return int(size)
     factor = per_layer(config.reduction_factor, site.layer and site.layer[0]) or DEFAULT_REDUCTION_FACTOR
+    if site.width / factor >= 2**31:
+        raise ConfigError(
+            f"reduction_factor={factor} makes a bottleneck of {site.width / factor:.3g} features at {site.path!r}"
+        )
     return max(1, int(site.width // factor))

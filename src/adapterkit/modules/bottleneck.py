@@ -38,6 +38,7 @@ class BottleneckAdapter(nn.Module):
         gating: Multiply by a gate in (0, 1) for each row: the mean over its tokens of sigmoid(w z + b).
         dropout: Probability of dropping an output feature in training, in [0, 1).
         stochastic_depth: Probability of dropping the whole branch for a row in training, in [0, 1).
+        batch_axis: The axis of rows, for gating and stochastic depth.
         init: "lora" (also "mam"; down Kaiming-uniform, up zero: a new adapter is the identity), "houlsby" (truncated
             normal, 0.01) or "bert" (normal, 0.02); the last two start near the identity, not at it.
         dtype: What the parameters are.
@@ -64,6 +65,7 @@ class BottleneckAdapter(nn.Module):
         gating: bool = False,
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
+        batch_axis: int = 0,
         init: BottleneckInit = "lora",
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class BottleneckAdapter(nn.Module):
         self.output_size, self.bottleneck_size = output_size, bottleneck_size
         self.residual_before_norm, self.scaling = residual_before_norm, scaling
         self.dropout, self.stochastic_depth, self.init = dropout, stochastic_depth, init
+        self.batch_axis = batch_axis
         self._activation = activations.non_linearity(non_linearity)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -131,14 +134,16 @@ class BottleneckAdapter(nn.Module):
         branch = F.linear(h, self.up_weight, self.up_bias)
         if self.stochastic_depth and self.training:
             keep = 1.0 - self.stochastic_depth
-            rows = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) < keep
+            shape = [n if axis == self.batch_axis else 1 for axis, n in enumerate(branch.shape)]
+            rows = torch.rand(shape, device=branch.device) < keep
             branch = branch * rows / keep
         branch = branch * (self.scale if isinstance(self.scaling, str) else self.scaling)
         if self.dropout:
             branch = F.dropout(branch, self.dropout, self.training)
         if "gate_weight" in p:
             gate = torch.sigmoid(F.linear(z, self.gate_weight, self.gate_bias))  # (batch, ..., 1)
-            branch = branch * (gate.mean(dim=tuple(range(1, gate.dim() - 1)), keepdim=True) if gate.dim() > 2 else gate)
+            tokens = [axis for axis in range(gate.dim() - 1) if axis != self.batch_axis]
+            branch = branch * (gate.mean(dim=tokens, keepdim=True) if tokens else gate)
         if "norm_after_weight" not in p:
             return branch
         norm = (self.output_size,), p["norm_after_weight"], p["norm_after_bias"]

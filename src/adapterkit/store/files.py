@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import os
 import stat
-import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import StoreError
@@ -31,24 +31,41 @@ def replace_adapter(directory: Path, manifest: bytes, tensors: bytes, card: byte
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        pending = directory / _pending_name(hashlib.sha256(tensors).hexdigest())
-        _write(pending, tensors)
-        _write(directory / MANIFEST, manifest)
-        with contextlib.suppress(FileNotFoundError):  # another process saved the very same adapter, and moved it
-            os.replace(pending, directory / TENSORS)
-        if _is_ours(directory / CARD):
-            _write(directory / CARD, card)
-        _sync_directory(directory)
-        for leftover in directory.glob(".adapter-*"):  # of saves that were killed
-            if leftover.stat().st_mtime < time.time() - 3600:
+        with _only_saver(directory):
+            for leftover in directory.glob(".adapter-*.tmp"):  # of saves that were killed
                 leftover.unlink(missing_ok=True)
-    except OSError as error:
+            pending = directory / _pending_name(hashlib.sha256(tensors).hexdigest())
+            _write(pending, tensors)
+            _write(directory / MANIFEST, manifest)
+            os.replace(pending, directory / TENSORS)
+            for leftover in directory.glob(".adapter-*.safetensors"):
+                leftover.unlink(missing_ok=True)
+            if _is_ours(directory / CARD):
+                _write(directory / CARD, card)
+            _sync_directory(directory)
+    except (OSError, ValueError) as error:
         raise StoreError(f"cannot save an adapter in {str(directory)!r}: {error}") from error
 
 
 def _is_ours(card: Path) -> bool:
     """Whether a card may be written: there is none, or it is one that no person took over."""
-    return not card.exists() or CARD_MARK.encode() in card.read_bytes()
+    return not card.exists() or (card.is_file() and CARD_MARK.encode() in card.read_bytes())
+
+
+@contextlib.contextmanager
+def _only_saver(directory: Path) -> Iterator[None]:
+    """Let one process at a time save here. The lock is on the directory itself, and ends with the process."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl  # noqa: PLC0415 (POSIX only)
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_manifest_bytes(directory: Path) -> bytes:
@@ -57,7 +74,11 @@ def read_manifest_bytes(directory: Path) -> bytes:
     Raises:
         StoreError: there is none, it is too large, or it lies outside the directory.
     """
-    if not directory.is_dir():
+    try:
+        exists = directory.is_dir()
+    except (OSError, ValueError):  # a name too long, or with a null character
+        exists = False
+    if not exists:
         raise StoreError(f"no adapter in {str(directory)!r}: there is no such directory")
     path = directory / MANIFEST
     if not path.exists():
@@ -65,7 +86,7 @@ def read_manifest_bytes(directory: Path) -> bytes:
     size = _check_inside(path, directory)
     if size > MAX_MANIFEST_BYTES:
         raise StoreError(f"{str(path)!r} has {size:,} bytes; a manifest has at most {MAX_MANIFEST_BYTES:,}")
-    return path.read_bytes()
+    return _read(path)
 
 
 def read_tensors_bytes(directory: Path, sha256: str, size_bytes: int) -> bytes:
@@ -82,7 +103,7 @@ def read_tensors_bytes(directory: Path, sha256: str, size_bytes: int) -> bytes:
         if size != size_bytes:
             found.append(f"{path.name} has {size:,} bytes, not {size_bytes:,}")
             continue
-        content = path.read_bytes()
+        content = _read(path)
         actual = hashlib.sha256(content).hexdigest()
         if actual == sha256:
             return content
@@ -91,6 +112,13 @@ def read_tensors_bytes(directory: Path, sha256: str, size_bytes: int) -> bytes:
         f"the tensors in {str(directory)!r} are not those of its manifest: {'; '.join(found) or f'no {TENSORS}'}. "
         "The file is damaged or incomplete; fetch or save the adapter again"
     )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def _pending_name(sha256: str) -> str:

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import nn
 
-from ..base import base_tensors, fingerprint
+from ..base import base_parameters, fingerprint
+from ..patterns import ancestors
 from ..placement import host_type
 from .manifest import BaseIdentity, Metadata
 
@@ -17,24 +19,25 @@ def structure_of(model: nn.Module, path: str) -> str:
 
     The shapes are those of the host or, where it has no parameters, of the innermost module around it that does.
     """
-    parts = path.split(".") if path else []
     shapes: list[str] = []
-    for n in range(len(parts), -1, -1):
-        around = model.get_submodule(".".join(parts[:n]))
-        shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in base_tensors(around)]
+    for around in ancestors(path):
+        shapes = [f"{name} {tuple(p.shape)}" for name, p in base_parameters(model.get_submodule(around))]
         if shapes:
             break
     return _sha256([path, host_type(model.get_submodule(path)), *shapes])
 
 
 def base_identity(model: nn.Module, structures: Iterable[str], metadata: Metadata) -> BaseIdentity:
-    """Who the base is. Hugging Face models tell their id; anyone else may through the metadata."""
+    """Who the base is. Hugging Face models tell their id (a path on this machine is none); others may, in metadata."""
     config = getattr(model, "config", None)
+    hub_id = getattr(config, "_name_or_path", None) or None
+    if hub_id and (Path(hub_id).exists() or Path(hub_id).is_absolute()):
+        hub_id = None
     return BaseIdentity(
         class_path=f"{type(model).__module__}.{type(model).__qualname__}",
         structure=_sha256(structures),
         fingerprint=fingerprint(model),
-        hub_id=metadata.base_id or getattr(config, "_name_or_path", None) or None,
+        hub_id=metadata.base_id or hub_id,
         revision=metadata.base_revision or getattr(config, "_commit_hash", None),
     )
 

@@ -1,15 +1,15 @@
 """Load an adapter from a directory: check everything first, then attach."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from ..attach import Part, attach, build_parts, check_free, parameter_near
+from ..attach import Part, attach, build_parts, check_apart, check_free, device_near
 from ..base import fingerprint
 from ..config.base import AdapterConfig
 from ..errors import AdapterKitError, CompatibilityError, StoreError
@@ -53,16 +53,16 @@ def load_adapter(
         AdapterNameError: the name is taken.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
+    manifest, content = _read(directory)
     name = manifest.name if name is None else name
     check_free(model, name)
     _check_structure(model, manifest, heads=heads, source=directory)
     try:
         config = config_from(manifest.config)
         parts = _empty_parts(model, manifest, config, heads=heads)
-    except (AdapterKitError, RuntimeError, OverflowError, MemoryError) as error:
+    except (AdapterKitError, RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise StoreError(f"the manifest in {str(directory)!r} describes no adapter for this model: {error}") from error
-    tensors = _read_tensors(directory, manifest)
+    tensors = _parse_tensors(directory, manifest, content)
     _fill(model, parts, tensors, heads=heads, source=directory)
     if not any_base and fingerprint(model) != manifest.base.fingerprint:
         warnings.warn(
@@ -102,34 +102,54 @@ def _empty_parts(model: nn.Module, manifest: Manifest, config: AdapterConfig, *,
     placement = method_of(config).placement(config)
     sites = [SiteSpec(**record.model_dump(exclude={"structure"})) for record in manifest.sites]
     for site in sites:
-        if (site.at, site.reads, site.residual is None) != (placement.at, placement.reads, placement.residual is None):
+        if not placement.allows(site):
             raise StoreError(f"site {site.path!r} says at={site.at!r}, reads={site.reads!r}; its config says otherwise")
         if resolve_host(site.path, modules, at_input=site.at == "input") != site.path:
             raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
-    return build_parts(model, config, sites, [head.path for head in manifest.heads] if heads else [], meta=True)
+    head_paths = [head.path for head in manifest.heads] if heads else []
+    if len({site.path for site in sites}) < len(sites) or len(set(head_paths)) < len(head_paths):
+        raise StoreError("it names a site or head twice")
+    check_apart([site.path for site in sites], head_paths)
+    return build_parts(model, config, sites, head_paths, meta=True)
 
 
-def _read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors of the file, each as the manifest says."""
-    declared = manifest.tensors
-    itemsize = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "uint8": 1}
-    limit = 2**20 + _HEADER_BYTES_PER_TENSOR * len(declared)
-    for key, record in declared.items():
+def _read(directory: Path) -> tuple[Manifest, bytes]:
+    """The manifest and the bytes of its tensors file, read anew if someone saved in between."""
+    while True:
+        text = read_manifest_bytes(directory)
+        manifest = parse_manifest(text, str(directory))
+        _check_size(directory, manifest)
+        try:
+            return manifest, read_tensors_bytes(directory, manifest.tensors_sha256, manifest.tensors_size_bytes)
+        except StoreError:
+            if read_manifest_bytes(directory) == text:
+                raise
+
+
+def _check_size(directory: Path, manifest: Manifest) -> None:
+    """Raise StoreError if the tensors file is to be larger than its tensors, or they are of a kind that none has."""
+    itemsize = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
+    itemsize |= dict.fromkeys(("bool", "uint8", "int8"), 1)
+    limit = 2**20 + _HEADER_BYTES_PER_TENSOR * len(manifest.tensors)
+    for key, record in manifest.tensors.items():
         if record.dtype not in itemsize:
             raise StoreError(f"tensor {key!r} has dtype {record.dtype!r}; an adapter has {sorted(itemsize)}")
-        limit += torch.Size(record.shape).numel() * itemsize[record.dtype]
+        limit += math.prod(record.shape) * itemsize[record.dtype]
     if manifest.tensors_size_bytes > limit:
         raise StoreError(
             f"{str(directory)!r} declares a tensors file of {manifest.tensors_size_bytes:,} bytes, more than the "
             f"{limit:,} that its tensors need"
         )
-    content = read_tensors_bytes(directory, manifest.tensors_sha256, manifest.tensors_size_bytes)
+
+
+def _parse_tensors(directory: Path, manifest: Manifest, content: bytes) -> dict[str, Tensor]:
+    """The tensors of the file, each as the manifest says."""
     try:
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise StoreError(f"the tensors in {str(directory)!r} are not safetensors: {error}") from error
     found = {key: (tuple(t.shape), dtype_name(t)) for key, t in tensors.items()}
-    wanted = {key: (record.shape, record.dtype) for key, record in declared.items()}
+    wanted = {key: (record.shape, record.dtype) for key, record in manifest.tensors.items()}
     _check_same(found, wanted, f"the tensors file in {str(directory)!r}", "its manifest")
     return tensors
 
@@ -145,15 +165,16 @@ def _fill(model: nn.Module, parts: list[Part], tensors: dict[str, Tensor], *, he
         states.append({tensor: tensors[key] for tensor, key in keys.items() if key in tensors})
     taken = {key: t for key, t in tensors.items() if heads or not key.startswith("heads/")}
     _check_same({key: tuple(t.shape) for key, t in taken.items()}, wanted, f"the adapter in {str(source)!r}", "its config")
-    wrong = [key for key, t in taken.items() if key.startswith("sites/") and not t.is_floating_point()]
-    if wrong:
-        raise StoreError(f"the adapter in {str(source)!r} has tensors that are not floating-point: {wrong[:5]}")
+    for part, state in zip(parts, states, strict=True):
+        dtypes = {dtype_name(t) for t in state.values()}
+        if part.spec is not None and (len(dtypes) > 1 or not all(t.is_floating_point() for t in state.values())):
+            raise StoreError(f"the adapter in {str(source)!r} has, at {part.path!r}, {sorted(dtypes)}: not one float dtype")
     for part, state in zip(parts, states, strict=True):
         if part.spec is None:
             part.module.load_state_dict(state)
         else:
             part.module.load_state_dict(state, assign=True)
-            part.module.to(parameter_near(model, part.path).device)
+            part.module.to(device_near(model, part.path))
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], what: str, against: str) -> None:

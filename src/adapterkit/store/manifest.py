@@ -16,7 +16,7 @@ MAX_SITES = 100_000
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=10_000)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**48)]
 
 
 class _Strict(BaseModel):
@@ -36,10 +36,10 @@ class SiteRecord(PlaceRecord):
     """One site: the fields of `SiteSpec`."""
 
     at: Literal["output", "input"]
-    reads: Literal["site", "norm", "input", "residual", "sum"]
-    width: Annotated[int, Field(ge=1)]
-    input_width: Annotated[int, Field(ge=1)]
-    axis: int
+    reads: Literal["site", "norm", "residual", "sum"]
+    width: Annotated[int, Field(ge=1, lt=2**31)]
+    input_width: Annotated[int, Field(ge=1, lt=2**31)]
+    axis: Annotated[int, Field(ge=-8, le=8)]
     layer: tuple[int, int] | None
     output: tuple[int | str, ...] | None
     input: tuple[int | None, str | None] | None
@@ -53,7 +53,7 @@ class HeadRecord(PlaceRecord):
 class TensorRecord(_Strict):
     """What a tensor in the safetensors file must be."""
 
-    shape: tuple[Count, ...]
+    shape: Annotated[tuple[Count, ...], Field(max_length=16)]
     dtype: Text
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config.base import describe
 from ..errors import StoreError
 from ..placement import host_type
-from ..sites import AdapterSite, sites_of
+from ..sites import AdapterSite, located, sites_of
 from .files import CARD_MARK, replace_adapter
 from .identity import base_identity, structure_of
 from .manifest import FORMAT_VERSION, HeadRecord, Manifest, Metadata, SiteRecord, TensorRecord
@@ -104,7 +104,7 @@ def _records(
         if spec is None:
             heads.append(HeadRecord(path=path, host=host_type(host), structure=structure))
         else:
-            sites.append(SiteRecord(**asdict(spec), structure=structure))
+            sites.append(SiteRecord(**asdict(located(spec, path)), structure=structure))
     return sites, heads
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..errors import CompatibilityError
+from ..errors import AdapterKitError, CompatibilityError
 
 __all__ = ["ExampleInputs", "call_with", "observe", "untouched"]
 
@@ -50,6 +50,8 @@ def observe(
             stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
         try:
             call_with(model.eval(), inputs)
+        except AdapterKitError:
+            raise
         except Exception as error:
             raise CompatibilityError(
                 f"{type(model).__name__} does not run on example_inputs: {type(error).__name__}: {error}"
