@@ -34,7 +34,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """The strict type checker."""
-    session.install(*CONSTRAINTS, "-e", ".", "mypy", "nox")
+    session.install(*CONSTRAINTS, "-e", ".", "mypy")
     session.run("mypy")
 
 

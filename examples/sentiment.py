@@ -260,9 +260,11 @@ def base_hash(model: nn.Module) -> str:
     return value.hexdigest()
 
 
-def run_jobs(jobs: list[Job]) -> list[Result]:
-    """One fresh process after the other."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+def run_jobs(jobs: list[Job], workers: int = 1) -> list[Result]:
+    """A fresh process for each job. Several at a time share the processors, so that their timings say little."""
+    threads = max(1, torch.get_num_threads() // workers)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:
         return pool.map(run_arm, jobs, chunksize=1)
 
 

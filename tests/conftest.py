@@ -4,9 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None, max_examples=40)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

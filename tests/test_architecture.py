@@ -105,8 +105,9 @@ def test_importing_brings_in_the_core_dependencies_only() -> None:
 
 
 def test_importing_takes_at_most_250_ms_over_torch() -> None:
-    code = "import torch, time; t = time.perf_counter(); import adapterkit; print(time.perf_counter() - t)"
-    assert min(float(in_new_process(code)) for _ in range(3)) < 0.25
+    """Of processor time: another process on the same machine must not decide."""
+    code = "import torch, time; t = time.process_time(); import adapterkit; print(time.process_time() - t)"
+    assert min(float(in_new_process(code)) for _ in range(5)) < 0.25
 
 
 def test_the_types_are_shipped() -> None:

@@ -175,6 +175,9 @@ def test_verify_finds_what_an_optimizer_lacks(post_norm: Tiny) -> None:
     assert kit.verify(optimizer=early).problems == ("the base is not frozen: call kit.train_adapter or kit.freeze",)
     kit.train_adapter("a")
     assert kit.verify(optimizer=early).is_ok
+    kit.freeze("a")
+    assert kit.verify(optimizer=early).problems == ("nothing is to train: call kit.train_adapter",)
+    kit.unfreeze("a")
     partial = torch.optim.SGD(kit.parameters("a"), lr=0.1)
     assert kit.verify(optimizer=partial).problems[0].startswith("'classifier._adapterkit.a.weight' is to train, but")
 
@@ -252,3 +255,91 @@ def test_a_sequential_head_is_copied_layer_by_layer() -> None:
 def test_a_head_that_cannot_be_one_is_refused(heads: list[str], message: str) -> None:
     with pytest.raises(ak.TargetError, match=message):
         ak.wrap(WithNorms()).add("a", ak.BottleneckConfig(targets=["conv"]), heads=heads)
+
+
+class Vision(nn.Module):
+    """Takes images, not ids, and checkpoints its blocks in the reentrant way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Tensor:
+        hidden = torch.utils.checkpoint.checkpoint(lambda x: self.block(self.embed(x)), pixels, use_reentrant=True)
+        logits = self.head(hidden)
+        return logits.sum() if labels is None else nn.functional.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_reentrant_checkpointing_trains_where_floats_and_labels_go_in(by_keyword: bool) -> None:
+    kit = ak.wrap(Vision())
+    kit.add("a", ak.BottleneckConfig(targets=["block"], bottleneck_size=2), heads=["head"])
+    kit.train_adapter("a")
+    pixels, labels = torch.randn(2, 6), torch.tensor([0, 1])
+    loss = kit.model(labels=labels, pixels=pixels) if by_keyword else kit.model(pixels, labels)
+    loss.backward()
+    assert all(p.grad is not None for p in kit.parameters("a"))
+
+
+@pytest.mark.parametrize("size", [(1000, 64), (1024, 512)])
+def test_a_digest_moves_with_any_exchange_or_compensated_change(size: tuple[int, int]) -> None:
+    one = torch.randn(size)
+    before = digest(one)
+    for i, j in [((0, 0), (0, 1)), ((3, 5), (999, 63)), ((10, 0), (18, 0))]:
+        other = one.clone()
+        other[i], other[j] = one[j].clone(), one[i].clone()
+        assert digest(other) != before
+        words = one.clone().view(torch.int32)
+        words[i] += 1
+        words[j] -= 1
+        assert digest(words.view(torch.float32)) != before
+
+
+def test_a_frozen_model_can_be_vmapped() -> None:
+    model = nn.Linear(4, 3)
+    kit = ak.wrap(model)
+    kit.add("a", ak.BottleneckConfig(targets=[""], bottleneck_size=2))
+    kit.train_adapter("a")
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(torch.vmap(model)(x), model(x))
+
+
+def test_a_head_with_integers_is_copied_and_trained_where_it_can_be() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+            self.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)[..., self.order]
+
+    model = nn.Sequential(nn.Linear(4, 4), Picks())
+    expected = model(torch.ones(1, 4))
+    kit = ak.wrap(model)
+    kit.add("a", ak.BottleneckConfig(targets=["0"], bottleneck_size=2), heads=["re:1"])
+    kit.train_adapter("a")
+    assert torch.equal(model(torch.ones(1, 4)), expected)
+    assert [p.requires_grad for p in kit.parameters("a", heads=True)][-3:] == [False, True, True]
+
+
+def test_heads_that_share_a_weight_share_it_in_the_copies() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "one": nn.Linear(4, 3), "two": nn.Linear(4, 3)})
+    model["two"].weight = model["one"].weight
+    kit = ak.wrap(model)
+    kit.add("a", ak.BottleneckConfig(targets=["body"]), heads=["one", "two"])
+    assert model["one"]._adapterkit.held("a").weight is model["two"]._adapterkit.held("a").weight
+    assert model["one"]._adapterkit.held("a").weight is not model["one"].weight
+
+
+def test_a_head_that_never_runs_on_the_example_inputs_is_refused() -> None:
+    class ReadsAround(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.body(x), self.head.weight)
+
+    with pytest.raises(ak.TargetError, match=r"the heads \['head'\] never ran"):
+        ak.wrap(ReadsAround(), torch.randn(2, 4)).add("a", ak.BottleneckConfig(targets=["body"]), heads=["head"])

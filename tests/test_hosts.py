@@ -248,17 +248,31 @@ def test_input_names_another_argument_however_it_is_passed() -> None:
 
 @pytest.mark.parametrize("mask", [None, MASK])
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("target", ["linear2", "self_attn", "norm1", "layers.*", ""])
+@pytest.mark.parametrize(
+    ("target", "placement"),
+    [
+        ("linear2", ""),
+        ("self_attn", ""),
+        ("norm1", ""),
+        ("layers.*", ""),
+        ("", ""),
+        ("linear2", "parallel"),
+        ("layers.*", "parallel"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*enable_nested_tensor is True:UserWarning", "ignore:.*nested tensors is in prototype")
-def test_a_transformer_encoder_is_adapted_in_train_and_eval(target: str, norm_first: bool, mask: Tensor | None) -> None:
+def test_a_transformer_encoder_is_adapted_in_train_and_eval(
+    target: str, placement: str, norm_first: bool, mask: Tensor | None
+) -> None:
     layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(6) if norm_first else None)
     kit = ak.wrap(encoder)
+    beside = {"placement": "parallel"} if placement == "parallel" else {}
     outputs: dict[object, Tensor] = {}
     for training in (True, False):
         with torch.no_grad():
             outputs[training] = encoder.train(training)(TOKENS, src_key_padding_mask=mask)
-    kit.add("a", ak.BottleneckConfig(targets=[target], bottleneck_size=3, non_linearity="hardswish"))
+    kit.add("a", ak.BottleneckConfig(targets=[target], bottleneck_size=3, non_linearity="hardswish", **beside))
     kit.activate("a")
     for training in (True, False):
         encoder.train(training)

@@ -249,6 +249,12 @@ def test_a_config_may_be_given_in_any_spelling(post_norm: Tiny, tmp_path: Path, 
     assert kit.adapters["a"] == CONFIG.override({"dropout": 0.5})
 
 
+@pytest.mark.parametrize("config", [None, 5, "{" * 5000, "a\0b", {"method": "bottleneck", 3: 4}])
+def test_what_is_no_config_at_all_is_an_error(post_norm: Tiny, config: Any) -> None:
+    with pytest.raises(ak.ConfigError, match="neither a config nor|named by strings"):
+        ak.wrap(post_norm).add("a", config)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -378,12 +384,44 @@ def test_parts_that_were_wrapped_apart_are_refused(post_norm: Tiny) -> None:
         ak.wrap(post_norm).add("b", CONFIG)
 
 
-def test_a_model_that_is_distributed_already_is_refused() -> None:
+def test_a_model_around_a_wrapped_one_is_refused_until_it_is_unwrapped(post_norm: Tiny) -> None:
+    inner = ak.wrap(post_norm)
+    inner.add("a", CONFIG)
+    outer = ak.wrap(nn.ModuleDict({"inner": post_norm}))
+    with pytest.raises(ak.CompatibilityError, match="'inner' among them"):
+        outer.add("b", CONFIG)
+    inner.unwrap()
+    outer.add("b", CONFIG)
+
+
+def test_a_part_taken_out_of_a_model_saves_under_its_own_paths(post_norm: Tiny, ids: Tensor, tmp_path: Path) -> None:
+    kit = ak.wrap(post_norm)
+    kit.add("a", ak.BottleneckConfig(targets=["down"], residual="up", bottleneck_size=3))
+    randomise(kit, "a")
+    kit.activate("a")
+    block = copy.deepcopy(post_norm.blocks[1])
+    x = torch.randn(2, 3, 8)
+    expected = block(x)
+    ak.wrap(block).add("b", CONFIG)
+    assert torch.equal(block(x), expected), "adding another adapter keeps the first one's stream"
+    folder = ak.wrap(block).save("a", tmp_path)
+    fresh = copy.deepcopy(post_norm.blocks[1])
+    other = ak.wrap(ak.wrap(fresh).unwrap())
+    other.activate(other.load(folder))
+    assert torch.equal(fresh(x), expected)
+
+
+def test_a_model_that_is_distributed_already_is_refused(tmp_path: Path) -> None:
     class DistributedDataParallel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.module = Tiny(PostNormBlock)
 
+    kit = ak.wrap(Tiny(PostNormBlock))
+    kit.add("a", CONFIG)
+    kit.save("a", tmp_path)
+    with pytest.raises(ak.ConfigError, match=r"DistributedDataParallel.*add adapters first"):
+        ak.wrap(DistributedDataParallel()).load(tmp_path)
     with pytest.raises(ak.ConfigError, match=r"DistributedDataParallel.*add adapters first"):
         ak.wrap(DistributedDataParallel()).add("a", CONFIG)
 

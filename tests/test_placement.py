@@ -178,6 +178,64 @@ def test_a_host_that_cannot_be_adapted_is_refused_with_the_way_out(model: object
         ak.wrap(model()).sites(ak.BottleneckConfig(**config))  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("traced", [True, False])
+def test_beside_a_sequential_an_adapter_reads_what_enters_the_first_layer(traced: bool) -> None:
+    mlp = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 5))
+    x = torch.randn(2, 3, 8)
+    expected = mlp(x)
+    kit = ak.wrap(mlp, x if traced else None)
+    kit.add("a", ak.BottleneckConfig(targets=[""], placement="parallel", bottleneck_size=3))
+    randomise(kit, "a")
+    kit.activate("a")
+    [site] = kit.sites(kit.adapters["a"])
+    assert (site.path, site.residual, site.input_width, site.width) == ("2", "0", 8, 5)
+    torch.testing.assert_close(mlp(x), expected + mlp[2]._adapterkit.held("a")(x, expected))
+
+
+class ChannelsFirstNorm(nn.LayerNorm):
+    """A layer norm over the channels of an image, as in ConvNeXt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_a_norm_that_uses_another_axis_than_its_base_class_is_told_by_its_shape() -> None:
+    config = ak.BottleneckConfig(targets=[""])
+    [site] = ak.wrap(ChannelsFirstNorm(6), torch.randn(2, 6, 5, 9)).sites(config)
+    assert (site.width, site.axis) == (6, 1)
+    for inputs, message in ((torch.randn(2, 6, 5, 6), "which axis"), (None, "cannot be told from its type")):
+        with pytest.raises(ak.TargetError, match=message):
+            ak.wrap(ChannelsFirstNorm(6), inputs).sites(config)
+
+
+@pytest.mark.parametrize("setting", [{"gating": True}, {"stochastic_depth": 0.5}])
+def test_settings_by_row_ask_for_the_batch_axis_where_it_is_not_the_first(setting: dict) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    for target in ("linear2", "self_attn", ""):
+        with pytest.raises(ak.TargetError, match=r"batch_first=False.*batch_axis=1"):
+            ak.wrap(layer).sites(ak.BottleneckConfig(targets=[target], **setting))
+    kit = ak.wrap(layer.eval())
+    kit.add("a", ak.BottleneckConfig(targets=["linear2"], batch_axis=1, bottleneck_size=3, **setting))
+    randomise(kit, "a")
+    kit.activate("a")
+    x = torch.randn(5, 3, 8)
+    torch.testing.assert_close(layer(x)[:, :1], layer(x[:, :1]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"targets": ["down"], "exclude": ["upp"]}, "exclude: 'upp' matches no module"),
+        ({"targets": ["down"], "layers": [0, 9]}, r"lies in \[9\]; they lie in layers \[0, 1\]"),
+        ({"targets": ["[z-a]"]}, r"'\[z-a\]' is not a pattern"),
+        ({"targets": [nn.Linear(1, 1)]}, "named by its path.*found Linear"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_an_error(post_norm: Tiny, config: dict, message: str) -> None:
+    with pytest.raises(ak.TargetError, match=message):
+        ak.wrap(post_norm).sites(ak.BottleneckConfig(**config))
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_a_torchscript_host_is_refused() -> None:
     model = nn.ModuleDict({"scripted": torch.jit.script(nn.Linear(2, 2))})

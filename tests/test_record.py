@@ -274,3 +274,113 @@ def test_worker_threads_run_what_the_main_thread_activated(ids: Tensor) -> None:
     expected, results = kit.model(ids), []
     assert in_threads(lambda: results.append(kit.model(ids))) == []
     assert torch.equal(results[0], expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("leave", ["scope", "deactivate"])
+def test_deactivating_between_forward_and_backward_raises_too(ids: Tensor, reentrant: bool, leave: str) -> None:
+    kit = kit_with("a")
+    kit.train_adapter("a")
+    kit.model.reentrant = reentrant
+    if leave == "scope":
+        kit.deactivate()
+        with kit.active("a"):
+            value = loss(kit, ids)
+    else:
+        value = loss(kit, ids)
+        kit.deactivate()
+    with pytest.raises(ak.ActivationError, match="ran with 'a', its recomputation would run with None"):
+        value.backward()
+
+
+def test_an_adapter_that_another_thread_deactivated_is_an_error() -> None:
+    kit, ids = kit_with("a"), torch.randint(0, 11, (3, 5))
+    kit.activate("a")
+    holding, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        kit.deactivate()
+        holding.set()
+        done.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    holding.wait()
+    with pytest.raises(ak.ActivationError, match="this thread activated 'a', but another thread has since activated None"):
+        kit.model(ids)
+    done.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_threads_that_come_after_one_another_may_train(reentrant: bool) -> None:
+    """A thread's number may be that of one that has ended; autograd counts anew in each."""
+    kit, ids = kit_with("a"), torch.randint(0, 11, (3, 5))
+    kit.train_adapter("a")
+    kit.model.reentrant = reentrant
+
+    def work(forwards: int) -> None:
+        for _ in range(forwards):
+            loss(kit, ids)
+        with kit.base(), torch.no_grad():
+            kit.model.embedding(ids)
+        kit.activate("a")
+        loss(kit, ids).backward()
+
+    for forwards in (30, 0, 0, 3, 0):
+        assert in_threads(lambda n=forwards: work(n)) == []  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_change_by_another_thread_between_forward_and_backward_raises(reentrant: bool) -> None:
+    kit, ids = kit_with("a", "b"), torch.randint(0, 11, (3, 5))
+    kit.train_adapter("a")
+    kit.unfreeze("b")
+    kit.model.reentrant = reentrant
+    ready, changed = threading.Event(), threading.Event()
+
+    def work() -> None:
+        value = loss(kit, ids)
+        ready.set()
+        changed.wait()
+        value.backward()
+
+    errors: list[BaseException] = []
+    thread = threading.Thread(target=lambda: errors.extend(in_threads(work)))
+    thread.start()
+    ready.wait()
+    kit.activate("b")
+    changed.set()
+    thread.join()
+    assert [type(error) for error in errors] == [ak.ActivationError]
+
+
+class InPlace(nn.Module):
+    """Changes its residual stream in place before the branch ends, as some published blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln, self.fc = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.ln(x)
+        x.mul_(0.5)
+        return x + self.fc(h)
+
+
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+def test_a_stream_that_was_changed_in_place_is_an_error(placement: str) -> None:
+    kit = ak.wrap(InPlace())
+    kit.add("a", ak.BottleneckConfig(targets=["fc"], residual="ln", placement=placement))
+    kit.activate("a")
+    with pytest.raises(ak.CompatibilityError, match="changes its residual stream in place"):
+        kit.model(torch.randn(2, 4))
+
+
+def test_an_input_that_the_host_changes_in_place_is_an_error() -> None:
+    host = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    kit = ak.wrap(nn.ModuleDict({"host": host})["host"], torch.randn(2, 4))
+    kit.add("a", ak.BottleneckConfig(targets=[""], placement="parallel"))
+    kit.activate("a")
+    with pytest.raises(ak.CompatibilityError, match="in place"):
+        kit.model(torch.randn(2, 4))

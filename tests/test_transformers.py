@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaModel,
     Trainer,
     TrainingArguments,
 )
@@ -127,6 +130,35 @@ def test_save_pretrained_does_not_mix_adapters_into_the_base_in_silence(
     other = ak.wrap(again)
     other.activate(other.load(folder))
     assert torch.equal(again(**batch).logits, bert(**batch).logits)
+
+
+def test_published_parameter_counts_come_out_exactly() -> None:
+    """RoBERTa-base shapes: AdapterHub's own figures for Pfeiffer, Houlsby and the parallel adapter."""
+    with torch.device("meta"):
+        kit = ak.wrap(RobertaModel(RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)))
+    dense = {"targets": ["layer.*.output.dense"]}
+    configs = {
+        894_528: {"targets": ["layer.*.output.LayerNorm"], "at": "renormalised", "reduction_factor": 16},
+        1_789_056: {"targets": ["layer.*.output.dense", "attention.output.dense"], "reduction_factor": 16},
+        7_091_712: {**dense, "residual": "intermediate", "placement": "parallel", "reduction_factor": 2},
+    }
+    for count, settings in configs.items():
+        kit.add("a", {"method": "bottleneck", **settings})
+        assert kit.summary().adapters[0].parameters == count
+        kit.remove("a")
+    assert kit.summary().base_parameters == 124_645_632
+
+
+def test_adapters_run_on_a_base_that_accelerate_offloads(batch: dict[str, Tensor]) -> None:
+    def model() -> BertForSequenceClassification:
+        torch.manual_seed(3)
+        return BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)).eval()
+
+    plain, offloaded = ak.wrap(model()), ak.wrap(cpu_offload(model(), execution_device=torch.device("cpu")))
+    for kit in (plain, offloaded):
+        kit.add("a", PFEIFFER, seed=1, init="bert")
+        kit.activate("a")
+    assert torch.equal(plain.model(**batch).logits, offloaded.model(**batch).logits)
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]

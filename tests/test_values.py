@@ -1,6 +1,6 @@
 import copy
 from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -56,6 +56,25 @@ def test_putting_a_tensor_keeps_the_type_and_changes_nothing_else(value: Any, pa
 @pytest.mark.parametrize("value", [None, IDS, (IDS, None), {}, "text", 3.0])
 def test_there_may_be_no_floating_tensor(value: Any) -> None:
     assert values.find(value) is None
+
+
+def test_a_part_may_be_named_by_its_position() -> None:
+    for value in (Pair(X, IDS), BaseModelOutput(last_hidden_state=X), Output(3, X)):
+        index = [isinstance(item, Tensor) and item.is_floating_point() for _, item in values._items(value)].index(True)
+        assert values.get(value, (index,)) is X
+        assert values.get(values.put(value, (index,), NEW), (index,)) is NEW
+
+
+def test_a_field_that_init_does_not_take_is_kept() -> None:
+    @dataclass
+    class Counted:
+        hidden: Tensor
+        count: int = field(default=0, init=False)
+
+    value = Counted(X)
+    value.count = 7
+    changed = values.put(value, ("hidden",), NEW)
+    assert (changed.hidden is NEW, changed.count, value.hidden is X) == (True, 7, True)
 
 
 def test_a_path_that_leads_nowhere_is_a_lookup_error() -> None:

@@ -35,7 +35,7 @@ def wrap(model: nn.Module, example_inputs: ExampleInputs | None = None) -> "Adap
             where the widths of target modules cannot be told from their types.
 
     Raises:
-        ConfigError: not a module, or one that is already distributed.
+        ConfigError: not a module.
     """
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):

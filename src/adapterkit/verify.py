@@ -52,7 +52,7 @@ def verify(
 
     Args:
         example_inputs: Run the model on them and count how often each host of the active adapter runs.
-        optimizer: Check that it holds every parameter that is to train, and no base parameter that is not frozen.
+        optimizer: Check that something trains, that the optimizer holds all of it, and that the base is frozen.
     """
     active = record.activation.active
     hosts = {path: (host, site) for path, host, site in sites_of(model)}
@@ -96,5 +96,7 @@ def _optimizer_problems(model: nn.Module, record: Record, optimizer: torch.optim
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in held:
             yield f"{name!r} is to train, but the optimizer does not hold it"
+    if not any(p.requires_grad for p in model.parameters()):
+        yield "nothing is to train: call kit.train_adapter"
     if record.frozen is None:
         yield "the base is not frozen: call kit.train_adapter or kit.freeze"

@@ -10,16 +10,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.store import files
+from adapterkit.store.identity import structure_of
 from adapterkit.store.load import read_manifest
 from adapterkit.store.manifest import parse_manifest
 
@@ -274,6 +277,10 @@ def first_key(tensors: dict[str, Tensor]) -> str:
     return sorted(tensors)[-1]
 
 
+def place_of_a_block() -> dict[str, str]:
+    return {"path": "blocks.0", "host": "PostNormBlock", "structure": structure_of(fresh(), "blocks.0")}
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit flipped": (flip, "SHA-256"),
     "tensors truncated": (truncate, "bytes, not"),
@@ -311,6 +318,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "huge width": (lambda f: edit(f, lambda m: m["sites"][0].update(width=10**9)), "does not match its config"),
     "other place": (lambda f: edit(f, lambda m: m["sites"][0].update(reads="norm")), "its config says otherwise"),
+    "shape beyond memory": (
+        lambda f: edit(f, lambda m: next(iter(m["tensors"].values())).update(shape=[10**30])),
+        "tensors",
+    ),
+    "axis beyond reason": (lambda f: edit(f, lambda m: m["sites"][0].update(axis=50)), "axis"),
+    "a site twice": (lambda f: edit(f, lambda m: m["sites"].append(m["sites"][0])), "twice"),
+    "a head around a site": (lambda f: edit(f, lambda m: m["heads"].append(place_of_a_block())), "lie inside the head"),
     "name with a newline": (lambda f: edit(f, lambda m: m.update(name="a\nb")), "printable"),
     "wrong shape": (
         lambda f: with_tensors(f, lambda t: t.update({first_key(t): torch.zeros(2, 2)})),
@@ -331,6 +345,27 @@ def test_a_damaged_or_hostile_adapter_is_refused_and_nothing_is_loaded(saved: Pa
     with pytest.raises((ak.StoreError, ak.AdapterNameError), match=message):
         kit.load(saved)
     assert trace_of(kit.model) == before
+
+
+@given(st.data())
+def test_any_byte_changed_is_refused_or_changes_nothing_that_runs(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    kit = ak.wrap(fresh())
+    kit.add("a", CONFIG, seed=1, heads=["classifier"])
+    folder = kit.save("a", tmp_path_factory.mktemp("adapter"))
+    path = folder / data.draw(st.sampled_from(["adapter.json", "adapter.safetensors"]))
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    other = ak.wrap(fresh())
+    before = trace_of(other.model)
+    try:
+        name = other.load(folder, any_base=True)
+    except ak.AdapterKitError:
+        assert trace_of(other.model) == before
+    else:  # in a name or a note, say
+        assert all(torch.equal(p, q) for p, q in zip(kit.parameters("a"), other.parameters(name), strict=True))
 
 
 def declared(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -443,6 +478,39 @@ def test_a_save_that_stops_at_any_point_leaves_the_old_or_the_new_adapter(
     third = ak.wrap(fresh())
     third.load(saved)
     assert all(torch.equal(third.state_dict("a")[name], value) for name, value in kit.state_dict("a").items())
+
+
+def test_two_processes_may_save_to_one_place_at_once(tmp_path: Path) -> None:
+    root, folder = Path(__file__).parents[2], tmp_path / "adapter"
+    command = [sys.executable, "-c", SAVE_FOREVER, folder]
+    savers = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for saver in savers:
+            assert saver.stdout is not None
+            saver.stdout.readline()
+        for _ in range(20):
+            ak.wrap(fresh()).load(folder)
+    finally:
+        for saver in savers:
+            saver.kill()
+            saver.communicate()
+    ak.wrap(fresh()).load(folder)
+
+
+def test_a_path_of_this_machine_is_no_identity_of_a_base(tmp_path: Path) -> None:
+    model = fresh()
+    model.config = SimpleNamespace(_name_or_path=str(tmp_path))
+    kit = ak.wrap(model)
+    kit.add("a", CONFIG)
+    assert read_manifest(kit.save("a", tmp_path / "x")).base.hub_id is None
+    model.config._name_or_path = "org/tiny"
+    assert read_manifest(kit.save("a", tmp_path / "x")).base.hub_id == "org/tiny"
+
+
+def test_a_buffer_that_changes_its_shape_is_no_part_of_the_structure(saved: Path) -> None:
+    model = fresh()
+    model.blocks[0].down.register_buffer("cache", torch.zeros(3), persistent=False)
+    ak.wrap(model).load(saved)
 
 
 def test_the_manifest_reads_back_as_written(saved: Path) -> None:
