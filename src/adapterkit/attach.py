@@ -1,8 +1,7 @@
 """Add adapters to a model and remove them: all or nothing."""
 
-import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,22 +10,19 @@ from torch import nn
 
 from .base import base_tensors
 from .config.base import AdapterConfig
-from .errors import AdapterNameError, CompatibilityError, ConfigError, TargetError
-from .hooks import InputHook, OutputHook, forget_compiled, remove_hooks, set_hook, sync_site_hooks
-from .hosts import resolve_host
+from .errors import AdapterNameError, CompatibilityError, ConfigError
+from .heads import copy_heads, find_heads
+from .hooks import InputHook, OutputHook, forget_compiled, set_hook, sync_site_hooks
 from .methods import method_of
 from .names import check_name
-from .patterns import SITE, ancestors, match, modules_by_path
+from .patterns import SITE, ancestors, match
 from .placement import resolve
 from .plan import apply
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record
-from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, site_key, sites_of
-from .structure.trace import ExampleInputs, observe
+from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, sites_of
+from .structure.trace import ExampleInputs
 
-__all__ = [
-    "Part", "add", "attach", "build_parts", "check_apart", "check_free", "detach", "device_near", "find_heads",
-    "find_sites", "named_parameters", "shared_record",
-]  # fmt: skip
+__all__ = ["Part", "add", "attach", "build_parts", "check_free", "detach", "device_near", "find_sites", "shared_record"]
 
 
 @dataclass(frozen=True)
@@ -42,48 +38,19 @@ def add(
     model: nn.Module,
     name: str,
     config: AdapterConfig,
-    heads: Sequence[str] = (),
+    heads: str | Sequence[str] = (),
     example_inputs: ExampleInputs | None = None,
 ) -> None:
     """Add a new adapter, or raise and leave the model as it was. Raises: see `AdapterKit.add`."""
     check_free(model, name)
     sites = find_sites(model, config, example_inputs)
-    head_paths = find_heads(model, heads, sites)
-    if example_inputs is not None:
-        calls = observe(model, example_inputs, head_paths, lambda *_: None)
-        never = [path for path, seen in calls.items() if not seen]
-        if never:
-            raise TargetError(f"the heads {never} never ran on the example inputs, so copies of them would not either")
+    head_paths = find_heads(model, heads, [site.path for site in sites], example_inputs)
     attach(model, name, _with_paths(model, config), build_parts(model, config, sites, head_paths))
 
 
 def find_sites(model: nn.Module, config: AdapterConfig, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
     """The sites that a config would adapt. Raises: see `placement.resolve`."""
     return resolve(model, config, method_of(config).placement(config), example_inputs)
-
-
-def find_heads(model: nn.Module, heads: Sequence[str], sites: Sequence[SiteSpec]) -> list[str]:
-    """The paths of the modules that an adapter would own copies of. An `nn.Sequential` stands for its layers.
-
-    Raises:
-        TargetError: a pattern matches nothing, what it matches has no parameters, or a site or head lies in a head.
-    """
-    modules = modules_by_path(model)
-    heads = [heads] if isinstance(heads, str) else heads
-    paths = [path for head in match(model, heads) for path in _parametrised(head, modules)] if heads else []
-    paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
-    if heads and not paths:
-        raise TargetError(f"heads={list(heads)} have no parameters of their own to train")
-    check_apart([site.path for site in sites], paths)
-    return paths
-
-
-def check_apart(sites: Sequence[str], heads: Sequence[str]) -> None:
-    """Raise TargetError if a site or head lies in a head: a copy runs in its place, so it would not."""
-    for head in heads:
-        inside = [path for path in (*sites, *(other for other in heads if other != head)) if head in ancestors(path)]
-        if inside:
-            raise TargetError(f"{inside} lie inside the head {head!r}, which the adapter replaces by a copy; exclude them")
 
 
 def build_parts(
@@ -132,15 +99,6 @@ def attach(model: nn.Module, name: str, config: AdapterConfig, parts: Sequence[P
         _refresh(model, record)
 
 
-def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tuple[str, nn.Parameter]]:
-    """An adapter's parameters with their names in the model: sites first, in the model's order, then heads."""
-    for is_head in (False, True) if heads else (False,):
-        for path, _, site in sites_of(model):
-            if name in site.entries and (site.entries[name].spec is None) == is_head:
-                start = f"{path}.{SITE}.{site_key(name)}".lstrip(".")
-                yield from site.held(name).named_parameters(prefix=start)
-
-
 def detach(model: nn.Module, name: str) -> None:
     """Take an adapter out of the model, hooks and all, where no other adapter needs them."""
     record = shared_record(model)
@@ -185,23 +143,6 @@ def _refresh(model: nn.Module, record: Record) -> None:
     sync_site_hooks(model, record)
     forget_compiled()
     apply(model, record)
-
-
-def copy_heads(heads: list[nn.Module]) -> list[nn.Module]:
-    """Copies of heads without what adapterkit put there; weights that they share, their copies share."""
-    copies = copy.deepcopy(heads)
-    for module in {module for head in copies for module in head.modules()}:
-        module._modules.pop(SITE, None)
-        remove_hooks(module)
-    return copies
-
-
-def _parametrised(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The path itself, or, of a Sequential, those of its layers that have parameters."""
-    module = modules[path]
-    if type(module) is nn.Sequential:
-        return [inner for name in module._modules for inner in _parametrised(f"{path}.{name}".lstrip("."), modules)]
-    return [path] if any(True for _ in module.parameters()) else []
 
 
 def _with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:

@@ -11,7 +11,7 @@ from torch import nn
 from .errors import TargetError
 from .patterns import SITE
 
-__all__ = ["HostShape", "channel_axis", "is_more_than_a_norm", "known_shape", "resolve_host"]
+__all__ = ["HostShape", "channel_axis", "host_type", "is_more_than_a_norm", "known_shape", "resolve_host"]
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -64,6 +64,14 @@ def known_shape(module: Any) -> HostShape | None:
         case _ if isinstance(module, (*_BATCH_NORM, nn.SyncBatchNorm)):
             return HostShape(module.num_features, module.num_features, axis=1)
     return None
+
+
+def host_type(module: nn.Module) -> str:
+    """The name of the module's class in torch.nn where it is one or derives from one, else of its own class."""
+    for base in type(module).__mro__:
+        if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module:
+            return base.__name__
+    return type(module).__name__
 
 
 def channel_axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:

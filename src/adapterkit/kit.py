@@ -14,7 +14,7 @@ from .config.base import AdapterConfig
 from .errors import ConfigError
 from .methods import as_config
 from .record import RECORD, Record
-from .sites import SiteSpec, adapter_names, sites_of
+from .sites import SiteSpec, adapter_names, named_parameters, sites_of
 from .structure.trace import ExampleInputs
 from .summary import Summary, summarise
 from .verify import Verification, verify
@@ -157,7 +157,7 @@ class AdapterKit:
     def named_parameters(self, name: str, *, heads: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """`parameters`, each with its name in the model. Raises AdapterNameError."""
         plan.check_known(self.model, name)
-        return attach.named_parameters(self.model, name, heads=heads)
+        return named_parameters(self.model, name, heads=heads)
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """The adapter's own tensors by name, detached; no heads. Raises AdapterNameError."""

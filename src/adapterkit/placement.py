@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from . import values
 from .config.base import AdapterConfig
 from .errors import TargetError
-from .hosts import HostShape, channel_axis, is_more_than_a_norm, known_shape, resolve_host
+from .hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
 from .patterns import ancestors, match, modules_by_path, nearest_to
 from .sites import Reads, SiteSpec
 from .structure.trace import ExampleInputs, observe
 
-__all__ = ["Placement", "host_type", "resolve"]
+__all__ = ["Placement", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,6 @@ def resolve(
             )
         )
     return sites
-
-
-def host_type(module: nn.Module) -> str:
-    """The name of the module's class in torch.nn where it is one or derives from one, else of its own class."""
-    for base in type(module).__mro__:
-        if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module:
-            return base.__name__
-    return type(module).__name__
 
 
 def _layer(path: str, modules: dict[str, nn.Module]) -> tuple[int, int] | None:

@@ -25,6 +25,7 @@ __all__ = [
     "Step",
     "adapter_names",
     "located",
+    "named_parameters",
     "open_parameters",
     "record_of",
     "site_key",
@@ -229,6 +230,15 @@ def open_parameters(module: nn.Module, trains: bool) -> None:
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters in the model."""
     return list(dict.fromkeys(name for _, _, site in sites_of(model) for name in site.entries))
+
+
+def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """An adapter's parameters with their names in the model: sites first, in the model's order, then heads."""
+    for is_head in (False, True) if heads else (False,):
+        for path, _, site in sites_of(model):
+            if name in site.entries and (site.entries[name].spec is None) == is_head:
+                start = f"{path}.{SITE}.{site_key(name)}".lstrip(".")
+                yield from site.held(name).named_parameters(prefix=start)
 
 
 def record_of(model: nn.Module) -> Record | None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from ..base import base_parameters, fingerprint
+from ..hosts import host_type
 from ..patterns import ancestors
-from ..placement import host_type
 from .manifest import BaseIdentity, Metadata
 
 __all__ = ["base_identity", "structure_of"]

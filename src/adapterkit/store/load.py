@@ -9,10 +9,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..attach import Part, attach, build_parts, check_apart, check_free, device_near
+from ..attach import Part, attach, build_parts, check_free, device_near
 from ..base import fingerprint
 from ..config.base import AdapterConfig
 from ..errors import AdapterKitError, CompatibilityError, StoreError
+from ..heads import check_apart
 from ..hosts import resolve_host
 from ..methods import config_from, method_of
 from ..patterns import modules_by_path

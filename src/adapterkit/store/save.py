@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config.base import describe
 from ..errors import StoreError
-from ..placement import host_type
+from ..hosts import host_type
 from ..sites import AdapterSite, located, sites_of
 from .files import CARD_MARK, replace_adapter
 from .identity import base_identity, structure_of
