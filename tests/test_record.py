@@ -332,6 +332,17 @@ def test_threads_that_come_after_one_another_may_train(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+def test_a_thread_trains_what_another_activated_long_before(reentrant: bool) -> None:
+    """The numbers of autograd in one thread say nothing of those in another."""
+    kit, ids = kit_with("a"), torch.randint(0, 11, (3, 5))
+    for _ in range(30):
+        loss(kit, ids)
+    kit.train_adapter("a")
+    kit.model.reentrant = reentrant
+    assert in_threads(lambda: loss(kit, ids).backward()) == []
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_a_change_by_another_thread_between_forward_and_backward_raises(reentrant: bool) -> None:
     kit, ids = kit_with("a", "b"), torch.randint(0, 11, (3, 5))
     kit.train_adapter("a")

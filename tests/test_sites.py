@@ -60,7 +60,13 @@ def test_a_file_with_one_adapter_of_two_loads(kit: ak.AdapterKit) -> None:
 
 
 @pytest.mark.parametrize(
-    "lost", ["blocks.0.down._adapterkit.a.", "blocks.1.down._adapterkit.a.", "out._adapterkit.a.up_bias"]
+    "lost",
+    [
+        "blocks.0.attention.out._adapterkit.a.",
+        "blocks.0.down._adapterkit.a.",
+        "blocks.1.down._adapterkit.a.",
+        "out._adapterkit.a.up_bias",
+    ],
 )
 def test_a_file_with_part_of_an_adapter_is_an_error_that_names_the_rest(kit: ak.AdapterKit, lost: str) -> None:
     state = kit.model.state_dict()
