@@ -85,11 +85,15 @@ def test_there_are_no_cycles() -> None:
 
 
 def test_public_names_are_listed_sorted_and_there() -> None:
-    assert adapterkit.__all__ == sorted(adapterkit.__all__)
-    public = {name for name in vars(adapterkit) if not name.startswith("_")}
-    modules = {path.stem for path in SOURCE.iterdir()}
-    assert public - modules == {name for name in adapterkit.__all__ if not name.startswith("_")}
+    assert adapterkit.__all__ == sorted(adapterkit.__all__) == dir(adapterkit)
     assert all(getattr(adapterkit, name).__doc__ for name in adapterkit.__all__ if name != "__version__")
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    typed = {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for alias in node.names
+    }
+    assert typed == set(adapterkit.__all__) - {"__version__"}, "what a type checker sees is what there is"
+    with pytest.raises(AttributeError, match="'adapterkit' has no attribute 'nothing'"):
+        _ = adapterkit.nothing
 
 
 def in_new_process(code: str) -> str:
@@ -98,7 +102,7 @@ def in_new_process(code: str) -> str:
 
 def test_importing_brings_in_the_core_dependencies_only() -> None:
     code = (
-        "import sys, torch, pydantic, safetensors.torch; before = set(sys.modules); import adapterkit;"
+        "import sys, torch, pydantic, safetensors.torch; before = set(sys.modules); import adapterkit; adapterkit.wrap;"
         "print(*{m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names) - {'_sysconfigdata__linux_x86_64-linux-gnu'})"
     )
     assert set(in_new_process(code).split()) <= CORE

@@ -1,26 +1,32 @@
 """Adapt any PyTorch model with small trained modules, and change nothing else about it.
 
-import adapterkit as ak
+    import adapterkit as ak
 
-kit = ak.wrap(model)
-kit.add("sst2", ak.BottleneckConfig(targets=["output.dense"], bottleneck_size=48))
-kit.train_adapter("sst2")
+    kit = ak.wrap(model)
+    kit.add("sst2", ak.BottleneckConfig(targets=["output.dense"], bottleneck_size=48))
+    kit.train_adapter("sst2")
+
+Names are loaded when they are first used: pydantic alone would double what the import may cost.
 """
 
-from .config.bottleneck import BottleneckConfig
-from .errors import (
-    ActivationError,
-    AdapterKitError,
-    AdapterNameError,
-    CompatibilityError,
-    ConfigError,
-    StoreError,
-    TargetError,
-)
-from .kit import AdapterKit, wrap
-from .sites import SiteSpec
-from .store.load import BaseMismatchWarning
-from .store.manifest import Metadata
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config.bottleneck import BottleneckConfig
+    from .errors import (
+        ActivationError,
+        AdapterKitError,
+        AdapterNameError,
+        CompatibilityError,
+        ConfigError,
+        StoreError,
+        TargetError,
+    )
+    from .kit import AdapterKit, wrap
+    from .sites import SiteSpec
+    from .store.load import BaseMismatchWarning
+    from .store.manifest import Metadata
 
 __version__ = "0.1.0"
 
@@ -40,3 +46,23 @@ __all__ = [
     "__version__",
     "wrap",
 ]
+
+# Where each public name lives; the others are errors.
+_HOMES = {
+    "AdapterKit": ".kit",
+    "BaseMismatchWarning": ".store.load",
+    "BottleneckConfig": ".config.bottleneck",
+    "Metadata": ".store.manifest",
+    "SiteSpec": ".sites",
+    "wrap": ".kit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, ".errors"), __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
