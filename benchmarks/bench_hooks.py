@@ -28,20 +28,19 @@ SMALL_OVERHEAD_US = 6.0
 PFEIFFER = {"targets": ["layer.*.output.LayerNorm"], "at": "renormalised", "bottleneck_size": 48}
 
 
-class Inlined(nn.Module):
-    """The arithmetic of a bottleneck written into a layer by hand."""
+class Inlined(nn.Linear):
+    """The arithmetic of a bottleneck written into a linear layer by hand."""
 
-    def __init__(self, host: nn.Linear, adapter: nn.Module) -> None:
-        super().__init__()
-        self.w, self.b = host.weight, host.bias
-        self.down, self.down_bias = adapter.down_weight, adapter.down_bias
-        self.up, self.up_bias = adapter.up_weight, adapter.up_bias
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.requires_grad_(False)
+        self.down_weight, self.down_bias = adapter.down_weight, adapter.down_bias
+        self.up_weight, self.up_bias = adapter.up_weight, adapter.up_bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Host and bottleneck. Shape: (tokens, width)."""
-        p = self._parameters
-        y = F.linear(x, p["w"], p["b"])
-        return y + F.linear(F.relu(F.linear(y, p["down"], p["down_bias"])), p["up"], p["up_bias"])
+        y = F.linear(x, self.weight, self.bias)
+        return y + F.linear(F.relu(F.linear(y, self.down_weight, self.down_bias)), self.up_weight, self.up_bias)
 
 
 def empty_hook(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
@@ -78,7 +77,7 @@ def site_cost(rounds: int, repeats: int) -> dict[str, dict[str, float]]:
         ak.wrap(model).add("a", config)
     ak.wrap(active).activate("a")
     ak.wrap(removed).remove("a")
-    inlined = Inlined(linear(), active._adapterkit.held("a"))
+    inlined = Inlined(active._adapterkit.held("a"))
     models = {
         "bare": bare,
         "empty hook": hooked,

@@ -32,15 +32,16 @@ class AddDelta(Step):
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output (or the arguments) with its tensor x, shape (..., width), replaced by x + delta."""
-        if isinstance(value, Tensor) and not self.spec.output:
+        if isinstance(value, Tensor) and self.spec.output is None:
             return self._adapt(site, host, value)
         path = self._locate(value, in_call=self.spec.at == "input")
         return values.put(value, path, self._adapt(site, host, values.get(value, path)))
 
     def _adapt(self, site: AdapterSite, host: nn.Module, x: Tensor) -> Tensor:
         """Return x + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
-        z = x if self.spec.reads == "site" else self._read(host, x)
-        module = site._modules[self.key]
+        spec = self.spec
+        module: Any = site._modules[self.key]
+        z = x if spec.reads == "site" else self._read(host, x)
         if not x.is_nested:
             return self._add(module, z, x)
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
@@ -49,11 +50,11 @@ class AddDelta(Step):
 
     def _add(self, module: Any, z: Tensor, x: Tensor) -> Tensor:
         """Return x + module(z, x). Shape: z (..., input_width), x (..., width), the features on `spec.axis`."""
-        spec = self.spec
+        spec, shape = self.spec, x.shape
         axis = spec.axis
         if axis != -1 and not -x.dim() <= axis < x.dim():
             raise self._wrong_shape(z, x)
-        if z.shape[axis] != spec.input_width or x.shape[axis] != spec.width:
+        if shape[axis] != spec.width or (z is not x and z.shape[axis] != spec.input_width):
             raise self._wrong_shape(z, x)
         dtype = module.compute_dtype
         if z.dtype is not dtype:
@@ -61,7 +62,7 @@ class AddDelta(Step):
         # Straight to forward where calling the module would do no more than that: it costs as much as a small kernel.
         run = module if module._forward_hooks or module._forward_pre_hooks else module.forward
         delta: Tensor = run(z, x) if axis == -1 else run(z.movedim(axis, -1), x.movedim(axis, -1)).movedim(-1, axis)
-        if delta.shape != x.shape:
+        if delta.shape != shape:
             raise self._wrong_shape(z, x)
         return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
 
