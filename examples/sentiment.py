@@ -304,14 +304,15 @@ def chart(results: list[Result], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for r in results:
         axes.scatter(r.size_bytes, r.accuracy, s=80)
-        axes.annotate(f"{r.arm}\n{r.parameters:,} trained", (r.size_bytes, r.accuracy), (8, -4), textcoords="offset points")
+        label, above = f"{r.arm}\n{r.parameters:,} trained", (0, 10)
+        axes.annotate(label, (r.size_bytes, r.accuracy), above, textcoords="offset points", ha="center")
     axes.set(
         xscale="log",
         xlabel="bytes on disk for each task",
         ylabel="test accuracy (%)",
         title="Sentiment, one frozen base",
     )
-    axes.margins(x=0.3, y=0.2)
+    axes.margins(x=0.3, y=0.25)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 

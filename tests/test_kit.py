@@ -119,7 +119,7 @@ def test_a_kit_does_not_keep_its_model_alive() -> None:
 
 def test_only_a_module_can_be_wrapped() -> None:
     with pytest.raises(ak.ConfigError, match="found str"):
-        ak.wrap("model")  # type: ignore[arg-type]
+        ak.wrap("model")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_adapters_are_kept_apart(post_norm: Tiny, ids: Tensor) -> None:
@@ -160,7 +160,7 @@ def test_scopes_nest_and_restore_after_an_exception(post_norm: Tiny, ids: Tensor
             kit.activate("a")
             assert runs("a")
         assert runs("b")
-        1 / 0  # noqa: B018
+        1 / 0  # noqa: B018 (any exception)
     assert runs("a")
     kit.deactivate()
     assert runs(None)

@@ -14,7 +14,7 @@ from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 def adapted(block: nn.Module, **config: object) -> nn.Module:
     """The block with a random adapter, as a function f(z) for the formulas, and the block itself."""
     kit = ak.wrap(block, example_inputs=torch.randn(1, 2, 8))
-    kit.add("a", ak.BottleneckConfig(bottleneck_size=3, **config))  # type: ignore[arg-type]
+    kit.add("a", ak.BottleneckConfig(bottleneck_size=3, **config))  # type: ignore[arg-type]  # parametrised
     randomise(kit, "a")
     kit.activate("a")
     [(_, _, site)] = sites_of(block)
@@ -113,7 +113,7 @@ def test_a_residual_that_has_not_run_yet_is_an_error_and_leaves_nothing(pre_norm
 @pytest.mark.parametrize(("layers", "kept"), [([0], [0]), ([-1], [2]), (range(1, 3), [1, 2]), ([0, -3], [0])])
 def test_layers_choose_among_the_repeated_blocks(layers: object, kept: list[int]) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"inner": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))}))
-    sites = ak.wrap(model).sites(ak.BottleneckConfig(targets=["inner.*"], layers=layers))  # type: ignore[arg-type]
+    sites = ak.wrap(model).sites(ak.BottleneckConfig(targets=["inner.*"], layers=layers))  # type: ignore[arg-type]  # parametrised
     assert [site.layer for site in sites] == [(i, 3) for i in kept]
 
 
@@ -175,7 +175,7 @@ def shared_last() -> nn.Module:
 )
 def test_a_host_that_cannot_be_adapted_is_refused_with_the_way_out(model: object, config: dict, message: str) -> None:
     with pytest.raises(ak.TargetError, match=message):
-        ak.wrap(model()).sites(ak.BottleneckConfig(**config))  # type: ignore[operator]
+        ak.wrap(model()).sites(ak.BottleneckConfig(**config))  # type: ignore[operator]  # parametrised
 
 
 @pytest.mark.parametrize("traced", [True, False])

@@ -50,7 +50,7 @@ def test_adapters_run_under_autocast(place: str, ids: Tensor) -> None:
     kit = ak.wrap(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(ids)
-    kit.add("a", ak.BottleneckConfig(**config))  # type: ignore[arg-type]
+    kit.add("a", ak.BottleneckConfig(**config))  # type: ignore[arg-type]  # parametrised
     kit.train_adapter("a")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(ids), expected)
@@ -89,7 +89,7 @@ def test_a_model_compiles_as_one_graph_and_switching_is_right(place: str, ids: T
     kit = ak.wrap(model, ids)
     outputs: dict[str | None, Tensor] = {None: model(ids)}
     for name in ("a", "b"):
-        kit.add(name, ak.BottleneckConfig(**config))  # type: ignore[arg-type]
+        kit.add(name, ak.BottleneckConfig(**config))  # type: ignore[arg-type]  # parametrised
         randomise(kit, name)
         with kit.active(name):
             outputs[name] = model(ids)

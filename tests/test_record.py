@@ -107,7 +107,7 @@ def test_a_reference_forward_in_between_is_no_change(ids: Tensor, reentrant: boo
     with kit.base(), torch.no_grad():
         loss(kit, ids)
     value.backward()
-    assert all(p.grad.any() for p in kit.parameters("a"))  # type: ignore[union-attr]
+    assert all(p.grad.any() for p in kit.parameters("a"))  # type: ignore[union-attr]  # trained above
 
 
 def test_without_checkpointing_backward_trains_what_ran_whatever_is_active(ids: Tensor) -> None:
@@ -174,7 +174,7 @@ def test_threads_with_the_same_adapter_get_right_answers(config: ak.BottleneckCo
                     result = kit.model(ids)
             torch.testing.assert_close(result, answer)
 
-    assert in_threads(*[lambda i=i, y=y: task(i, y) for i, y in zip(batches, expected, strict=True)]) == []  # type: ignore[misc]
+    assert in_threads(*[lambda i=i, y=y: task(i, y) for i, y in zip(batches, expected, strict=True)]) == []  # type: ignore[misc]  # lambdas with defaults
 
 
 @pytest.mark.parametrize("scoped", [True, False])
@@ -328,7 +328,7 @@ def test_threads_that_come_after_one_another_may_train(reentrant: bool) -> None:
         loss(kit, ids).backward()
 
     for forwards in (30, 0, 0, 3, 0):
-        assert in_threads(lambda n=forwards: work(n)) == []  # type: ignore[misc]
+        assert in_threads(lambda n=forwards: work(n)) == []  # type: ignore[misc]  # lambdas with defaults
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

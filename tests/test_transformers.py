@@ -161,7 +161,7 @@ def test_adapters_run_on_a_base_that_accelerate_offloads(batch: dict[str, Tensor
     assert torch.equal(plain.model(**batch).logits, offloaded.model(**batch).logits)
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]  # not generic at run time
     def __init__(self, batch: dict[str, Tensor]) -> None:
         self.batch = batch
 

@@ -64,7 +64,7 @@ class Activation:
         return {"active": self.active}  # a copy runs what the original ran at that moment, and is in no scope
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]  # fresh locks and scopes, on purpose
 
     def switch(self, name: str | None) -> None:
         """Make an adapter active (None: the base alone) until the next switch, or the end of the scope it is in.

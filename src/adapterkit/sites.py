@@ -103,7 +103,7 @@ class AdapterSite(nn.Module):
         self.output_steps: tuple[Step, ...] = ()
         self.input_steps: tuple[Step, ...] = ()
         self.host_path = host_path
-        self.register_load_state_dict_post_hook(_forgive_absent_adapters)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_forgive_absent_adapters)  # type: ignore[no-untyped-call]  # torch's
 
     def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refuse. Shape: any."""

@@ -51,7 +51,7 @@ def put(value: Any, path: Path, tensor: Tensor) -> Any:
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
     if dataclasses.is_dataclass(value):
         if all(f.init for f in dataclasses.fields(value)):
-            return dataclasses.replace(value, **{str(key): new})  # type: ignore[type-var]
+            return dataclasses.replace(value, **{str(key): new})  # type: ignore[type-var]  # a dataclass, as tested above
         changed = copy.copy(value)  # `replace` would lose what `__init__` does not take
         object.__setattr__(changed, str(key), new)
         return changed

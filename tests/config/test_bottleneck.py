@@ -59,7 +59,7 @@ def test_a_bad_setting_is_named_with_what_was_found(settings: dict[str, Any], me
 
 def test_all_bad_settings_are_named_at_once() -> None:
     with pytest.raises(ak.ConfigError, match=r"dropout.*stochastic_depth.*colour"):
-        ak.BottleneckConfig(targets=["x"], dropout=2, stochastic_depth=-1, colour="red")  # type: ignore[call-arg]
+        ak.BottleneckConfig(targets=["x"], dropout=2, stochastic_depth=-1, colour="red")  # type: ignore[call-arg]  # wrong on purpose
 
 
 def test_several_spellings_mean_the_same() -> None:
@@ -78,7 +78,7 @@ def test_an_override_is_validated_and_drops_its_rival() -> None:
 def test_a_config_cannot_be_changed() -> None:
     config = ak.BottleneckConfig(targets=["x"])
     with pytest.raises(ValueError, match="frozen"):
-        config.dropout = 0.5  # type: ignore[misc]
+        config.dropout = 0.5  # type: ignore[misc]  # frozen, on purpose
 
 
 def test_a_setting_by_layer_falls_back_to_its_default() -> None:

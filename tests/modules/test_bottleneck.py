@@ -8,7 +8,7 @@ from adapterkit.ops.activations import NON_LINEARITIES
 
 
 def random_adapter(**options: object) -> BottleneckAdapter:
-    adapter = BottleneckAdapter(6, 3, **options)  # type: ignore[arg-type]
+    adapter = BottleneckAdapter(6, 3, **options)  # type: ignore[arg-type]  # parametrised
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_()
@@ -101,7 +101,7 @@ def test_input_and_output_may_differ_in_width() -> None:
 
 @pytest.mark.parametrize("init", ["lora", "mam", "houlsby", "bert"])
 def test_inits_follow_their_distributions(init: str) -> None:
-    a = BottleneckAdapter(300, 200, init=init, gating=True, scaling="channel", norm_before=True)  # type: ignore[arg-type]
+    a = BottleneckAdapter(300, 200, init=init, gating=True, scaling="channel", norm_before=True)  # type: ignore[arg-type]  # parametrised
     assert not any(bias.any() for bias in (a.down_bias, a.up_bias, a.gate_bias, a.norm_before_bias))
     assert (a.scale == 1).all()
     assert (a.norm_before_weight == 1).all()

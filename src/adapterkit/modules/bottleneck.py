@@ -113,7 +113,7 @@ class BottleneckAdapter(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        return self._parameters["up_weight"].dtype  # type: ignore[union-attr]
+        return self._parameters["up_weight"].dtype  # type: ignore[union-attr]  # never None here
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
