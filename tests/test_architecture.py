@@ -14,7 +14,7 @@ SOURCE = Path(adapterkit.__file__).parent
 LAYERS = [
     {"errors"},
     {"names", "config", "ops", "modules"},
-    {"patterns", "values", "hosts", "record", "base", "structure", "sites", "steps", "hooks", "placement"},
+    {"patterns", "values", "hosts", "record", "base", "structure", "sites", "steps", "hooks", "spots", "placement"},
     {"methods"},
     {"plan", "attach", "heads", "freezing", "verify", "summary", "store"},
     {"kit"},

@@ -258,7 +258,7 @@ def test_what_is_no_config_at_all_is_an_error(post_norm: Tiny, config: Any) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "neither a config nor a JSON file"),
+        (None, "neither a preset nor a config nor a JSON file"),
         ("{", "not JSON"),
         ("[1]", "JSON list"),
         ('{"method": "x"}', "found 'x'"),

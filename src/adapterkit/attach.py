@@ -19,7 +19,7 @@ from .patterns import SITE, ancestors, match
 from .placement import resolve
 from .plan import apply
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record
-from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, sites_of
+from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, silenced, sites_of
 from .structure.trace import ExampleInputs
 
 __all__ = ["Part", "add", "attach", "build_parts", "check_free", "detach", "device_near", "find_sites", "shared_record"]
@@ -50,7 +50,8 @@ def add(
 
 def find_sites(model: nn.Module, config: AdapterConfig, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
     """The sites that a config would adapt. Raises: see `placement.resolve`."""
-    return resolve(model, config, method_of(config).placement(config), example_inputs)
+    with ACTIVATION_LOCK, silenced(model):
+        return resolve(model, config, method_of(config).placement(config), example_inputs)
 
 
 def build_parts(

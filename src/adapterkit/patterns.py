@@ -2,17 +2,20 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
 from .config.base import Predicate
 from .errors import TargetError
 
-__all__ = ["SITE", "ancestors", "match", "modules_by_path", "nearest_to"]
+__all__ = ["SITE", "RoleFinder", "ancestors", "is_role", "match", "modules_by_path", "nearest_to"]
 
 # The name under which a host holds its AdapterSite: nothing below it is part of the user's model.
 SITE = "_adapterkit"
+
+# What finds the modules that have a role, such as "@attention.out".
+RoleFinder = Callable[[str], Sequence[str]]
 
 _GLOB = re.compile(r"\*\*|\*|\?|\[[^\]]+\]")
 _GLOB_MEANS = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
@@ -30,10 +33,23 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def match(model: nn.Module, targets: Sequence[str | Predicate], exclude: Sequence[str | Predicate] = ()) -> list[str]:
+def is_role(target: object) -> bool:
+    """Whether a target is written as a role, not as a pattern."""
+    return isinstance(target, str) and target.startswith("@")
+
+
+def match(
+    model: nn.Module,
+    targets: Sequence[str | Predicate],
+    exclude: Sequence[str | Predicate] = (),
+    roles: RoleFinder | None = None,
+) -> list[str]:
     """The paths of the modules that a list of targets names, in the model's order, each module once.
 
     A module that is reachable under several names is matched by any of them and returned under the first.
+
+    Args:
+        roles: Finds the modules that have a role; without it, there are none.
 
     Raises:
         TargetError: a target matches nothing (with the nearest names), or everything it matches is excluded.
@@ -45,7 +61,10 @@ def match(model: nn.Module, targets: Sequence[str | Predicate], exclude: Sequenc
 
     def named(targets: Sequence[str | Predicate]) -> Iterator[set[str]]:
         for target in targets:
-            yield {first_name[id(modules[path])] for path in modules if _matches(target, path, modules[path])}
+            if is_role(target) and roles is not None:
+                yield {first_name[id(modules[path])] for path in roles(str(target))}
+            else:
+                yield {first_name[id(modules[path])] for path in modules if _matches(target, path, modules[path])}
 
     wanted: set[str] = set()
     for target, found in zip(targets, named(targets), strict=True):
@@ -109,6 +128,8 @@ def _translate(target: str) -> str:
 def _nothing_matches(target: str | Predicate, model: nn.Module, paths: list[str]) -> str:
     """The message for a target without a match, with the names that come nearest."""
     name = type(model).__name__
+    if is_role(target):
+        return f"{target!r}: tracing {name} finds no such place; `kit.tree()` shows what there is"
     if not isinstance(target, str):
         return f"the predicate {getattr(target, '__name__', target)!r} is true for no module of {name}"
     tails = {".".join(path.split(".")[-n:]): None for path in paths if path for n in (1, 2, 3)}

@@ -1,35 +1,23 @@
 """From a config to sites: which modules of this model, and what each looks like there."""
 
-import inspect
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from . import values
 from .config.base import AdapterConfig
 from .errors import TargetError
-from .hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
-from .patterns import ancestors, match, modules_by_path, nearest_to
-from .sites import Reads, SiteSpec
+from .hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape
+from .patterns import ancestors, modules_by_path
+from .sites import SiteSpec
+from .spots import Placement, Spot, find_spots
+from .structure.discover import Discovery
 from .structure.trace import ExampleInputs, observe
 
 __all__ = ["Placement", "resolve"]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a method's modules sit at their hosts, and what they read: see `SiteSpec`; "input" is the target's own."""
-
-    at: Literal["output", "input"] = "output"
-    reads: Reads | Literal["input"] = "site"
-    residual: str | None = None
-
-    def allows(self, site: SiteSpec) -> bool:
-        """Whether a site may come of this placement."""
-        reads = "residual" if self.reads == "input" else self.reads
-        return (site.at, site.reads) == (self.at, reads) and (site.residual is None) == (reads in ("site", "norm"))
 
 
 def resolve(
@@ -40,42 +28,45 @@ def resolve(
     Raises:
         TargetError: a target matches nothing or cannot be adapted, a host never runs on the example inputs, or its
             shape cannot be known without them.
+        CompatibilityError: a role is named, and the model does not run on inputs made for it.
     """
     modules = modules_by_path(model)
-    matched = match(model, config.targets, config.exclude)
-    targets = {resolve_host(path, modules, at_input=placement.at == "input"): path for path in reversed(matched)}
-    hosts = list(reversed(targets))
-    layers = {path: _layer(path, modules) for path in hosts}
-    hosts = _in_layers(hosts, layers, config.layers)
-    arguments = {path: _argument(modules[path], config.input) for path in hosts}
-    firsts = [resolve_host(path, modules, at_input=True) for path in targets.values()] if placement.reads == "input" else []
-    seen = _trace(model, list(dict.fromkeys(hosts + firsts)), config, arguments, example_inputs)
-    sites = []
-    for path in hosts:
-        shape = _shape(path, modules[path], config, placement, seen.get(path))
-        residual: str | None
-        if placement.reads == "input":  # of the target: a Sequential's is its first layer's
-            reads_from = resolve_host(targets[path], modules, at_input=True)
-            residual, input_width = reads_from, _input_width(reads_from, modules[reads_from], shape, seen)
-        else:
-            residual, input_width = _residual(path, placement.residual, model, modules), shape.width
-        _check_rows(path, modules, config)
-        sites.append(
-            SiteSpec(
-                path=path,
-                host=host_type(modules[path]),
-                at=placement.at,
-                reads="residual" if placement.reads == "input" else placement.reads,
-                width=shape.width,
-                input_width=input_width,
-                axis=shape.axis,
-                layer=layers[path],
-                output=_as_path(config.output),
-                input=arguments[path],
-                residual=residual,
-            )
-        )
-    return sites
+    discovery = Discovery(model, example_inputs)
+    spots = find_spots(model, modules, config, placement, discovery)
+    layers = {path: _layer(path, modules) for path in spots}
+    spots = {path: spots[path] for path in _in_layers(list(spots), layers, config.layers)}
+    inputs = discovery.inputs if discovery.was_needed else example_inputs
+    seen = _trace(model, spots, inputs)
+    return [_site(spot, layers[path], modules, config, seen) for path, spot in spots.items()]
+
+
+def _site(
+    spot: Spot,
+    layer: tuple[int, int] | None,
+    modules: dict[str, nn.Module],
+    config: AdapterConfig,
+    seen: dict[str, _Seen],
+) -> SiteSpec:
+    """The site at a spot, with its width and axis."""
+    host = modules[spot.path]
+    shape = _shape(spot, host, config, seen.get(spot.path))
+    input_width, residual = shape.width, spot.residual
+    if residual is not None and spot.reads_own_input:
+        input_width = _input_width(residual, modules[residual], shape, seen)
+    _check_rows(spot.path, modules, config)
+    return SiteSpec(
+        path=spot.path,
+        host=host_type(host),
+        at=spot.at,
+        reads=spot.reads,
+        width=shape.width,
+        input_width=input_width,
+        axis=shape.axis,
+        layer=layer,
+        output=spot.output,
+        input=spot.argument,
+        residual=residual,
+    )
 
 
 def _layer(path: str, modules: dict[str, nn.Module]) -> tuple[int, int] | None:
@@ -111,27 +102,23 @@ class _Seen(NamedTuple):
     input: tuple[int, ...] | None
 
 
-def _trace(
-    model: nn.Module,
-    hosts: list[str],
-    config: AdapterConfig,
-    arguments: dict[str, tuple[int | None, str | None] | None],
-    example_inputs: ExampleInputs | None,
-) -> dict[str, _Seen]:
-    """What each host took and returned on the example inputs; empty without them."""
+def _trace(model: nn.Module, spots: dict[str, Spot], example_inputs: ExampleInputs | None) -> dict[str, _Seen]:
+    """What each host, and each module whose input is read beside one, took and returned; empty without inputs."""
     if example_inputs is None:
         return {}
 
     def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Seen:
-        call, argument = (args, kwargs), arguments.get(path)
+        call, spot = (args, kwargs), spots.get(path)
         try:
+            argument = spot.argument if spot and spot.residual in (None, path) else None
             taken = values.argument_path(call, argument) if argument else values.find(call)
-            returned = _as_path(config.output) or values.find(output)
+            returned = (spot and spot.output) or values.find(output)
             return _Seen(_shape_at(output, returned), _shape_at(call, taken))
         except LookupError as error:
             raise TargetError(f"{path!r} has no tensor {error} where `output=` or `input=` say") from error
 
-    calls = observe(model, example_inputs, hosts, look)
+    read = [spot.residual for spot in spots.values() if spot.residual is not None and spot.reads_own_input]
+    calls = observe(model, example_inputs, dict.fromkeys([*spots, *read]), look)
     never = [path for path, seen in calls.items() if not seen]
     if never:
         raise TargetError(
@@ -146,19 +133,19 @@ def _shape_at(value: Any, path: values.Path | None) -> tuple[int, ...] | None:
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
-def _shape(path: str, host: nn.Module, config: AdapterConfig, placement: Placement, seen: _Seen | None) -> HostShape:
+def _shape(spot: Spot, host: nn.Module, config: AdapterConfig, seen: _Seen | None) -> HostShape:
     """Width and axis of a site, from the trace if there is one, else from the host's type."""
-    known = known_shape(host)
-    if placement.reads == "norm":
+    path, known = spot.path, known_shape(host)
+    if spot.reads == "norm":
         _check_norm(path, host)
     if seen is not None:
-        return _seen_shape(path, host, known, config, placement, seen)
+        return _seen_shape(spot, host, known, config, seen)
     if known is None:
         raise TargetError(
             f"the width of {path!r} ({type(host).__name__}) cannot be told from its type; "
             "wrap the model with example inputs: ak.wrap(model, example_inputs=batch)"
         )
-    width = known.width if placement.at == "output" else known.input_width
+    width = known.width if spot.at == "output" else known.input_width
     if not width:
         raise TargetError(
             f"{path!r} ({type(host).__name__}) takes no features that an adapter could change (or, if it is lazy, not yet: "
@@ -167,16 +154,14 @@ def _shape(path: str, host: nn.Module, config: AdapterConfig, placement: Placeme
     return HostShape(width, None, known.axis if config.channel_axis is None else config.channel_axis)
 
 
-def _seen_shape(
-    path: str, host: nn.Module, known: HostShape | None, config: AdapterConfig, placement: Placement, seen: _Seen
-) -> HostShape:
+def _seen_shape(spot: Spot, host: nn.Module, known: HostShape | None, config: AdapterConfig, seen: _Seen) -> HostShape:
     """`_shape`, from what the host took and returned."""
-    here = seen.output if placement.at == "output" else seen.input
+    path, here = spot.path, seen.output if spot.at == "output" else seen.input
     if here is None:
-        raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {placement.at}")
+        raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {spot.at}")
     axis = config.channel_axis
     if axis is None and known is not None and -len(here) <= known.axis < len(here):
-        width = known.width if placement.at == "output" else known.input_width
+        width = known.width if spot.at == "output" else known.input_width
         axis = known.axis if here[known.axis] == width else None
     if axis is None:
         axis = channel_axis(host, here)
@@ -223,32 +208,3 @@ def _check_norm(path: str, host: nn.Module) -> None:
             f"at='renormalised' needs a norm without running statistics (such as nn.LayerNorm); {path!r} is "
             f"{type(host).__name__}"
         )
-
-
-def _residual(path: str, pattern: str | None, model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """The module that the pattern names nearest to the host."""
-    if pattern is None:
-        return None
-    near = nearest_to(path, match(model, [pattern]))
-    if len(near) != 1:
-        raise TargetError(f"residual={pattern!r} names {near} for the site {path!r}; make it name one near that site")
-    return resolve_host(near[0], modules, at_input=True)
-
-
-def _argument(host: nn.Module, which: int | str | None) -> tuple[int | None, str | None] | None:
-    """An argument of the host by position and keyword both, as far as its signature tells."""
-    if which is None:
-        return None
-    try:
-        names = list(inspect.signature(host.forward).parameters)
-    except ValueError:
-        names = []
-    if isinstance(which, int):
-        return which, names[which] if which < len(names) else None
-    return names.index(which) if which in names else None, which
-
-
-def _as_path(output: int | str | Sequence[int | str] | None) -> values.Path | None:
-    if output is None:
-        return None
-    return (output,) if isinstance(output, (int, str)) else tuple(output)

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
@@ -28,6 +29,7 @@ __all__ = [
     "named_parameters",
     "open_parameters",
     "record_of",
+    "silenced",
     "site_key",
     "sites_of",
 ]
@@ -215,9 +217,22 @@ def _forgive_absent_adapters(_site: nn.Module, incompatible: Any) -> None:
 def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
     """Each host that holds adapters: its path, itself, its site; in the model's order."""
     for path, module in model.named_modules():
-        site = module._modules.get(SITE)
+        site = module._modules[SITE] if SITE in module._modules else None  # TorchScript's dict has no `get`
         if isinstance(site, AdapterSite):
             yield path, module, site
+
+
+@contextmanager
+def silenced(model: nn.Module) -> Iterator[None]:
+    """Within the block the model runs as if no adapter were active, without activating anything."""
+    held = [(site, site.input_steps, site.output_steps) for _, _, site in sites_of(model)]
+    try:
+        for site, _, _ in held:
+            site.input_steps = site.output_steps = ()
+        yield
+    finally:
+        for site, input_steps, output_steps in held:
+            site.input_steps, site.output_steps = input_steps, output_steps
 
 
 def open_parameters(module: nn.Module, trains: bool) -> None:

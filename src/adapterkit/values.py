@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Argument", "Path", "argument_path", "find", "get", "put"]
+__all__ = ["Argument", "Path", "argument_path", "find", "get", "put", "tensors"]
 
 Path = tuple[int | str, ...]
 Argument = tuple[int | None, str | None]  # of a call: its position and its keyword
@@ -27,6 +27,15 @@ def find(value: Any) -> Path | None:
         if below is not None:
             return (key, *below)
     return None
+
+
+def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor with its path, depth first."""
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    for key, item in _items(value):
+        yield from tensors(item, (*path, key))
 
 
 def get(value: Any, path: Path) -> Any:

@@ -36,6 +36,10 @@ class BottleneckConfig(AdapterConfig):
         placement="parallel"               x + f(input)     beside a module: reads the module's own input
         residual="ln_2"                    x + f(x + r)     r is the input of the nearest module with that name
         placement="parallel", residual=…   x + f(r)         the parallel adapter that reads the residual stream
+        at="sum"                           s + f(LN(s))     after the residual addition s = x + r that x is a branch of,
+                                                            before the norm LN of a post-norm block: Pfeiffer;
+                                           s + f(s)         where no norm follows (pre-norm)
+        at="normalised"                    z + f(z)         z = LN(s), or s where no norm follows: AdapterPlus
 
     Args:
         reduction_factor: hidden size / bottleneck size; 16 if neither is given. A map `{"default": 16, "11": 4}` sets
@@ -44,7 +48,8 @@ class BottleneckConfig(AdapterConfig):
         non_linearity: The function in the middle.
         at: Where the adapter adds.
         placement: Whether it reads the tensor that it adds to, or the input of the module that made it.
-        residual: Name (a pattern) of the module whose input is the residual stream; the one nearest to the target.
+        residual: Name (a pattern) of the module whose input is the residual stream, the one nearest to the target; or
+            "@stream": wherever tracing finds it.
         layer_norm_before: A layer norm of its own on what it reads.
         layer_norm_after: A layer norm of its own on what it adds.
         residual_before_layer_norm: That norm sees x + f, not f alone. Such an adapter is not the identity at init.
@@ -67,7 +72,7 @@ class BottleneckConfig(AdapterConfig):
     reduction_factor: Factor | Annotated[dict[str, Factor], AfterValidator(_check_map)] | None = None
     bottleneck_size: Size | Annotated[dict[str, Size], AfterValidator(_check_map)] | None = None
     non_linearity: NonLinearity = "relu"
-    at: Literal["output", "input", "renormalised"] = "output"
+    at: Literal["output", "input", "renormalised", "sum", "normalised"] = "output"
     placement: Literal["sequential", "parallel"] = "sequential"
     residual: str | None = None
     layer_norm_before: bool = False

@@ -1,5 +1,6 @@
 """The adapter methods. A new one is a file here, its module, its config, and a line in METHODS."""
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,11 @@ from ..errors import ConfigError
 from .base import Method
 from .bottleneck import Bottleneck
 
-__all__ = ["METHODS", "Method", "as_config", "config_from", "method_of"]
+__all__ = ["METHODS", "PRESETS", "Method", "as_config", "config_from", "method_of"]
 
 METHODS: tuple[Method[Any], ...] = (Bottleneck(),)
 _BY_NAME = {method.name: method for method in METHODS}
+PRESETS = {name: (method, settings) for method in METHODS for name, settings in method.presets.items()}
 
 
 def method_of(config: AdapterConfig) -> Method[Any]:
@@ -38,7 +40,7 @@ def config_from(settings: Mapping[str, Any]) -> AdapterConfig:
 
 
 def as_config(config: AdapterConfig | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> AdapterConfig:
-    """A config from any of its spellings: a config, a mapping with its method, or a path to such JSON.
+    """A config from any of its spellings: a preset's name, a config, a mapping with its method, or a path to such JSON.
 
     Raises:
         ConfigError: not one of these, or bad settings.
@@ -47,13 +49,19 @@ def as_config(config: AdapterConfig | Mapping[str, Any] | str | Path, overrides:
         return config.override(overrides)
     if isinstance(config, Mapping):
         return config_from(config).override(overrides)
+    if isinstance(config, str) and config in PRESETS:
+        method, settings = PRESETS[config]
+        preset: AdapterConfig = method.config_type(**settings)
+        return preset.override(overrides)
     try:
         path = Path(config)
         is_file = path.is_file()
     except (TypeError, ValueError, OSError):
         is_file = False
     if not is_file:
-        raise ConfigError(f"{str(config)[:80]!r} is neither a config nor a JSON file with one; try a BottleneckConfig")
+        near = difflib.get_close_matches(str(config), PRESETS, n=3)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the presets are {', '.join(PRESETS)}"
+        raise ConfigError(f"{str(config)[:80]!r} is neither a preset nor a config nor a JSON file with one; {hint}")
     try:
         settings = json.loads(path.read_bytes())
     except ValueError as error:

@@ -1,6 +1,7 @@
 """What a method is: how it is configured, where it sits, and the module it puts there."""
 
-from typing import Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -20,10 +21,12 @@ class Method(Protocol[C]):
     Attributes:
         name: What `config.method` says.
         config_type: The class of its configs.
+        presets: Settings by the names that papers and other libraries gave them.
     """
 
     name: str
     config_type: type[C]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     def placement(self, config: C) -> Placement:
         """Where its modules sit at their hosts, and what they read."""

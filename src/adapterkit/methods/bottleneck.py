@@ -1,5 +1,8 @@
 """Bottleneck adapters as a method: from config and site to module."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 
 from ..config.base import per_layer
@@ -11,6 +14,17 @@ from ..sites import SiteSpec
 
 __all__ = ["Bottleneck"]
 
+_PFEIFFER = {"targets": ("@block.last",), "at": "sum"}
+_HOULSBY = {"targets": ("@sublayer.out",), "non_linearity": "swish"}
+# He et al. 2022; reads the residual stream, as the adapters library does.
+_PARALLEL = {
+    "targets": ("@block.last",),
+    "placement": "parallel",
+    "residual": "@stream",
+    "reduction_factor": 2,
+    "scaling": 4.0,
+}
+
 
 class Bottleneck:
     """Houlsby, Pfeiffer and parallel adapters, and all between."""
@@ -18,12 +32,34 @@ class Bottleneck:
     name = "bottleneck"
     config_type = BottleneckConfig
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "pfeiffer": _PFEIFFER,
+        "seq_bn": _PFEIFFER,
+        "houlsby": _HOULSBY,
+        "double_seq_bn": _HOULSBY,
+        "parallel": _PARALLEL,
+        "par_bn": _PARALLEL,
+        "scaled_parallel": {**_PARALLEL, "scaling": "learned"},
+        "scaled_par_bn": {**_PARALLEL, "scaling": "learned"},
+        "adapter_plus": {
+            "targets": ("@block.last",),
+            "at": "normalised",
+            "reduction_factor": 96,
+            "non_linearity": "gelu",
+            "scaling": "channel",
+            "stochastic_depth": 0.1,
+            "init": "houlsby",
+        },
+    }
+
     def placement(self, config: BottleneckConfig) -> Placement:
         """Translate `at`, `placement` and `residual`."""
         if config.at == "renormalised":
             return Placement(at="input", reads="norm")
         if config.placement == "parallel":
             return Placement(reads="residual" if config.residual is not None else "input", residual=config.residual)
+        if config.at in ("sum", "normalised"):
+            return Placement(at=config.at)
         return Placement(at=config.at, reads="site" if config.residual is None else "sum", residual=config.residual)
 
     def build(self, config: BottleneckConfig, site: SiteSpec, *, dtype: torch.dtype) -> BottleneckAdapter:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import AdapterKitError, CompatibilityError
 
-__all__ = ["ExampleInputs", "call_with", "observe", "untouched"]
+__all__ = ["ExampleInputs", "call_with", "forward", "observe", "untouched"]
 
 ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 T = TypeVar("T")
@@ -31,15 +31,12 @@ def observe(
 ) -> dict[str, list[T]]:
     """What `look(path, module, args, kwargs, output)` makes of each call of these modules, in one eval, no-grad forward.
 
-    Flags, buffers and random state of the model are as before afterwards.
-
     Raises:
         CompatibilityError: the model does not run on these inputs.
     """
     seen: dict[str, list[T]] = {path: [] for path in paths}
     modules = dict(model.named_modules())
     with ExitStack() as stack:
-        stack.enter_context(untouched(model))
         for path, calls in seen.items():
 
             def hook(
@@ -48,15 +45,29 @@ def observe(
                 calls.append(look(path, module, args, kwargs, output))
 
             stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
+        forward(model, inputs)
+    return seen
+
+
+def forward(model: nn.Module, inputs: ExampleInputs, *, within: AbstractContextManager[Any] | None = None) -> Any:
+    """The model's output in eval mode, without gradients, with its flags, buffers and random state as before afterwards.
+
+    Args:
+        within: A context to run it in.
+
+    Raises:
+        CompatibilityError: the model does not run on these inputs.
+    """
+    with untouched(model):
         try:
-            call_with(model.eval(), inputs)
+            with within or nullcontext():
+                return call_with(model.eval(), inputs)
         except AdapterKitError:
             raise
         except Exception as error:
             raise CompatibilityError(
                 f"{type(model).__name__} does not run on example_inputs: {type(error).__name__}: {error}"
             ) from error
-    return seen
 
 
 @contextmanager

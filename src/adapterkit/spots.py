@@ -1,0 +1,188 @@
+"""From targets (patterns, roles, predicates) to spots: which tensor of which module, and what an adapter there reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from .config.base import AdapterConfig
+from .errors import TargetError
+from .hosts import resolve_host
+from .patterns import is_role, match, nearest_to
+from .sites import Reads, SiteSpec
+from .structure.anatomy import Place, Sublayer
+from .structure.discover import Discovery
+from .structure.roles import role_paths, role_places
+from .values import Argument, Path
+
+__all__ = ["STREAM", "Placement", "Spot", "find_spots"]
+
+# As a `residual`: the stream that enters the target's sub-layer, wherever the model keeps it.
+STREAM = "@stream"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a method's modules sit at their targets, and what they read: see `SiteSpec`; "input" is the target's own.
+
+    With `at="sum"` the target's residual addition is adapted, with `at="normalised"` the norm after it where there is
+    one: which tensor of which module that is, the model's structure decides.
+    """
+
+    at: Literal["output", "input", "sum", "normalised"] = "output"
+    reads: Reads | Literal["input"] = "site"
+    residual: str | None = None
+
+    def allows(self, site: SiteSpec) -> bool:
+        """Whether a site may come of this placement."""
+        if self.at in ("sum", "normalised"):
+            found = (site.at, site.reads, site.residual is None)
+            return found in {("input", "norm", True), ("output", "site", True), ("output", "sum", False)}
+        reads = "residual" if self.reads == "input" else self.reads
+        return (site.at, site.reads) == (self.at, reads) and (site.residual is None) == (reads in ("site", "norm"))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where one module of an adapter goes, before its width is known. The fields are those of `SiteSpec`.
+
+    Attributes:
+        reads_own_input: Whether `residual` is the target itself, beside which the adapter sits.
+    """
+
+    path: str
+    at: Literal["output", "input"]
+    reads: Reads
+    output: Path | None
+    argument: Argument | None
+    residual: str | None
+    reads_own_input: bool = False
+
+
+def find_spots(
+    model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, placement: Placement, discovery: Discovery
+) -> dict[str, Spot]:
+    """The spots that a config's targets name, by host, in the model's order.
+
+    Raises:
+        TargetError: a target matches nothing, or what it matches cannot be adapted as the placement says.
+    """
+    matched = match(model, config.targets, config.exclude, lambda role: role_paths(role, discovery.anatomy))
+    outputs: dict[str, Place] = {}
+    for role in filter(is_role, config.targets):
+        outputs |= role_places(str(role), discovery.anatomy)
+    spots: dict[str, Spot] = {}
+    for path in matched:
+        output = _as_path(config.output) or (outputs[path].output if path in outputs else ()) or None
+        if placement.at in ("sum", "normalised"):
+            spot = _at_sum(_sublayer_of(path, modules, discovery), placement, modules)
+        else:
+            spot = _at_module(path, output, placement, config, model, modules, discovery)
+        if spot.path in spots and spots[spot.path] != spot:
+            raise TargetError(
+                f"two targets lead to {spot.path!r} (parallel branches have one sum); exclude {path!r} or target another"
+            )
+        spots.setdefault(spot.path, spot)
+    return spots
+
+
+def _at_module(
+    path: str,
+    output: Path | None,
+    placement: Placement,
+    config: AdapterConfig,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    discovery: Discovery,
+) -> Spot:
+    """The spot at a target's own output or input."""
+    at_input = placement.at == "input"
+    host = resolve_host(path, modules, at_input=at_input)
+    if placement.reads == "input":
+        beside = resolve_host(path, modules, at_input=True)  # a Sequential's input is its first layer's
+        return Spot(host, "output", "residual", output, _argument(modules[host], config.input), beside, True)
+    argument, residual = _argument(modules[host], config.input), None
+    if placement.residual == STREAM:
+        port = _sublayer_of(path, modules, discovery).stream
+        if port is None:
+            raise TargetError(
+                f"no module of its block takes the residual stream that enters {path!r} before it ends, so that an "
+                "adapter could not read it; name another module's input with residual=, or use a sequential adapter"
+            )
+        residual, argument = port.path, port.argument
+    elif placement.residual is not None:
+        residual = _nearest(host, placement.residual, model, modules)
+    return Spot(host, "input" if at_input else "output", placement.reads, output, argument, residual)
+
+
+def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Module]) -> Spot:
+    """The spot after a sub-layer's residual addition s: in a post-norm block at its norm, else where s is returned.
+
+    Where no module returns s, at the branch x, reading x + r, which is s.
+    """
+    norm, total, out, stream = sublayer.post_norm, sublayer.sum, sublayer.out, sublayer.stream
+    if norm is not None and placement.at == "normalised":
+        return Spot(norm.path, "output", "site", norm.output or None, None, None)
+    if norm is not None:
+        return Spot(norm.path, "input", "norm", None, None, None)
+    if total is not None:
+        return Spot(resolve_host(total.path, modules, at_input=False), "output", "site", total.output or None, None, None)
+    if out is None or stream is None or sublayer.scales or sublayer.is_parallel:
+        found = "is scaled before it is added" if sublayer.scales else "is one of two that are added at once"
+        raise TargetError(
+            f"the sum after the {sublayer.kind} in {sublayer.addition[0]!r} can be adapted nowhere: no module returns it, "
+            + (f"and the branch {found}" if out and stream else "and no module takes or yields what it is the sum of")
+            + "; use at='output' there, or target '@block.out'"
+        )
+    host = resolve_host(out.path, modules, at_input=False)
+    return Spot(host, "output", "sum", out.output or None, stream.argument, stream.path)
+
+
+def _sublayer_of(path: str, modules: dict[str, nn.Module], discovery: Discovery) -> Sublayer:
+    """The residual sub-layer whose branch a module yields, or whose last projection it is."""
+    anatomy = discovery.anatomy
+    every = (*anatomy.sublayers, *anatomy.others)
+    for sublayer in every:
+        if sublayer.out is not None and path in (
+            sublayer.out.path,
+            resolve_host(sublayer.out.path, modules, at_input=False),
+        ):
+            return sublayer
+    for sublayer in every:
+        if path in sublayer.last:
+            return sublayer
+    raise TargetError(
+        f"{path!r} yields no branch of a residual addition; target a role such as '@feedforward.out', or the module whose "
+        "output is added"
+    )
+
+
+def _nearest(path: str, pattern: str, model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    """The module that the pattern names nearest to the host."""
+    near = nearest_to(path, match(model, [pattern]))
+    if len(near) != 1:
+        raise TargetError(f"residual={pattern!r} names {near} for the site {path!r}; make it name one near that site")
+    return resolve_host(near[0], modules, at_input=True)
+
+
+def _argument(host: nn.Module, which: int | str | None) -> Argument | None:
+    """An argument of the host by position and keyword both, as far as its signature tells."""
+    if which is None:
+        return None
+    try:
+        names = list(inspect.signature(host.forward).parameters)
+    except ValueError:
+        names = []
+    if isinstance(which, int):
+        return which, names[which] if which < len(names) else None
+    return names.index(which) if which in names else None, which
+
+
+def _as_path(output: int | str | Sequence[int | str] | None) -> Path | None:
+    if output is None:
+        return None
+    return (output,) if isinstance(output, (int, str)) else tuple(output)

@@ -1,0 +1,94 @@
+"""What a forward pass shows of a transformer's structure: its residual sub-layers, blocks and embeddings, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..values import Argument, Path
+
+__all__ = ["Anatomy", "Kind", "Norm", "Place", "Port", "Sublayer"]
+
+Kind = Literal["attention", "crossattention", "feedforward", "mixer"]
+Norm = Literal["pre", "post", "sandwich", "end", "none"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor that a module returns.
+
+    Attributes:
+        path: The module.
+        output: Where it lies in the module's output.
+        shape: Its shape in the traced forward.
+    """
+
+    path: str
+    output: Path
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """A module that takes the residual stream, and as which argument."""
+
+    path: str
+    argument: Argument
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A branch of the network that is added to the residual stream.
+
+    Attributes:
+        kind: What it does: attention, cross-attention, feed-forward (a mixture of experts is one, too), or another way
+            of mixing tokens.
+        block: The repeated block that it lies in; None outside of any.
+        out: The outermost module whose output is the branch's; None if no module returns it.
+        first: The modules of its first projections.
+        last: The modules of its last projections.
+        query, key, value: The modules of an attention's projections; the same one in each for a fused projection.
+        scales: Operations between `out` and the addition that change values (LayerScale): () if what `out` returns is
+            what is added.
+        is_parallel: Whether another branch of the block starts from the same stream and is added with this one.
+        is_moe: Whether it routes tokens to experts.
+        norm: Where the block normalises: before the branch ("pre"), after the addition ("post"), at the branch's end
+            ("end"), before and at the end ("sandwich").
+        stream: A module that takes the residual stream before the branch ends; None if there is none.
+        sum: A module of the block that returns the sum and nothing of the block reads it before that.
+        post_norm: The norm that takes the sum, in a post-norm block, as the module and its place.
+    """
+
+    kind: Kind
+    block: str | None
+    out: Place | None
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    query: tuple[str, ...]
+    key: tuple[str, ...]
+    value: tuple[str, ...]
+    scales: tuple[str, ...]
+    is_parallel: bool
+    is_moe: bool
+    norm: Norm
+    stream: Port | None
+    sum: Place | None
+    post_norm: Place | None
+    addition: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The structure of a model.
+
+    Attributes:
+        sublayers: Those in repeated blocks, in the order that they run.
+        others: Those outside of any repeated block.
+        embeddings: What makes the residual stream that enters the first block, one for each stack of blocks.
+        blocks: What each repeated block returns as its stream.
+    """
+
+    sublayers: tuple[Sublayer, ...]
+    others: tuple[Sublayer, ...]
+    embeddings: tuple[Place, ...]
+    blocks: tuple[Place, ...]

@@ -1,0 +1,80 @@
+"""Roles: names for places that mean the same in every transformer, such as `@attention.out`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ..errors import TargetError
+from .anatomy import Anatomy, Place, Sublayer
+
+__all__ = ["ROLES", "role_paths", "role_places"]
+
+_KINDS = ("attention", "crossattention", "feedforward", "mixer")
+# Of a sub-layer: what each part is, for the list of roles and for messages.
+_PARTS: dict[str, Callable[[Sublayer], Iterable[str]]] = {
+    "out": lambda s: (s.out.path,) if s.out else (),
+    "first": lambda s: s.first,
+    "last": lambda s: s.last,
+    "q": lambda s: s.query,
+    "k": lambda s: s.key,
+    "v": lambda s: s.value,
+}
+
+ROLES = (
+    *(f"@{kind}.{part}" for kind in _KINDS for part in _PARTS if part not in "qkv" or kind.endswith("attention")),
+    "@sublayer.out",
+    "@block.last",
+    "@block.out",
+    "@embedding",
+)
+
+
+def role_paths(role: str, anatomy: Anatomy) -> list[str]:
+    """The modules that have a role in this model, in the order that they run; empty if none has.
+
+    Raises:
+        TargetError: there is no such role, or no hook can be where it lies.
+    """
+    places = {"@embedding": anatomy.embeddings, "@block.out": anatomy.blocks}
+    if role in places:
+        return list(dict.fromkeys(place.path for place in places[role]))
+    part = _PARTS["out" if role in ("@sublayer.out", "@block.last") else role.partition(".")[2]]
+    sublayers = _sublayers(role, anatomy)
+    if part is _PARTS["out"]:
+        _check_found(role, sublayers)
+    return list(dict.fromkeys(path for sublayer in sublayers for path in part(sublayer)))
+
+
+def role_places(role: str, anatomy: Anatomy) -> dict[str, Place]:
+    """Where in a module's output the tensor of a role lies, by module, for roles that are outputs."""
+    if role in ("@embedding", "@block.out"):
+        return {place.path: place for place in (anatomy.embeddings if role == "@embedding" else anatomy.blocks)}
+    if role.endswith((".out", "@block.last")):
+        return {s.out.path: s.out for s in _sublayers(role, anatomy) if s.out is not None}
+    return {}
+
+
+def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
+    """The sub-layers that a role speaks of.
+
+    Raises:
+        TargetError: there is no such role.
+    """
+    if role not in ROLES:
+        raise TargetError(f"{role!r} is not a role; there are {', '.join(ROLES)}")
+    kind = role[1:].partition(".")[0]
+    if kind == "sublayer":  # one more branch of a decoder is not what the presets adapt: ask for it by its own role
+        return [s for s in anatomy.sublayers if s.kind != "crossattention"]
+    if role == "@block.last":
+        return list({s.block: s for s in anatomy.sublayers}.values())
+    return [s for s in anatomy.sublayers if s.kind == kind]
+
+
+def _check_found(role: str, sublayers: list[Sublayer]) -> None:
+    lost = [sublayer for sublayer in sublayers if sublayer.out is None]
+    if lost:
+        raise TargetError(
+            f"{role!r}: no module returns what is added in {lost[0].addition[0]!r} (its {lost[0].kind} is computed by "
+            f"functions, or by a module that several branches share), so that no hook can adapt it; name a module "
+            f"inside it, such as {list(lost[0].last) or 'its last projection'}"
+        )

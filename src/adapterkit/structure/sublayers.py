@@ -1,0 +1,395 @@
+"""From residual additions to sub-layers: which module yields each branch, what it does, where it is normalised."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from .. import values
+from ..errors import TargetError
+from ..hosts import resolve_host
+from .additions import Addition, residual_additions
+from .anatomy import Anatomy, Kind, Norm, Place, Port, Sublayer
+from .flow import MATMULS, SCALES, VIEWS, Flow, bits
+from .graph import ADDITIONS, Call
+
+__all__ = ["dissect"]
+
+_ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
+_MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan"))
+
+
+def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
+    """The anatomy of the model whose forward this is."""
+    reader = _Reader(flow, modules)
+    branches = [branch for addition in residual_additions(flow) for branch in reader.branches(addition)]
+    reader.find_blocks(branches)
+    sublayers = reader.sublayers(branches)
+    inside = tuple(s for s in sublayers if s.block is not None)
+    return Anatomy(
+        sublayers=inside,
+        others=tuple(s for s in sublayers if s.block is None),
+        embeddings=tuple(reader.embeddings(branches)),
+        blocks=tuple(reader.blocks(inside)),
+    )
+
+
+@dataclass
+class _Branch:
+    """A branch of an addition while it is being understood.
+
+    Attributes:
+        end: The node that is added.
+        inside: The nodes between the stream and the end.
+        call: The module call that yields it, and where; None if no module does.
+        scales: Operations between that and the addition.
+    """
+
+    addition: Addition
+    end: int
+    inside: int
+    is_parallel: bool
+    kind: Kind
+    call: tuple[Call, values.Path] | None
+    scales: tuple[str, ...]
+    block: str | None = None
+
+
+class _Reader:
+    """Reads sub-layers off a flow."""
+
+    def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
+        self.flow, self.modules = flow, modules
+        self._repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
+
+    # --- branches -----------------------------------------------------------------------------------------------------
+
+    def branches(self, addition: Addition) -> Iterator[_Branch]:
+        """The branch of an addition; several where it adds the sum of parallel branches."""
+        ends = list(self._parallel(addition, addition.branch))
+        for end in ends:
+            inside = self.flow.between(addition.stream, end)
+            call, scales = self._module_of(addition, end)
+            yield _Branch(addition, end, inside, len(ends) > 1, self._kind(addition, inside), call, scales)
+
+    def _parallel(self, addition: Addition, end: int) -> Iterator[int]:
+        """The addends of a sum that no module returns, if each is a branch of its own; else the node itself."""
+        flow, node = self.flow, self.flow.nodes[end]
+        is_sum = node.op in ADDITIONS and not list(self._finished(addition, end))
+        operands = [i for i in node.inputs if flow.nodes[i].is_floating][:2] if is_sum else []
+        if len(operands) == 2 and all(
+            flow.nodes[i].shape == node.shape and flow.between(addition.stream, i) & flow.projections for i in operands
+        ):
+            for i in operands:
+                yield from self._parallel(addition, i)
+        else:
+            yield end
+
+    def _finished(self, addition: Addition, node: int) -> Iterator[tuple[Call, values.Path]]:
+        """The calls that returned a node before it was added."""
+        for call, path in self.flow.returned.get(node, []):
+            if call.end is not None and call.end <= addition.node.index and call.path is not None:
+                yield call, path
+
+    def _module_of(self, addition: Addition, end: int) -> tuple[tuple[Call, values.Path] | None, tuple[str, ...]]:
+        """The outermost module whose output is added, once in each call of what is around it; and what scales it.
+
+        One that serves several branches (a dropout, a drop path) cannot be told which it serves: then the module before.
+        """
+        scales: list[str] = []
+        at: int | None = end
+        while at is not None:
+            calls = [(c, path) for c, path in self._finished(addition, at) if self._is_hookable(c)]
+            if calls:
+                return min(calls, key=lambda found: (len(list(found[0].around())), -found[0].start)), tuple(scales)
+            node = self.flow.nodes[at]
+            if node.op not in VIEWS | SCALES | set(ADDITIONS):
+                return None, tuple(scales)
+            before = [
+                i
+                for i in node.inputs
+                if self.flow.leads_to(addition.stream, i) and self.flow.between(addition.stream, i) & self.flow.endings
+            ]
+            if not before or (node.op in ADDITIONS and len(before) > 1):
+                return None, tuple(scales)
+            if node.op not in VIEWS:
+                scales.append(node.op)
+            at = max(before)
+        return None, tuple(scales)
+
+    def _is_hookable(self, call: Call) -> bool:
+        """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""
+        if call.path is None or self._repeats[call.path, id(call.parent)] > 1:
+            return False
+        try:
+            resolve_host(call.path, self.modules, at_input=False)
+        except TargetError:
+            return False
+        return True
+
+    def _kind(self, addition: Addition, inside: int) -> Kind:
+        flow = self.flow
+        cores = list(bits(inside & flow.attentions))
+        if cores:
+            return "crossattention" if all(self._is_cross(addition, core) for core in cores) else "attention"
+        nodes = [flow.nodes[i] for i in bits(inside)]
+        ops = {node.op for node in nodes}
+        if ops & _ROUTING:
+            return "feedforward"
+        mixes = any(op in _MIXING or op.startswith("_fft") or "pool" in op for op in ops) or any(
+            self._mixes_tokens(i) for i in bits(inside)
+        )
+        return "mixer" if mixes else "feedforward"
+
+    def _mixes_tokens(self, index: int) -> bool:
+        flow, node = self.flow, self.flow.nodes[index]
+        if node.op == "convolution":
+            kernel = flow.nodes[node.inputs[1]].shape[2:]
+            return any(size > 1 for size in kernel)
+        return node.op in MATMULS and bool(flow.products >> index & 1)
+
+    def _is_cross(self, addition: Addition, core: int) -> bool:
+        """Whether an attention's keys come from another input than the stream."""
+        _, key, _ = self.operands(core)
+        return key is not None and not self._comes_from(addition.stream, key) and bool(self.flow.from_inputs >> key & 1)
+
+    def _comes_from(self, stream: int, node: int) -> bool:
+        return node == stream or self.flow.leads_to(stream, node)
+
+    def operands(self, core: int) -> tuple[int | None, int | None, int | None]:
+        """The nodes of an attention's queries, keys and values."""
+        flow, node = self.flow, self.flow.nodes[core]
+        scores = flow.weights_of(core)
+        if scores is None:
+            q, k, v = node.inputs[:3]
+            return q, k, v
+        value = [i for i in node.inputs if not flow.between(scores, i) and i != scores]
+        products = [i for i in flow.nodes[scores].inputs if not flow.is_constant[i]][-2:]  # baddbmm adds its first
+        return products[0], products[-1], value[0] if value else None
+
+    # --- blocks -------------------------------------------------------------------------------------------------------
+
+    def find_blocks(self, branches: list[_Branch]) -> None:
+        """Set each branch's block: its path up to the last number that is one of a repetition.
+
+        Paths that differ in numbers only are repetitions; where their kinds differ, the last number tells sub-layers
+        apart (T5's `layer.0`, `layer.1`), not blocks.
+        """
+        kinds: dict[str, set[Kind]] = {}
+        for branch in branches:
+            kinds.setdefault(_template(self._path(branch)), set()).add(branch.kind)
+        for branch in branches:
+            path = self._path(branch)
+            numbers = [n for n, part in enumerate(path.split(".")) if part.isdigit()]
+            if len(kinds[_template(path)]) > 1 and len(numbers) > 1:
+                numbers = numbers[:-1]
+            branch.block = ".".join(path.split(".")[: numbers[-1] + 1]) if numbers else None
+
+    def _path(self, branch: _Branch) -> str:
+        call = branch.call[0] if branch.call else branch.addition.node.call
+        return (call.path if call else None) or ""
+
+    # --- sub-layers ---------------------------------------------------------------------------------------------------
+
+    def sublayers(self, branches: list[_Branch]) -> list[Sublayer]:
+        """One for each module that yields a branch, in the order that they run; a norm is as all of its kind say."""
+        found: dict[object, list[Sublayer]] = {}
+        for branch in branches:
+            sublayer = self._sublayer(branch)
+            key = (sublayer.out.path, sublayer.out.output) if sublayer.out else id(branch)
+            found.setdefault(key, []).append(sublayer)
+        merged = [_agreed(calls) for calls in found.values()]
+        groups: dict[object, list[Sublayer]] = {}
+        for sublayer in merged:
+            groups.setdefault((_template(sublayer.out.path) if sublayer.out else None, sublayer.kind), []).append(sublayer)
+        for group in groups.values():
+            if any(s.post_norm is None for s in group):
+                merged = [_without_post(s) if s in group else s for s in merged]
+        return merged
+
+    def _sublayer(self, branch: _Branch) -> Sublayer:
+        flow, addition = self.flow, branch.addition
+        place = None
+        if branch.call is not None:
+            call, path = branch.call
+            place = Place(call.path or "", path, flow.nodes[dict(call.outputs)[path]].shape)
+        ops = {flow.nodes[i].op for i in bits(branch.inside)}
+        query, key, value = self._projections_of_attention(branch)
+        projections = branch.inside & flow.projections
+        first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
+        last = flow.nearest(branch.end, projections, branch.inside)
+        post = self._post_norm(branch)
+        node_call = addition.node.call
+        return Sublayer(
+            kind=branch.kind,
+            block=branch.block,
+            out=place,
+            first=self._modules_of(first),
+            last=self._modules_of(bits(last)),
+            query=query,
+            key=key,
+            value=value,
+            scales=branch.scales,
+            is_parallel=branch.is_parallel or self._has_sibling(branch),
+            is_moe=branch.kind == "feedforward" and bool(ops & _ROUTING),
+            norm=self._norm(branch, post),
+            stream=self._port(branch),
+            sum=self._sum(branch),
+            post_norm=post,
+            addition=((node_call.path if node_call else None) or "", addition.node.index),
+        )
+
+    def _has_sibling(self, branch: _Branch) -> bool:
+        """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
+        source = self.flow.source(branch.addition.skip)
+        return source != branch.addition.stream and self.flow.nodes[source].op in ADDITIONS
+
+    def _projections_of_attention(self, branch: _Branch) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """The modules that make queries, keys and values."""
+        found: tuple[set[int], set[int], set[int]] = (set(), set(), set())
+        for core in bits(branch.inside & self.flow.attentions):
+            for operand, nodes in zip(self.operands(core), found, strict=True):
+                if operand is not None:
+                    back = self.flow.ancestors[operand] | 1 << operand
+                    nodes.update(bits(self.flow.nearest(operand, self.flow.projections, back)))
+        return tuple(self._modules_of(sorted(nodes)) for nodes in found)  # type: ignore[return-value]  # three of them
+
+    def _modules_of(self, nodes: Iterable[int]) -> tuple[str, ...]:
+        """The innermost modules that ran these nodes."""
+        calls = [self.flow.nodes[i].call for i in nodes]
+        return tuple(dict.fromkeys(call.path for call in calls if call is not None and call.path is not None))
+
+    # --- norms and streams --------------------------------------------------------------------------------------------
+
+    def _norm(self, branch: _Branch, post: Place | None) -> Norm:
+        flow = self.flow
+        root = flow.source(branch.addition.stream)
+        pre = any(
+            any(flow.source(i) == root for _, i in call.inputs) and any(branch.inside >> i & 1 for _, i in call.outputs)
+            for call in flow.norm_calls
+        )
+        end = flow.source(branch.end, VIEWS | SCALES)
+        at_end = any(i in (end, branch.end) for call in flow.norm_calls for _, i in call.outputs)
+        if pre:
+            return "sandwich" if at_end else "pre"
+        return "end" if at_end else "post" if post is not None else "none"
+
+    def _post_norm(self, branch: _Branch) -> Place | None:
+        """The norm of the same block that takes the sum, if nothing else does."""
+        flow, node = self.flow, branch.addition.node.index
+        readers = self._readers(node)
+        for call in flow.norm_calls:
+            takes = any(flow.source(i) == flow.source(node) for _, i in call.inputs)
+            alone = bool(readers) and all(call.start <= i < (call.end or 0) for i in readers)
+            if takes and alone and call.path is not None and call.outputs and _within(call.path, branch.block):
+                path, i = call.outputs[0]
+                return Place(call.path, path, flow.nodes[i].shape)
+        return None
+
+    def _readers(self, node: int) -> list[int]:
+        """What reads a node, through views."""
+        found = []
+        for i in self.flow.readers[node]:
+            found += self._readers(i) if self.flow.nodes[i].op in VIEWS else [i]
+        return found
+
+    def _port(self, branch: _Branch) -> Port | None:
+        """The last module of the block that takes the stream before the branch's output is made."""
+        flow, addition, port = self.flow, branch.addition, None
+        root, shape = flow.source(addition.stream), flow.nodes[branch.end].shape
+        made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
+        for call in flow.calls:
+            if not addition.stream < call.start <= made or not _within(call.path or "", branch.block):
+                continue
+            if isinstance(call.module, (nn.Sequential, nn.Identity)) or self._repeats[call.path, id(call.parent)] > 1:
+                continue
+            for path, i in call.inputs:
+                if call.path is not None and len(path) == 2 and flow.source(i) == root and flow.nodes[i].shape == shape:
+                    port = Port(call.path, _argument(path))
+        return port
+
+    def _sum(self, branch: _Branch) -> Place | None:
+        """The outermost module of the block that returns the sum, which nothing reads before that."""
+        flow, node = self.flow, branch.addition.node.index
+        first_reader = min(self._readers(node), default=len(flow.nodes))
+        best: tuple[int, Place] | None = None
+        for call in flow.calls:
+            if call.path is None or call.end is None or not _within(call.path, branch.block):
+                continue
+            if call.end > first_reader or call.start > node or self._repeats[call.path, id(call.parent)] > 1:
+                continue
+            for path, i in call.outputs:
+                if flow.source(i) == node and flow.nodes[i].shape == flow.nodes[node].shape and call.end > node:
+                    depth = len(list(call.around()))
+                    if best is None or depth < best[0]:
+                        best = depth, Place(call.path, path, flow.nodes[i].shape)
+        return best[1] if best else None
+
+    # --- embeddings and blocks ----------------------------------------------------------------------------------------
+
+    def embeddings(self, branches: list[_Branch]) -> Iterator[Place]:
+        """What yields the stream that enters the first block of each stack."""
+        flow, seen = self.flow, set()
+        added = sum(1 << branch.addition.node.index for branch in {id(b.addition): b for b in branches}.values())
+        for branch in branches:
+            stream = flow.source(branch.addition.stream)
+            if branch.block is None or flow.ancestors[stream] & added or added >> stream & 1 or stream in seen:
+                continue
+            seen.add(stream)
+            for i in self._same(stream):
+                calls = [
+                    (call, path)
+                    for call, path in flow.returned.get(i, [])
+                    if call.end is not None and call.end <= branch.addition.node.index and self._is_hookable(call)
+                    if not _within(call.path or "", branch.block)
+                ]
+                if calls:
+                    call, path = min(calls, key=lambda found: len(list(found[0].around())))
+                    yield Place(call.path or "", path, flow.nodes[i].shape)
+                    break
+
+    def _same(self, node: int) -> list[int]:
+        """The node and its views."""
+        views = [i for i in self.flow.readers[node] if self.flow.nodes[i].op in VIEWS]
+        return [node, *(j for i in views for j in self._same(i))]
+
+    def blocks(self, sublayers: tuple[Sublayer, ...]) -> Iterator[Place]:
+        """What each block returns as its stream: the last sub-layer's sum, or its norm."""
+        last = {sublayer.block: sublayer for sublayer in sublayers}
+        for sublayer in last.values():
+            place = sublayer.post_norm if sublayer.norm == "post" else sublayer.sum
+            if place is not None:
+                yield place
+
+
+def _agreed(calls: list[Sublayer]) -> Sublayer:
+    """One sub-layer for all calls of the same module: places hold if they are the same in each."""
+    first = calls[0]
+    agreed = replace(
+        first,
+        sum=first.sum if all(call.sum == first.sum for call in calls) else None,
+        stream=first.stream if all(call.stream == first.stream for call in calls) else None,
+    )
+    return agreed if all(call.post_norm == first.post_norm for call in calls) else _without_post(agreed)
+
+
+def _without_post(sublayer: Sublayer) -> Sublayer:
+    return replace(sublayer, post_norm=None, norm="none" if sublayer.norm == "post" else sublayer.norm)
+
+
+def _template(path: str) -> str:
+    """The path with `*` for its numbers."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def _within(path: str, block: str | None) -> bool:
+    return block is None or path == block or path.startswith(f"{block}.")
+
+
+def _argument(path: values.Path) -> values.Argument:
+    """An argument of a call, from its path in `(args, kwargs)`."""
+    return (int(path[1]), None) if path[0] == 0 else (None, str(path[1]))
