@@ -16,7 +16,7 @@ LAYERS = [
     {"names", "config", "ops", "modules"},
     {"patterns", "values", "hosts", "record", "base", "structure", "sites", "steps", "hooks", "spots", "placement"},
     {"methods"},
-    {"plan", "attach", "heads", "freezing", "verify", "summary", "store"},
+    {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "store"},
     {"kit"},
     {"__init__"},
 ]

@@ -251,7 +251,7 @@ def test_a_config_may_be_given_in_any_spelling(post_norm: Tiny, tmp_path: Path, 
 
 @pytest.mark.parametrize("config", [None, 5, "{" * 5000, "a\0b", {"method": "bottleneck", 3: 4}])
 def test_what_is_no_config_at_all_is_an_error(post_norm: Tiny, config: Any) -> None:
-    with pytest.raises(ak.ConfigError, match=r"neither a config nor|named by strings"):
+    with pytest.raises(ak.ConfigError, match=r"neither a preset nor|named by strings"):
         ak.wrap(post_norm).add("a", config)
 
 

@@ -97,6 +97,7 @@ def attach(model: nn.Module, name: str, config: AdapterConfig, parts: Sequence[P
             handover = Handover() if part.spec is not None and part.spec.residual is not None else None
             open_parameters(part.module.train(host.training), trains)
             site.insert(name, part.module, Entry(config, part.spec, handover))
+        record.hosts[name] = tuple(part.path for part in parts)
         _refresh(model, record)
 
 
@@ -105,6 +106,7 @@ def detach(model: nn.Module, name: str) -> None:
     record = shared_record(model)
     with ACTIVATION_LOCK:
         record.activation.forget(name)
+        record.hosts.pop(name, None)
         for _, host, site in list(sites_of(model)):
             if name in site.entries:
                 site.discard(name)

@@ -172,7 +172,16 @@ class AdapterKit:
     def verify(
         self, example_inputs: ExampleInputs | None = None, *, optimizer: torch.optim.Optimizer | None = None
     ) -> Verification:
-        """Prove that hooks are there and fire, that the base has not moved, that the optimizer has what trains."""
+        """Prove that the active adapter is where it should be, and print the proof: `print(kit.verify())`.
+
+        Checked: hooks are there; hosts were not replaced, and run in eval and training mode; one residual addition takes
+        what each branch yields (the ε-test); gradients reach every trained parameter; devices agree; the base is frozen
+        and has not moved; the optimizer has what trains.
+
+        Args:
+            example_inputs: Inputs to run the model on; else those given to `wrap`, else tiny ones made for it.
+            optimizer: Of the training to come.
+        """
         inputs = self.example_inputs if example_inputs is None else example_inputs
         return verify(self.model, self._record(), inputs, optimizer)
 

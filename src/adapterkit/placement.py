@@ -15,7 +15,7 @@ from .patterns import ancestors, modules_by_path
 from .sites import SiteSpec
 from .spots import Placement, Spot, find_spots
 from .structure.discover import Discovery
-from .structure.trace import ExampleInputs, observe
+from .structure.trace import ExampleInputs, observe, runs_around
 
 __all__ = ["Placement", "resolve"]
 
@@ -121,9 +121,10 @@ def _trace(model: nn.Module, spots: dict[str, Spot], example_inputs: ExampleInpu
     calls = observe(model, example_inputs, dict.fromkeys([*spots, *read]), look)
     never = [path for path, seen in calls.items() if not seen]
     if never:
+        instead = list(dict.fromkeys(runs_around(model, example_inputs, never).values()))
         raise TargetError(
             f"{never} never ran on the example inputs (skipped, or their weights are read around them), so an adapter "
-            "there would do nothing. Exclude them, or target the module around them."
+            f"there would do nothing. Exclude them, or target what runs around them: {instead}."
         )
     return {path: seen[0] for path, seen in calls.items()}
 

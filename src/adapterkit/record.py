@@ -251,6 +251,7 @@ class Record:
         frozen: What `freeze` found; None when the base is not frozen.
         omit_adapters: `state_dict()` leaves adapters out.
         last_hook_id: The highest id among hooks registered here.
+        hosts: Where each adapter was attached.
     """
 
     def __init__(self) -> None:
@@ -258,6 +259,7 @@ class Record:
         self.frozen: Frozen | None = None
         self.omit_adapters = False
         self.last_hook_id = -1
+        self.hosts: dict[str, tuple[str, ...]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, omit_adapters=False)

@@ -217,7 +217,7 @@ def _forgive_absent_adapters(_site: nn.Module, incompatible: Any) -> None:
 def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
     """Each host that holds adapters: its path, itself, its site; in the model's order."""
     for path, module in model.named_modules():
-        site = module._modules[SITE] if SITE in module._modules else None  # TorchScript's dict has no `get`
+        site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         if isinstance(site, AdapterSite):
             yield path, module, site
 

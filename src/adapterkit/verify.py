@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from .base import base_parameters, base_tensors, digest
-from .errors import AdapterKitError
+from .errors import AdapterKitError, CompatibilityError
 from .hooks import InputHook, OutputHook, has_hook
-from .record import Record
-from .sites import AdapterSite, sites_of
-from .structure.trace import ExampleInputs, observe
+from .patterns import SITE
+from .proof import SiteProof, dead_parameters, prove_sites
+from .record import RECORD, Record
+from .sites import AdapterSite, silenced, sites_of
+from .structure.inputs import tiny_inputs
+from .structure.trace import ExampleInputs, runs_around
 
 __all__ = ["Verification", "moved_tensors", "verify"]
 
@@ -23,12 +26,12 @@ class Verification:
 
     Attributes:
         problems: One sentence each; empty if all is well.
-        fired: How often each host of the active adapter ran on the example inputs; None without them.
+        sites: What was seen at each site of the active adapter; None if the model could not be run.
         base_is_unmoved: Whether every base tensor is bit-identical to when it was frozen; None if it is not frozen.
     """
 
     problems: tuple[str, ...]
-    fired: dict[str, int] | None
+    sites: tuple[SiteProof, ...] | None
     base_is_unmoved: bool | None
 
     @property
@@ -36,10 +39,24 @@ class Verification:
         """Whether there are no problems."""
         return not self.problems
 
+    @property
+    def fired(self) -> dict[str, int] | None:
+        """How often each host of the active adapter ran in eval mode; None if the model could not be run."""
+        return None if self.sites is None else {proof.path: proof.fired_in_eval for proof in self.sites}
+
     def require(self) -> None:
         """Raise AdapterKitError with every problem, if there are any."""
         if self.problems:
             raise AdapterKitError("verification failed: " + "; ".join(self.problems))
+
+    def __str__(self) -> str:
+        rows = [("site", "place", "eval", "train", "shape", "dtype", "\N{GREEK SMALL LETTER EPSILON}-test")]
+        rows += [_row(proof) for proof in self.sites or ()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        base = {None: "not frozen", True: "frozen, unmoved", False: "moved"}[self.base_is_unmoved]
+        found = [f"problem: {problem}" for problem in self.problems] or ["no problems"]
+        return "\n".join([*(lines if self.sites else ["no site was run"]), f"base: {base}", *found])
 
 
 def verify(
@@ -51,18 +68,19 @@ def verify(
     """Check the adapted model against what its sites say. Changes nothing.
 
     Args:
-        example_inputs: Run the model on them and count how often each host of the active adapter runs.
+        example_inputs: Inputs to run the model on; tiny ones are made if there are none.
         optimizer: Check that something trains, that the optimizer holds all of it, and that the base is frozen.
     """
     active = record.activation.active
     hosts = {path: (host, site) for path, host, site in sites_of(model)}
-    problems = [*_missing_hooks(hosts)]
-    fired = None
-    if example_inputs is not None:
-        active_hosts = [path for path, (_, site) in hosts.items() if active in site.entries]
-        calls = observe(model, example_inputs, active_hosts, lambda *_: None)
-        fired = {path: len(seen) for path, seen in calls.items()}
-        problems += [f"{path!r} never ran on the example inputs" for path, count in fired.items() if not count]
+    problems = [*_missing_hooks(hosts), *_lost_hosts(model, record, hosts), *_elsewhere(hosts)]
+    inputs = _inputs(model) if example_inputs is None and active is not None else example_inputs
+    sites = None
+    if inputs is not None:
+        sites = tuple(prove_sites(model, active, inputs)) if active is not None else ()
+        problems += _site_problems(model, sites, inputs)
+        dead = dead_parameters(model, active, inputs) if active is not None else []
+        problems += [f"no gradient of the model's output reaches {', '.join(dead)}"] if dead else []
     moved = moved_tensors(model, record)
     if moved:
         problems.append(f"the base moved since it was frozen: {', '.join(moved)}")
@@ -70,7 +88,7 @@ def verify(
         problems += [f"{name!r} is frozen, yet requires grad" for name, p in base_parameters(model) if p.requires_grad]
     if optimizer is not None:
         problems += _optimizer_problems(model, record, optimizer)
-    return Verification(tuple(problems), fired, None if moved is None else not moved)
+    return Verification(tuple(problems), sites, None if moved is None else not moved)
 
 
 def moved_tensors(model: nn.Module, record: Record) -> list[str] | None:
@@ -88,6 +106,61 @@ def _missing_hooks(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[
             kind = InputHook if entry.spec is not None and entry.spec.at == "input" else OutputHook
             if not has_hook(host, kind):
                 yield f"the hook of adapter {name!r} on {path!r} is gone: someone removed it"
+
+
+def _lost_hosts(model: nn.Module, record: Record, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
+    """Modules that were put in place of a host: the adapter went with it."""
+    if model.__dict__.get(RECORD) is not record:  # a part of a wrapped model: its paths are others
+        return
+    for name, paths in record.hosts.items():
+        for path in paths:
+            if path not in hosts or name not in hosts[path][1].entries:
+                yield f"{path!r} was replaced since adapter {name!r} was added: remove the adapter, and add it anew"
+
+
+def _elsewhere(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
+    """Adapters on another device than their hosts."""
+    for path, (host, site) in hosts.items():
+        devices = {p.device for name, p in host.named_parameters() if SITE not in name.split(".") and not p.is_meta}
+        for name in site.entries:
+            wrong = {p.device for p in site.held(name).parameters()} - devices if len(devices) == 1 else set()
+            if wrong and not hasattr(host, "_hf_hook"):
+                yield f"adapter {name!r} at {path!r} is on {wrong.pop()}, its host on {devices.pop()}"
+
+
+def _inputs(model: nn.Module) -> ExampleInputs | None:
+    """Tiny inputs, if any can be made."""
+    try:
+        with silenced(model):
+            return tiny_inputs(model)
+    except CompatibilityError:
+        return None
+
+
+def _site_problems(model: nn.Module, sites: tuple[SiteProof, ...], inputs: ExampleInputs) -> Iterator[str]:
+    never = [proof.path for proof in sites if not proof.fired_in_eval]
+    instead = runs_around(model, inputs, never) if never else {}
+    for proof in sites:
+        if not proof.fired_in_eval:
+            yield (
+                f"{proof.path!r} never ran on the example inputs (skipped, or its weights are read around it); adapt "
+                f"{instead.get(proof.path, '')!r}, which does"
+            )
+        elif not proof.fired_in_training:
+            yield f"{proof.path!r} ran in eval mode, but never in training mode"
+        if proof.fired_in_eval and not proof.agrees:
+            yield f"the \N{GREEK SMALL LETTER EPSILON}-test of {proof.path!r} ({proof.place}) fails: {proof.moved}"
+
+
+def _row(proof: SiteProof) -> tuple[str, str, str, str, str, str, str]:
+    """A line of the table."""
+    moved = proof.moved
+    factor = "" if moved is None else "inexact"
+    if moved is not None and moved.factor is not None:
+        factor = "exact" if moved.is_exact else f"times {moved.factor[0]:.4g} to {moved.factor[1]:.4g}"
+    shape = "" if proof.shape is None else " x ".join(map(str, proof.shape))
+    dtype = str(proof.dtype or "").removeprefix("torch.")
+    return proof.path, proof.place, str(proof.fired_in_eval), str(proof.fired_in_training), shape, dtype, factor
 
 
 def _optimizer_problems(model: nn.Module, record: Record, optimizer: torch.optim.Optimizer) -> Iterator[str]:

@@ -20,6 +20,7 @@ _PARTS: dict[str, Callable[[Sublayer], Iterable[str]]] = {
     "v": lambda s: s.value,
 }
 
+_OUTPUTS = ("@sublayer.out", *(f"@{kind}.out" for kind in _KINDS))
 ROLES = (
     *(f"@{kind}.{part}" for kind in _KINDS for part in _PARTS if part not in "qkv" or kind.endswith("attention")),
     "@sublayer.out",
@@ -35,21 +36,22 @@ def role_paths(role: str, anatomy: Anatomy) -> list[str]:
     Raises:
         TargetError: there is no such role, or no hook can be where it lies.
     """
-    places = {"@embedding": anatomy.embeddings, "@block.out": anatomy.blocks}
-    if role in places:
-        return list(dict.fromkeys(place.path for place in places[role]))
-    part = _PARTS["out" if role in ("@sublayer.out", "@block.last") else role.partition(".")[2]]
-    sublayers = _sublayers(role, anatomy)
-    if part is _PARTS["out"]:
+    if role == "@embedding":
+        return list(dict.fromkeys(place.path for place in anatomy.embeddings))
+    if role == "@block.out":
+        return list(dict.fromkeys(place.path for place in anatomy.blocks))
+    sublayers, part = _sublayers(role, anatomy), role.partition(".")[2]
+    if part in ("out", "last") and role in (*_OUTPUTS, "@block.last"):
         _check_found(role, sublayers)
-    return list(dict.fromkeys(path for sublayer in sublayers for path in part(sublayer)))
+        part = "out"
+    return list(dict.fromkeys(path for sublayer in sublayers for path in _PARTS[part](sublayer)))
 
 
 def role_places(role: str, anatomy: Anatomy) -> dict[str, Place]:
     """Where in a module's output the tensor of a role lies, by module, for roles that are outputs."""
     if role in ("@embedding", "@block.out"):
         return {place.path: place for place in (anatomy.embeddings if role == "@embedding" else anatomy.blocks)}
-    if role.endswith((".out", "@block.last")):
+    if role in (*_OUTPUTS, "@block.last"):
         return {s.out.path: s.out for s in _sublayers(role, anatomy) if s.out is not None}
     return {}
 

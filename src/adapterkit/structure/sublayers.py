@@ -17,7 +17,7 @@ from .anatomy import Anatomy, Kind, Norm, Place, Port, Sublayer
 from .flow import MATMULS, SCALES, VIEWS, Flow, bits
 from .graph import ADDITIONS, Call
 
-__all__ = ["dissect"]
+__all__ = ["dissect", "template_of"]
 
 _ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
 _MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan"))
@@ -181,11 +181,11 @@ class _Reader:
         """
         kinds: dict[str, set[Kind]] = {}
         for branch in branches:
-            kinds.setdefault(_template(self._path(branch)), set()).add(branch.kind)
+            kinds.setdefault(template_of(self._path(branch)), set()).add(branch.kind)
         for branch in branches:
             path = self._path(branch)
             numbers = [n for n, part in enumerate(path.split(".")) if part.isdigit()]
-            if len(kinds[_template(path)]) > 1 and len(numbers) > 1:
+            if len(kinds[template_of(path)]) > 1 and len(numbers) > 1:
                 numbers = numbers[:-1]
             branch.block = ".".join(path.split(".")[: numbers[-1] + 1]) if numbers else None
 
@@ -205,7 +205,9 @@ class _Reader:
         merged = [_agreed(calls) for calls in found.values()]
         groups: dict[object, list[Sublayer]] = {}
         for sublayer in merged:
-            groups.setdefault((_template(sublayer.out.path) if sublayer.out else None, sublayer.kind), []).append(sublayer)
+            groups.setdefault((template_of(sublayer.out.path) if sublayer.out else None, sublayer.kind), []).append(
+                sublayer
+            )
         for group in groups.values():
             if any(s.post_norm is None for s in group):
                 merged = [_without_post(s) if s in group else s for s in merged]
@@ -381,7 +383,7 @@ def _without_post(sublayer: Sublayer) -> Sublayer:
     return replace(sublayer, post_norm=None, norm="none" if sublayer.norm == "post" else sublayer.norm)
 
 
-def _template(path: str) -> str:
+def template_of(path: str) -> str:
     """The path with `*` for its numbers."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import AdapterKitError, CompatibilityError
+from ..patterns import ancestors
 
-__all__ = ["ExampleInputs", "call_with", "forward", "observe", "untouched"]
+__all__ = ["ExampleInputs", "call_with", "forward", "observe", "runs_around", "untouched"]
 
 ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 T = TypeVar("T")
@@ -28,8 +29,10 @@ def observe(
     inputs: ExampleInputs,
     paths: Iterable[str],
     look: Callable[[str, nn.Module, Any, Any, Any], T],
+    *,
+    training: bool = False,
 ) -> dict[str, list[T]]:
-    """What `look(path, module, args, kwargs, output)` makes of each call of these modules, in one eval, no-grad forward.
+    """What `look(path, module, args, kwargs, output)` makes of each call of these modules, in one forward: see `forward`.
 
     Raises:
         CompatibilityError: the model does not run on these inputs.
@@ -45,15 +48,33 @@ def observe(
                 calls.append(look(path, module, args, kwargs, output))
 
             stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
-        forward(model, inputs)
+        forward(model, inputs, training=training)
     return seen
 
 
-def forward(model: nn.Module, inputs: ExampleInputs, *, within: AbstractContextManager[Any] | None = None) -> Any:
-    """The model's output in eval mode, without gradients, with its flags, buffers and random state as before afterwards.
+def runs_around(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> dict[str, str]:
+    """For modules that never run on the inputs, the innermost module around each that does.
+
+    Raises:
+        CompatibilityError: the model does not run on these inputs.
+    """
+    around = {path: ancestors(path)[1:] for path in paths}
+    calls = observe(model, inputs, {outer for outers in around.values() for outer in outers}, lambda *_: None)
+    return {path: next(outer for outer in outers if calls[outer]) for path, outers in around.items() if outers}
+
+
+def forward(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    *,
+    within: AbstractContextManager[Any] | None = None,
+    training: bool = False,
+) -> Any:
+    """The model's output, without gradients, with its flags, buffers and random state as before afterwards.
 
     Args:
         within: A context to run it in.
+        training: In training mode; else in eval mode.
 
     Raises:
         CompatibilityError: the model does not run on these inputs.
@@ -61,7 +82,7 @@ def forward(model: nn.Module, inputs: ExampleInputs, *, within: AbstractContextM
     with untouched(model):
         try:
             with within or nullcontext():
-                return call_with(model.eval(), inputs)
+                return call_with(model.train(training), inputs)
         except AdapterKitError:
             raise
         except Exception as error:

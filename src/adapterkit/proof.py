@@ -1,0 +1,133 @@
+"""Proof that the sites of an adapter are what they should be: they run, feed the residual stream, get gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import values
+from .errors import CompatibilityError
+from .hosts import resolve_host
+from .patterns import modules_by_path
+from .sites import SiteSpec, named_parameters, silenced, sites_of
+from .structure.anatomy import Anatomy, Sublayer
+from .structure.discover import discover
+from .structure.epsilon import Moved, epsilon_test
+from .structure.trace import ExampleInputs, call_with, observe, untouched
+
+__all__ = ["SiteProof", "dead_parameters", "prove_sites"]
+
+_TRIES = 3  # of a forward in training mode: layer drop skips blocks at random
+
+
+@dataclass(frozen=True)
+class SiteProof:
+    """What was seen at one site of the active adapter.
+
+    Attributes:
+        path: The host.
+        place: What it is in the model: "attention branch", "norm after feedforward", "sum after mixer", or "module".
+        fired_in_eval: How often it ran in a forward in eval mode.
+        fired_in_training: The same in training mode.
+        shape: Of the tensor at the site.
+        dtype: Of the tensor at the site.
+        moved: The ε-test of the branch that it yields; None where it yields none.
+        agrees: Whether the ε-test came out as the structure says.
+    """
+
+    path: str
+    place: str
+    fired_in_eval: int
+    fired_in_training: int
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    moved: Moved | None
+    agrees: bool
+
+
+def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[SiteProof]:
+    """Run the adapted model and look at every site of an adapter.
+
+    Raises:
+        CompatibilityError: the model does not run on the inputs.
+    """
+    specs = {path: entry.spec for path, _, site in sites_of(model) if (entry := site.entries.get(name)) and entry.spec}
+
+    def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[tuple[int, ...], torch.dtype]:
+        tensor = _tensor_at(specs[path], (args, kwargs), output)
+        return tuple(tensor.shape), tensor.dtype
+
+    in_eval = observe(model, inputs, specs, look)
+    in_training = dict.fromkeys(specs, 0)
+    for _ in range(_TRIES):
+        if not all(in_training.values()):
+            calls = observe(model, inputs, specs, lambda *_: None, training=True)
+            in_training = {path: max(count, len(calls[path])) for path, count in in_training.items()}
+    anatomy, moved = _structure(model, inputs)
+    modules = modules_by_path(model)
+    proofs = []
+    for path, spec in specs.items():
+        place, sublayer = _place(spec, path, anatomy, modules)
+        branch = moved.get(sublayer.out.path) if sublayer and sublayer.out else None
+        shape, dtype = in_eval[path][0] if in_eval[path] else (None, None)
+        agrees = sublayer is None or (branch is not None and branch.agrees(sublayer))
+        proofs.append(SiteProof(path, place, len(in_eval[path]), in_training[path], shape, dtype, branch, agrees))
+    return proofs
+
+
+def dead_parameters(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:
+    """The trainable parameters of an adapter that no gradient of the model's output reaches."""
+    trained = [(key, p) for key, p in named_parameters(model, name, heads=False) if p.requires_grad]
+    if not trained:
+        return []
+    with untouched(model), torch.enable_grad():
+        out = [t for _, t in values.tensors(call_with(model, inputs)) if t.requires_grad]
+        if not out:
+            return [key for key, _ in trained]
+        loss = torch.stack([(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in out]).sum()
+        gradients = torch.autograd.grad(loss, [p for _, p in trained], allow_unused=True)
+    return [key for (key, _), gradient in zip(trained, gradients, strict=True) if gradient is None]
+
+
+def _structure(model: nn.Module, inputs: ExampleInputs) -> tuple[Anatomy, dict[str, Moved]]:
+    """The anatomy of the base and the ε-test of its sub-layers."""
+    with silenced(model):
+        anatomy, _ = discover(model, inputs)
+        return anatomy, epsilon_test(model, inputs, anatomy)
+
+
+def _tensor_at(spec: SiteSpec, call: tuple[Any, Any], output: Any) -> Tensor:
+    """The site's tensor, in a call or in what it returned."""
+    holder = call if spec.at == "input" else output
+    if spec.at == "input":
+        path = values.argument_path(call, spec.input) if spec.input else values.find(call)
+    else:
+        path = spec.output or values.find(output)
+    tensor = None if path is None else values.get(holder, path)
+    if not isinstance(tensor, Tensor):
+        raise CompatibilityError(f"{spec.path!r} has no tensor at its {spec.at}")
+    return tensor
+
+
+def _place(spec: SiteSpec, path: str, anatomy: Anatomy, modules: dict[str, nn.Module]) -> tuple[str, Sublayer | None]:
+    """What a site is in the model, and the sub-layer whose branch it yields, if it does."""
+    for sublayer in (*anatomy.sublayers, *anatomy.others):
+        for what, host in _hosts(sublayer, modules):
+            if host == path and (what == "norm after" or spec.at == "output"):
+                branch = sublayer if what == "" else None
+                return (f"{sublayer.kind} branch" if branch else f"{what} {sublayer.kind}"), branch
+    return "module", None
+
+
+def _hosts(sublayer: Sublayer, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """The hosts that stand for a sub-layer's branch (""), norm and sum."""
+    if sublayer.out is not None:
+        yield "", resolve_host(sublayer.out.path, modules, at_input=False)
+    if sublayer.post_norm is not None:
+        yield "norm after", sublayer.post_norm.path
+    if sublayer.sum is not None:
+        yield "sum after", resolve_host(sublayer.sum.path, modules, at_input=False)

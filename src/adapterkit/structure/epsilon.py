@@ -1,0 +1,138 @@
+"""The ε-test: move what each sub-layer's module returns, and see that one addition takes exactly that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import values
+from .anatomy import Anatomy, Sublayer
+from .flow import SCALES, VIEWS, Flow
+from .graph import ADDITIONS, Call, Graph, Node, record
+from .trace import ExampleInputs
+
+__all__ = ["Moved", "epsilon_test"]
+
+EPSILON = 0.125
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What the ε-test found for one sub-layer.
+
+    Attributes:
+        additions: How many additions take what the module returns; it should be one.
+        factor: The least and the greatest factor that they take it times: (1.0, 1.0) where it is taken as it is; None
+            where it is changed in another way, or there are no numbers (on the meta device).
+    """
+
+    additions: int
+    factor: tuple[float, float] | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether one addition takes exactly what the module returns."""
+        return self.additions == 1 and self.factor == (1.0, 1.0)
+
+    def agrees(self, sublayer: Sublayer) -> bool:
+        """Whether it is as the anatomy says: taken by one addition, as it is or scaled by constants."""
+        return self.additions == 1 and (self.is_exact if not sublayer.scales else self.factor is not None)
+
+
+def epsilon_test(model: nn.Module, inputs: ExampleInputs, anatomy: Anatomy) -> dict[str, Moved]:
+    """For each sub-layer, by the path of its module: how what it returns enters the residual stream.
+
+    One forward, in which each of these modules returns its output plus noise of the size of ε: an addition that takes
+    the very numbers that came out takes them from there.
+    """
+    sublayers = {s.out.path: s for s in (*anatomy.sublayers, *anatomy.others) if s.out is not None}
+    returned: dict[str, list[Tensor]] = {path: [] for path in sublayers}
+    with ExitStack() as stack:
+        for path, sublayer in sublayers.items():
+            hook = _Move(sublayer.out.output if sublayer.out else (), returned[path])
+            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+        graph = record(model, inputs, keep_addends=True)
+    flow = Flow(graph)
+    found: dict[str, list[Moved]] = {}
+    for call, tensor in _calls(graph, returned):
+        sublayer = sublayers[call.path or ""]
+        assert sublayer.out is not None  # noqa: S101  # so chosen above
+        found.setdefault(call.path or "", []).append(_moved(flow, dict(call.outputs)[sublayer.out.output], tensor))
+    return {path: _worst(all_calls) for path, all_calls in found.items()}
+
+
+class _Move:
+    """A hook that adds noise to one tensor of an output, and keeps what it returns."""
+
+    def __init__(self, output: values.Path, returned: list[Tensor]) -> None:
+        self.output, self.returned = output, returned
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Return the moved output. Shape: as the output."""
+        x: Tensor = values.get(output, self.output)
+        noise = EPSILON * (1 + torch.rand(x.shape, device=x.device)).to(x.dtype)
+        y = torch.sub(x, -noise)
+        self.returned.append(y.detach().clone())
+        return values.put(output, self.output, y)
+
+
+def _calls(graph: Graph, returned: dict[str, list[Tensor]]) -> Iterator[tuple[Call, Tensor]]:
+    """Each call of a moved module with the tensor that it returned."""
+    tensors = {path: iter(kept) for path, kept in returned.items()}
+    for call in sorted(graph.calls, key=lambda call: -1 if call.end is None else call.end):
+        if call.path in tensors and call.end is not None:
+            tensor = next(tensors[call.path], None)
+            if tensor is not None:
+                yield call, tensor
+
+
+def _moved(flow: Flow, node: int, tensor: Tensor) -> Moved:
+    """How many additions take a node, directly or scaled, and times what."""
+    taken = list(_additions(flow, node))
+    factors = [_factor(addition, operand, tensor) for addition, operand in taken]
+    known = [factor for factor in factors if factor is not None]
+    if not known or len(known) < len(factors):
+        return Moved(len(taken), None)
+    return Moved(len(taken), (min(low for low, _ in known), max(high for _, high in known)))
+
+
+def _additions(flow: Flow, node: int) -> Iterator[tuple[Node, int]]:
+    """The additions of two activations that a node reaches through views and scales alone, with their operand."""
+    for i in flow.readers[node]:
+        reader = flow.nodes[i]
+        others = [j for j in flow.activations(reader) if j != node and flow.nodes[j].is_floating]
+        if reader.op in ADDITIONS and others:
+            yield reader, node
+        elif reader.op in VIEWS or (reader.op in SCALES | set(ADDITIONS) and not others):
+            yield from _additions(flow, i)
+
+
+def _factor(addition: Node, operand: int, tensor: Tensor) -> tuple[float, float] | None:
+    """The range of factors, constant along all axes but one, that make the operand of the tensor; None if none do."""
+    taken = addition.addends[addition.inputs.index(operand)]
+    if taken.is_meta or taken.numel() != tensor.numel():
+        return None
+    if torch.equal(taken.flatten(), tensor.flatten()) or torch.equal(taken.flatten().sort()[0], tensor.flatten().sort()[0]):
+        return 1.0, 1.0
+    ratio = taken.double() / tensor.reshape(taken.shape).double()
+    tolerance = 8 * torch.finfo(taken.dtype).eps
+    for axis in range(ratio.dim()):
+        by_channel = ratio.movedim(axis, -1).flatten(end_dim=-2)
+        if torch.allclose(by_channel, by_channel.median(0).values.expand_as(by_channel), rtol=tolerance, atol=1e-12):
+            return float(by_channel.min()), float(by_channel.max())
+    return None
+
+
+def _worst(calls: list[Moved]) -> Moved:
+    """One result for all calls of a module."""
+    factors = [call.factor for call in calls if call.factor is not None]
+    whole = len(factors) == len(calls)
+    return Moved(
+        next((call.additions for call in calls if call.additions != 1), 1),
+        (min(low for low, _ in factors), max(high for _, high in factors)) if whole else None,
+    )
