@@ -21,12 +21,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import adapterkit as ak
 
-FEED_FORWARD, ATTENTION = "layer.*.output.LayerNorm", "layer.*.attention.output.LayerNorm"
-METHODS: dict[str, dict[str, Any]] = {
-    "pfeiffer": {"targets": [FEED_FORWARD], "at": "renormalised"},
-    "houlsby": {"targets": ["layer.*.output.dense", "layer.*.attention.output.dense"]},
-    "parallel": {"targets": ["layer.*.output.dense"], "residual": "intermediate", "placement": "parallel"},
-}
+METHODS = ("pfeiffer", "houlsby", "parallel")
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 MINI = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -57,9 +52,9 @@ def measure(name: str, model: nn.Module, folder: Path) -> list[dict[str, Any]]:
     full.unlink()
     theta = sum(p.numel() for p in model.parameters())
     kit, rows = ak.wrap(model), []
-    for method, settings in METHODS.items():
+    for method in METHODS:
         for factor in REDUCTION_FACTORS:
-            kit.add("a", {"method": "bottleneck", "reduction_factor": factor, **settings})
+            kit.add("a", method, reduction_factor=factor)
             saved = kit.save("a", folder / "adapter")
             parameters = sum(p.numel() for p in kit.parameters("a"))
             kit.remove("a")
@@ -89,7 +84,7 @@ def many(model: nn.Module, count: int, width: int, folder: Path) -> dict[str, An
     safetensors.torch.save_file(model.state_dict(), base)
     kit = ak.wrap(model)
     for n in tqdm(range(count), desc="saving adapters", unit="adapter"):
-        kit.add("a", {"method": "bottleneck", "bottleneck_size": width, "seed": n, **METHODS["pfeiffer"]})
+        kit.add("a", "pfeiffer", bottleneck_size=width, seed=n)
         kit.save("a", folder / f"adapter-{n}")
         kit.remove("a")
     adapters = sum(file.stat().st_size for file in folder.glob("adapter-*/*"))

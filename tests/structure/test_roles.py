@@ -236,6 +236,14 @@ def test_verify_proves_a_preset_and_prints_it() -> None:
     assert "base: frozen, unmoved\nno problems" in str(proof)
 
 
+@pytest.mark.parametrize(("block", "place"), [(Post, "norm after feedforward"), (Pre, "sum after feedforward")])
+def test_verify_says_what_a_site_is(block: type[Pre], place: str) -> None:
+    kit = ak.wrap(randomised(Model(block)))
+    kit.add("a", "pfeiffer")
+    kit.activate("a")
+    assert {site.place for site in kit.verify().sites or ()} == {place}
+
+
 def test_verify_finds_a_host_that_was_replaced() -> None:
     model = randomised(Model(Pre))
     kit = ak.wrap(model)

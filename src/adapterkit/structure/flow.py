@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
+from ..base import base_parameters
 from .graph import Call, Graph, Node
 
 __all__ = ["Flow", "bits"]
@@ -191,4 +192,4 @@ def _is_mixing(op: str) -> bool:
 
 def _is_small(call: Call) -> bool:
     """Whether a module has no weight matrices and no children that have: a norm, whatever its name."""
-    return all(p.dim() <= 1 or p.numel() == max(p.shape) for p in call.module.parameters())
+    return all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))
