@@ -165,7 +165,7 @@ def _seen_shape(spot: Spot, host: nn.Module, known: HostShape | None, config: Ad
         width = known.width if spot.at == "output" else known.input_width
         axis = known.axis if here[known.axis] == width else None
     if axis is None:
-        axis = channel_axis(host, here)
+        axis = channel_axis(host, here) if spot.axis is None else spot.axis
     if axis is None:
         raise TargetError(
             f"cannot tell which axis of {path!r} ({type(host).__name__}, shape {here}) holds the features; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -52,6 +52,7 @@ class Spot:
 
     Attributes:
         reads_own_input: Whether `residual` is the target itself, beside which the adapter sits.
+        axis: The axis of the features at its output, where tracing found it.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Spot:
     argument: Argument | None
     residual: str | None
     reads_own_input: bool = False
+    axis: int | None = None
 
 
 def find_spots(
@@ -77,11 +79,14 @@ def find_spots(
         outputs |= role_places(str(role), discovery.anatomy)
     spots: dict[str, Spot] = {}
     for path in matched:
-        output = _as_path(config.output) or (outputs[path].output if path in outputs else ()) or None
+        place = outputs.get(path)
+        output = _as_path(config.output) or (place.output if place else ()) or None
         if placement.at in ("sum", "normalised"):
             spot = _at_sum(_sublayer_of(path, modules, discovery), placement, modules)
         else:
             spot = _at_module(path, output, placement, config, model, modules, discovery)
+            if place is not None and spot.at == "output" and output == (place.output or None):
+                spot = replace(spot, axis=place.axis)
         if spot.path in spots and spots[spot.path] != spot:
             raise TargetError(
                 f"two targets lead to {spot.path!r} (parallel branches have one sum); exclude {path!r} or target another"
@@ -126,11 +131,12 @@ def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Modu
     """
     norm, total, out, stream = sublayer.post_norm, sublayer.sum, sublayer.out, sublayer.stream
     if norm is not None and placement.at == "normalised":
-        return Spot(norm.path, "output", "site", norm.output or None, None, None)
+        return Spot(norm.path, "output", "site", norm.output or None, None, None, axis=norm.axis)
     if norm is not None:
         return Spot(norm.path, "input", "norm", None, None, None)
     if total is not None:
-        return Spot(resolve_host(total.path, modules, at_input=False), "output", "site", total.output or None, None, None)
+        host = resolve_host(total.path, modules, at_input=False)
+        return Spot(host, "output", "site", total.output or None, None, None, axis=total.axis)
     if out is None or stream is None or sublayer.scales or sublayer.is_parallel:
         found = "is scaled before it is added" if sublayer.scales else "is one of two that are added at once"
         raise TargetError(
@@ -139,7 +145,7 @@ def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Modu
             + "; use at='output' there, or target '@block.out'"
         )
     host = resolve_host(out.path, modules, at_input=False)
-    return Spot(host, "output", "sum", out.output or None, stream.argument, stream.path)
+    return Spot(host, "output", "sum", out.output or None, stream.argument, stream.path, axis=out.axis)
 
 
 def _sublayer_of(path: str, modules: dict[str, nn.Module], discovery: Discovery) -> Sublayer:

@@ -146,7 +146,8 @@ def _check_size(directory: Path, manifest: Manifest) -> None:
 def _parse_tensors(directory: Path, manifest: Manifest, content: bytes) -> dict[str, Tensor]:
     """The tensors of the file, each as the manifest says."""
     try:
-        tensors = safetensors.torch.load(content)
+        # Copies: views into the file would keep all of it in memory, and lie at unaligned addresses.
+        tensors = {key: tensor.clone() for key, tensor in safetensors.torch.load(content).items()}
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise StoreError(f"the tensors in {str(directory)!r} are not safetensors: {error}") from error
     found = {key: (tuple(t.shape), dtype_name(t)) for key, t in tensors.items()}

@@ -21,11 +21,13 @@ class Place:
         path: The module.
         output: Where it lies in the module's output.
         shape: Its shape in the traced forward.
+        axis: The axis of its features, from the end (-1 is the last); None where the trace does not tell.
     """
 
     path: str
     output: Path
     shape: tuple[int, ...]
+    axis: int | None
 
 
 @dataclass(frozen=True)

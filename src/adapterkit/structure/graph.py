@@ -56,6 +56,7 @@ class Node:
     Attributes:
         inputs: The nodes that it reads, in the order of its arguments; after them, those that have since written, in
             place, into memory that an argument shares.
+        numbers: The integers among its arguments, such as the axes of a permutation.
         call: The innermost module call that it ran in.
         addends: For an addition, copies of its operands, where they were asked for.
     """
@@ -65,6 +66,7 @@ class Node:
     inputs: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
     is_floating: bool = False
+    numbers: tuple[int, ...] = ()
     call: Call | None = None
     addends: tuple[Tensor, ...] = ()
 
@@ -120,7 +122,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = tree_leaves((args, kwargs))
+        taken = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         reads = [self._index(tensor) for tensor in taken]
         written = {self._written[s] for s in map(_storage, taken) if s in self._written}
         name = func._schema.name.partition("::")[2]
@@ -129,6 +132,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         node = Node(len(self.graph.nodes), name, (*reads, *sorted(written.difference(reads))), addends=addends)
         node.call = self._stack[-1] if self._stack else None
+        node.numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
         self._add(node, *made)
         for argument, schema in zip(args, func._schema.arguments, strict=False):
             if isinstance(argument, Tensor) and schema.alias_info is not None and schema.alias_info.is_write:

@@ -14,6 +14,7 @@ from ..errors import TargetError
 from ..hosts import resolve_host
 from .additions import Addition, residual_additions
 from .anatomy import Anatomy, Kind, Norm, Place, Port, Sublayer
+from .axes import FeatureAxes
 from .flow import MATMULS, SCALES, VIEWS, Flow, bits
 from .graph import ADDITIONS, Call
 
@@ -63,7 +64,7 @@ class _Reader:
     """Reads sub-layers off a flow."""
 
     def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
-        self.flow, self.modules = flow, modules
+        self.flow, self.modules, self.axes = flow, modules, FeatureAxes(flow)
         self._repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
 
     # --- branches -----------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ class _Reader:
         place = None
         if branch.call is not None:
             call, path = branch.call
-            place = Place(call.path or "", path, flow.nodes[dict(call.outputs)[path]].shape)
+            place = self._place(call, path)
         ops = {flow.nodes[i].op for i in bits(branch.inside)}
         query, key, value = self._projections_of_attention(branch)
         projections = branch.inside & flow.projections
@@ -244,6 +245,12 @@ class _Reader:
             post_norm=post,
             addition=((node_call.path if node_call else None) or "", addition.node.index),
         )
+
+    def _place(self, call: Call, path: values.Path) -> Place:
+        """What a call returned at a path of its output."""
+        node = self.flow.nodes[dict(call.outputs)[path]]
+        axis = self.axes.of(node.index)
+        return Place(call.path or "", path, node.shape, None if axis is None else axis - len(node.shape))
 
     def _has_sibling(self, branch: _Branch) -> bool:
         """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
@@ -288,8 +295,7 @@ class _Reader:
             takes = any(flow.source(i) == flow.source(node) for _, i in call.inputs)
             alone = bool(readers) and all(call.start <= i < (call.end or 0) for i in readers)
             if takes and alone and call.path is not None and call.outputs and _within(call.path, branch.block):
-                path, i = call.outputs[0]
-                return Place(call.path, path, flow.nodes[i].shape)
+                return self._place(call, call.outputs[0][0])
         return None
 
     def _readers(self, node: int) -> list[int]:
@@ -328,7 +334,7 @@ class _Reader:
                 if flow.source(i) == node and flow.nodes[i].shape == flow.nodes[node].shape and call.end > node:
                     depth = len(list(call.around()))
                     if best is None or depth < best[0]:
-                        best = depth, Place(call.path, path, flow.nodes[i].shape)
+                        best = depth, self._place(call, path)
         return best[1] if best else None
 
     # --- embeddings and blocks ----------------------------------------------------------------------------------------
@@ -351,7 +357,7 @@ class _Reader:
                 ]
                 if calls:
                     call, path = min(calls, key=lambda found: len(list(found[0].around())))
-                    yield Place(call.path or "", path, flow.nodes[i].shape)
+                    yield self._place(call, path)
                     break
 
     def _same(self, node: int) -> list[int]:

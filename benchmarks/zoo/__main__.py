@@ -1,0 +1,101 @@
+"""`python -m benchmarks.zoo`: every architecture that builds offline through the gates; JSON, a table, a golden file.
+
+`--shard 3/10` takes every tenth architecture, `--names bert llama` these; `--check` compares with the committed golden
+file instead of writing it; `--catalogue` chooses whose architectures: those of transformers, if not given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.zoo.examine import OUTCOMES, examine_all
+
+RESULTS = Path(__file__).parent.parent / "results"
+CATALOGUES = ("transformers_models",)
+
+
+def main() -> int:
+    """Run, print, write; 1 if something differs from the golden file."""
+    options = _options()
+    names = options.names or import_module(f"benchmarks.zoo.{options.catalogue}").names()
+    if options.shard:
+        number, of = map(int, options.shard.split("/"))
+        names = names[number % of :: of]
+    began = time.monotonic()
+    reports: dict[str, dict[str, Any]] = {}
+    for name, report in zip(names, examine_all(options.catalogue, names), strict=True):
+        reports[name] = report
+        if report["outcome"] != "passed" or options.verbose:
+            print(f"{name:32} {report['outcome']:14} {report.get('reason', '')[:400]}", flush=True)
+    seconds = time.monotonic() - began
+    print(f"\n{summary(reports)}; {seconds:.0f} s")
+    if options.check:
+        return _compare(options.catalogue, reports)
+    if not options.names and not options.shard:
+        _write(options.catalogue, reports, seconds)
+    return 0
+
+
+def summary(reports: dict[str, dict[str, Any]]) -> str:
+    """The three numbers of the zoo, in a sentence."""
+    counts = Counter(report["outcome"] for report in reports.values())
+    built = len(reports) - counts["does not build"]
+    ran = built - counts["does not run"]
+    with_sublayers = counts["passed"] + counts["failed"]
+    return (
+        f"{len(reports)} types, {built} build, {ran} of these run ({ran / max(built, 1):.1%}); {with_sublayers} have "
+        f"residual sub-layers, {counts['passed']} of these pass every gate ({counts['passed'] / max(with_sublayers, 1):.1%})"
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--catalogue", choices=CATALOGUES, default=CATALOGUES[0])
+    parser.add_argument("--shard", help="NUMBER/OF: a part of the architectures")
+    parser.add_argument("--names", nargs="*", help="these architectures only")
+    parser.add_argument("--check", action="store_true", help="compare with the golden file instead of writing it")
+    parser.add_argument("--verbose", action="store_true", help="a line for each architecture")
+    return parser.parse_args()
+
+
+def _write(catalogue: str, reports: dict[str, dict[str, Any]], seconds: float) -> None:
+    """The JSON of all reports, and the golden file of site templates."""
+    from benchmarks.report import environment
+
+    golden = {name: report.pop("templates") for name, report in reports.items() if "templates" in report}
+    _golden(catalogue).write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+    counts = Counter(report["outcome"] for report in reports.values())
+    content = {
+        "environment": environment(),
+        "seconds": round(seconds),
+        "summary": {outcome: counts[outcome] for outcome in OUTCOMES},
+        "types": reports,
+    }
+    (RESULTS / f"zoo_{catalogue}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _compare(catalogue: str, reports: dict[str, dict[str, Any]]) -> int:
+    """Print what differs from the golden file; 1 if anything does, or if one that passed does not any more."""
+    golden = json.loads(_golden(catalogue).read_text())
+    differing = 0
+    for name, report in reports.items():
+        was, now = golden.get(name), report.get("templates")
+        if was != now or (report["outcome"] == "failed" and was is not None):
+            differing += 1
+            print(f"{name}: sites were {was}, are {now} ({report['outcome']} {report.get('reason', '')})")
+    return int(bool(differing))
+
+
+def _golden(catalogue: str) -> Path:
+    return RESULTS / f"zoo_{catalogue}_sites.json"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What every architecture of the zoo must show: sub-layers found and proven, adapters inserted and removed exactly."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit import values
+from adapterkit.structure.anatomy import Anatomy, Sublayer
+from adapterkit.structure.discover import discover
+from adapterkit.structure.epsilon import epsilon_test
+from adapterkit.structure.sublayers import template_of
+
+PRESETS = ("pfeiffer", "houlsby")
+SMALL = {"bottleneck_size": 8, "non_linearity": "gelu", "seed": 1}
+Inputs = dict[str, Any]
+
+
+class GateError(Exception):
+    """A gate that a model did not pass."""
+
+
+def examine(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """What was found in a model, after all gates.
+
+    Raises:
+        GateError: one did not open.
+    """
+    anatomy, _ = discover(model, inputs)
+    report = {"sublayers": len(anatomy.sublayers), "kinds": dict(Counter(s.kind for s in anatomy.sublayers))}
+    report["templates"] = templates(anatomy)
+    if not anatomy.sublayers:
+        return report
+    check_regular(anatomy)
+    report["epsilon"] = check_epsilon(model, inputs, anatomy)
+    for preset in PRESETS:
+        report[preset] = check_preset(model, inputs, preset)
+    return report
+
+
+def templates(anatomy: Anatomy) -> list[str]:
+    """One line for each way that sub-layers occur: what a new release of a library must not move in silence."""
+    lines = [
+        f"{_place(s)} {s.kind}{' moe' if s.is_moe else ''} {s.norm}{' parallel' if s.is_parallel else ''}"
+        f"{' scaled' if s.scales else ''}"
+        for s in anatomy.sublayers
+    ]
+    return [f"{line} x{count}" for line, count in Counter(lines).items()]
+
+
+def _place(sublayer: Sublayer) -> str:
+    """Its module within any of its blocks, and where in the module's output."""
+    block = sublayer.block or ""
+    if sublayer.out is None:
+        return f"{template_of(block)} (functions)"
+    output = "".join(f"[{key}]" for key in sublayer.out.output)
+    return f"{template_of(block)}{sublayer.out.path[len(block) :]}{output}"
+
+
+def check_regular(anatomy: Anatomy) -> None:
+    """Every repeated block of a stack has as many sub-layers."""
+    blocks: dict[str, Counter[str]] = {}
+    for sublayer in anatomy.sublayers:
+        blocks.setdefault(template_of(sublayer.block or ""), Counter())[sublayer.block or ""] += 1
+    uneven = {stack: dict(counts) for stack, counts in blocks.items() if len(set(counts.values())) > 1}
+    if uneven:
+        raise GateError(f"regular: blocks differ: {uneven}")
+
+
+def check_epsilon(model: nn.Module, inputs: Inputs, anatomy: Anatomy) -> str:
+    """Each sub-layer's module yields what is added, exactly or times a declared factor."""
+    moved = epsilon_test(model, inputs, anatomy)
+    wrong = [s.out.path for s in anatomy.sublayers if s.out and not (moved.get(s.out.path) and moved[s.out.path].agrees(s))]
+    if wrong:
+        raise GateError(f"epsilon: {wrong[:3]}")
+    lost = [s.addition for s in anatomy.sublayers if s.out is None]
+    if lost:
+        raise GateError(f"epsilon: no module yields the branch in {lost[:3]}")
+    return "declared factor" if any(s.scales for s in anatomy.sublayers) else "exact"
+
+
+def check_preset(model: nn.Module, inputs: Inputs, preset: str) -> int:
+    """Insert, train one step's gradients, copy, save, load, remove. Returns the number of sites."""
+    before, keys, hooks = outputs(model, inputs), list(model.state_dict()), count_hooks(model)
+    kit = ak.wrap(model, example_inputs=inputs)
+    try:
+        kit.add("zoo", preset, **SMALL)
+        kit.train_adapter("zoo")
+        model.eval()
+        _same(f"{preset}: the output at init", before, outputs(model, inputs))
+        randomise(kit)
+        adapted = outputs(model, inputs)
+        if all(torch.equal(a, b) for a, b in zip(before, adapted, strict=True)):
+            raise GateError(f"{preset}: a randomised adapter changes nothing")
+        check_gradients(kit, model, inputs, preset)
+        _same(f"{preset}: a deep copy", adapted, outputs(copy.deepcopy(model), inputs))
+        check_files(kit, model, inputs, preset, adapted)
+        sites = len(kit.sites(preset, **SMALL))
+    finally:
+        kit.unwrap()
+    _same(f"{preset}: the output after removal", before, outputs(model, inputs))
+    if list(model.state_dict()) != keys or count_hooks(model) != hooks:
+        raise GateError(f"{preset}: keys or hooks are left after removal")
+    return sites
+
+
+def check_gradients(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: str) -> None:
+    """Every adapter tensor gets a gradient from a random projection of the output."""
+    names, parameters = zip(*kit.named_parameters("zoo"), strict=True)
+    with torch.enable_grad():
+        torch.manual_seed(0)
+        out = list(floats(model(**copy.deepcopy(inputs))))
+        draw = torch.Generator().manual_seed(0)
+        loss = sum((o.float() * torch.randn(o.shape, generator=draw)).sum() for o in out if o.requires_grad)
+        if not isinstance(loss, Tensor):
+            raise GateError(f"{preset}: no output depends on the adapter")
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    dead = [name for name, g in zip(names, gradients, strict=True) if g is None or not g.abs().sum() > 0]
+    if dead:
+        raise GateError(f"{preset}: no gradient reaches {len(dead)} of {len(names)}: {dead[:3]}")
+
+
+def check_files(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: str, adapted: list[Tensor]) -> None:
+    """State dict and files give the same adapter again."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        kit.save("zoo", folder)
+        randomise(kit, seed=9)
+        model.load_state_dict(state)
+        _same(f"{preset}: after load_state_dict", adapted, outputs(model, inputs))
+        kit.remove("zoo")
+        kit.train_adapter(kit.load(folder))  # as before: torch's kernels round differently for weights that need gradients
+        _same(f"{preset}: after save and load", adapted, outputs(model, inputs))
+
+
+def randomise(kit: ak.AdapterKit, seed: int = 7) -> None:
+    """Draw every adapter tensor anew."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in kit.parameters("zoo"):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Every floating tensor that the model returns, from the same random numbers each time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [tensor.clone() for tensor in floats(model(**copy.deepcopy(inputs)))]
+
+
+def floats(output: Any) -> Iterator[Tensor]:
+    """The floating tensors in an output."""
+    return (tensor for _, tensor in values.tensors(output) if tensor.is_floating_point() and tensor.numel())
+
+
+def count_hooks(model: nn.Module) -> int:
+    """How many hooks hang on the model's modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def _same(what: str, a: list[Tensor], b: list[Tensor], equal: Callable[[Tensor, Tensor], bool] | None = None) -> None:
+    equal = equal or (lambda x, y: torch.equal(x.nan_to_num(), y.nan_to_num()))
+    if len(a) != len(b) or not all(x.shape == y.shape and equal(x, y) for x, y in zip(a, b, strict=True)):
+        raise GateError(f"{what} differs")
