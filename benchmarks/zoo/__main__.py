@@ -50,8 +50,8 @@ def summary(reports: dict[str, dict[str, Any]]) -> str:
     ran = built - counts["does not run"]
     with_sublayers = counts["passed"] + counts["failed"]
     return (
-        f"{len(reports)} types, {built} build, {ran} of these run ({ran / max(built, 1):.1%}); {with_sublayers} have "
-        f"residual sub-layers, {counts['passed']} of these pass every gate ({counts['passed'] / max(with_sublayers, 1):.1%})"
+        f"{len(reports)} types, {built} build, {ran} of these run ({ran / max(built, 1):.1%}); {with_sublayers} have residual "
+        f"sub-layers, {counts['passed']} of these pass every gate ({counts['passed'] / max(with_sublayers, 1):.1%})"
     )
 
 

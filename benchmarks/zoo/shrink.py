@@ -29,7 +29,7 @@ _RULES: list[tuple[str, int]] = [
     (r"(qk_|v_|attention_|.*)head_dim|d_kv|d_head|head_size|attention_head_size|.*_head_dim", HIDDEN // HEADS),
     (r"num_experts_per_tok|moe_topk|top_k|num_selected_experts|moe_k|.*topk.*|moe_top_k", 2),
     (r".*num.*experts|n_routed_experts|moe_num_experts|num_local_experts|.*_experts", EXPERTS),
-    (r".*(intermediate|ffn|mlp|inner|ff).*(size|dim)|d_ff|ffn_hidden_size|n_inner|.*_ffn_dim|d_inner|mlp_dim", 2 * HIDDEN),
+    (r".*(intermediate|ffn|mlp|inner|ff).*(size|dim)|d_ff|ffn_hidden_size|n_inner|d_inner", 2 * HIDDEN),
     (r".*lora_rank|dt_rank|time_step_rank|.*_rank", 8),
     (
         r".*(hidden_size|d_model|n_embd|embed_dim|hidden_dim|embedding_size|projection_dim|projection_size)|model_dim",
