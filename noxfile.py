@@ -19,7 +19,9 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The test suite, in under three minutes on two cores."""
-    session.install(*CONSTRAINTS, "-e", ".", "accelerate", "hypothesis", "numpy", "pytest", "pytest-xdist", "transformers")
+    session.install(
+        *CONSTRAINTS, "-e", ".", "accelerate", "hypothesis", "numpy", "pytest", "pytest-xdist", "rich", "transformers"
+    )
     session.run("pytest", "-n", "2", *session.posargs, env=OFFLINE)
 
 

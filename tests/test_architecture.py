@@ -16,9 +16,9 @@ LAYERS = [
     {"names", "config", "ops", "modules"},
     {"patterns", "values", "hosts", "record", "base", "structure", "sites", "steps", "hooks", "spots", "placement"},
     {"methods"},
-    {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "store"},
+    {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"},
     {"kit"},
-    {"__init__"},
+    {"__init__", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The core dependencies and what they are made of.

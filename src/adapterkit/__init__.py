@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         AdapterNameError,
         CompatibilityError,
         ConfigError,
+        MissingExtraError,
         StoreError,
         TargetError,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "CompatibilityError",
     "ConfigError",
     "Metadata",
+    "MissingExtraError",
     "SiteSpec",
     "StoreError",
     "TargetError",

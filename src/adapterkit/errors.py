@@ -6,7 +6,8 @@ AdapterKitError
 ├── AdapterNameError (KeyError)         no adapter has this name, the name is taken, or it cannot be used
 ├── ActivationError (RuntimeError)      the active adapter changed where it must not
 ├── CompatibilityError (ValueError)     the model, or the tensor a site receives, does not fit the adapter
-└── StoreError (ValueError)             a saved adapter is missing, damaged, hostile or too new
+├── StoreError (ValueError)             a saved adapter is missing, damaged, hostile or too new
+└── MissingExtraError (ImportError)     something needs an optional package that is not installed
 """
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterNameError",
     "CompatibilityError",
     "ConfigError",
+    "MissingExtraError",
     "StoreError",
     "TargetError",
 ]
@@ -49,3 +51,7 @@ class CompatibilityError(AdapterKitError, ValueError):
 
 class StoreError(AdapterKitError, ValueError):
     """A saved adapter is missing, damaged, hostile or written by a newer format."""
+
+
+class MissingExtraError(AdapterKitError, ImportError):
+    """Something needs an optional package that is not installed; the message says how to install it."""

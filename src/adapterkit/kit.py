@@ -17,6 +17,7 @@ from .record import RECORD, Record
 from .sites import SiteSpec, adapter_names, named_parameters, sites_of
 from .structure.trace import ExampleInputs
 from .summary import Summary, summarise
+from .tree import Tree, tree_of
 from .verify import Verification, verify
 
 __all__ = ["AdapterKit", "wrap"]
@@ -168,6 +169,14 @@ class AdapterKit:
     def summary(self) -> Summary:
         """Adapters, parameters, bytes, share of θ, what is active and what trains; `print` it."""
         return summarise(self.model, self._record())
+
+    def tree(self, *, depth: int | None = None) -> Tree:
+        """What the model is made of and where adapters sit; `print` it, or let rich print it in colour.
+
+        Args:
+            depth: Levels to show below the model; all if None.
+        """
+        return tree_of(self.model, self.example_inputs, depth=depth)
 
     def verify(
         self, example_inputs: ExampleInputs | None = None, *, optimizer: torch.optim.Optimizer | None = None

@@ -1,0 +1,92 @@
+"""Make a tree small: fold siblings of the same build, merge chains, cut below a depth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from .nodes import Mark, Node
+
+__all__ = ["cut", "folded", "numbers_as_text", "without_place"]
+
+_NUMBERED = re.compile(r"(.*?)(\d+)")
+_RANGES = 3  # that a label spells out
+
+
+def folded(siblings: Iterable[Node]) -> tuple[Node, ...]:
+    """Siblings with names that differ in the number at the end, as one node for all of the same build.
+
+    The same build: equal in all but name and place, down to the leaves.
+    """
+    groups: dict[object, list[Node]] = {}
+    for node in siblings:
+        match = _NUMBERED.fullmatch(node.label)
+        key = (match[1], without_place(node)) if match else node.paths
+        groups.setdefault(key, []).append(node)
+    return tuple(_merged(_together(nodes)) for nodes in groups.values())
+
+
+def cut(node: Node, depth: int | None) -> Node:
+    """The tree without what lies more than `depth` levels below its root; adapters there move to what is left."""
+    if depth is None:
+        return node
+    if depth > 0 or not node.children:
+        return replace(node, children=tuple(cut(child, depth - 1) for child in node.children))
+    return replace(node, children=(), hidden=sum(_lines(child) for child in node.children), adapters=_marks(node))
+
+
+def numbers_as_text(numbers: Sequence[int]) -> str:
+    """Rising numbers in short: "0-11", "0, 2, …, 10", "0-2, 4-6, 8-10, …"."""
+    steps = {after - before for before, after in pairwise(numbers)}
+    if len(steps) == 1 and steps != {1} and len(numbers) > 3:
+        return f"{numbers[0]}, {numbers[1]}, …, {numbers[-1]}"
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], number]
+        else:
+            ranges.append([number])
+    texts = ["-".join(map(str, ends)) for ends in ranges]
+    return ", ".join(texts if len(texts) <= _RANGES + 1 else [*texts[:_RANGES], f"…, {texts[-1]}"])
+
+
+def _together(nodes: list[Node]) -> Node:
+    """One node for several of the same build."""
+    if len(nodes) == 1:
+        return nodes[0]
+    first = nodes[0]
+    matches = [match for node in nodes if (match := _NUMBERED.fullmatch(node.label))]
+    label = matches[0][1] + numbers_as_text(sorted(int(match[2]) for match in matches))
+    return replace(first, label=label, paths=tuple(path for node in nodes for path in node.paths))
+
+
+def _merged(node: Node) -> Node:
+    """A node about which there is nothing to say, and its only child, as one."""
+    if not node.is_plain or len(node.children) != 1 or node.count > 1 < node.children[0].count:
+        return node
+    child = node.children[0]
+    paths = child.paths if node.count == 1 else node.paths
+    return replace(child, label=f"{node.label}.{child.label}", paths=paths)
+
+
+def without_place(node: Node, around: str | None = None) -> Node:
+    """The node as it would be in any place: what its siblings of the same build equal."""
+    root = node.paths[0] if around is None else around
+    return replace(
+        node,
+        label="" if around is None else node.label,
+        paths=("",) * node.count,
+        tied_to=node.tied_to.removeprefix(f"{root}.") if node.tied_to else None,
+        children=tuple(without_place(child, root) for child in node.children),
+    )
+
+
+def _lines(node: Node) -> int:
+    return node.count * (1 + sum(_lines(child) for child in node.children))
+
+
+def _marks(node: Node) -> tuple[Mark, ...]:
+    """The adapters at a node and below it, each once."""
+    return tuple(dict.fromkeys(mark for below in node.walk() for mark in below.adapters))

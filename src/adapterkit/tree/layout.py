@@ -1,0 +1,84 @@
+"""Columns of a tree as lines that fit a width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from .cells import COLUMNS, Cell, Cells, cells
+from .nodes import Node
+
+__all__ = ["Line", "lines"]
+
+_NUMERIC = {"width", "parameters", "size"}
+_DROPPED_FIRST = ("type", "size", "width", "trains")  # where there is no room for all
+_ROLE = 12  # columns that are left to roles at least
+_GAP = "  "
+
+Line = tuple[Cell, ...]
+
+
+def lines(root: Node, width: int | None = None) -> Iterator[Line]:
+    """The tree, a line for each node, below a line of headings.
+
+    Args:
+        root: What to show.
+        width: Columns of the screen: the less telling columns are left out, and lines cut, to fit. None: no limit.
+    """
+    heading = {name: [Cell(name, "dim")] for name in COLUMNS}
+    rows = list(cells(root))
+    widths = _widths([heading, *rows], _told(rows), width)
+    for row in (heading, *rows):
+        yield tuple(_cut(_joined(row, widths), width))
+
+
+def _told(rows: Sequence[Cells]) -> list[str]:
+    """The columns that tell something: none that is empty, nor what is the same for all and said below the tree."""
+    told = [name for name in COLUMNS if any(_length(row[name]) for row in rows)]
+    states = {cell.text for row in rows for cell in row["trains"] if cell.text}
+    return [name for name in told if name != "trains" or len(states) > 1]
+
+
+def _widths(table: Sequence[Cells], names: Iterable[str], width: int | None) -> dict[str, int]:
+    """The columns for which there is room, and their widths: what is too long then is cut in the role."""
+    widths = {name: max(_length(row[name]) for row in table) for name in names}
+    if width is None:
+        return widths
+    for name in _DROPPED_FIRST:
+        if _total(widths) > width:
+            widths.pop(name, None)
+    if "role" in widths:
+        widths["role"] = max(_ROLE, widths["role"] - max(0, _total(widths) - width))
+    return widths
+
+
+def _total(widths: dict[str, int]) -> int:
+    return sum(widths.values()) + len(_GAP) * (len(widths) - 1)
+
+
+def _length(cells: Sequence[Cell]) -> int:
+    return sum(len(cell.text) for cell in cells)
+
+
+def _joined(row: Cells, widths: dict[str, int]) -> Iterator[Cell]:
+    """The cells of a row, each column as wide as it should be."""
+    for i, (name, wide) in enumerate(widths.items()):
+        cells = list(_cut(row[name], wide))
+        space = Cell(" " * (wide - _length(cells)))
+        yield Cell(_GAP if i else "")
+        yield from [space, *cells] if name in _NUMERIC else [*cells, space]
+
+
+def _cut(cells: Iterable[Cell], width: int | None) -> Iterator[Cell]:
+    """The cells up to a width, without what is empty at the end."""
+    kept = [cell for cell in cells if cell.text]
+    while kept and not kept[-1].text.strip():
+        kept.pop()
+    length = _length(kept)
+    left = length if width is None else width
+    is_long = length > left
+    for cell in kept:
+        text = cell.text if len(cell.text) < left or not is_long else f"{cell.text[: left - 1]}…"
+        yield Cell(text, cell.style)
+        left -= len(text)
+        if left <= 0:
+            return
