@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def examine(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     report["templates"] = templates(anatomy)
     if not anatomy.sublayers:
         return report
-    check_regular(anatomy)
+    check_regular(model, anatomy)
     report["epsilon"] = check_epsilon(model, inputs, anatomy)
     for preset in PRESETS:
         report[preset] = check_preset(model, inputs, preset)
@@ -64,14 +65,20 @@ def _place(sublayer: Sublayer) -> str:
     return f"{template_of(block)}{sublayer.out.path[len(block) :]}{output}"
 
 
-def check_regular(anatomy: Anatomy) -> None:
-    """Every repeated block of a stack has as many sub-layers."""
-    blocks: dict[str, Counter[str]] = {}
+def check_regular(model: nn.Module, anatomy: Anatomy) -> None:
+    """Blocks of the same build have as many sub-layers."""
+    blocks: dict[object, Counter[str]] = {}
     for sublayer in anatomy.sublayers:
-        blocks.setdefault(template_of(sublayer.block or ""), Counter())[sublayer.block or ""] += 1
-    uneven = {stack: dict(counts) for stack, counts in blocks.items() if len(set(counts.values())) > 1}
+        block = sublayer.block or ""
+        blocks.setdefault((template_of(block), _build(model.get_submodule(block))), Counter())[block] += 1
+    uneven = [dict(counts) for counts in blocks.values() if len(set(counts.values())) > 1]
     if uneven:
         raise GateError(f"regular: blocks differ: {uneven}")
+
+
+def _build(block: nn.Module) -> tuple[tuple[str, str], ...]:
+    """The modules that a block is made of, whatever their sizes."""
+    return tuple((path, type(module).__qualname__) for path, module in block.named_modules())
 
 
 def check_epsilon(model: nn.Module, inputs: Inputs, anatomy: Anatomy) -> str:
@@ -92,9 +99,9 @@ def check_preset(model: nn.Module, inputs: Inputs, preset: str) -> int:
     kit = ak.wrap(model, example_inputs=inputs)
     try:
         kit.add("zoo", preset, **SMALL)
-        kit.train_adapter("zoo")
-        model.eval()
+        kit.activate("zoo")
         _same(f"{preset}: the output at init", before, outputs(model, inputs))
+        kit.train_adapter("zoo")
         randomise(kit)
         adapted = outputs(model, inputs)
         if all(torch.equal(a, b) for a, b in zip(before, adapted, strict=True)):
@@ -111,20 +118,48 @@ def check_preset(model: nn.Module, inputs: Inputs, preset: str) -> int:
     return sites
 
 
-def check_gradients(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: str) -> None:
-    """Every adapter tensor gets a gradient from a random projection of the output."""
+def check_gradients(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: str) -> int:
+    """Every adapter tensor gets a gradient of the output, where the base's own tensor there does. Returns where not."""
     names, parameters = zip(*kit.named_parameters("zoo"), strict=True)
+    gradients = _gradients(model, inputs, lambda: parameters)
+    dead = [name for name, g in zip(names, gradients, strict=True) if g is None or not g.abs().sum() > 0]
+    if not dead:
+        return 0
+    hosts = sorted({name.partition("._adapterkit.")[0] for name in dead})
+    unused = _unused_by_the_base(kit, model, inputs, hosts)
+    lost = [name for name in dead if name.partition("._adapterkit.")[0] not in unused]
+    if lost:
+        raise GateError(f"{preset}: no gradient reaches {len(lost)} of {len(names)}: {lost[:3]}")
+    return len(unused)
+
+
+def _unused_by_the_base(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, hosts: list[str]) -> set[str]:
+    """The hosts on whose output no gradient of the base's own output falls: the model does not use it, or rounds it."""
+    returned: dict[str, list[Tensor]] = {path: [] for path in hosts}
+    with ExitStack() as stack:
+        for path, kept in returned.items():
+
+            def keep(_module: nn.Module, _args: Any, output: Any, kept: list[Tensor] = kept) -> None:
+                kept.extend(tensor for tensor in floats(output) if tensor.requires_grad)
+
+            stack.callback(model.get_submodule(path).register_forward_hook(keep).remove)
+        stack.enter_context(kit.base())
+        gradients = iter(_gradients(model, inputs, lambda: [t for kept in returned.values() for t in kept]))
+    taken = {path: [next(gradients) for _ in kept] for path, kept in returned.items()}
+    return {path for path, found in taken.items() if not any(g is not None and g.abs().sum() > 0 for g in found)}
+
+
+def _gradients(model: nn.Module, inputs: Inputs, wanted: Callable[[], Sequence[Tensor]]) -> list[Tensor | None]:
+    """Of a random projection of everything that the model returns, with respect to what is wanted after its forward."""
     with torch.enable_grad():
         torch.manual_seed(0)
-        out = list(floats(model(**copy.deepcopy(inputs))))
+        out = [o for o in floats(model(**copy.deepcopy(inputs))) if o.requires_grad]
         draw = torch.Generator().manual_seed(0)
-        loss = sum((o.float() * torch.randn(o.shape, generator=draw)).sum() for o in out if o.requires_grad)
-        if not isinstance(loss, Tensor):
-            raise GateError(f"{preset}: no output depends on the adapter")
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    dead = [name for name, g in zip(names, gradients, strict=True) if g is None or not g.abs().sum() > 0]
-    if dead:
-        raise GateError(f"{preset}: no gradient reaches {len(dead)} of {len(names)}: {dead[:3]}")
+        tensors = wanted()
+        if not out or not tensors:
+            return [None] * len(tensors)
+        loss = torch.stack([(o.float() * torch.randn(o.shape, generator=draw)).sum() for o in out]).sum()
+        return list(torch.autograd.grad(loss, tensors, allow_unused=True))
 
 
 def check_files(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: str, adapted: list[Tensor]) -> None:

@@ -103,7 +103,7 @@ class Flow:
     def source(self, index: int, through: frozenset[str] = VIEWS) -> int:
         """The node whose values this one hands on, back through views (or these operations) of one tensor."""
         while self.nodes[index].op in through:
-            inputs = self.activations(self.nodes[index])
+            inputs = [i for i in self.activations(self.nodes[index]) if self.nodes[i].is_floating]  # not masks, indices
             if len(inputs) != 1:
                 break
             index = inputs[0]
@@ -134,10 +134,15 @@ class Flow:
         return sum(1 << node.index for node in self.nodes if test(node))
 
     def _from_parameters(self) -> list[bool]:
-        """Whether each node comes of parameters and buffers alone: weights reach a matmul through views and casts."""
+        """Whether each node comes of parameters and buffers alone: weights reach a matmul through views and casts.
+
+        What a module is called with is no weight, even if it comes of parameters alone (the learned queries of a decoder).
+        """
+        given = {i for call in self.calls for _, i in call.inputs if len(self.nodes[i].shape) > 2}
         constant: list[bool] = []
         for node in self.nodes:
-            constant.append(node.op == "parameter" or (bool(node.inputs) and all(constant[i] for i in node.inputs)))
+            derived = node.op == "parameter" or (bool(node.inputs) and all(constant[i] for i in node.inputs))
+            constant.append(derived and node.index not in given)
         return constant
 
     def _from_inputs(self) -> int:

@@ -175,24 +175,37 @@ class _Reader:
     # --- blocks -------------------------------------------------------------------------------------------------------
 
     def find_blocks(self, branches: list[_Branch]) -> None:
-        """Set each branch's block: its path up to the last number that is one of a repetition.
+        """Set each branch's block: the path of its addition up to its last number.
 
-        Paths that differ in numbers only are repetitions; where their kinds differ, the last number tells sub-layers
-        apart (T5's `layer.0`, `layer.1`), not blocks.
+        Where the numbers next to one another stand for one sub-layer each, of different kinds (T5's `layer.0`, `layer.1`),
+        the last number but one is the block's. Where what holds the blocks adds, the branch's path says which it is.
         """
-        kinds: dict[str, set[Kind]] = {}
+        numbered = {id(branch): _up_to_number(self._path(branch)) for branch in branches}
+        beside: dict[str, dict[str, list[Kind]]] = {}
         for branch in branches:
-            kinds.setdefault(template_of(self._path(branch)), set()).add(branch.kind)
+            path = numbered[id(branch)]
+            beside.setdefault(path.rpartition(".")[0], {}).setdefault(path, []).append(branch.kind)
         for branch in branches:
-            path = self._path(branch)
-            numbers = [n for n, part in enumerate(path.split(".")) if part.isdigit()]
-            if len(kinds[template_of(path)]) > 1 and len(numbers) > 1:
-                numbers = numbers[:-1]
-            branch.block = ".".join(path.split(".")[: numbers[-1] + 1]) if numbers else None
+            block = numbered[id(branch)]
+            kinds = list(beside[block.rpartition(".")[0]].values())
+            around = _up_to_number(block.rpartition(".")[0])
+            if around and all(len(found) == 1 for found in kinds) and len({found[0] for found in kinds}) > 1:
+                block = around
+            branch.block = None if not block or self._spans_several(branch, block) else block
+
+    def _spans_several(self, branch: _Branch, block: str) -> bool:
+        """Whether a branch runs through more than one repetition of what would be its block."""
+        template, depth = template_of(block), len(block.split("."))
+        calls = {id(call): call for i in bits(branch.inside) if (call := self.flow.nodes[i].call) is not None}
+        through = {".".join((call.path or "").split(".")[:depth]) for call in calls.values()}
+        return sum(template_of(path) == template for path in through) > 1
 
     def _path(self, branch: _Branch) -> str:
-        call = branch.call[0] if branch.call else branch.addition.node.call
-        return (call.path if call else None) or ""
+        adding = branch.addition.node.call
+        path = (adding.path if adding else None) or ""
+        if branch.call is None or any(part.isdigit() for part in path.split(".")):
+            return path
+        return branch.call[0].path or ""
 
     # --- sub-layers ---------------------------------------------------------------------------------------------------
 
@@ -306,12 +319,13 @@ class _Reader:
         return found
 
     def _port(self, branch: _Branch) -> Port | None:
-        """The last module of the block that takes the stream before the branch's output is made."""
+        """The last module of the block, or beside it, that takes the stream before the branch's output is made."""
         flow, addition, port = self.flow, branch.addition, None
         root, shape = flow.source(addition.stream), flow.nodes[branch.end].shape
         made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
         for call in flow.calls:
-            if not addition.stream < call.start <= made or not _within(call.path or "", branch.block):
+            is_near = _within(call.path or "", branch.block) or call.parent is addition.node.call
+            if not addition.stream < call.start <= made or not is_near:
                 continue
             if isinstance(call.module, (nn.Sequential, nn.Identity)) or self._repeats[call.path, id(call.parent)] > 1:
                 continue
@@ -392,6 +406,14 @@ def _without_post(sublayer: Sublayer) -> Sublayer:
 def template_of(path: str) -> str:
     """The path with `*` for its numbers."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def _up_to_number(path: str) -> str:
+    """The path up to its last number; empty if it has none."""
+    parts = path.split(".")
+    while parts and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts)
 
 
 def _within(path: str, block: str | None) -> bool:
