@@ -194,13 +194,29 @@ SETTINGS: dict[str, Inputs] = {
     },
     "clap": {"audio_config.patch_embeds_hidden_size": 16, "audio_config.hidden_size": 128},  # the last of four stages
     "codegen": {"rotary_dim": 4},
-    "csm": {"codec_config.upsample_groups": 32},  # one for each of hidden_size
+    "csm": {"codec_config.upsample_groups": 32, "codec_config.num_filters": 4},  # one group for each of hidden_size
     "cvt": {
         "embed_dim": [16, 24, 32],
         "num_heads": [1, 2, 4],
         "depth": [2, 2, 3],  # the last stage takes a drop path rate by its own number
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "edgetam_video": {
+        "image_size": 128,
+        "vision_config.backbone_config.image_size": [128, 128],
+        "vision_config.backbone_config.embed_dim_per_stage": [32, 48, 64, 80],
+        "vision_config.backbone_channel_list": [80, 64, 48, 32],
+        "vision_config.backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        "prompt_encoder_config.image_size": 128,
+        "prompt_encoder_config.patch_size": 16,
+        "memory_attention_rope_feat_sizes": [8, 8],
+        "memory_attention_rope_k_sizes": [4, 4],  # latents in a square
+        "perceiver_resampler_num_latents": 16,
+        "perceiver_resampler_num_latents_2d": 16,
+        "perceiver_resampler_hidden_size": 16,
+        "perceiver_resampler_attention_head_dim": 16,
+        "memory_encoder_output_channels": 16,
+    },
     "fun_asr_nano_encoder": {"num_mel_bins": 8, "num_hidden_layers": 4},  # two of them for timestamps
     "glm46v": {"text_config.rope_parameters": _MROPE},
     "glm4v": {"text_config.rope_parameters": _MROPE},
@@ -219,13 +235,20 @@ SETTINGS: dict[str, Inputs] = {
         "layer_types": ["linear_attention", "full_attention"] * 2,
     },
     "hrm_text": {"num_hidden_layers": 16},  # two layers, run by two cycles of three and one: a place in the cache for each
+    "inkling_mm_model": {
+        "text_config.num_hidden_layers": 4,
+        "text_config.layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "text_config.mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        "vision_config.num_hidden_layers": 5,  # as many as there are scales: fewer are planned by scipy
+        "audio_config.n_mel_bins": 8,
+    },
     "instructblip": {"image_token_index": 90},
     "instructblipvideo": {"video_token_index": 90},
     "jamba": {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2},
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
     "kosmos-2": {"latent_query_num": 4},
     "lightglue": {"keypoint_detector_config.keypoint_decoder_dim": 65},  # 8 x 8 pixels, and none of them
-    "mimi_decoder": {"upsample_groups": 32},  # one for each of hidden_size
+    "mimi_decoder": {"upsample_groups": 32, "num_filters": 4},  # one group for each of hidden_size
     "minicpm_ocr_vision": {"num_hidden_layers": 4, "insert_layer_id": 1},  # layers before and after the merger
     "minicpmv4_7_vision": {"num_hidden_layers": 4, "insert_layer_id": 1},
 }
@@ -233,6 +256,10 @@ SETTINGS: dict[str, Inputs] = {
 
 def _floats(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _bins(*shape: int) -> Tensor:
+    return torch.randint(5, 60, shape, generator=torch.Generator().manual_seed(0))
 
 
 def _text(model: nn.Module, length: int = TOKENS) -> Inputs:
@@ -264,14 +291,15 @@ def _waveform(model: nn.Module) -> Inputs:
     return {"input_values": _floats(BATCH, 4000), "decoder_input_ids": tensor_for(model, "decoder_input_ids")}
 
 
-def _codes(books: int) -> Callable[[nn.Module], Inputs]:
+def _codes(more: int) -> Callable[[nn.Module], Inputs]:
     """A codebook's entry for each codebook and time, and as many more for text as given."""
 
-    def inputs(model: nn.Module) -> Inputs:
-        shape = (BATCH, TOKENS, model.config.num_codebooks + books)
-        return {"input_ids": torch.randint(5, 60, shape, generator=torch.Generator().manual_seed(0))}
+    return lambda model: {"input_ids": _bins(BATCH, TOKENS, model.config.num_codebooks + more)}
 
-    return inputs
+
+def _image(size: int) -> Callable[[nn.Module], Inputs]:
+    """Images of a size that no config says."""
+    return lambda model: {"pixel_values": _floats(BATCH, 3, size, size)}
 
 
 def _image_pair(size: int) -> Callable[[nn.Module], Inputs]:
@@ -371,7 +399,7 @@ def _dots3_note(model: nn.Module) -> Inputs:
 
 
 def _edgetam_video(model: nn.Module) -> Inputs:
-    """A video of two frames, with a click on one object in the first."""
+    """A video whose first frame, with a click on one object, is in memory; the second frame is to come."""
     from transformers import EdgeTamVideoInferenceSession
 
     size = model.config.image_size
@@ -379,7 +407,9 @@ def _edgetam_video(model: nn.Module) -> Inputs:
     session.obj_with_new_inputs = [1]
     click = {"point_coords": torch.tensor([[[[9.0, 9.0]]]]), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
     session.add_point_inputs(session.obj_id_to_idx(1), 0, click)
-    return {"inference_session": session, "frame_idx": 0}
+    with torch.no_grad():
+        model(inference_session=session, frame_idx=0)
+    return {"inference_session": session, "frame_idx": 1}
 
 
 def _gemma3n_audio(model: nn.Module) -> Inputs:
@@ -404,6 +434,15 @@ def _idefics(model: nn.Module) -> Inputs:
     """Text, each with an image to look at."""
     image = tensor_for(model, "pixel_values")[:, None]
     return {**_text(model), "pixel_values": image, "image_attention_mask": torch.ones(BATCH, TOKENS, 1, dtype=torch.long)}
+
+
+def _inkling(model: nn.Module) -> Inputs:
+    """Text with places for two patches of an image and three frames of sound."""
+    config, vision = model.config, model.config.vision_config
+    inputs = _text_about(model, config.image_token_id, 5)
+    inputs["input_ids"][:, 2:5] = config.audio_token_id
+    patches = (2 * BATCH, vision.temporal_patch_size, vision.patch_size, vision.patch_size, 3)
+    return {**inputs, "pixel_values": _floats(*patches), "audio_input_ids": _bins(BATCH, 3, config.audio_config.n_mel_bins)}
 
 
 def _kosmos2(model: nn.Module) -> Inputs:
@@ -439,8 +478,10 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "blip-2": _question,
     "clap": _clap,
     "csm": _codes(0),
+    "d_fine": _image(64),
     "decision_transformer": _decision_transformer,
-    "depth_pro": lambda model: {"pixel_values": _floats(BATCH, 3, 128, 128)},
+    "deimv2": _image(64),
+    "depth_pro": _image(128),
     "dots3_note": _dots3_note,
     "edgetam_video": _edgetam_video,
     "efficientloftr": _image_pair(64),
@@ -454,6 +495,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "granite_speech5_ctc": _frames("input_features", "num_mel_bins", 4),
     "granite_speech5_encoder": _frames("input_features", "num_mel_bins", 4),
     "idefics": _idefics,
+    "inkling_mm_model": _inkling,
     "inkling2_vision": _token_images,
     "instructblip": _asked_question,
     "instructblipvideo": _video_question,
