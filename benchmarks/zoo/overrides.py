@@ -16,6 +16,9 @@ Inputs = dict[str, Any]
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5}
 
+# Every checkpoint has a token for images; every second layer of the Q-Former looks at them.
+_QUESTION = {"image_token_index": 90, "num_query_tokens": 8, "qformer_config.num_hidden_layers": 4}
+
 _BACKBONE = {
     "model_type": "hgnet_v2",
     "out_indices": [2, 3, 4],
@@ -87,6 +90,16 @@ _DOTS3_TEXT = {
     "swa_qk_nope_head_dim": 12,
     "swa_v_head_dim": 8,
 }
+
+_EDGETAM_WIDTHS = (
+    "vision_config.fpn_hidden_size",
+    "prompt_encoder_config.hidden_size",
+    "mask_decoder_config.hidden_size",
+    "memory_attention_hidden_size",
+    "memory_encoder_hidden_size",
+    "mask_downsampler_embed_dim",
+    "memory_fuser_embed_dim",
+)
 
 # Keyword arguments of a config's class, in place of shrinking: for sizes that it checks or that hang together.
 CONFIGS: dict[str, Inputs] = {
@@ -184,7 +197,7 @@ CONFIGS: dict[str, Inputs] = {
 # Settings of a shrunk config, of sub-configs by a dotted name.
 SETTINGS: dict[str, Inputs] = {
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},  # no attention otherwise
-    "blip-2": {"image_token_index": 90},  # every checkpoint has one
+    "blip-2": _QUESTION,
     "blt": {
         "encoder_hash_byte_group_vocab": 501,
         "encoder_config.num_hidden_layers": 2,
@@ -213,9 +226,9 @@ SETTINGS: dict[str, Inputs] = {
         "memory_attention_rope_k_sizes": [4, 4],  # latents in a square
         "perceiver_resampler_num_latents": 16,
         "perceiver_resampler_num_latents_2d": 16,
-        "perceiver_resampler_hidden_size": 16,
-        "perceiver_resampler_attention_head_dim": 16,
-        "memory_encoder_output_channels": 16,
+        "perceiver_resampler_hidden_size": 64,  # the memory attention expects these 64, and a multiple of them for the rest
+        "perceiver_resampler_attention_head_dim": 64,
+        **dict.fromkeys(_EDGETAM_WIDTHS, 128),
     },
     "fun_asr_nano_encoder": {"num_mel_bins": 8, "num_hidden_layers": 4},  # two of them for timestamps
     "glm46v": {"text_config.rope_parameters": _MROPE},
@@ -235,6 +248,7 @@ SETTINGS: dict[str, Inputs] = {
         "layer_types": ["linear_attention", "full_attention"] * 2,
     },
     "hrm_text": {"num_hidden_layers": 16},  # two layers, run by two cycles of three and one: a place in the cache for each
+    "idefics": {"alpha_initializer": "ones"},  # the gates of the cross attention open: no gradient passes a shut one
     "inkling_mm_model": {
         "text_config.num_hidden_layers": 4,
         "text_config.layer_types": ["hybrid_sliding", "hybrid"] * 2,
@@ -242,8 +256,8 @@ SETTINGS: dict[str, Inputs] = {
         "vision_config.num_hidden_layers": 5,  # as many as there are scales: fewer are planned by scipy
         "audio_config.n_mel_bins": 8,
     },
-    "instructblip": {"image_token_index": 90},
-    "instructblipvideo": {"video_token_index": 90},
+    "instructblip": _QUESTION,
+    "instructblipvideo": {**_QUESTION, "video_token_index": 90},
     "jamba": {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2},
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
     "kosmos-2": {"latent_query_num": 4},
@@ -293,18 +307,17 @@ def _waveform(model: nn.Module) -> Inputs:
 
 def _codes(more: int) -> Callable[[nn.Module], Inputs]:
     """A codebook's entry for each codebook and time, and as many more for text as given."""
-
     return lambda model: {"input_ids": _bins(BATCH, TOKENS, model.config.num_codebooks + more)}
 
 
 def _image(size: int) -> Callable[[nn.Module], Inputs]:
     """Images of a size that no config says."""
-    return lambda model: {"pixel_values": _floats(BATCH, 3, size, size)}
+    return lambda _: {"pixel_values": _floats(BATCH, 3, size, size)}
 
 
 def _image_pair(size: int) -> Callable[[nn.Module], Inputs]:
     """Pairs of images, to match points between them."""
-    return lambda model: {"pixel_values": _floats(BATCH, 2, 3, size, size).sigmoid()}
+    return lambda _: {"pixel_values": _floats(BATCH, 2, 3, size, size).sigmoid()}
 
 
 def _packed_row(model: nn.Module) -> Inputs:
@@ -403,7 +416,8 @@ def _edgetam_video(model: nn.Module) -> Inputs:
     from transformers import EdgeTamVideoInferenceSession
 
     size = model.config.image_size
-    session = EdgeTamVideoInferenceSession(video=_floats(2, 3, size, size), video_height=size, video_width=size, dtype=torch.float32)
+    video = _floats(2, 3, size, size)
+    session = EdgeTamVideoInferenceSession(video=video, video_height=size, video_width=size, dtype=torch.float32)
     session.obj_with_new_inputs = [1]
     click = {"point_coords": torch.tensor([[[[9.0, 9.0]]]]), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
     session.add_point_inputs(session.obj_id_to_idx(1), 0, click)
