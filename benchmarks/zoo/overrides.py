@@ -19,6 +19,7 @@ _HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5}
 # Every checkpoint has a token for images; every second layer of the Q-Former looks at them.
 _QUESTION = {"image_token_index": 90, "num_query_tokens": 8, "qformer_config.num_hidden_layers": 4}
 
+# A convolutional backbone of four stages, the last three of which a detector looks at.
 _BACKBONE = {
     "model_type": "hgnet_v2",
     "out_indices": [2, 3, 4],
@@ -206,14 +207,14 @@ SETTINGS: dict[str, Inputs] = {
         "use_cache": False,  # the cache asks for a number of layers
     },
     "clap": {"audio_config.patch_embeds_hidden_size": 16, "audio_config.hidden_size": 128},  # the last of four stages
-    "codegen": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},  # half a head
     "csm": {"codec_config.upsample_groups": 32, "codec_config.num_filters": 4},  # one group for each of hidden_size
     "cvt": {
         "embed_dim": [16, 24, 32],
         "num_heads": [1, 2, 4],
         "depth": [2, 2, 3],  # the last stage takes a drop path rate by its own number
     },
-    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},  # None by default
     "edgetam_video": {
         "image_size": 128,
         "vision_config.backbone_config.image_size": [128, 128],
@@ -258,9 +259,10 @@ SETTINGS: dict[str, Inputs] = {
     },
     "instructblip": _QUESTION,
     "instructblipvideo": {**_QUESTION, "video_token_index": 90},
+    # a quarter of the layers with attention, every second one with experts, and both without
     "jamba": {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2},
-    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
-    "kosmos-2": {"latent_query_num": 4},
+    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},  # a square
+    "kosmos-2": {"latent_query_num": 4},  # places in the text
     "lightglue": {"keypoint_detector_config.keypoint_decoder_dim": 65},  # 8 x 8 pixels, and none of them
     "mimi_decoder": {"upsample_groups": 32, "num_filters": 4},  # one group for each of hidden_size
     "minicpm_ocr_vision": {"num_hidden_layers": 4, "insert_layer_id": 1},  # layers before and after the merger
@@ -290,12 +292,12 @@ def _text_about(model: nn.Module, token: int, count: int) -> Inputs:
     return inputs
 
 
-def _frames(name: str, width: str, times: int = 1, mask: str | None = None) -> Callable[[nn.Module], Inputs]:
+def _frames(width: str, times: int = 1, mask: str | None = None) -> Callable[[nn.Module], Inputs]:
     """Audio features, one row for each of 64 frames, and a mask of those that count."""
 
     def inputs(model: nn.Module) -> Inputs:
         masks = {mask: torch.ones(BATCH, 64, dtype=torch.long)} if mask else {}
-        return {name: _floats(BATCH, 64, times * setting(model.config, width, 80)), **masks}
+        return {"input_features": _floats(BATCH, 64, times * setting(model.config, width, 80)), **masks}
 
     return inputs
 
@@ -499,18 +501,18 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "dots3_note": _dots3_note,
     "edgetam_video": _edgetam_video,
     "efficientloftr": _image_pair(64),
-    "fun_asr_nano_encoder": _frames("input_features", "input_size", mask="input_features_mask"),
+    "fun_asr_nano_encoder": _frames("input_size", mask="input_features_mask"),
     "gemma3n_audio": _gemma3n_audio,
     "gemma4_vision": _positioned_patches,
     "glm46v": _glm_visual,
     "glm4v": _glm_visual,
     "glm4v_moe": _glm_visual,
     "glmga": _glm_visual,
-    "granite_speech5_ctc": _frames("input_features", "num_mel_bins", 4),
-    "granite_speech5_encoder": _frames("input_features", "num_mel_bins", 4),
+    "granite_speech5_ctc": _frames("num_mel_bins", 4),
+    "granite_speech5_encoder": _frames("num_mel_bins", 4),
     "idefics": _idefics,
-    "inkling_mm_model": _inkling,
     "inkling2_vision": _token_images,
+    "inkling_mm_model": _inkling,
     "instructblip": _asked_question,
     "instructblipvideo": _video_question,
     "kimi_k25_vision": _patch_images,
