@@ -529,6 +529,6 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
 
 # Types that cannot run on this kind of machine, and why.
 UNRUNNABLE: dict[str, str] = {
-    "bark": "has no forward of its own: only generate(), which runs its three language models in turn",
+    "bark": "has no forward of its own: only generate(), which runs its three transformers in turn",
     "glm_image_vqmodel": "has no forward of its own: only encode(), which picks the nearest entries of a codebook",
 }
