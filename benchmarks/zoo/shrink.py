@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-__all__ = ["WAYS", "configs_in", "override"]
+__all__ = ["WAYS", "configs_in", "override", "set_as_given"]
 
 VOCAB, HIDDEN, HEADS, LAYERS, IMAGE, PATCH, EXPERTS = 99, 32, 4, 2, 32, 8, 4
 
@@ -25,7 +25,7 @@ _LAYER_RULES: list[tuple[str, int]] = [
 _RULES: list[tuple[str, int]] = [
     *_LAYER_RULES,
     (r"(num|n)_(key_value|kv)_heads|.*num_(key_value|kv)_heads|num_key_value_groups", 2),
-    (r"(num|n)_.*heads?|.*_attention_heads|.*num_heads|n_head|num_head|nhead|heads", HEADS),
+    (r"(num|n)_.*heads?|.*_n_heads|.*_attention_heads|.*num_heads|n_head|num_head|nhead|heads", HEADS),
     (r"(qk_|v_|attention_|.*)head_dim|d_kv|d_head|head_size|attention_head_size|.*_head_dim", HIDDEN // HEADS),
     (r"num_experts_per_tok|moe_topk|top_k|num_selected_experts|moe_k|.*topk.*|moe_top_k", 2),
     (r".*num.*experts|n_routed_experts|moe_num_experts|num_local_experts|.*_experts", EXPERTS),
@@ -117,6 +117,11 @@ def override(config: Any, settings: dict[str, Any]) -> None:
         setattr(holder, last, value)
 
 
+def set_as_given(settings: dict[str, Any]) -> Callable[[PretrainedConfig], PretrainedConfig]:
+    """A way that makes the config anew with these settings, without shrinking any."""
+    return lambda config: type(config)(**copy.deepcopy(settings))
+
+
 def _limited(rules: list[tuple[str, int]], name: str, value: int) -> int:
     for pattern, limit in rules:
         if re.fullmatch(pattern, name):
@@ -147,14 +152,19 @@ def _smaller(config: PretrainedConfig, rule: Rule) -> Iterator[tuple[str, Any]]:
         if isinstance(value, PretrainedConfig):
             yield name, value
         elif isinstance(value, int) and not isinstance(value, bool):
-            is_heads = name == "num_key_value_heads" and value == getattr(config, "num_attention_heads", None)
-            smaller = rule("num_attention_heads" if is_heads else name, value)
+            heads = name.replace("key_value", "attention")  # as many for keys as for queries: so they stay
+            smaller = rule(heads if name.endswith("num_key_value_heads") and value == _of(config, heads) else name, value)
             if smaller != value:
                 yield name, smaller
         elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
             limit = (lambda v: min(v, LAYERS)) if name in _FEW else (lambda v, name=name: rule(name, v))
             if [limit(v) for v in value] != list(value):
                 yield name, type(value)(limit(v) for v in value)
+
+
+def _of(config: Any, name: str) -> Any:
+    """A setting by its common name, without what a config of unequal layers says to that."""
+    return vars(config).get(getattr(config, "attribute_map", {}).get(name, name))
 
 
 def _fitted(config: PretrainedConfig) -> PretrainedConfig:

@@ -13,8 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from benchmarks.zoo.make_inputs import inputs_that_run
-from benchmarks.zoo.overrides import INPUTS, SETTINGS, UNRUNNABLE
-from benchmarks.zoo.shrink import WAYS, override
+from benchmarks.zoo.overrides import CONFIGS, INPUTS, SETTINGS, UNRUNNABLE
+from benchmarks.zoo.shrink import WAYS, override, set_as_given
 
 __all__ = ["build", "check_builds", "names"]
 
@@ -43,7 +43,7 @@ def build(model_type: str) -> tuple[nn.Module, dict[str, Any]]:
     if model_type in UNRUNNABLE:
         raise RuntimeError(UNRUNNABLE[model_type])
     errors = []
-    for shrink in WAYS:
+    for shrink in (set_as_given(CONFIGS[model_type]),) if model_type in CONFIGS else WAYS:
         try:
             config = shrink(CONFIG_MAPPING[model_type]())
             override(config, SETTINGS.get(model_type, {}))
