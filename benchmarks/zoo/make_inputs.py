@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.shrink import IMAGE, VOCAB, configs_in
 
-__all__ = ["BATCH", "TOKENS", "inputs_that_run", "setting", "tensor_for"]
+__all__ = ["BATCH", "TOKENS", "completed", "inputs_that_run", "setting", "tensor_for"]
 
 BATCH, TOKENS, SAMPLES, FRAMES = 2, 7, 800, 128
 Inputs = dict[str, Any]
@@ -28,13 +28,13 @@ def inputs_that_run(model: nn.Module) -> Inputs:
     first: Exception | None = None
     for inputs in _candidates(model):
         try:
-            return _completed(model, inputs)
+            return completed(model, inputs)
         except Exception as error:  # whatever a model raises: the next inputs may do
             first = first or error
     raise first or ValueError("no inputs to try")
 
 
-def _completed(model: nn.Module, inputs: Inputs) -> Inputs:
+def completed(model: nn.Module, inputs: Inputs) -> Inputs:
     """The inputs, with arguments that the model names in its errors added one by one until it runs."""
     while True:
         try:

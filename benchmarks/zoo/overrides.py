@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,19 @@ def _robot(model: nn.Module) -> Inputs:
     }
 
 
+def _tracking(model: nn.Module) -> Inputs:
+    """The second frame of a video, in a session that saw a point on an object in the first one."""
+    module = sys.modules[type(model).__module__]
+    session_type = getattr(module, type(model).__name__.removesuffix("Model") + "InferenceSession")
+    size = model.config.prompt_encoder_config.image_size
+    session = session_type(_random(2, 3, size, size), size, size, dtype=torch.float32)
+    point = {"point_coords": torch.full((1, 1, 1, 2), size / 2), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
+    session.add_point_inputs(session.obj_id_to_idx(1), 0, point)
+    session.obj_with_new_inputs = [1]
+    model(inference_session=session, frame_idx=0)
+    return {"inference_session": session, "frame_idx": 1}
+
+
 def _naflex(model: nn.Module) -> Inputs:
     """Images as patches of their pixels, one after another, and how many in each direction."""
     channels = setting(model.config, "num_channels", 3)
@@ -113,7 +127,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pp_doclayout_v4": {"decoder_in_channels": (32, 32, 32), "num_queries": 10},
     "pp_ocrv6_small_det": {
         "backbone_config.out_features": ["stage1", "stage2", "stage3", "stage4"],
-        "layer_list_out_channels": (96, 96, 192, 384),
+        # Each stage halves its image: the default is for lines of text.
+        "backbone_config.block_configs": [
+            [[3, 24, 24, 1, True]],
+            [[3, 24, 32, 2, False], [3, 32, 32, 1, False]],
+            [[3, 32, 48, 2, False], [3, 48, 48, 1, True]],
+            [[3, 48, 64, 2, False], [3, 64, 64, 1, True]],
+        ],
+        "backbone_config.stem_channels": (3, 16, 24),
+        "backbone_config.stage_out_channels": [24, 32, 48, 64],
+        "backbone_config.depths": [1, 2, 2, 2],
+        "layer_list_out_channels": (24, 32, 48, 64),
     },
     "rf_detr": {
         "num_queries": 10,
@@ -125,6 +149,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "rt_detr": {"decoder_in_channels": (32, 32, 32), "num_queries": 10},
     "rt_detr_v2": {"decoder_in_channels": (32, 32, 32), "num_queries": 10},
+    "sam2_video": {
+        "image_size": 128,
+        "vision_config.backbone_config.image_size": [128, 128],
+        "vision_config.backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        "memory_attention_rope_feat_sizes": [8, 8],
+        "prompt_encoder_config.image_size": 128,
+        "prompt_encoder_config.patch_size": 16,
+    },
+    "sam3_tracker_video": {
+    },
     "seggpt": {"image_size": (64, 32), "merge_index": 0, "intermediate_hidden_state_indices": (0, 1)},
     "step3p7": {
         "text_config.sliding_window": 4,  # it has none by default, and fails without
@@ -197,6 +231,8 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "rf_detr": _image(64, 64),
     "rt_detr": _image(64, 64),
     "rt_detr_v2": _image(64, 64),
+    "sam2_video": _tracking,
+    "sam3_tracker_video": _tracking,
     "seggpt": lambda model: {
         name: _random(BATCH, 3, 32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
     },
