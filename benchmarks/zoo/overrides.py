@@ -105,6 +105,20 @@ def _naflex(model: nn.Module) -> Inputs:
 # A codec of VibeVoice that halves the audio in each of its six stages.
 _VIBEVOICE_CODEC: dict[str, Any] = {"num_filters": 4, "downsampling_ratios": (2,) * 6, "hidden_size": 24}
 
+# Memories of objects are 64 wide, come what may, and object pointers a multiple of it.
+_WIDE_TRACKER: dict[str, Any] = dict.fromkeys(
+    (
+        "mask_decoder_config.hidden_size",
+        "mask_downsampler_embed_dim",
+        "memory_attention_hidden_size",
+        "memory_encoder_hidden_size",
+        "memory_fuser_embed_dim",
+        "prompt_encoder_config.hidden_size",
+        "vision_config.fpn_hidden_size",
+    ),
+    128,
+)
+
 _MAMBA_AND_HYBRID = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
 
 # Settings of a config, of sub-configs by a dotted name.
@@ -152,13 +166,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sam2_video": {
         "image_size": 128,
         "vision_config.backbone_config.image_size": [128, 128],
+        "vision_config.backbone_config.blocks_per_stage": [1, 2, 2, 2],
+        "vision_config.backbone_config.global_attention_blocks": [4],
+        "vision_config.backbone_config.embed_dim_per_stage": [32, 64, 96, 128],
+        "vision_config.backbone_config.num_attention_heads_per_stage": [1, 2, 2, 4],
+        "vision_config.backbone_channel_list": [128, 96, 64, 32],
         "vision_config.backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
         "memory_attention_rope_feat_sizes": [8, 8],
+        **_WIDE_TRACKER,
         "prompt_encoder_config.image_size": 128,
         "prompt_encoder_config.patch_size": 16,
     },
-    "sam3_tracker_video": {
-    },
+    "sam3_tracker_video": _WIDE_TRACKER,
     "seggpt": {"image_size": (64, 32), "merge_index": 0, "intermediate_hidden_state_indices": (0, 1)},
     "step3p7": {
         "text_config.sliding_window": 4,  # it has none by default, and fails without
