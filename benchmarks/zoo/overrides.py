@@ -79,12 +79,27 @@ def _robot(model: nn.Module) -> Inputs:
     }
 
 
-def _tracking(model: nn.Module) -> Inputs:
-    """The second frame of a video, in a session that saw a point on an object in the first one."""
+def _session(model: nn.Module, size: int) -> Any:
+    """What a tracker knows of a video of two frames."""
     module = sys.modules[type(model).__module__]
     session_type = getattr(module, type(model).__name__.removesuffix("Model") + "InferenceSession")
+    return session_type(_random(2, 3, size, size), size, size, dtype=torch.float32)
+
+
+def _detecting(model: nn.Module) -> Inputs:
+    """The second frame of a video, in a session that found in the first one what a text names."""
+    session = _session(model, model.config.tracker_config.prompt_encoder_config.image_size)
+    prompt = session.add_prompt("cat")
+    session.prompt_input_ids[prompt] = tensor_for(model, "input_ids")[:1]
+    session.prompt_attention_masks[prompt] = torch.ones(1, TOKENS, dtype=torch.long)
+    model(inference_session=session, frame_idx=0)
+    return {"inference_session": session, "frame_idx": 1}
+
+
+def _tracking(model: nn.Module) -> Inputs:
+    """The second frame of a video, in a session that saw a point on an object in the first one."""
     size = model.config.prompt_encoder_config.image_size
-    session = session_type(_random(2, 3, size, size), size, size, dtype=torch.float32)
+    session = _session(model, size)
     point = {"point_coords": torch.full((1, 1, 1, 2), size / 2), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
     session.add_point_inputs(session.obj_id_to_idx(1), 0, point)
     session.obj_with_new_inputs = [1]
@@ -178,6 +193,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prompt_encoder_config.patch_size": 16,
     },
     "sam3_tracker_video": _WIDE_TRACKER,
+    "sam3_video": {
+        **{f"tracker_config.{name}": value for name, value in _WIDE_TRACKER.items()},
+        **{
+            f"detector_config.{part}_config.hidden_size": 128
+            for part in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
+        },
+        "detector_config.vision_config.fpn_hidden_size": 128,
+        "low_res_mask_size": 16,
+        "score_threshold_detection": 0.0,  # weights are random: what it finds is as good as anything
+        "new_det_thresh": 0.0,
+    },
     "seggpt": {"image_size": (64, 32), "merge_index": 0, "intermediate_hidden_state_indices": (0, 1)},
     "step3p7": {
         "text_config.sliding_window": 4,  # it has none by default, and fails without
@@ -252,6 +278,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "rt_detr_v2": _image(64, 64),
     "sam2_video": _tracking,
     "sam3_tracker_video": _tracking,
+    "sam3_video": _detecting,
     "seggpt": lambda model: {
         name: _random(BATCH, 3, 32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
     },
@@ -292,7 +319,9 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
         "merge_sizes": torch.tensor([1, 2]),
     },
     "vjepa2": lambda model: {
-        "pixel_values_videos": _random(BATCH, model.config.frames_per_clip, 3, model.config.crop_size, model.config.crop_size)
+        "pixel_values_videos": _random(
+            BATCH, model.config.frames_per_clip, 3, model.config.crop_size, model.config.crop_size
+        )
     },
     "voxtral_realtime": lambda model: (
         _named(model, "input_ids")
