@@ -69,7 +69,7 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
             elif name == "input_values":
                 yield {**inputs, name: tensor[:, None]}
             elif name == "pixel_values" and tensor.dim() == 4 and (frames := setting(model.config, "num_frames", None)):
-                yield {**inputs, name: tensor[:, None].repeat(1, frames, 1, 1, 1)}  # a video
+                yield {**inputs, name: torch.stack([tensor.roll(i, -1) for i in range(frames)], 1)}  # a video
 
 
 def _patches(model: nn.Module, mains: list[str]) -> Iterator[Inputs]:
@@ -80,8 +80,8 @@ def _patches(model: nn.Module, mains: list[str]) -> Iterator[Inputs]:
         setting(config, "in_channels", None) or setting(config, "num_channels", 3),
     )
     side = side[-1] if isinstance(side, (list, tuple)) else side
-    frames = setting(config, "temporal_patch_size", None) or setting(config, "patch_temporal", 1)
-    for frames in dict.fromkeys((frames, 1)):
+    depth = setting(config, "temporal_patch_size", None) or setting(config, "patch_temporal", 1)
+    for frames in dict.fromkeys((depth, 1)):
         for columns in (3, 2):
             inputs = {name: tensor_for(model, name) for name in mains}
             for name in mains:

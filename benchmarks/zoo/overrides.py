@@ -25,11 +25,12 @@ def _named(model: nn.Module, *names: str) -> Inputs:
 
 
 def _image(height: int, width: int) -> Callable[[nn.Module], Inputs]:
-    return lambda model: {"pixel_values": _random(BATCH, 3, height, width)}
+    """An image that is large enough for every halving, or as wide as a line of text."""
+    return lambda _: {"pixel_values": _random(BATCH, 3, height, width)}
 
 
 def _waveform(samples: int, *channels: int) -> Callable[[nn.Module], Inputs]:
-    return lambda model: {"input_values": 0.1 * _random(BATCH, *channels, samples)}
+    return lambda _: {"input_values": 0.1 * _random(BATCH, *channels, samples)}
 
 
 def _waveform_and_features(samples: int, frames: int) -> Callable[[nn.Module], Inputs]:
@@ -40,20 +41,16 @@ def _waveform_and_features(samples: int, frames: int) -> Callable[[nn.Module], I
     }
 
 
-def _speech_and_text(hop: int, *channels: int) -> Callable[[nn.Module], Inputs]:
-    """Text with places for two tokens of audio."""
-
-    def inputs(model: nn.Module) -> Inputs:
-        text = tensor_for(model, "input_ids")
-        text[:, 1:3] = model.config.audio_token_id
-        return {
-            "input_ids": text,
-            "input_values": 0.1 * _random(BATCH, *channels, 2 * hop),
-            "padding_mask": torch.ones(BATCH, 2 * hop, dtype=torch.long),
-            "sample": False,  # no noise on the latents
-        }
-
-    return inputs
+def _speech_and_text(model: nn.Module) -> Inputs:
+    """Text with places for two tokens of audio, of 64 samples each."""
+    text = tensor_for(model, "input_ids")
+    text[:, 1:3] = model.config.audio_token_id
+    return {
+        "input_ids": text,
+        "input_values": 0.1 * _random(BATCH, 1, 2 * 64),
+        "padding_mask": torch.ones(BATCH, 2 * 64, dtype=torch.long),
+        "sample": False,  # no noise on the latents
+    }
 
 
 def _series(model: nn.Module) -> Inputs:
@@ -144,7 +141,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hidden_sizes": (16, 24, 32, 40),
         "out_hidden_size": 48,
     },
-    "nemo_speechlm": {"text_config.n_groups": 2, "word_timestamp_config.blank_token_id": 98},
+    "nemo_speechlm": {"text_config.n_groups": 2, "word_timestamp_config.blank_token_id": 98},  # the last of 99
     "neucodec": {"quantization_dim": 64},  # what acoustic and semantic model yield, side by side
     "oneformer": {
         "backbone_config.num_heads": (2, 2, 4, 4),
@@ -170,6 +167,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "rf_detr": {
         "num_queries": 10,
+        # Blocks on windows and blocks on the whole image, which go on to the decoder.
         "backbone_config.num_hidden_layers": 4,
         "backbone_config.stage_names": ["stem", "stage1", "stage2", "stage3", "stage4"],
         "backbone_config.out_features": ["stage2", "stage4"],
@@ -179,7 +177,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rt_detr": {"decoder_in_channels": (32, 32, 32), "num_queries": 10},
     "rt_detr_v2": {"decoder_in_channels": (32, 32, 32), "num_queries": 10},
     "sam2_video": {
-        "image_size": 128,
+        "image_size": 128,  # all that follows is in proportion
         "vision_config.backbone_config.image_size": [128, 128],
         "vision_config.backbone_config.blocks_per_stage": [1, 2, 2, 2],
         "vision_config.backbone_config.global_attention_blocks": [4],
@@ -200,11 +198,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
             for part in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
         },
         "detector_config.vision_config.fpn_hidden_size": 128,
+        "detector_config.detr_decoder_config.num_queries": 10,
         "low_res_mask_size": 16,
         "score_threshold_detection": 0.0,  # weights are random: what it finds is as good as anything
         "new_det_thresh": 0.0,
     },
-    "seggpt": {"image_size": (64, 32), "merge_index": 0, "intermediate_hidden_state_indices": (0, 1)},
+    "seggpt": {
+        "image_size": (64, 32),
+        "num_hidden_layers": 4,  # some before image and prompt are merged, some after
+        "merge_index": 1,
+        "intermediate_hidden_state_indices": (2, 3),
+    },
     "step3p7": {
         "text_config.sliding_window": 4,  # it has none by default, and fails without
         "text_config.mlp_layer_types": ["dense", "sparse"],
@@ -279,7 +283,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "sam2_video": _tracking,
     "sam3_tracker_video": _tracking,
     "sam3_video": _detecting,
-    "seggpt": lambda model: {
+    "seggpt": lambda _: {
         name: _random(BATCH, 3, 32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
     },
     "siglip2": lambda model: _named(model, "input_ids") | _naflex(model),
@@ -308,11 +312,11 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
         "pixel_values": _random(1, model.config.num_frames, 3, 128, 128),
     },
     "uvdoc": _image(64, 96),
-    "vibevoice": _speech_and_text(64, 1),
+    "vibevoice": _speech_and_text,
     "vibevoice_acoustic_tokenizer": lambda model: _waveform(256, 1)(model) | {"sample": False},
     "vibevoice_acoustic_tokenizer_decoder": lambda model: {"hidden_states": _random(BATCH, model.config.hidden_size, 4)},
-    "vibevoice_acoustic_tokenizer_encoder": lambda model: {"hidden_states": 0.1 * _random(BATCH, 1, 256)},
-    "vibevoice_asr": _speech_and_text(64, 1),
+    "vibevoice_acoustic_tokenizer_encoder": lambda _: {"hidden_states": 0.1 * _random(BATCH, 1, 256)},
+    "vibevoice_asr": _speech_and_text,
     "video_llama_3_vision": lambda model: {
         "pixel_values": _random(16 + 8, 3 * model.config.patch_size**2),
         "grid_thw": torch.tensor([[1, 4, 4], [2, 2, 2]]),
