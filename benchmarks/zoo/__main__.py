@@ -49,9 +49,10 @@ def summary(reports: dict[str, dict[str, Any]]) -> str:
     built = len(reports) - counts["does not build"]
     ran = built - counts["does not run"]
     with_sublayers = counts["passed"] + counts["failed"]
+    passed = counts["passed"]
     return (
-        f"{len(reports)} types, {built} build, {ran} of these run ({ran / max(built, 1):.1%}); {with_sublayers} have residual "
-        f"sub-layers, {counts['passed']} of these pass every gate ({counts['passed'] / max(with_sublayers, 1):.1%})"
+        f"{len(reports)} types, {built} build, {ran} of these run ({ran / max(built, 1):.1%}); {with_sublayers} have "
+        f"residual sub-layers, {passed} of these pass every gate ({passed / max(with_sublayers, 1):.1%})"
     )
 
 

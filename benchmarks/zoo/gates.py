@@ -156,10 +156,12 @@ def _gradients(model: nn.Module, inputs: Inputs, wanted: Callable[[], Sequence[T
         out = [o for o in floats(model(**copy.deepcopy(inputs))) if o.requires_grad]
         draw = torch.Generator().manual_seed(0)
         tensors = wanted()
-        if not out or not tensors:
-            return [None] * len(tensors)
-        loss = torch.stack([(o.float() * torch.randn(o.shape, generator=draw)).sum() for o in out]).sum()
-        return list(torch.autograd.grad(loss, tensors, allow_unused=True))
+        for tensor in tensors:
+            tensor.grad = None
+            tensor.retain_grad()
+        if out:  # by backward, as in training: there are functions that know no other way
+            torch.stack([(o.float() * torch.randn(o.shape, generator=draw)).sum() for o in out]).sum().backward()
+    return [tensor.grad for tensor in tensors]
 
 
 def check_files(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: str, adapted: list[Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.shrink import IMAGE, VOCAB, configs_in
 
-__all__ = ["BATCH", "TOKENS", "inputs_that_run", "setting", "tensor_for"]
+__all__ = ["BATCH", "TOKENS", "completed", "inputs_that_run", "setting", "tensor_for"]
 
 BATCH, TOKENS, SAMPLES, FRAMES = 2, 7, 800, 128
 Inputs = dict[str, Any]
@@ -28,20 +28,20 @@ def inputs_that_run(model: nn.Module) -> Inputs:
     first: Exception | None = None
     for inputs in _candidates(model):
         try:
-            return _completed(model, inputs)
+            return completed(model, inputs)
         except Exception as error:  # whatever a model raises: the next inputs may do
             first = first or error
     raise first or ValueError("no inputs to try")
 
 
-def _completed(model: nn.Module, inputs: Inputs) -> Inputs:
+def completed(model: nn.Module, inputs: Inputs) -> Inputs:
     """The inputs, with arguments that the model names in its errors added one by one until it runs."""
     while True:
         try:
             with torch.no_grad():
                 model(**copy.deepcopy(inputs))
         except Exception as error:  # whatever a model raises
-            named = [n for n in _arguments(model) if n not in inputs and re.search(rf"\b{n}\b", str(error))]
+            named = [n for n in _arguments(model) if n not in inputs and re.search(rf"\b{n}\b", str(error), re.I)]
             if not named:
                 raise
             inputs = {**inputs, named[0]: tensor_for(model, named[0])}
@@ -68,6 +68,8 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
                 yield {**inputs, name: tensor.transpose(1, 2).contiguous()}
             elif name == "input_values":
                 yield {**inputs, name: tensor[:, None]}
+            elif name == "pixel_values" and tensor.dim() == 4 and (frames := setting(model.config, "num_frames", None)):
+                yield {**inputs, name: torch.stack([tensor.roll(i, -1) for i in range(frames)], 1)}  # a video
 
 
 def _patches(model: nn.Module, mains: list[str]) -> Iterator[Inputs]:
@@ -78,7 +80,8 @@ def _patches(model: nn.Module, mains: list[str]) -> Iterator[Inputs]:
         setting(config, "in_channels", None) or setting(config, "num_channels", 3),
     )
     side = side[-1] if isinstance(side, (list, tuple)) else side
-    for frames in dict.fromkeys((setting(config, "temporal_patch_size", 1), 1)):
+    depth = setting(config, "temporal_patch_size", None) or setting(config, "patch_temporal", 1)
+    for frames in dict.fromkeys((depth, 1)):
         for columns in (3, 2):
             inputs = {name: tensor_for(model, name) for name in mains}
             for name in mains:
@@ -104,7 +107,8 @@ def tensor_for(model: nn.Module, name: str) -> Tensor:
         return torch.randn(BATCH, SAMPLES, generator=draw)
     if name in ("input_features", "audio_features", "spectrogram"):
         length = 2 * (setting(config, "max_source_positions", None) or FRAMES // 2)
-        return torch.randn(BATCH, setting(config, "num_mel_bins", 80), length, generator=draw)
+        bins = setting(config, "num_mel_bins", None) or setting(config, "feature_projection_input_dim", 80)
+        return torch.randn(BATCH, bins, length, generator=draw)
     if "mask" in name:
         return torch.ones(BATCH, TOKENS, dtype=torch.long)
     if "bbox" in name:

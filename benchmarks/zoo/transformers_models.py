@@ -12,8 +12,9 @@ from transformers import AutoModel, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from benchmarks.zoo.make_inputs import inputs_that_run
-from benchmarks.zoo.overrides import CONFIGS, INPUTS, SETTINGS, UNRUNNABLE
+from benchmarks.zoo.make_inputs import completed, inputs_that_run
+from benchmarks.zoo.own_inputs import INPUTS
+from benchmarks.zoo.settings import CONFIGS, SETTINGS, UNRUNNABLE
 from benchmarks.zoo.shrink import WAYS, override, set_as_given
 
 __all__ = ["build", "check_builds", "names"]
@@ -48,7 +49,9 @@ def build(model_type: str) -> tuple[nn.Module, dict[str, Any]]:
             config = shrink(CONFIG_MAPPING[model_type]())
             override(config, SETTINGS.get(model_type, {}))
             model = _tiny(config)
-            return model, INPUTS[model_type](model) if model_type in INPUTS else inputs_that_run(model)
+            if model_type in INPUTS:
+                return model, completed(model, INPUTS[model_type](model))
+            return model, inputs_that_run(model)
         except Exception as error:  # whatever a model raises: the next way may do
             errors.append(f"{type(error).__name__}: {error}".replace("\n", " ")[:160])
     raise RuntimeError("; ".join(dict.fromkeys(errors)))

@@ -60,6 +60,8 @@ def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | 
     if split is None:
         return None
     skip, branch, stream = split
+    if _is_straight_through(flow, stream, branch):
+        return None
     inside = flow.between(stream, branch)
     computes = inside & flow.endings
     # Scores + position bias has projections in both, too, but a branch *ends* in one.
@@ -78,7 +80,26 @@ def _skip_and_branch(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> 
         before = found.get(flow.source(skip))
         if before is not None and flow.leads_to(before.stream, branch):
             return skip, branch, before.stream
-    return None
+    return _projected_skip(flow, a, b)
+
+
+def _projected_skip(flow: Flow, a: int, b: int) -> tuple[int, int, int] | None:
+    """The same where a block that changes the stream's width projects its skip, or pools it: W x + f(x)."""
+    common = flow.ancestors[a] & flow.ancestors[b] & flow.from_inputs
+    if not common or flow.leads_to(a, b) or flow.leads_to(b, a):
+        return None
+    stream = common.bit_length() - 1  # the last thing that both come of
+    work = {i: flow.between(stream, i) & flow.endings for i in (a, b)}
+    skip, branch = sorted((a, b), key=lambda i: work[i].bit_count())
+    is_light = work[skip].bit_count() <= 2 and not work[skip] & flow.attentions  # a projection, a pooling
+    is_deeper = work[branch].bit_count() > work[skip].bit_count()
+    return (skip, branch, stream) if work[skip] and is_light and is_deeper else None
+
+
+def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
+    """Whether a branch is something less the stream itself: x + (quantised - x), whose value is `quantised`."""
+    node = flow.nodes[flow.source(branch)]
+    return node.op in ("sub", "rsub") and any(flow.source(i) == stream for i in node.inputs)
 
 
 def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -113,19 +114,40 @@ def _additions(flow: Flow, node: int) -> Iterator[tuple[Node, int]]:
 
 
 def _factor(addition: Node, operand: int, tensor: Tensor) -> tuple[float, float] | None:
-    """The range of factors, constant along all axes but one, that make the operand of the tensor; None if none do."""
+    """The range of factors that make the operand of the tensor, up to constants added to it; None if none do.
+
+    A factor may differ along one axis (LayerScale), or along all but one (a gate for each token).
+    """
     taken = addition.addends[addition.inputs.index(operand)]
-    if taken.is_meta or taken.numel() != tensor.numel():
+    if taken.is_meta:
         return None
-    if torch.equal(taken.flatten(), tensor.flatten()) or torch.equal(taken.flatten().sort()[0], tensor.flatten().sort()[0]):
-        return 1.0, 1.0
-    ratio = taken.double() / tensor.reshape(taken.shape).double()
-    tolerance = 8 * torch.finfo(taken.dtype).eps
-    for axis in range(ratio.dim()):
-        by_channel = ratio.movedim(axis, -1).flatten(end_dim=-2)
-        if torch.allclose(by_channel, by_channel.median(0).values.expand_as(by_channel), rtol=tolerance, atol=1e-12):
-            return float(by_channel.min()), float(by_channel.max())
+    ours, theirs = tensor.flatten().sort()[0], taken.flatten().sort()[0]
+    if torch.equal(ours, theirs) or (theirs.numel() < ours.numel() and torch.isin(theirs, ours).all()):
+        return 1.0, 1.0  # the same numbers in another order, or a slice of them
+    if taken.numel() != tensor.numel():
+        return None
+    x, y = tensor.reshape(taken.shape).double(), taken.double()
+    for axis in range(taken.dim()):
+        others = [a for a in range(taken.dim()) if a != axis]
+        for along in (others, [axis]):
+            for centre in (False, True):
+                factor = _fitted(x, y, along, 16 * torch.finfo(taken.dtype).eps, centre=centre)
+                if factor is not None:
+                    return factor
     return None
+
+
+def _fitted(x: Tensor, y: Tensor, along: list[int], tolerance: float, *, centre: bool) -> tuple[float, float] | None:
+    """The range of the factors, constant along these axes, by which y is x, or differs from it by a constant besides."""
+    if math.prod(x.shape[axis] for axis in along) < 3:  # fewer points fit any line
+        return None
+    if centre:
+        x, y = x - x.mean(along, keepdim=True), y - y.mean(along, keepdim=True)
+    factor = (x * y).sum(along, keepdim=True) / (x * x).sum(along, keepdim=True)
+    if not torch.allclose(y, factor * x, rtol=0.0, atol=tolerance * float(y.abs().max())):
+        return None
+    low, high = float(factor.min()), float(factor.max())
+    return (1.0, 1.0) if max(abs(low - 1), abs(high - 1)) < tolerance else (low, high)
 
 
 def _worst(calls: list[Moved]) -> Moved:

@@ -70,12 +70,22 @@ class _Reader:
     # --- branches -----------------------------------------------------------------------------------------------------
 
     def branches(self, addition: Addition) -> Iterator[_Branch]:
-        """The branch of an addition; several where it adds the sum of parallel branches."""
-        ends = list(self._parallel(addition, addition.branch))
+        """The branch of an addition; several where it adds the sum of parallel branches, scaled or not."""
+        total, shared_scales = self._unscaled(addition.branch)
+        ends = list(self._parallel(addition, total))
+        if len(ends) == 1 or list(self._finished(addition, addition.branch)):
+            ends, shared_scales = [addition.branch], ()
         for end in ends:
             inside = self.flow.between(addition.stream, end)
             call, scales = self._module_of(addition, end)
-            yield _Branch(addition, end, inside, len(ends) > 1, self._kind(addition, inside), call, scales)
+            kind = self._kind(addition, inside)
+            yield _Branch(addition, end, inside, len(ends) > 1, kind, call, (*scales, *shared_scales))
+
+    def _unscaled(self, end: int) -> tuple[int, tuple[str, ...]]:
+        """The node that a chain of constant factors starts from, and those factors' operations."""
+        start = self.flow.unscaled(end)
+        ops = (self.flow.nodes[i].op for i in bits(self.flow.between(start, end)))
+        return start, tuple(op for op in ops if op not in VIEWS)
 
     def _parallel(self, addition: Addition, end: int) -> Iterator[int]:
         """The addends of a sum that no module returns, if each is a branch of its own; else the node itself."""
@@ -117,7 +127,7 @@ class _Reader:
             ]
             if not before or (node.op in ADDITIONS and len(before) > 1):
                 return None, tuple(scales)
-            if node.op not in VIEWS:
+            if node.op not in VIEWS | set(ADDITIONS):
                 scales.append(node.op)
             at = max(before)
         return None, tuple(scales)

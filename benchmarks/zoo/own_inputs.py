@@ -1,7 +1,8 @@
-"""What single types need beyond the rules of `shrink.py` and `make_inputs.py`."""
+"""Keyword inputs for single types, where the rules of `make_inputs.py` make none that run or that mean something."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,265 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.make_inputs import BATCH, TOKENS, setting, tensor_for
+from benchmarks.zoo.shrink import IMAGE, PATCH
+
+__all__ = ["INPUTS"]
 
 Inputs = dict[str, Any]
-
-# Multimodal rotary sections: half a head of 8, or a quarter of one of 16.
-_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-_HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5}
-
-# Every checkpoint has a token for images; every second layer of the Q-Former looks at them.
-_QUESTION = {"image_token_index": 90, "num_query_tokens": 8, "qformer_config.num_hidden_layers": 4}
-
-# A convolutional backbone of four stages, the last three of which a detector looks at.
-_BACKBONE = {
-    "model_type": "hgnet_v2",
-    "out_indices": [2, 3, 4],
-    "stem_channels": [3, 8, 16],
-    "stage_in_channels": [16, 24, 32, 40],
-    "stage_mid_channels": [8, 8, 16, 16],
-    "stage_out_channels": [24, 32, 40, 48],
-    "stage_num_blocks": [1, 1, 2, 1],
-    "stage_numb_of_layers": [2, 2, 2, 2],
-    "hidden_sizes": [24, 32, 40, 48],
-}
-_DETR = {
-    "backbone_config": _BACKBONE,
-    "encoder_in_channels": [32, 40, 48],
-    "encoder_hidden_dim": 32,
-    "encoder_ffn_dim": 64,
-    "encoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "d_model": 32,
-    "decoder_in_channels": [32, 32, 32],
-    "decoder_ffn_dim": 64,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 4,
-    "decoder_n_points": 2,
-    "num_queries": 10,
-    "lqe_hidden_dim": 16,
-}
-_DINO = {
-    "model_type": "dinov2",
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-_DOTS3_TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 16,
-    "shared_experts_intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "layer_types": ["indexed_attention", "indexed_attention", "sliding_attention", "sliding_attention"],
-    "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 20,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 12,
-    "index_topk": 4,
-    "index_head_dim": 8,
-    "index_n_heads": 2,
-    "sliding_window": 4,
-    "max_position_embeddings": 128,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "swa_num_attention_heads": 2,
-    "swa_num_key_value_heads": 2,
-    "swa_q_lora_rank": 20,
-    "swa_kv_lora_rank": 12,
-    "swa_head_dim": 16,
-    "swa_qk_nope_head_dim": 12,
-    "swa_v_head_dim": 8,
-}
-
-_EDGETAM_WIDTHS = (
-    "vision_config.fpn_hidden_size",
-    "prompt_encoder_config.hidden_size",
-    "mask_decoder_config.hidden_size",
-    "memory_attention_hidden_size",
-    "memory_encoder_hidden_size",
-    "mask_downsampler_embed_dim",
-    "memory_fuser_embed_dim",
-)
-
-# Keyword arguments of a config's class, in place of shrinking: for sizes that it checks or that hang together.
-CONFIGS: dict[str, Inputs] = {
-    "d_fine": _DETR,
-    "deimv2": _DETR,
-    "depth_pro": {
-        "patch_size": 32,
-        "image_model_config": _DINO,
-        "patch_model_config": _DINO,
-        "fov_model_config": _DINO,
-        "intermediate_hook_ids": [3, 1],
-        "intermediate_feature_dims": [16, 16],
-        "scaled_images_feature_dims": [24, 24, 16],
-        "fusion_hidden_size": 16,
-    },
-    "dots3_note": {
-        "text_config": {"model_type": "dots3_note_text", **_DOTS3_TEXT},
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "moe_intermediate_size": 24,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "patch_size": 8,
-            "pyramid_num_routed": [-1, -1, 4, 6],
-            "adapter_in_dim": 32,
-            "adapter_out_dim": 32,
-        },
-        "audio_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 128,
-            "feature_size": 16,
-            "downsample_hidden_size": 8,
-            "adapter_input_size": 32,
-            "adapter_out_dim": 32,
-        },
-        "image_token_id": 90,
-        "video_token_id": 91,
-        "audio_token_id": 92,
-    },
-    "dots3_note_text": _DOTS3_TEXT,
-    "efficientloftr": {
-        "stage_num_blocks": [1, 2, 2, 2],
-        "out_features": [8, 8, 16, 32],
-        "hidden_size": 32,
-        "num_attention_layers": 2,
-        "num_attention_heads": 8,  # the rotary table fits these alone
-    },
-    "gemma3n_text": {
-        "vocab_size": 99,
-        "vocab_size_per_layer_input": 99,
-        "hidden_size": 32,
-        "hidden_size_per_layer_input": 16,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "laurel_rank": 8,
-        "sliding_window": 4,
-        "max_position_embeddings": 128,
-    },
-    "lw_detr": {
-        "backbone_config": {
-            "model_type": "lw_detr_vit",
-            "image_size": 64,
-            "pretrain_image_size": 32,
-            "patch_size": 8,
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_windows": 4,
-            "window_block_indices": [0, 2],
-            "out_indices": [2, 4],
-        },
-        "projector_scale_factors": [1.0, 2.0],
-        "c2f_num_blocks": 2,
-        "d_model": 24,
-        "decoder_ffn_dim": 48,
-        "decoder_layers": 2,
-        "decoder_n_points": 2,
-        "decoder_self_attention_heads": 2,
-        "decoder_cross_attention_heads": 4,
-        "num_queries": 10,
-        "group_detr": 3,
-    },
-}
-
-# Settings of a shrunk config, of sub-configs by a dotted name.
-SETTINGS: dict[str, Inputs] = {
-    "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},  # no attention otherwise
-    "blip-2": _QUESTION,
-    "blt": {
-        "encoder_hash_byte_group_vocab": 501,
-        "encoder_config.num_hidden_layers": 2,
-        "encoder_config.hidden_size_global": 32,
-        "decoder_config.hidden_size_global": 32,
-        "use_cache": False,  # the cache asks for a number of layers
-    },
-    "clap": {"audio_config.patch_embeds_hidden_size": 16, "audio_config.hidden_size": 128},  # the last of four stages
-    "codegen": {"rotary_dim": 4},  # half a head
-    "csm": {"codec_config.upsample_groups": 32, "codec_config.num_filters": 4},  # one group for each of hidden_size
-    "cvt": {
-        "embed_dim": [16, 24, 32],
-        "num_heads": [1, 2, 4],
-        "depth": [2, 2, 3],  # the last stage takes a drop path rate by its own number
-    },
-    "deepseek_v2": {"num_experts_per_tok": 2},  # None by default
-    "edgetam_video": {
-        "image_size": 128,
-        "vision_config.backbone_config.image_size": [128, 128],
-        "vision_config.backbone_config.embed_dim_per_stage": [32, 48, 64, 80],
-        "vision_config.backbone_channel_list": [80, 64, 48, 32],
-        "vision_config.backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-        "prompt_encoder_config.image_size": 128,
-        "prompt_encoder_config.patch_size": 16,
-        "memory_attention_rope_feat_sizes": [8, 8],
-        "memory_attention_rope_k_sizes": [4, 4],  # latents in a square
-        "perceiver_resampler_num_latents": 16,
-        "perceiver_resampler_num_latents_2d": 16,
-        "perceiver_resampler_hidden_size": 64,  # the memory attention expects these 64, and a multiple of them for the rest
-        "perceiver_resampler_attention_head_dim": 64,
-        **dict.fromkeys(_EDGETAM_WIDTHS, 128),
-    },
-    "fun_asr_nano_encoder": {"num_mel_bins": 8, "num_hidden_layers": 4},  # two of them for timestamps
-    "glm46v": {"text_config.rope_parameters": _MROPE},
-    "glm4v": {"text_config.rope_parameters": _MROPE},
-    "glm4v_moe": {
-        "text_config.rope_parameters": _HALF_MROPE,
-        "text_config.num_attention_heads": 2,
-        "text_config.num_key_value_heads": 1,
-    },
-    "glm4v_moe_text": {"rope_parameters": _HALF_MROPE, "num_attention_heads": 2, "num_key_value_heads": 1},
-    "glm4v_text": {"rope_parameters": _MROPE},
-    "glm_image": {"text_config.rope_parameters": _MROPE},
-    "glm_image_text": {"rope_parameters": _MROPE},
-    "glmga": {"text_config.rope_parameters": _MROPE},
-    "granitemoehybrid": {  # no attention otherwise
-        "num_hidden_layers": 4,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-    },
-    "hrm_text": {"num_hidden_layers": 16},  # two layers, run by two cycles of three and one: a place in the cache for each
-    "idefics": {"alpha_initializer": "ones"},  # the gates of the cross attention open: no gradient passes a shut one
-    "inkling_mm_model": {
-        "text_config.num_hidden_layers": 4,
-        "text_config.layer_types": ["hybrid_sliding", "hybrid"] * 2,
-        "text_config.mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
-        "vision_config.num_hidden_layers": 5,  # as many as there are scales: fewer are planned by scipy
-        "audio_config.n_mel_bins": 8,
-    },
-    "instructblip": _QUESTION,
-    "instructblipvideo": {**_QUESTION, "video_token_index": 90},
-    # a quarter of the layers with attention, every second one with experts, and both without
-    "jamba": {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2},
-    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},  # a square
-    "kosmos-2": {"latent_query_num": 4},  # places in the text
-    "lightglue": {"keypoint_detector_config.keypoint_decoder_dim": 65},  # 8 x 8 pixels, and none of them
-    "mimi_decoder": {"upsample_groups": 32, "num_filters": 4},  # one group for each of hidden_size
-    "minicpm_ocr_vision": {"num_hidden_layers": 4, "insert_layer_id": 1},  # layers before and after the merger
-    "minicpmv4_7_vision": {"num_hidden_layers": 4, "insert_layer_id": 1},
-}
 
 
 def _floats(*shape: int) -> Tensor:
@@ -310,11 +57,6 @@ def _waveform(model: nn.Module) -> Inputs:
 def _codes(more: int) -> Callable[[nn.Module], Inputs]:
     """A codebook's entry for each codebook and time, and as many more for text as given."""
     return lambda model: {"input_ids": _bins(BATCH, TOKENS, model.config.num_codebooks + more)}
-
-
-def _image(size: int) -> Callable[[nn.Module], Inputs]:
-    """Images of a size that no config says."""
-    return lambda _: {"pixel_values": _floats(BATCH, 3, size, size)}
 
 
 def _image_pair(size: int) -> Callable[[nn.Module], Inputs]:
@@ -485,6 +227,101 @@ def _muse_glimmer_assistant(model: nn.Module) -> Inputs:
     }
 
 
+def _named(model: nn.Module, *names: str) -> Inputs:
+    """Inputs as the rules make them."""
+    return {name: tensor_for(model, name) for name in names}
+
+
+def _image(height: int, width: int) -> Callable[[nn.Module], Inputs]:
+    """An image that is large enough for every halving, or as wide as a line of text."""
+    return lambda _: {"pixel_values": _floats(BATCH, 3, height, width)}
+
+
+def _audio(samples: int, *channels: int) -> Callable[[nn.Module], Inputs]:
+    return lambda _: {"input_values": 0.1 * _floats(BATCH, *channels, samples)}
+
+
+def _audio_and_features(samples: int, frames: int) -> Callable[[nn.Module], Inputs]:
+    """Audio, and the features of the same for a model that understands speech."""
+    return lambda model: {
+        "input_values": 0.1 * _floats(BATCH, 1, samples),
+        "input_features": _floats(BATCH, frames, setting(model.config, "feature_projection_input_dim", 160)),
+    }
+
+
+def _speech_and_text(model: nn.Module) -> Inputs:
+    """Text with places for two tokens of audio, of 64 samples each."""
+    text = tensor_for(model, "input_ids")
+    text[:, 1:3] = model.config.audio_token_id
+    return {
+        "input_ids": text,
+        "input_values": 0.1 * _floats(BATCH, 1, 2 * 64),
+        "padding_mask": torch.ones(BATCH, 2 * 64, dtype=torch.long),
+        "sample": False,  # no noise on the latents
+    }
+
+
+def _series(model: nn.Module) -> Inputs:
+    """A series of one time step after another, with its channels."""
+    return {"past_values": _floats(BATCH, model.config.context_length, model.config.num_input_channels).cumsum(1)}
+
+
+def _univariate_series(model: nn.Module) -> Inputs:
+    return {"past_values": _floats(BATCH, 4 * model.config.patch_length).cumsum(1)}
+
+
+def _robot(model: nn.Module) -> Inputs:
+    """What two cameras see, an instruction, and the noise that becomes actions."""
+    tokens = 2 * (IMAGE // PATCH) ** 2
+    text = tensor_for(model, "input_ids")
+    image = torch.full((BATCH, tokens), model.config.vlm_config.image_token_id)
+    return {
+        "action_embeds": _floats(BATCH, 5, model.config.dit_config.hidden_size),
+        "input_ids": torch.cat([image, text], 1),
+        "pixel_values": _floats(BATCH, 2, 3, IMAGE, IMAGE),
+        "pixel_attention_mask": torch.ones(BATCH, 2, dtype=torch.bool),
+        "attention_mask": torch.ones(BATCH, tokens + TOKENS, dtype=torch.long),
+    }
+
+
+def _session(model: nn.Module, size: int) -> Any:
+    """What a tracker knows of a video of two frames."""
+    module = sys.modules[type(model).__module__]
+    session_type = getattr(module, type(model).__name__.removesuffix("Model") + "InferenceSession")
+    return session_type(_floats(2, 3, size, size), size, size, dtype=torch.float32)
+
+
+def _detecting(model: nn.Module) -> Inputs:
+    """The second frame of a video, in a session that found in the first one what a text names."""
+    session = _session(model, model.config.tracker_config.prompt_encoder_config.image_size)
+    prompt = session.add_prompt("cat")
+    session.prompt_input_ids[prompt] = tensor_for(model, "input_ids")[:1]
+    session.prompt_attention_masks[prompt] = torch.ones(1, TOKENS, dtype=torch.long)
+    model(inference_session=session, frame_idx=0)
+    return {"inference_session": session, "frame_idx": 1}
+
+
+def _tracking(model: nn.Module) -> Inputs:
+    """The second frame of a video, in a session that saw a point on an object in the first one."""
+    size = model.config.prompt_encoder_config.image_size
+    session = _session(model, size)
+    point = {"point_coords": torch.full((1, 1, 1, 2), size / 2), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
+    session.add_point_inputs(session.obj_id_to_idx(1), 0, point)
+    session.obj_with_new_inputs = [1]
+    model(inference_session=session, frame_idx=0)
+    return {"inference_session": session, "frame_idx": 1}
+
+
+def _naflex(model: nn.Module) -> Inputs:
+    """Images as patches of their pixels, one after another, and how many in each direction."""
+    channels = setting(model.config, "num_channels", 3)
+    return {
+        "pixel_values": _floats(BATCH, 16, channels * setting(model.config, "patch_size", 8) ** 2),
+        "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4], [2, 8]]),
+    }
+
+
 # Keyword inputs for a built model.
 INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "audio-spectrogram-transformer": lambda model: {
@@ -494,10 +331,10 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "blip-2": _question,
     "clap": _clap,
     "csm": _codes(0),
-    "d_fine": _image(64),
+    "d_fine": _image(64, 64),
     "decision_transformer": _decision_transformer,
-    "deimv2": _image(64),
-    "depth_pro": _image(128),
+    "deimv2": _image(64, 64),
+    "depth_pro": _image(128, 128),
     "dots3_note": _dots3_note,
     "edgetam_video": _edgetam_video,
     "efficientloftr": _image_pair(64),
@@ -525,10 +362,79 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "minicpmv4_7_vision": _packed_row,
     "moonshine": _waveform,
     "muse_glimmer_assistant": _muse_glimmer_assistant,
-}
-
-# Types that cannot run on this kind of machine, and why.
-UNRUNNABLE: dict[str, str] = {
-    "bark": "has no forward of its own: only generate(), which runs its three transformers in turn",
-    "glm_image_vqmodel": "has no forward of its own: only encode(), which picks the nearest entries of a codebook",
+    "muse_spark_audio": _audio(10 * 4 * 3 * 2 * 2),
+    "neucodec": _audio_and_features(1600, 5),
+    "oneformer": lambda model: _image(64, 64)(model) | {"task_inputs": _floats(BATCH, model.config.task_seq_len)},
+    "patchtsmixer": _series,
+    "patchtst": _series,
+    "perceiver": lambda model: {"inputs": _floats(BATCH, TOKENS, model.config.d_model)},
+    "pi0": _robot,
+    "pocket_tts_audio_tokenizer_decoder": lambda model: {"latents": _floats(BATCH, model.config.hidden_size, 3)},
+    "poolformer": _image(96, 96),
+    "pp_doclayout_v3": _image(64, 64),
+    "pp_doclayout_v4": _image(64, 64),
+    "pp_ocrv5_mobile_rec": _image(96, 192),
+    "pp_ocrv5_server_rec": _image(48, 96),
+    "pp_ocrv6_small_rec": _image(48, 96),
+    "pp_ocrv6_tiny_rec": _image(48, 96),
+    "qwen3_asr_encoder": lambda model: {
+        "input_features": _floats(BATCH, model.config.num_mel_bins, 4 * model.config.n_window),
+        "input_features_mask": torch.ones(BATCH, 4 * model.config.n_window, dtype=torch.long),
+    },
+    "rf_detr": _image(64, 64),
+    "rt_detr": _image(64, 64),
+    "rt_detr_v2": _image(64, 64),
+    "sam2_video": _tracking,
+    "sam3_tracker_video": _tracking,
+    "sam3_video": _detecting,
+    "seggpt": lambda _: {
+        name: _floats(BATCH, 3, 32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    },
+    "siglip2": lambda model: _named(model, "input_ids") | _naflex(model),
+    "siglip2_vision_model": _naflex,
+    # This one takes what a prenet made of speech or text.
+    "speecht5": lambda model: {
+        "input_values": _floats(BATCH, TOKENS, model.config.hidden_size),
+        "decoder_input_values": _floats(BATCH, TOKENS, model.config.hidden_size).flip(1),
+    },
+    "timesfm": lambda model: (
+        _univariate_series(model)
+        | {
+            "past_values_padding": torch.zeros(BATCH, 4 * model.config.patch_length, dtype=torch.long),
+            "freq": torch.zeros(BATCH, 1, dtype=torch.long),
+        }
+    ),
+    "timesfm2_5": _univariate_series,
+    "udop": lambda model: (
+        _named(model, "input_ids", "decoder_input_ids", "pixel_values")
+        | {"bbox": torch.tensor([0.1, 0.2, 0.4, 0.3]).expand(BATCH, TOKENS, 4).contiguous()}
+    ),
+    # It takes one sample at a time: the positions of columns are viewed as many as there are samples.
+    "tvp": lambda model: {
+        "input_ids": tensor_for(model, "input_ids")[:1],
+        "attention_mask": torch.ones(1, TOKENS, dtype=torch.long),
+        "pixel_values": _floats(1, model.config.num_frames, 3, 128, 128),
+    },
+    "uvdoc": _image(64, 96),
+    "vibevoice": _speech_and_text,
+    "vibevoice_acoustic_tokenizer": lambda model: _audio(256, 1)(model) | {"sample": False},
+    "vibevoice_acoustic_tokenizer_decoder": lambda model: {"hidden_states": _floats(BATCH, model.config.hidden_size, 4)},
+    "vibevoice_acoustic_tokenizer_encoder": lambda _: {"hidden_states": 0.1 * _floats(BATCH, 1, 256)},
+    "vibevoice_asr": _speech_and_text,
+    "video_llama_3_vision": lambda model: {
+        "pixel_values": _floats(16 + 8, 3 * model.config.patch_size**2),
+        "grid_thw": torch.tensor([[1, 4, 4], [2, 2, 2]]),
+        "merge_sizes": torch.tensor([1, 2]),
+    },
+    "vjepa2": lambda model: {
+        "pixel_values_videos": _floats(
+            BATCH, model.config.frames_per_clip, 3, model.config.crop_size, model.config.crop_size
+        )
+    },
+    "voxtral_realtime": lambda model: (
+        _named(model, "input_ids")
+        | {"input_features": _floats(BATCH, setting(model.config, "num_mel_bins", 80), 8 * TOKENS)}
+    ),
+    "xcodec": _audio(1600, 1),
+    "xcodec2": _audio_and_features(1600, 5),
 }
