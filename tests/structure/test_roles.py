@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 import adapterkit as ak
 
-from .hosts import VOCAB, EncoderDecoder, Functional, Model, Parallel, Post, Pre, Scaled, randomised
+from .hosts import VOCAB, EncoderDecoder, Functional, Model, Parallel, Post, PostByHand, Pre, Scaled, randomised
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(1))
 
@@ -124,7 +124,7 @@ def post(x: Tensor, b: Post, path: str, kit: ak.AdapterKit, preset: str) -> Tens
 
 
 @pytest.mark.parametrize("preset", ["pfeiffer", "houlsby", "parallel", "adapter_plus"])
-@pytest.mark.parametrize(("block", "formula"), [(Pre, pre), (Post, post)])
+@pytest.mark.parametrize(("block", "formula"), [(Pre, pre), (Post, post), (PostByHand, post)])
 def test_a_preset_computes_its_formula(block: type[Pre], formula: object, preset: str) -> None:
     model = randomised(Model(block)).double()
     plain = model(IDS)
