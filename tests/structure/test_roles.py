@@ -171,6 +171,19 @@ def test_a_sum_that_cannot_be_adapted_is_refused_with_the_reason() -> None:
         ak.wrap(Model(Hidden)).sites("pfeiffer")
 
 
+@pytest.mark.parametrize("preset", ["pfeiffer", "adapter_plus"])
+def test_a_norm_that_runs_on_other_tensors_too_is_refused(preset: str) -> None:
+    class Shared(Post):
+        """One norm after both of its sub-layers, as in X-MOD."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm1(self.attention(x) + x)
+            return self.norm1(self.mlp(x) + x)
+
+    with pytest.raises(ak.TargetError, match=r"the norm 'blocks.0.norm1' after the feedforward runs on other tensors"):
+        ak.wrap(Model(Shared)).sites(preset)
+
+
 def test_two_sums_that_are_one_are_refused() -> None:
     with pytest.raises(
         ak.TargetError, match=r"two targets lead to 'blocks.0' \(parallel branches have one sum\)|yields no"

@@ -242,6 +242,7 @@ class _Reader:
             stream=self._port(branch),
             sum=self._sum(branch),
             post_norm=post,
+            shares_norm=post is not None and self._runs_again(post.path, branch),
             addition=((node_call.path if node_call else None) or "", addition.node.index),
         )
 
@@ -291,6 +292,15 @@ class _Reader:
                 path, i = call.outputs[0]
                 return Place(call.path, path, flow.nodes[i].shape)
         return None
+
+    def _runs_again(self, path: str, branch: _Branch) -> bool:
+        """Whether a module runs more than once in one call of the block, so that a hook sees other tensors as well."""
+
+        def around(call: Call) -> Call | None:
+            return next((outer for outer in call.around() if outer.path == branch.block), call.parent)
+
+        runs = Counter(around(call) for call in self.flow.calls if call.path == path)
+        return max(runs.values()) > 1
 
     def _readers(self, node: int) -> list[int]:
         """What reads a node, through views."""
