@@ -26,7 +26,7 @@ TOLERANCE = _TOLERANCES[torch.float32]
 
 
 class SitesDifferError(Exception):
-    """The two libraries put different numbers of adapters into a block."""
+    """The two libraries put different adapters into a block."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _pairs(peer: Peer, kit: ak.AdapterKit) -> list[tuple[Tensor, Tensor]]:
     """Their adapters' tensors with ours of the same place: the n-th adapter of each block, and by name in it.
 
     Raises:
-        SitesDifferError: a block has more adapters in one library than in the other.
+        SitesDifferError: a block has more adapters in one library than in the other, or tensors of other shapes.
     """
     own: dict[str, dict[str, Tensor]] = {}
     for name, parameter in kit.named_parameters("parity"):
@@ -152,7 +152,10 @@ def _pairs(peer: Peer, kit: ak.AdapterKit) -> list[tuple[Tensor, Tensor]]:
             raise SitesDifferError(f"{len(modules)} adapters in {block!r}, ours are at {hosts}")
         left -= set(hosts)
         for host, module in zip(hosts, modules, strict=True):
-            pairs += [(parameter, own[host][LEAVES[name]]) for name, parameter in module.named_parameters()]
+            theirs = {LEAVES[name]: parameter for name, parameter in module.named_parameters()}
+            if {n: p.shape for n, p in theirs.items()} != {n: p.shape for n, p in own[host].items()}:
+                raise SitesDifferError(f"the adapter in {block!r} and ours at {host!r} have other tensors")
+            pairs += [(theirs[name], own[host][name]) for name in theirs]
     if left:
         raise SitesDifferError(f"ours alone has adapters at {sorted(left)}")
     return pairs

@@ -14,7 +14,7 @@ _HEAD = """# Parity with the `adapters` library
 
 `nox -s parity` compares, number by number, with `adapters` {adapters} on transformers {transformers}: all of its
 {families} families of models, each with {presets} presets and {factors} reduction factors (one for all layers, and maps by
-layer). Each model is tiny, with every weight random, norms and biases too. That library adapts one copy, adapterkit another, of plain code;
+layer). Each model is tiny, every weight random, norms and biases too. That library adapts one copy, adapterkit another;
 the adapters' weights are copied over; both run in float32 in eval mode on the same inputs, with padding where the family
 takes a mask. Compared are all floating-point outputs, and the gradients of every adapter tensor for a random projection of
 the outputs. The run writes `benchmarks/results/parity.json` and, from it, this page.
