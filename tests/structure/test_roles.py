@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 import adapterkit as ak
 
-from .hosts import VOCAB, EncoderDecoder, Functional, Model, Parallel, Post, Pre, Scaled, randomised
+from .hosts import VOCAB, EncoderDecoder, Functional, Model, Parallel, Post, PostByHand, Pre, Scaled, randomised
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(1))
 
@@ -124,7 +124,7 @@ def post(x: Tensor, b: Post, path: str, kit: ak.AdapterKit, preset: str) -> Tens
 
 
 @pytest.mark.parametrize("preset", ["pfeiffer", "houlsby", "parallel", "adapter_plus"])
-@pytest.mark.parametrize(("block", "formula"), [(Pre, pre), (Post, post)])
+@pytest.mark.parametrize(("block", "formula"), [(Pre, pre), (Post, post), (PostByHand, post)])
 def test_a_preset_computes_its_formula(block: type[Pre], formula: object, preset: str) -> None:
     model = randomised(Model(block)).double()
     plain = model(IDS)
@@ -169,6 +169,19 @@ def test_a_sum_that_cannot_be_adapted_is_refused_with_the_reason() -> None:
 
     with pytest.raises(ak.TargetError, match=r"no module returns it, and the branch is scaled before it is added"):
         ak.wrap(Model(Hidden)).sites("pfeiffer")
+
+
+@pytest.mark.parametrize("preset", ["pfeiffer", "adapter_plus"])
+def test_a_norm_that_runs_on_other_tensors_too_is_refused(preset: str) -> None:
+    class Shared(Post):
+        """One norm after both of its sub-layers, as in X-MOD."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm1(self.attention(x) + x)
+            return self.norm1(self.mlp(x) + x)
+
+    with pytest.raises(ak.TargetError, match=r"the norm 'blocks.0.norm1' after the feedforward runs on other tensors"):
+        ak.wrap(Model(Shared)).sites(preset)
 
 
 def test_two_sums_that_are_one_are_refused() -> None:

@@ -59,6 +59,7 @@ class Sublayer:
         stream: A module that takes the residual stream before the branch ends; None if there is none.
         sum: A module of the block that returns the sum and nothing of the block reads it before that.
         post_norm: The norm that takes the sum, in a post-norm block, as the module and its place.
+        shares_norm: Whether that norm runs on other tensors, too, in one call of the block.
     """
 
     kind: Kind
@@ -76,6 +77,7 @@ class Sublayer:
     stream: Port | None
     sum: Place | None
     post_norm: Place | None
+    shares_norm: bool
     addition: tuple[str, int]
 
 

@@ -37,7 +37,8 @@ SOFTMAX = _ops("_softmax _safe_softmax softmax")
 NORMS = _ops(
     "native_layer_norm layer_norm _fused_rms_norm rms_norm rsqrt linalg_vector_norm native_group_norm batch_norm "
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
-    "cudnn_batch_norm"
+    "cudnn_batch_norm "
+    "sqrt std std_mean var var_mean"  # norms written by hand
 )
 
 

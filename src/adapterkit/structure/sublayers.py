@@ -266,6 +266,7 @@ class _Reader:
             stream=self._port(branch),
             sum=self._sum(branch),
             post_norm=post,
+            shares_norm=post is not None and self._runs_again(post.path, branch),
             addition=((node_call.path if node_call else None) or "", addition.node.index),
         )
 
@@ -320,6 +321,15 @@ class _Reader:
             if takes and alone and call.path is not None and call.outputs and _within(call.path, branch.block):
                 return self._place(call, call.outputs[0][0])
         return None
+
+    def _runs_again(self, path: str, branch: _Branch) -> bool:
+        """Whether a module runs more than once in one call of the block, so that a hook sees other tensors as well."""
+
+        def around(call: Call) -> Call | None:
+            return next((outer for outer in call.around() if outer.path == branch.block), call.parent)
+
+        runs = Counter(around(call) for call in self.flow.calls if call.path == path)
+        return max(runs.values()) > 1
 
     def _readers(self, node: int) -> list[int]:
         """What reads a node, through views."""

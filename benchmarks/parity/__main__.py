@@ -1,0 +1,106 @@
+"""Compare adapterkit with the `adapters` library: `nox -s parity`, or `python -m benchmarks.parity --help`.
+
+Exits with 1 if any case differs for a reason that is not known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from ..report import write_json
+from .compare import TOLERANCE, Case, Outcome, compare
+from .defaults import differing_defaults
+from .families import build, families
+from .peer import PRESETS, Factor
+from .table import page, table
+
+FACTORS: tuple[Factor, ...] = (4, {"default": 4, "1": 2}, {"default": 16, "0": 3, "1": 0.5})
+QUICK = ("bert", "gpt2", "t5")
+PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
+
+
+def main() -> int:
+    """Run, print, write, and say how it went."""
+    arguments = _arguments()
+    _quiet()
+    torch.set_num_threads(1)
+    chosen = arguments.families or (QUICK if arguments.quick else families())
+    outcomes = _run(list(chosen))
+    cases = [_as_json(outcome) for outcome in outcomes]
+    print(table(cases))
+    for outcome in outcomes:
+        if outcome.verdict == "differs":
+            print(f"{outcome.case}: {outcome.message or outcome.difference}; {outcome.reason}: {outcome.check}")
+    verdicts = [outcome.verdict for outcome in outcomes]
+    print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("equal", "explained", "differs")))
+    result = {
+        "peer": {name: version(name) for name in ("adapters", "transformers")},
+        "tolerance": TOLERANCE,
+        "defaults": differing_defaults(),
+        "cases": cases,
+    }
+    is_whole = list(chosen) == families()
+    write_json("parity", result, quick=not is_whole)
+    if is_whole:
+        PAGE.write_text(page(result))
+        print(f"wrote {PAGE}")
+    return 1 if "differs" in verdicts else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--families", nargs="+", choices=families(), metavar="FAMILY", help="only these: %(choices)s")
+    return parser.parse_args()
+
+
+def _quiet() -> None:
+    """No warnings: that library says at every `add_adapter` that none is active, torch that scripting is old."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("adapters").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _run(chosen: list[str]) -> list[Outcome]:
+    """Every case of these families."""
+    outcomes = []
+    with tqdm(total=len(chosen) * len(PRESETS) * len(FACTORS), unit="case") as bar:
+        for family in chosen:
+            bar.set_description(family)
+            model = build(family)
+            for case in (Case(family, preset, factor) for preset in PRESETS for factor in FACTORS):
+                outcomes.append(compare(case, model))
+                bar.update()
+    return outcomes
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    """The outcome in plain values."""
+    case, difference, check = outcome.case, outcome.difference, outcome.check
+    return {
+        "family": case.family,
+        "preset": case.preset,
+        "factor": case.factor,
+        "verdict": outcome.verdict,
+        "base": outcome.base,
+        "outputs": difference and difference.outputs,
+        "gradients": difference and difference.gradients,
+        "reason": outcome.reason,
+        "message": outcome.message,
+        "check": check and {"outputs": check.outputs, "gradients": check.gradients},
+        "dtype": outcome.dtype,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

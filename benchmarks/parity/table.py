@@ -1,0 +1,126 @@
+"""The page for the docs and the table for the terminal, from the JSON of a run alone."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["page", "table"]
+
+Cases = Sequence[Mapping[str, Any]]
+
+_HEAD = """# Parity with the `adapters` library
+
+`nox -s parity` compares, number by number, with `adapters` {adapters} on transformers {transformers}: all of its
+{families} families of models, each with {presets} presets and {factors} reduction factors (one for all layers, and maps by
+layer). Each model is tiny, every weight random, norms and biases too. That library adapts one copy, adapterkit another;
+the adapters' weights are copied over; both run in float32 in eval mode on the same inputs, with padding where the family
+takes a mask. Compared are all floating-point outputs, and the gradients of every adapter tensor for a random projection of
+the outputs. The run writes `benchmarks/results/parity.json` and, from it, this page.
+
+**{equal} of {cases} cases are equal within {tolerance:g}; {explained} differ for a known reason, {differ} for an unknown.**
+A reason counts as known if the two agree once it, and nothing else, is put right.
+
+The largest difference over the reduction factors, of outputs / of gradients, these in parts of the largest entry of their
+tensor. A number in brackets names the reason below.
+
+"""
+_DEFAULTS = """
+## Default settings that differ
+
+Each preset was used as such; only the reduction factor was set (and in that library AdapterPlus' stochastic depth, which
+needs torchvision and acts in training alone, was off). Of the other default settings, these differ:
+
+"""
+_MAPS = """
+Maps of reduction factors count layers from 0 in each stack of blocks; that library counts on from the encoder to the
+decoder (BART, T5, Whisper) and from CLIP's text to its vision blocks, but not in `EncoderDecoderModel`.
+"""
+_REASONS = """
+## Differences explained
+
+"""
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The docs page."""
+    cases: Cases = result["cases"]
+    verdicts = [case["verdict"] for case in cases]
+    head = _HEAD.format(
+        **result["peer"],
+        families=len(_names(cases, "family")),
+        presets=len(_names(cases, "preset")),
+        factors=len(_names(cases, "factor")),
+        cases=len(cases),
+        equal=verdicts.count("equal"),
+        explained=verdicts.count("explained"),
+        differ=verdicts.count("differs"),
+        tolerance=result["tolerance"],
+    )
+    return head + table(cases) + _REASONS + _reasons(cases) + _DEFAULTS + _defaults(result["defaults"]) + _MAPS
+
+
+def table(cases: Cases) -> str:
+    """Families by presets, in Markdown."""
+    presets, marks = _names(cases, "preset"), _marks(cases)
+    lines = [f"| family | {' | '.join(f'`{preset}`' for preset in presets)} |", "|---" * (len(presets) + 1) + "|"]
+    for family in _names(cases, "family"):
+        cells = [_cell([c for c in cases if (c["family"], c["preset"]) == (family, p)], marks) for p in presets]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(cases: Cases, marks: Mapping[str, int]) -> str:
+    """The largest differences of some cases, or why they are not equal."""
+    if not cases:
+        return ""
+    wrong = [case for case in cases if case["verdict"] == "differs"]
+    if wrong:
+        return "**differs**"
+    reasons = sorted({marks[case["reason"]] for case in cases if case["reason"]})
+    if reasons:
+        return ", ".join(f"[{n}]" for n in reasons)
+    return " / ".join(_number(max(case[name] for case in cases)) for name in ("outputs", "gradients"))
+
+
+def _reasons(cases: Cases) -> str:
+    """The numbered reasons, each with the difference that is left once it is put right."""
+    lines = []
+    for reason, n in _marks(cases).items():
+        given = [case for case in cases if case["reason"] == reason]
+        where = f"**{', '.join(_names(given, 'family'))}** ({', '.join(f'`{p}`' for p in _names(given, 'preset'))})"
+        found = [case["outputs"] for case in given if case["outputs"] is not None]
+        apart = f" Outputs differ by up to {_number(max(found))}." if found else ""
+        left = " / ".join(_number(max(case["check"][name] for case in given)) for name in ("outputs", "gradients"))
+        text = f"{n}. {where}: {reason}.{apart} Put right: {left}, in {given[0]['dtype']}."
+        lines.append(textwrap.fill(text, 120, subsequent_indent="   ", break_on_hyphens=False, break_long_words=False))
+    return "\n".join(lines) + "\n"
+
+
+def _defaults(defaults: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    lines = ["| preset | setting | `adapters` | adapterkit |", "|---|---|---|---|"]
+    lines += [
+        f"| `{preset}` | `{name}` | `{values['theirs']}` | `{values['ours']}` |"
+        for preset, settings in defaults.items()
+        for name, values in settings.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _marks(cases: Cases) -> dict[str, int]:
+    """A number for each reason, in the order that they are met."""
+    return {reason: n for n, reason in enumerate((r for r in _names(cases, "reason") if r), start=1)}
+
+
+def _names(cases: Cases, key: str) -> list[Any]:
+    """The distinct values of a field, in order."""
+    found: list[Any] = []
+    for case in cases:
+        if case[key] not in found:
+            found.append(case[key])
+    return found
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.0e}" if value < 0.1 else f"{value:.2g}"
