@@ -314,6 +314,7 @@ SETTINGS: dict[str, Settings] = {
         "backbone_config.depths": [1, 2, 2, 2],
         "layer_list_out_channels": (24, 32, 48, 64),
     },
+    "reformer": {"axial_pos_shape": (7, 1)},  # as many as there are tokens
     "rf_detr": {
         "num_queries": 10,
         # Blocks on windows and blocks on the whole image, which go on to the decoder.

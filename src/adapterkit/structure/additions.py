@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .flow import Flow
+from .flow import Flow, bits
 from .graph import ADDITIONS, Call, Node
 
 __all__ = ["Addition", "block_of", "residual_additions"]
@@ -37,7 +37,8 @@ def residual_additions(flow: Flow) -> list[Addition]:
         addition = _residual(flow, node, found)
         if addition is not None:
             found[node.index] = addition
-    return _outermost(flow, list(found.values()))
+    streams = {addition.stream for addition in found.values()}  # adding to one a second time is no step along another
+    return _outermost(flow, [a for a in found.values() if flow.source(a.branch) not in streams])
 
 
 def block_of(call: Call | None) -> tuple[str, int] | None:
@@ -62,11 +63,20 @@ def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | 
     skip, branch, stream = split
     if _is_straight_through(flow, stream, branch):
         return None
-    inside = flow.between(stream, branch)
-    computes = inside & flow.endings
-    # Scores + position bias has projections in both, too, but a branch *ends* in one.
-    ends = flow.nearest(branch, flow.endings | _mask(found), inside, stop=flow.products)
-    return Addition(node, stream, skip, branch) if computes and ends else None
+    computes = flow.between(stream, branch) & flow.endings
+    return Addition(node, stream, skip, branch) if computes and _ends(flow, branch, stream, found) else None
+
+
+def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> bool:
+    """Whether a branch ends in a projection, or in an addition to one: what has one further back only is something else.
+
+    Such as scores + position bias; or the sum of a block, to which an embedding of positions is added once more.
+    """
+    inside, sums = flow.between(stream, branch), sum(1 << i for i in found)
+    last = flow.nearest(branch, flow.endings | sums, inside, stop=flow.products)
+    inner = [found[i].stream for i in bits(last & sums)]
+    deeper = [flow.nearest(i, flow.endings, inside, stop=flow.products | sums) for i in inner]
+    return bool(last & flow.endings) or any(deeper)
 
 
 def _skip_and_branch(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
@@ -80,20 +90,21 @@ def _skip_and_branch(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> 
         before = found.get(flow.source(skip))
         if before is not None and flow.leads_to(before.stream, branch):
             return skip, branch, before.stream
-    return _projected_skip(flow, a, b)
+    return _projected_skip(flow, a, b, found)
 
 
-def _projected_skip(flow: Flow, a: int, b: int) -> tuple[int, int, int] | None:
+def _projected_skip(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
     """The same where a block that changes the stream's width projects its skip, or pools it: W x + f(x)."""
     common = flow.ancestors[a] & flow.ancestors[b] & flow.from_inputs
     if not common or flow.leads_to(a, b) or flow.leads_to(b, a):
         return None
     stream = common.bit_length() - 1  # the last thing that both come of
-    work = {i: flow.between(stream, i) & flow.endings for i in (a, b)}
-    skip, branch = sorted((a, b), key=lambda i: work[i].bit_count())
-    is_light = work[skip].bit_count() <= 2 and not work[skip] & flow.attentions  # a projection, a pooling
-    is_deeper = work[branch].bit_count() > work[skip].bit_count()
-    return (skip, branch, stream) if work[skip] and is_light and is_deeper else None
+    skip, branch = sorted((a, b), key=lambda i: (flow.between(stream, i) & flow.endings).bit_count())
+    shallow, deep = flow.between(stream, skip), flow.between(stream, branch)
+    is_light = (shallow & flow.projections).bit_count() <= 1 and not shallow & flow.attentions
+    is_deeper = (deep & flow.endings).bit_count() > (shallow & flow.endings).bit_count()
+    is_one_block = not any(deep >> i & 1 for i in found)  # not the levels of a pyramid
+    return (skip, branch, stream) if shallow & flow.endings and is_light and is_deeper and is_one_block else None
 
 
 def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
@@ -105,20 +116,37 @@ def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
 def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
     """Without additions inside a branch of another in their block, and without skips that span several blocks."""
     blocks = {addition.node.index: block_of(addition.node.call) for addition in additions}
-    kept = []
     inner: dict[int, list[Addition]] = {}
     for addition in additions:
         inside = flow.between(addition.stream, addition.branch)
         inner[addition.node.index] = [other for other in additions if inside >> other.node.index & 1]
-    spans = {index: len({blocks[o.node.index] for o in others} - {None}) for index, others in inner.items()}
-    for addition in additions:
-        index = addition.node.index
-        holders = [o for o in additions if any(i is addition for i in inner[o.node.index])]
-        nested = any(blocks[o.node.index] == blocks[index] and spans[o.node.index] < 2 for o in holders)
-        if not nested and spans[index] < 2:
-            kept.append(addition)
-    return kept
+    is_long = {index: len({blocks[o.node.index] for o in others} - {None}) > 1 for index, others in inner.items()}
+    return [
+        addition
+        for addition in additions
+        if not is_long[addition.node.index]
+        and not any(
+            not is_long[outer.node.index]
+            and blocks[outer.node.index] == blocks[addition.node.index]
+            and _is_nested(flow, addition, outer, inner[outer.node.index])
+            for outer in additions
+        )
+    ]
 
 
-def _mask(indices: dict[int, Addition]) -> int:
-    return sum(1 << i for i in indices)
+def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Addition]) -> bool:
+    """Whether an addition in a branch belongs to it, and not to another stream that the branch looks at."""
+    if addition not in inside:
+        return False
+    start = addition.stream
+    while True:  # back along its stream, from one addition to the one before
+        before = [a for a in inside if _follows(flow, a, start)]
+        if not before:
+            return start == outer.stream or flow.leads_to(outer.stream, start)
+        start = before[-1].stream
+
+
+def _follows(flow: Flow, before: Addition, stream: int) -> bool:
+    """Whether a stream is an addition's result as it is, or normalised."""
+    index = before.node.index
+    return index == stream or (flow.leads_to(index, stream) and not flow.between(index, stream) & flow.endings)

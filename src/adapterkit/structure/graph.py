@@ -123,10 +123,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
-        taken = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        name = func._schema.name.partition("::")[2]
+        taken = [] if _is_new(name) else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         reads = [self._index(tensor) for tensor in taken]
         written = {self._written[s] for s in map(_storage, taken) if s in self._written}
-        name = func._schema.name.partition("::")[2]
         addends = tuple(t.detach().clone() for t in taken) if self._keep_addends and name in ADDITIONS else ()
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -174,6 +174,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if id(tensor) not in self._node_of:
             self._add(Node(len(self.graph.nodes), "input"), tensor)
         return self._node_of[id(tensor)]
+
+
+def _is_new(op: str) -> bool:
+    """Whether an operation makes a tensor that has no more of another than its shape."""
+    return op.endswith("_like") or op.startswith("new_")
 
 
 def _storage(tensor: Tensor) -> int:

@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .. import values
+from ..base import base_parameters
 from ..errors import TargetError
 from ..hosts import resolve_host
 from .additions import Addition, residual_additions
 from .anatomy import Anatomy, Kind, Norm, Place, Port, Sublayer
 from .axes import FeatureAxes
 from .flow import MATMULS, SCALES, VIEWS, Flow, bits
-from .graph import ADDITIONS, Call
+from .graph import ADDITIONS, Call, Node
 
 __all__ = ["dissect", "template_of"]
 
 _ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
-_MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan"))
+_MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan", "lstm", "gru", "mkldnn_rnn_layer"))
 
 
 def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
@@ -110,37 +111,49 @@ class _Reader:
         """The outermost module whose output is added, once in each call of what is around it; and what scales it.
 
         One that serves several branches (a dropout, a drop path) cannot be told which it serves: then the module before.
+        If there is none, one with weights, which are shared as an adapter there would be.
         """
-        scales: list[str] = []
-        at: int | None = end
-        while at is not None:
-            calls = [(c, path) for c, path in self._finished(addition, at) if self._is_hookable(c)]
-            if calls:
-                return min(calls, key=lambda found: (len(list(found[0].around())), -found[0].start)), tuple(scales)
-            node = self.flow.nodes[at]
-            if node.op not in VIEWS | SCALES | set(ADDITIONS):
-                return None, tuple(scales)
+        steps = list(self._back(addition, end))
+        for is_wanted in (self._is_hookable, self._is_shared):
+            scales: list[str] = []
+            for node in steps:
+                calls = [(c, path) for c, path in self._finished(addition, node) if is_wanted(c)]
+                if calls:
+                    return min(calls, key=lambda found: (len(list(found[0].around())), -found[0].start)), tuple(scales)
+                op = self.flow.nodes[node].op
+                scales += [op] if op not in VIEWS | set(ADDITIONS) else []
+        return None, ()
+
+    def _back(self, addition: Addition, end: int) -> Iterator[int]:
+        """The branch's last node and those before it, as long as one follows from one other by a view, scale or offset."""
+        flow = self.flow
+        while True:
+            yield end
+            node = flow.nodes[end]
             before = [
                 i
                 for i in node.inputs
-                if self.flow.leads_to(addition.stream, i) and self.flow.between(addition.stream, i) & self.flow.endings
+                if flow.leads_to(addition.stream, i) and flow.between(addition.stream, i) & flow.endings
             ]
-            if not before or (node.op in ADDITIONS and len(before) > 1):
-                return None, tuple(scales)
-            if node.op not in VIEWS | set(ADDITIONS):
-                scales.append(node.op)
-            at = max(before)
-        return None, tuple(scales)
+            is_one = len(before) == 1 or (before and node.op not in ADDITIONS)
+            if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
+                return
+            end = max(before)
 
     def _is_hookable(self, call: Call) -> bool:
         """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""
-        if call.path is None or self._repeats[call.path, id(call.parent)] > 1:
-            return False
+        return self._repeats[call.path, id(call.parent)] == 1 and self._can_carry(call)
+
+    def _is_shared(self, call: Call) -> bool:
+        """Whether a module with weights runs several times in a call of the module around it."""
+        return any(True for _ in base_parameters(call.module)) and self._can_carry(call)
+
+    def _can_carry(self, call: Call) -> bool:
         try:
-            resolve_host(call.path, self.modules, at_input=False)
+            resolve_host(call.path or "", self.modules, at_input=False)
         except TargetError:
             return False
-        return True
+        return call.path is not None
 
     def _kind(self, addition: Addition, inside: int) -> Kind:
         flow = self.flow
@@ -154,6 +167,7 @@ class _Reader:
         mixes = any(op in _MIXING or op.startswith("_fft") or "pool" in op for op in ops) or any(
             self._mixes_tokens(i) for i in bits(inside)
         )
+        mixes = mixes or self._is_recurrent(nodes)
         return "mixer" if mixes else "feedforward"
 
     def _mixes_tokens(self, index: int) -> bool:
@@ -162,6 +176,12 @@ class _Reader:
             kernel = flow.nodes[node.inputs[1]].shape[2:]
             return any(size > 1 for size in kernel)
         return node.op in MATMULS and bool(flow.products >> index & 1)
+
+    def _is_recurrent(self, nodes: list[Node]) -> bool:
+        """Whether one position is read after another: the same tensor at several places of one axis."""
+        read = {(node.inputs[0], node.numbers) for node in nodes if node.op == "select" and len(node.inputs) == 1}
+        places = Counter((source, numbers[0]) for source, numbers in read if len(numbers) == 2)
+        return any(count > 2 for count in places.values())
 
     def _is_cross(self, addition: Addition, core: int) -> bool:
         """Whether an attention's keys come from another input than the stream."""
