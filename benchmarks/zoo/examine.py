@@ -61,7 +61,7 @@ def examine_one(catalogue: str, name: str) -> Report:
         model, inputs = models.build(name)
         outputs(model, inputs)
         outcome = "failed"
-        report = examine(model, inputs)
+        report = examine(model, inputs, models.IRREGULAR.get(name))
         outcome = "passed" if report["sublayers"] else "no sub-layers"
     except GateError as error:
         report = {"reason": str(error)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CONFIGS", "SETTINGS", "UNRUNNABLE"]
+__all__ = ["CONFIGS", "IRREGULAR", "SETTINGS", "UNRUNNABLE"]
 
 Settings = dict[str, Any]
 
@@ -411,4 +411,9 @@ SETTINGS: dict[str, Settings] = {
 UNRUNNABLE: dict[str, str] = {
     "bark": "has no forward of its own: only generate(), which runs its three transformers in turn",
     "glm_image_vqmodel": "has no forward of its own: only encode(), which picks the nearest entries of a codebook",
+}
+
+# Types whose blocks of one build do not all have as many sub-layers, and why.
+IRREGULAR: dict[str, str] = {
+    "sam": "the first block's self-attention replaces the stream, and does not add to it",
 }

@@ -14,10 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from benchmarks.zoo.make_inputs import completed, inputs_that_run
 from benchmarks.zoo.own_inputs import INPUTS
-from benchmarks.zoo.settings import CONFIGS, SETTINGS, UNRUNNABLE
+from benchmarks.zoo.settings import CONFIGS, IRREGULAR, SETTINGS, UNRUNNABLE
 from benchmarks.zoo.shrink import WAYS, override, set_as_given
 
-__all__ = ["build", "check_builds", "names"]
+__all__ = ["IRREGULAR", "build", "check_builds", "names"]
 
 LARGEST = 120_000_000  # parameters
 

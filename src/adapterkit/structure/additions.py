@@ -141,8 +141,10 @@ def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Add
     start = addition.stream
     while True:  # back along its stream, from one addition to the one before
         before = [a for a in inside if _follows(flow, a, start)]
+        if not before and start == outer.stream:  # x + f(x + g(x)) has two steps, x + (x + g(x)) one
+            return not flow.between(addition.node.index, outer.branch) & flow.endings
         if not before:
-            return start == outer.stream or flow.leads_to(outer.stream, start)
+            return flow.leads_to(outer.stream, start)
         start = before[-1].stream
 
 

@@ -28,7 +28,7 @@ _MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan"
 def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
     """The anatomy of the model whose forward this is."""
     reader = _Reader(flow, modules)
-    branches = [branch for addition in residual_additions(flow) for branch in reader.branches(addition)]
+    branches = [branch for addition in reader.additions for branch in reader.branches(addition)]
     reader.find_blocks(branches)
     sublayers = reader.sublayers(branches)
     inside = tuple(s for s in sublayers if s.block is not None)
@@ -66,6 +66,7 @@ class _Reader:
 
     def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
         self.flow, self.modules, self.axes = flow, modules, FeatureAxes(flow)
+        self.additions = residual_additions(flow)
         self._repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
 
     # --- branches -----------------------------------------------------------------------------------------------------
@@ -77,10 +78,20 @@ class _Reader:
         if len(ends) == 1 or list(self._finished(addition, addition.branch)):
             ends, shared_scales = [addition.branch], ()
         for end in ends:
-            inside = self.flow.between(addition.stream, end)
+            inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
             kind = self._kind(addition, inside)
             yield _Branch(addition, end, inside, len(ends) > 1, kind, call, (*scales, *shared_scales))
+
+    def _inside(self, addition: Addition, end: int) -> int:
+        """The nodes of a branch: between the stream and the end, but not those of steps before it in the same block."""
+        flow = self.flow
+        inside = flow.between(addition.stream, end)
+        for other in self.additions:
+            i = other.node.index
+            if inside >> i & 1 and flow.between(i, end) & flow.endings:
+                inside &= ~(flow.ancestors[i] | 1 << i)
+        return inside
 
     def _unscaled(self, end: int) -> tuple[int, tuple[str, ...]]:
         """The node that a chain of constant factors starts from, and those factors' operations."""
