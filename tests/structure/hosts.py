@@ -204,7 +204,8 @@ class EncoderDecoder(nn.Module):
 
 def randomised(model: nn.Module) -> nn.Module:
     """The model in eval mode with every parameter drawn anew, norms and scales too."""
+    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
     return model.eval()

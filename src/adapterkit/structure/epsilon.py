@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def epsilon_test(model: nn.Module, inputs: ExampleInputs, anatomy: Anatomy) -> d
     for call, tensor in _calls(graph, returned):
         sublayer = sublayers[call.path or ""]
         assert sublayer.out is not None  # noqa: S101  # so chosen above
-        found.setdefault(call.path or "", []).append(_moved(flow, dict(call.outputs)[sublayer.out.output], tensor))
+        node = dict(call.outputs)[sublayer.out.output]
+        found.setdefault(call.path or "", []).append(_moved(flow, node, tensor, in_sum=sublayer.is_parallel))
     return {path: _worst(all_calls) for path, all_calls in found.items()}
 
 
@@ -92,14 +94,32 @@ def _calls(graph: Graph, returned: dict[str, list[Tensor]]) -> Iterator[tuple[Ca
                 yield call, tensor
 
 
-def _moved(flow: Flow, node: int, tensor: Tensor) -> Moved:
-    """How many additions take a node, directly or scaled, and times what."""
-    taken = list(_additions(flow, node))
-    factors = [_factor(addition, operand, tensor) for addition, operand in taken]
-    known = [factor for factor in factors if factor is not None]
-    if not known or len(known) < len(factors):
-        return Moved(len(taken), None)
-    return Moved(len(taken), (min(low for low, _ in known), max(high for _, high in known)))
+def _moved(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Moved:
+    """How many steps of the stream take a node, directly, scaled or (`in_sum`) with parallel branches, and times what."""
+    steps = list(_steps(flow, node, tensor, in_sum=in_sum))
+    known = [factor for factor in steps if factor is not None]
+    if not known or len(known) < len(steps):
+        return Moved(len(steps), None)
+    return Moved(len(steps), (min(low for low, _ in known), max(high for _, high in known)))
+
+
+def _steps(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Iterator[tuple[float, float] | None]:
+    """The factor of each step of the stream that takes the tensor of a node."""
+    for addition, operand in _additions(flow, node):
+        factor = _factor(addition, operand, tensor)
+        if not in_sum or _carries_the_stream(flow, addition, operand):
+            yield factor
+            continue
+        for outer in _steps(flow, addition.index, addition.addends[0] + addition.addends[1], in_sum=True):
+            both = factor is not None and outer is not None
+            yield (factor[0] * outer[0], factor[1] * outer[1]) if both else None  # type: ignore[index]  # so checked
+
+
+def _carries_the_stream(flow: Flow, addition: Node, operand: int) -> bool:
+    """Whether the other operand is what this one is computed from: if not, both are branches, yet to be added to it."""
+    others = [flow.source(i) for i in addition.inputs[:2] if i != operand]
+    before = [j for i in others if flow.nodes[i].op in ADDITIONS for j in flow.activations(flow.nodes[i])]
+    return any(flow.leads_to(flow.source(i), operand) for i in (*others, *before)) or not flow.readers[addition.index]
 
 
 def _additions(flow: Flow, node: int) -> Iterator[tuple[Node, int]]:
@@ -109,7 +129,7 @@ def _additions(flow: Flow, node: int) -> Iterator[tuple[Node, int]]:
         others = [j for j in flow.activations(reader) if j != node and flow.nodes[j].is_floating]
         if reader.op in ADDITIONS and others:
             yield reader, node
-        elif reader.op in VIEWS or (reader.op in SCALES | set(ADDITIONS) and not others):
+        elif reader.op in VIEWS | SCALES | set(ADDITIONS):
             yield from _additions(flow, i)
 
 
@@ -126,15 +146,23 @@ def _factor(addition: Node, operand: int, tensor: Tensor) -> tuple[float, float]
         return 1.0, 1.0  # the same numbers in another order, or a slice of them
     if taken.numel() != tensor.numel():
         return None
-    x, y = tensor.reshape(taken.shape).double(), taken.double()
-    for axis in range(taken.dim()):
-        others = [a for a in range(taken.dim()) if a != axis]
-        for along in (others, [axis]):
-            for centre in (False, True):
-                factor = _fitted(x, y, along, 16 * torch.finfo(taken.dtype).eps, centre=centre)
-                if factor is not None:
-                    return factor
-    return None
+    tolerance = 16 * torch.finfo(taken.dtype).eps
+    fits = (
+        _fitted(x.double(), taken.double(), along, tolerance, centre=centre)
+        for x in _arranged(tensor, taken.shape)
+        for axis in range(taken.dim())
+        for along in ([a for a in range(taken.dim()) if a != axis], [axis])
+        for centre in (False, True)
+    )
+    return next((factor for factor in fits if factor is not None), None)
+
+
+def _arranged(tensor: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+    """The tensor in this shape, with its axes in their order, then in every other order that gives it."""
+    yield tensor.reshape(shape)
+    for order in permutations(range(tensor.dim())):
+        if tensor.permute(order).shape == shape:
+            yield tensor.permute(order)
 
 
 def _fitted(x: Tensor, y: Tensor, along: list[int], tolerance: float, *, centre: bool) -> tuple[float, float] | None:
