@@ -273,7 +273,7 @@ def test_parametrised_and_lazy_weights_are_counted_as_far_as_they_exist() -> Non
     assert [child.label for child in root.children] == ["0", "1"]
     assert [child.tied_to for child in root.children] == [None, None]
     assert isinstance(model[1].weight, nn.UninitializedParameter)
-    assert str(tree_of(model)).endswith("roles unknown: it has lazy layers; run it once")
+    assert str(tree_of(model)).endswith("Sequential has lazy layers ('1.weight'), which have no shape yet; run it once")
 
 
 def test_widths_come_from_the_type_and_else_from_the_trace() -> None:

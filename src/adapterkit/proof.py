@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,17 +80,48 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
 
 
 def dead_parameters(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:
-    """The trainable parameters of an adapter that no gradient of the model's output reaches."""
+    """The trainable parameters of an adapter that no gradient of the model's output reaches. No `grad` is changed."""
     trained = [(key, p) for key, p in named_parameters(model, name, heads=False) if p.requires_grad]
-    if not trained:
-        return []
+    wanted = [p for _, p in trained]
     with untouched(model), torch.enable_grad():
-        out = [t for _, t in values.tensors(call_with(model, inputs)) if t.requires_grad]
-        if not out:
-            return [key for key, _ in trained]
-        loss = torch.stack([(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in out]).sum()
-        gradients = torch.autograd.grad(loss, [p for _, p in trained], allow_unused=True)
+        gradients = _gradients(model, inputs, wanted)
+        # Hooks on gradients may train (an optimizer in the backward): then a look must not run them.
+        if any(g is None for g in gradients) and not any(p._post_accumulate_grad_hooks for p in model.parameters()):
+            gradients = _by_backward(model, inputs, wanted)
     return [key for (key, _), gradient in zip(trained, gradients, strict=True) if gradient is None]
+
+
+def _gradients(model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:
+    """The gradients of a projection of the output; None for all where reentrant checkpointing refuses to give any."""
+    loss = _loss(model, inputs)
+    if not loss.requires_grad or not wanted:
+        return [None for _ in wanted]
+    try:
+        return torch.autograd.grad(loss, wanted, allow_unused=True)
+    except RuntimeError:
+        return [None for _ in wanted]
+
+
+def _by_backward(model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:
+    """The gradients as training computes them: checkpointing and reversible layers may know no other way."""
+    held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter, _ in held:
+            parameter.grad = None
+        loss = _loss(model, inputs)
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        return [parameter.grad for parameter in wanted]
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
+
+
+def _loss(model: nn.Module, inputs: ExampleInputs) -> Tensor:
+    """A random projection of everything that the model returns; a constant if nothing of it has a gradient."""
+    out = [t for _, t in values.tensors(call_with(model, inputs)) if t.requires_grad]
+    sums = [(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in out]
+    return torch.stack(sums).sum() if sums else torch.zeros(())
 
 
 def _structure(model: nn.Module, inputs: ExampleInputs) -> tuple[Anatomy, dict[str, Moved]]:

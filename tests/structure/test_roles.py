@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 
@@ -286,3 +287,36 @@ def test_verify_finds_a_host_that_is_read_around() -> None:
     assert dead.startswith("no gradient of the model's output reaches head._adapterkit.a.down_weight")
     with pytest.raises(ak.TargetError, match=r"\['head'\] never ran .* target what runs around them: \[''\]"):
         ak.wrap(kit.unwrap(), example_inputs=IDS).sites(ak.BottleneckConfig(targets=["head"]))
+
+
+class Checkpointed(Model):
+    """Recomputes its blocks in the backward, the reentrant way."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=True) if torch.is_grad_enabled() else block(x)
+        return self.head(self.norm(x))
+
+
+def test_verify_sees_gradients_through_reentrant_checkpointing_and_leaves_those_that_were_there() -> None:
+    model = randomised(Checkpointed(Pre))
+    kit = ak.wrap(model)
+    kit.add("a", "houlsby")
+    kit.train_adapter("a")
+    gradients = {}
+    for name, parameter in kit.named_parameters("a"):
+        gradients[name] = parameter.grad = torch.ones_like(parameter)
+    kit.verify(IDS).require()
+    assert all(p.grad is gradients[name] and p.grad.eq(1).all() for name, p in kit.named_parameters("a"))
+
+
+def test_verify_runs_no_hooks_on_gradients() -> None:
+    model = randomised(Checkpointed(Pre))
+    kit = ak.wrap(model)
+    kit.add("a", "houlsby")
+    kit.train_adapter("a")
+    stepped: list[Tensor] = []
+    next(iter(kit.parameters("a"))).register_post_accumulate_grad_hook(stepped.append)
+    kit.verify(IDS)
+    assert not stepped

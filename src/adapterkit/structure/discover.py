@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ..errors import CompatibilityError
 from ..patterns import modules_by_path
 from ..values import tensors
 from .anatomy import Anatomy
@@ -62,8 +64,14 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> t
     """The anatomy of a model and the inputs that showed it.
 
     Raises:
-        CompatibilityError: the model does not run on its example inputs, or on any that could be made for it.
+        CompatibilityError: the model does not run on its example inputs, or on any that could be made for it; or it has
+            layers without shapes.
     """
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise CompatibilityError(
+            f"{type(model).__name__} has lazy layers ({lazy[0]!r}), which have no shape yet; run it once"
+        )
     key = _structure(model, example_inputs)
     if key not in _REMEMBERED:
         inputs = tiny_inputs(model) if example_inputs is None else example_inputs

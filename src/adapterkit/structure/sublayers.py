@@ -237,8 +237,8 @@ class _Reader:
     def _spans_several(self, branch: _Branch, block: str) -> bool:
         """Whether a branch runs through more than one repetition of what would be its block."""
         template, depth = template_of(block), len(block.split("."))
-        calls = {id(call): call for i in bits(branch.inside) if (call := self.flow.nodes[i].call) is not None}
-        through = {".".join((call.path or "").split(".")[:depth]) for call in calls.values()}
+        calls = [self.flow.nodes[i].call for i in bits(branch.inside & self.flow.endings)]
+        through = {".".join((call.path or "").split(".")[:depth]) for call in calls if call is not None}
         return sum(template_of(path) == template for path in through) > 1
 
     def _path(self, branch: _Branch) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import values
-from ..base import base_parameters, base_tensors
+from ..base import base_parameters
 from ..errors import CompatibilityError
 from ..hosts import channel_axis, known_shape
 from ..patterns import SITE, modules_by_path
@@ -54,8 +54,6 @@ class _Look:
 
 
 def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
-    if any(is_lazy(tensor) for _, tensor in base_tensors(model)):  # a trace would initialise it
-        return _Look({}, {}, "roles unknown: it has lazy layers; run it once")
     discovery = Discovery(model, example_inputs)
     try:
         with ACTIVATION_LOCK, silenced(model):
