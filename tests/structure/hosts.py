@@ -140,7 +140,7 @@ class Mixture(Pre):
 
 
 class Convolution(Pre):
-    """A causal convolution over tokens, and gating: a mixer."""
+    """A causal convolution over tokens, and gating."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ def described(sublayer: Sublayer) -> tuple[str, str | None, str]:
         (Parallel, [("attention", "attention", "pre"), ("feedforward", "mlp", "pre")]),
         (Scaled, [("attention", "attention", "pre"), ("feedforward", "mlp", "pre")]),
         (Mixture, [("attention", "attention", "pre"), ("feedforward", "mlp", "pre")]),
-        (Convolution, [("mixer", "attention", "pre"), ("feedforward", "mlp", "pre")]),
+        (Convolution, [("convolution", "attention", "pre"), ("feedforward", "mlp", "pre")]),
     ],
 )
 def test_each_build_of_a_block_is_understood(block: type[Pre], expected: list[tuple[str, str, str]]) -> None:

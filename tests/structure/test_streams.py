@@ -323,5 +323,50 @@ class PictureLayer(nn.Module):
 def test_the_features_of_a_module_that_has_none_of_its_own_are_found(rearranged: bool) -> None:
     """All axes are as wide as the features, so that no shape tells."""
     model = randomised(Pictures(rearranged=rearranged))
-    sites = ak.wrap(model, torch.randn(WIDTH, WIDTH, WIDTH, WIDTH)).sites("houlsby")
+    config = ak.BottleneckConfig(targets=["@convolution.out"])
+    sites = ak.wrap(model, torch.randn(WIDTH, WIDTH, WIDTH, WIDTH)).sites(config)
     assert [(site.path, site.axis) for site in sites] == [("layers.0.drop", -3), ("layers.1.drop", -3)]
+
+
+def test_a_cnn_is_refused_by_presets_that_speak_of_transformer_blocks() -> None:
+    kit = ak.wrap(randomised(Pictures(rearranged=False)), torch.randn(2, WIDTH, 5, 5))
+    with pytest.raises(
+        ak.TargetError, match=r"2 residual branches, which are convolutions all: this is a CNN. .*@convolution"
+    ):
+        kit.add("a", "pfeiffer")
+
+
+def test_presets_leave_convolutions_before_a_transformer_alone() -> None:
+    class Hybrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.model = Pictures(rearranged=False), Model(Pre)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).flatten(2).transpose(1, 2)
+            for block in self.model.blocks:
+                x = block(x)
+            return x
+
+    kit = ak.wrap(randomised(Hybrid()), torch.randn(2, WIDTH, 3, 3))
+    assert [site.path for site in kit.sites("pfeiffer")] == ["model.blocks.0", "model.blocks.1"]
+    both = kit.sites(ak.BottleneckConfig(targets=["@convolution.out", "@block.last"]))
+    assert [site.path for site in both][:2] == ["stem.layers.0.drop", "stem.layers.1.drop"]
+
+
+def test_a_projection_along_the_tokens_is_a_mixer() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+
+    class Block(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention: Any = Tokens()
+
+    anatomy, _ = found(Model(Block))
+    assert [kind for kind, _ in outs(anatomy)] == ["mixer", "feedforward"] * 2

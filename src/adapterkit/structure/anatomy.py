@@ -9,7 +9,7 @@ from ..values import Argument, Path
 
 __all__ = ["Anatomy", "Kind", "Norm", "Place", "Port", "Sublayer"]
 
-Kind = Literal["attention", "crossattention", "feedforward", "mixer"]
+Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
 
 
@@ -43,8 +43,8 @@ class Sublayer:
     """A branch of the network that is added to the residual stream.
 
     Attributes:
-        kind: What it does: attention, cross-attention, feed-forward (a mixture of experts is one, too), or another way
-            of mixing tokens.
+        kind: What it does: attention, cross-attention, feed-forward (a mixture of experts is one, too), convolution, or
+            another way of mixing tokens.
         block: The repeated block that it lies in; None outside of any.
         out: The outermost module whose output is the branch's; None if no module returns it.
         first: The modules of its first projections.
@@ -96,3 +96,8 @@ class Anatomy:
     others: tuple[Sublayer, ...]
     embeddings: tuple[Place, ...]
     blocks: tuple[Place, ...]
+
+    @property
+    def transformer_blocks(self) -> frozenset[str | None]:
+        """The blocks that do more than convolve: those of a CNN, or of one in front of a transformer, do not."""
+        return frozenset(sublayer.block for sublayer in self.sublayers if sublayer.kind != "convolution")

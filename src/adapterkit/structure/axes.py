@@ -35,6 +35,15 @@ class FeatureAxes:
                 todo.extend(before)
         return self._found[index]
 
+    def is_last(self, index: int) -> bool | None:
+        """Whether a node's features lie on its last axis; None where the graph does not tell."""
+        node = self.flow.nodes[index]
+        inputs = self.flow.activations(node)
+        if node.op in _REGROUPED and len(inputs) == 1 and self.flow.nodes[inputs[0]].shape[-1:] == node.shape[-1:]:
+            return self.is_last(inputs[0])  # axes before the last were made one
+        axis = self.of(index)
+        return None if axis is None else axis == len(node.shape) - 1
+
     def _asked(self, index: int) -> list[int]:
         """The inputs whose axis decides."""
         return [] if self.flow.projections >> index & 1 else self.flow.activations(self.flow.nodes[index])

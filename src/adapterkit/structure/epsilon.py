@@ -158,11 +158,8 @@ def _factor(addition: Node, operand: int, tensor: Tensor) -> tuple[float, float]
 
 
 def _arranged(tensor: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """The tensor in this shape, with its axes in their order, then in every other order that gives it."""
-    yield tensor.reshape(shape)
-    for order in permutations(range(tensor.dim())):
-        if tensor.permute(order).shape == shape:
-            yield tensor.permute(order)
+    """The tensor in this shape, with its axes in their order, then in every other."""
+    return (tensor.permute(order).reshape(shape) for order in permutations(range(tensor.dim())))
 
 
 def _fitted(x: Tensor, y: Tensor, along: list[int], tolerance: float, *, centre: bool) -> tuple[float, float] | None:

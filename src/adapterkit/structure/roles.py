@@ -9,7 +9,7 @@ from .anatomy import Anatomy, Place, Sublayer
 
 __all__ = ["ROLES", "role_paths", "role_places"]
 
-_KINDS = ("attention", "crossattention", "feedforward", "mixer")
+_KINDS = ("attention", "crossattention", "feedforward", "convolution", "mixer")
 # Of a sub-layer: what each part is, for the list of roles and for messages.
 _PARTS: dict[str, Callable[[Sublayer], Iterable[str]]] = {
     "out": lambda s: (s.out.path,) if s.out else (),
@@ -65,11 +65,18 @@ def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
     if role not in ROLES:
         raise TargetError(f"{role!r} is not a role; there are {', '.join(ROLES)}")
     kind = role[1:].partition(".")[0]
+    if kind in _KINDS:
+        return [s for s in anatomy.sublayers if s.kind == kind]
+    blocks = anatomy.transformer_blocks
+    if anatomy.sublayers and not blocks:
+        raise TargetError(
+            f"{role!r} speaks of transformer blocks; tracing finds {len(anatomy.sublayers)} residual branches, which are "
+            "convolutions all: this is a CNN. Target '@convolution.out', or name its modules by pattern"
+        )
+    inside = [s for s in anatomy.sublayers if s.block in blocks]
     if kind == "sublayer":  # one more branch of a decoder is not what the presets adapt: ask for it by its own role
-        return [s for s in anatomy.sublayers if s.kind != "crossattention"]
-    if role == "@block.last":
-        return list({s.block: s for s in anatomy.sublayers}.values())
-    return [s for s in anatomy.sublayers if s.kind == kind]
+        return [s for s in inside if s.kind != "crossattention"]
+    return list({s.block: s for s in inside}.values())
 
 
 def _check_found(role: str, sublayers: list[Sublayer]) -> None:

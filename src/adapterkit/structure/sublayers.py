@@ -16,13 +16,11 @@ from ..hosts import resolve_host
 from .additions import Addition, residual_additions
 from .anatomy import Anatomy, Kind, Norm, Place, Port, Sublayer
 from .axes import FeatureAxes
-from .flow import MATMULS, SCALES, VIEWS, Flow, bits
-from .graph import ADDITIONS, Call, Node
+from .flow import SCALES, VIEWS, Flow, bits
+from .graph import ADDITIONS, Call
+from .kinds import kind_of, operands
 
 __all__ = ["dissect", "template_of"]
-
-_ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
-_MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan", "lstm", "gru", "mkldnn_rnn_layer"))
 
 
 def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
@@ -56,6 +54,7 @@ class _Branch:
     inside: int
     is_parallel: bool
     kind: Kind
+    is_moe: bool
     call: tuple[Call, values.Path] | None
     scales: tuple[str, ...]
     block: str | None = None
@@ -80,8 +79,8 @@ class _Reader:
         for end in ends:
             inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
-            kind = self._kind(addition, inside)
-            yield _Branch(addition, end, inside, len(ends) > 1, kind, call, (*scales, *shared_scales))
+            kind, is_moe = kind_of(self.flow, self.axes, addition.stream, inside)
+            yield _Branch(addition, end, inside, len(ends) > 1, kind, is_moe, call, (*scales, *shared_scales))
 
     def _inside(self, addition: Addition, end: int) -> int:
         """The nodes of a branch: between the stream and the end, but not those of steps before it in the same block."""
@@ -166,53 +165,6 @@ class _Reader:
             return False
         return call.path is not None
 
-    def _kind(self, addition: Addition, inside: int) -> Kind:
-        flow = self.flow
-        cores = list(bits(inside & flow.attentions))
-        if cores:
-            return "crossattention" if all(self._is_cross(addition, core) for core in cores) else "attention"
-        nodes = [flow.nodes[i] for i in bits(inside)]
-        ops = {node.op for node in nodes}
-        if ops & _ROUTING:
-            return "feedforward"
-        mixes = any(op in _MIXING or op.startswith("_fft") or "pool" in op for op in ops) or any(
-            self._mixes_tokens(i) for i in bits(inside)
-        )
-        mixes = mixes or self._is_recurrent(nodes)
-        return "mixer" if mixes else "feedforward"
-
-    def _mixes_tokens(self, index: int) -> bool:
-        flow, node = self.flow, self.flow.nodes[index]
-        if node.op == "convolution":
-            kernel = flow.nodes[node.inputs[1]].shape[2:]
-            return any(size > 1 for size in kernel)
-        return node.op in MATMULS and bool(flow.products >> index & 1)
-
-    def _is_recurrent(self, nodes: list[Node]) -> bool:
-        """Whether one position is read after another: the same tensor at several places of one axis."""
-        read = {(node.inputs[0], node.numbers) for node in nodes if node.op == "select" and len(node.inputs) == 1}
-        places = Counter((source, numbers[0]) for source, numbers in read if len(numbers) == 2)
-        return any(count > 2 for count in places.values())
-
-    def _is_cross(self, addition: Addition, core: int) -> bool:
-        """Whether an attention's keys come from another input than the stream."""
-        _, key, _ = self.operands(core)
-        return key is not None and not self._comes_from(addition.stream, key) and bool(self.flow.from_inputs >> key & 1)
-
-    def _comes_from(self, stream: int, node: int) -> bool:
-        return node == stream or self.flow.leads_to(stream, node)
-
-    def operands(self, core: int) -> tuple[int | None, int | None, int | None]:
-        """The nodes of an attention's queries, keys and values."""
-        flow, node = self.flow, self.flow.nodes[core]
-        scores = flow.weights_of(core)
-        if scores is None:
-            q, k, v = node.inputs[:3]
-            return q, k, v
-        value = [i for i in node.inputs if not flow.between(scores, i) and i != scores]
-        products = [i for i in flow.nodes[scores].inputs if not flow.is_constant[i]][-2:]  # baddbmm adds its first
-        return products[0], products[-1], value[0] if value else None
-
     # --- blocks -------------------------------------------------------------------------------------------------------
 
     def find_blocks(self, branches: list[_Branch]) -> None:
@@ -274,7 +226,6 @@ class _Reader:
         if branch.call is not None:
             call, path = branch.call
             place = self._place(call, path)
-        ops = {flow.nodes[i].op for i in bits(branch.inside)}
         query, key, value = self._projections_of_attention(branch)
         projections = branch.inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
@@ -292,7 +243,7 @@ class _Reader:
             value=value,
             scales=branch.scales,
             is_parallel=branch.is_parallel or self._has_sibling(branch),
-            is_moe=branch.kind == "feedforward" and bool(ops & _ROUTING),
+            is_moe=branch.is_moe,
             norm=self._norm(branch, post),
             stream=self._port(branch),
             sum=self._sum(branch),
@@ -316,7 +267,7 @@ class _Reader:
         """The modules that make queries, keys and values."""
         found: tuple[set[int], set[int], set[int]] = (set(), set(), set())
         for core in bits(branch.inside & self.flow.attentions):
-            for operand, nodes in zip(self.operands(core), found, strict=True):
+            for operand, nodes in zip(operands(self.flow, core), found, strict=True):
                 if operand is not None:
                     back = self.flow.ancestors[operand] | 1 << operand
                     nodes.update(bits(self.flow.nearest(operand, self.flow.projections, back)))

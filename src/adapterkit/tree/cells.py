@@ -14,7 +14,7 @@ COLUMNS = ("module", "type", "role", "width", "parameters", "size", "trains", "a
 # Styles are rich's; roles are told apart by colour as well as by name.
 _ROLE_STYLES = (
     ("@attention", "cyan"), ("@crossattention", "magenta"), ("@feedforward", "yellow"), ("@mixer", "green"),
-    ("@embedding", "blue"),
+    ("@convolution", "green"), ("@embedding", "blue"),
 )  # fmt: skip
 
 

@@ -9,7 +9,13 @@ from ..structure.anatomy import Anatomy, Sublayer
 
 __all__ = ["Meaning", "meanings"]
 
-_WORDS = {"attention": "attention", "crossattention": "cross-attention", "feedforward": "feed-forward", "mixer": "mixer"}
+_WORDS = {
+    "attention": "attention",
+    "crossattention": "cross-attention",
+    "feedforward": "feed-forward",
+    "mixer": "mixer",
+    "convolution": "convolution",
+}
 
 
 @dataclass(frozen=True)

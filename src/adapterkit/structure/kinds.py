@@ -1,0 +1,74 @@
+"""What a branch does: attention, cross-attention, feed-forward, convolution, or another way of mixing tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from .anatomy import Kind
+from .axes import FeatureAxes
+from .flow import MATMULS, Flow, bits
+from .graph import Node
+
+__all__ = ["kind_of", "operands"]
+
+_ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
+_MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan", "lstm", "gru", "mkldnn_rnn_layer"))
+
+
+def kind_of(flow: Flow, axes: FeatureAxes, stream: int, inside: int) -> tuple[Kind, bool]:
+    """What the branch of these nodes does, and whether it routes tokens to experts."""
+    nodes = [flow.nodes[i] for i in bits(inside)]
+    routes = any(node.op in _ROUTING for node in nodes)
+    cores = list(bits(inside & flow.attentions))
+    if cores:
+        return "crossattention" if all(_is_cross(flow, stream, core) for core in cores) else "attention", False
+    if routes:
+        return "feedforward", True
+    if any(_mixes_tokens(flow, axes, node) for node in nodes) or _is_recurrent(nodes):
+        return "mixer", False
+    if any(_is_wide_convolution(flow, node) for node in nodes):  # some pool besides, to gate channels
+        return "convolution", False
+    return ("mixer" if any("pool" in node.op for node in nodes) else "feedforward"), False
+
+
+def operands(flow: Flow, core: int) -> tuple[int | None, int | None, int | None]:
+    """The nodes of an attention's queries, keys and values."""
+    node = flow.nodes[core]
+    scores = flow.weights_of(core)
+    if scores is None:
+        q, k, v = node.inputs[:3]
+        return q, k, v
+    value = [i for i in node.inputs if not flow.between(scores, i) and i != scores]
+    products = [i for i in flow.nodes[scores].inputs if not flow.is_constant[i]][-2:]  # baddbmm adds its first
+    return products[0], products[-1], value[0] if value else None
+
+
+def _is_cross(flow: Flow, stream: int, core: int) -> bool:
+    """Whether an attention's keys come from another input than the stream."""
+    _, key, _ = operands(flow, core)
+    if key is None or key == stream or flow.leads_to(stream, key):
+        return False
+    return bool(flow.from_inputs >> key & 1)
+
+
+def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Node) -> bool:
+    """Whether an operation is a scan, a Fourier transform, a product of activations, or a projection of the tokens' axis."""
+    if node.op in _MIXING or node.op.startswith("_fft"):
+        return True
+    if node.op not in MATMULS or node.op.endswith("convolution"):
+        return False
+    if flow.products >> node.index & 1:
+        return True
+    taken = flow.activations(node)
+    return len(taken) == 1 and axes.is_last(taken[0]) is False
+
+
+def _is_recurrent(nodes: list[Node]) -> bool:
+    """Whether one position is read after another: the same tensor at several places of one axis."""
+    read = {(node.inputs[0], node.numbers) for node in nodes if node.op == "select" and len(node.inputs) == 1}
+    places = Counter((source, numbers[0]) for source, numbers in read if len(numbers) == 2)
+    return any(count > 2 for count in places.values())
+
+
+def _is_wide_convolution(flow: Flow, node: Node) -> bool:
+    return node.op.endswith("convolution") and any(size > 1 for size in flow.nodes[node.inputs[1]].shape[2:])
