@@ -16,7 +16,7 @@ __all__ = ["OUTCOMES", "examine_all", "examine_one"]
 
 SECONDS = 120
 CHUNK = 80  # architectures for each set of workers: memory of the models before is given back
-OUTCOMES = ("passed", "failed", "no sub-layers", "does not run", "does not build")
+OUTCOMES = ("passed", "failed", "convolutional", "no sub-layers", "does not run", "does not build")
 Report = dict[str, Any]
 
 
@@ -62,7 +62,7 @@ def examine_one(catalogue: str, name: str) -> Report:
         outputs(model, inputs)
         outcome = "failed"
         report = examine(model, inputs, models.IRREGULAR.get(name))
-        outcome = "passed" if report["sublayers"] else "no sub-layers"
+        outcome = _outcome(report)
     except GateError as error:
         report = {"reason": str(error)}
     except Exception as error:  # whatever a model raises is its report
@@ -70,6 +70,13 @@ def examine_one(catalogue: str, name: str) -> Report:
     finally:
         signal.alarm(0)
     return {"outcome": outcome, "seconds": round(time.monotonic() - began, 2), **report}
+
+
+def _outcome(report: Report) -> str:
+    """What a model is that gave this report, having passed the gates for what it is."""
+    if not report["sublayers"]:
+        return "no sub-layers"
+    return "passed" if "epsilon" in report else "convolutional"
 
 
 def _too_long(*_: object) -> None:

@@ -40,7 +40,8 @@ def examine(model: nn.Module, inputs: Inputs, irregular: str | None = None) -> d
     anatomy, _ = discover(model, inputs)
     report = {"sublayers": len(anatomy.sublayers), "kinds": dict(Counter(s.kind for s in anatomy.sublayers))}
     report["templates"] = templates(anatomy)
-    if not anatomy.sublayers:
+    if not anatomy.transformer_blocks:
+        check_refused(model, inputs)
         return report
     if irregular is None:
         check_regular(model, anatomy)
@@ -49,6 +50,19 @@ def examine(model: nn.Module, inputs: Inputs, irregular: str | None = None) -> d
     for preset in PRESETS:
         report[preset] = check_preset(model, inputs, preset)
     return report
+
+
+def check_refused(model: nn.Module, inputs: Inputs) -> None:
+    """Presets say that a model without transformer blocks has none, and leave it alone."""
+    hooks = count_hooks(model)
+    for preset in PRESETS:
+        try:
+            ak.wrap(model, example_inputs=inputs).add("zoo", preset)
+        except ak.TargetError:
+            continue
+        raise GateError(f"{preset}: it was added to a model that has no transformer blocks")
+    if count_hooks(model) != hooks:
+        raise GateError("hooks are left after a refusal")
 
 
 def templates(anatomy: Anatomy) -> list[str]:

@@ -117,6 +117,27 @@ _WIDE_TRACKER: Settings = dict.fromkeys(
 
 _MAMBA_AND_HYBRID = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
 
+_SAM = {
+    "vision_config.image_size": 128,
+    "vision_config.patch_size": 16,
+    "vision_config.window_size": 3,
+    "prompt_encoder_config.image_size": 128,
+    "prompt_encoder_config.patch_size": 16,
+    "prompt_encoder_config.image_embedding_size": 8,
+}
+_HIERA = {
+    "image_size": [128, 128],
+    "blocks_per_stage": [1, 2, 2, 2],
+    "global_attention_blocks": [4],
+    "embed_dim_per_stage": [32, 64, 96, 128],
+    "num_attention_heads_per_stage": [1, 2, 2, 4],
+}
+_SAM2_VISION = {
+    **{f"backbone_config.{name}": value for name, value in _HIERA.items()},
+    "backbone_channel_list": [128, 96, 64, 32],
+    "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+}
+
 # Keyword arguments of a config's class, in place of shrinking: for sizes that it checks or that hang together.
 CONFIGS: dict[str, Settings] = {
     "d_fine": _DETR,
@@ -326,15 +347,18 @@ SETTINGS: dict[str, Settings] = {
     },
     "rt_detr": {"decoder_in_channels": (32, 32, 32), "num_queries": 10},
     "rt_detr_v2": {"decoder_in_channels": (32, 32, 32), "num_queries": 10},
+    "sam": _SAM,
+    "sam2": {
+        **{f"vision_config.{name}": value for name, value in _SAM2_VISION.items()},
+        "prompt_encoder_config.image_size": 128,
+        "prompt_encoder_config.patch_size": 16,
+    },
+    "sam2_hiera_det_model": _HIERA,
+    "sam2_vision_model": _SAM2_VISION,
+    "sam_hq": _SAM,
     "sam2_video": {
         "image_size": 128,  # all that follows is in proportion
-        "vision_config.backbone_config.image_size": [128, 128],
-        "vision_config.backbone_config.blocks_per_stage": [1, 2, 2, 2],
-        "vision_config.backbone_config.global_attention_blocks": [4],
-        "vision_config.backbone_config.embed_dim_per_stage": [32, 64, 96, 128],
-        "vision_config.backbone_config.num_attention_heads_per_stage": [1, 2, 2, 4],
-        "vision_config.backbone_channel_list": [128, 96, 64, 32],
-        "vision_config.backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        **{f"vision_config.{name}": value for name, value in _SAM2_VISION.items()},
         "memory_attention_rope_feat_sizes": [8, 8],
         **_WIDE_TRACKER,
         "prompt_encoder_config.image_size": 128,
@@ -414,6 +438,10 @@ UNRUNNABLE: dict[str, str] = {
 }
 
 # Types whose blocks of one build do not all have as many sub-layers, and why.
+_TWO_WAY = "the first block's self-attention of the tokens replaces them, and is not added to them"
 IRREGULAR: dict[str, str] = {
-    "sam": "the first block's self-attention replaces the stream, and does not add to it",
+    **dict.fromkeys(("edgetam", "edgetam_video", "sam", "sam2", "sam2_video", "sam3_tracker"), _TWO_WAY),
+    **dict.fromkeys(("sam3_tracker_video", "sam3_video", "sam_hq"), _TWO_WAY),
+    "fun_asr_nano_encoder": "the first block changes the width, and its attention is not added to anything",
+    "seggpt": "one block averages image and prompt, and adds the average",
 }

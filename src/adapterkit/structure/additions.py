@@ -128,21 +128,22 @@ def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
         and not any(
             not is_long[outer.node.index]
             and blocks[outer.node.index] == blocks[addition.node.index]
-            and _is_nested(flow, addition, outer, inner[outer.node.index])
+            and _is_nested(flow, addition, outer, inner[outer.node.index], additions)
             for outer in additions
         )
     ]
 
 
-def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Addition]) -> bool:
+def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Addition], every: list[Addition]) -> bool:
     """Whether an addition in a branch belongs to it, and not to another stream that the branch looks at."""
     if addition not in inside:
         return False
     start = addition.stream
     while True:  # back along its stream, from one addition to the one before
         before = [a for a in inside if _follows(flow, a, start)]
-        if not before and start == outer.stream:  # x + f(x + g(x)) has two steps, x + (x + g(x)) one
-            return not flow.between(addition.node.index, outer.branch) & flow.endings
+        if not before and start == outer.stream:  # x + f(x + g(x)): a step of its own if something is added to it in turn
+            is_last = not flow.between(addition.node.index, outer.branch) & flow.endings
+            return is_last or not any(_follows(flow, addition, a.stream) for a in every)
         if not before:
             return flow.leads_to(outer.stream, start)
         start = before[-1].stream

@@ -52,7 +52,7 @@ def _is_cross(flow: Flow, stream: int, core: int) -> bool:
 
 
 def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Node) -> bool:
-    """Whether an operation is a scan, a Fourier transform, a product of activations, or a projection of the tokens' axis."""
+    """Whether an operation is a scan, a Fourier transform, a product of activations, or projects the tokens' axis."""
     if node.op in _MIXING or node.op.startswith("_fft"):
         return True
     if node.op not in MATMULS or node.op.endswith("convolution"):
