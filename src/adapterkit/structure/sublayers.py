@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -148,7 +149,8 @@ class _Reader:
             is_one = len(before) == 1 or (before and node.op not in ADDITIONS)
             if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
                 return
-            end = max(before)
+            size = math.prod(node.shape)  # a gate that is computed from the stream, too, is often smaller
+            end = max([i for i in before if math.prod(flow.nodes[i].shape) == size] or before)
 
     def _is_hookable(self, call: Call) -> bool:
         """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""
@@ -261,7 +263,7 @@ class _Reader:
     def _has_sibling(self, branch: _Branch) -> bool:
         """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
         source = self.flow.source(branch.addition.skip)
-        return source != branch.addition.stream and self.flow.nodes[source].op in ADDITIONS
+        return source != branch.addition.stream and any(other.node.index == source for other in self.additions)
 
     def _projections_of_attention(self, branch: _Branch) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         """The modules that make queries, keys and values."""
@@ -323,8 +325,8 @@ class _Reader:
     def _port(self, branch: _Branch) -> Port | None:
         """The last module of the block, or beside it, that takes the stream before the branch's output is made."""
         flow, addition, port = self.flow, branch.addition, None
-        root, shape = flow.source(addition.stream), flow.nodes[branch.end].shape
         made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
+        root, shape, axis = flow.source(addition.stream), flow.nodes[made].shape, self.axes.of(made)
         for call in flow.calls:
             is_near = _within(call.path or "", branch.block) or call.parent is addition.node.call
             if not addition.stream < call.start <= made or not is_near:
@@ -332,7 +334,9 @@ class _Reader:
             if isinstance(call.module, (nn.Sequential, nn.Identity)) or self._repeats[call.path, id(call.parent)] > 1:
                 continue
             for path, i in call.inputs:
-                if call.path is not None and len(path) == 2 and flow.source(i) == root and flow.nodes[i].shape == shape:
+                if call.path is None or len(path) != 2 or flow.source(i) != root:
+                    continue
+                if flow.nodes[i].shape == shape and self.axes.of(i) in (axis, None):
                     port = Port(call.path, _argument(path))
         return port
 
