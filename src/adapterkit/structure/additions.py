@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .flow import Flow, bits
 from .graph import ADDITIONS, Call, Node
 
-__all__ = ["Addition", "block_of", "residual_additions"]
+__all__ = ["Addition", "addends", "block_of", "residual_additions"]
 
 _NUMBERED = re.compile(r"(.*?(?:^|\.)\d+)(?:\.|$)")
 
@@ -30,15 +30,28 @@ class Addition:
     branch: int
 
 
-def residual_additions(flow: Flow) -> list[Addition]:
-    """The residual additions, in order: not those inside another's branch in the same block, nor long skips."""
+def residual_additions(flow: Flow) -> tuple[list[Addition], list[Addition]]:
+    """The steps of residual streams, in order, and all additions that look like one.
+
+    No steps are those inside another's branch in the same block, and long skips.
+    """
     found: dict[int, Addition] = {}
     for node in flow.nodes:
         addition = _residual(flow, node, found)
         if addition is not None:
             found[node.index] = addition
-    streams = {addition.stream for addition in found.values()}  # adding to one a second time is no step along another
-    return _outermost(flow, [a for a in found.values() if flow.source(a.branch) not in streams])
+    every = list(found.values())
+    streams = {addition.stream for addition in every}  # adding to one a second time is no step along another
+    return _outermost(flow, [a for a in every if flow.source(a.branch) not in streams]), every
+
+
+def addends(flow: Flow, node: Node) -> tuple[int, int] | None:
+    """The two activations that a node adds, or subtracts, or adds times a gate (addcmul); None if it does not."""
+    if node.op not in ADDITIONS or not node.is_floating or len(node.shape) < 2:
+        return None
+    whole = [i for i in node.inputs[:3] if flow.nodes[i].is_floating and flow.nodes[i].shape == node.shape]
+    operands = [i for i in whole if not flow.is_constant[i]]
+    return (operands[0], operands[-1]) if len(operands) > 1 else None
 
 
 def block_of(call: Call | None) -> tuple[str, int] | None:
@@ -52,15 +65,13 @@ def block_of(call: Call | None) -> tuple[str, int] | None:
 
 def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | None:
     """The node as a residual addition, if it is one."""
-    if node.op not in ADDITIONS or not node.is_floating or len(node.shape) < 2:
-        return None
-    operands = [i for i in node.inputs if flow.nodes[i].is_floating][:2]
-    if len(operands) < 2 or any(flow.is_constant[i] or flow.nodes[i].shape != node.shape for i in operands):
-        return None
-    split = _skip_and_branch(flow, operands[0], operands[1], found)
+    operands = addends(flow, node)
+    split = _skip_and_branch(flow, *operands, found) if operands is not None else None
     if split is None:
         return None
     skip, branch, stream = split
+    if node.op in ("sub", "sub_") and skip != operands[0]:  # type: ignore[index]  # f - x is no step
+        return None
     if _is_straight_through(flow, stream, branch):
         return None
     computes = flow.between(stream, branch) & flow.endings
