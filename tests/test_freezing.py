@@ -172,7 +172,10 @@ def test_verify_finds_what_an_optimizer_lacks(post_norm: Tiny) -> None:
     kit = ak.wrap(post_norm)
     kit.add("a", CONFIG, heads=["classifier"])
     early = torch.optim.SGD(post_norm.parameters(), lr=0.1)
-    assert kit.verify(optimizer=early).problems == ("the base is not frozen: call kit.train_adapter or kit.freeze",)
+    assert kit.verify(optimizer=early).problems == (
+        "no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter",
+        "the base is not frozen: call kit.train_adapter or kit.freeze",
+    )
     kit.train_adapter("a")
     assert kit.verify(optimizer=early).is_ok
     kit.freeze("a")

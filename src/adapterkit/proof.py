@@ -35,8 +35,8 @@ class SiteProof:
         fired_in_training: The same in training mode.
         shape: Of the tensor at the site.
         dtype: Of the tensor at the site.
-        moved: The ε-test of the branch that it yields; None where it yields none.
-        agrees: Whether the ε-test came out as the structure says.
+        moved: The ε-test of the branch that it yields, or that ends in its norm or sum; None where there is none.
+        agrees: Whether the ε-test of a branch that it yields came out as the structure says, with a factor that is not 0.
     """
 
     path: str
@@ -71,10 +71,11 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
     modules = modules_by_path(model)
     proofs = []
     for path, spec in specs.items():
-        place, sublayer = _place(spec, path, anatomy, modules)
+        place, sublayer, yields = _place(spec, path, anatomy, modules)
         branch = moved.get(sublayer.out.path) if sublayer and sublayer.out else None
         shape, dtype = in_eval[path][0] if in_eval[path] else (None, None)
-        agrees = sublayer is None or (branch is not None and branch.agrees(sublayer))
+        proven = sublayer is not None and branch is not None and branch.agrees(sublayer) and branch.factor != (0.0, 0.0)
+        agrees = proven or not yields
         proofs.append(SiteProof(path, place, len(in_eval[path]), in_training[path], shape, dtype, branch, agrees))
     return proofs
 
@@ -144,14 +145,14 @@ def _tensor_at(spec: SiteSpec, call: tuple[Any, Any], output: Any) -> Tensor:
     return tensor
 
 
-def _place(spec: SiteSpec, path: str, anatomy: Anatomy, modules: dict[str, nn.Module]) -> tuple[str, Sublayer | None]:
-    """What a site is in the model, and the sub-layer whose branch it yields, if it does."""
+def _place(spec: SiteSpec, path: str, anatomy: Anatomy, modules: dict[str, nn.Module]) -> tuple[str, Sublayer | None, bool]:
+    """What a site is in the model, the sub-layer that it belongs to, and whether it yields that one's branch."""
     for sublayer in (*anatomy.sublayers, *anatomy.others):
         for what, host in _hosts(sublayer, modules):
             if host == path and (what == "norm after" or spec.at == "output"):
-                branch = sublayer if what == "" else None
-                return (f"{sublayer.kind} branch" if branch else f"{what} {sublayer.kind}"), branch
-    return "module", None
+                yields = what == ""
+                return (f"{sublayer.kind} branch" if yields else f"{what} {sublayer.kind}"), sublayer, yields
+    return "module", None, False
 
 
 def _hosts(sublayer: Sublayer, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:

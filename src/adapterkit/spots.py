@@ -19,7 +19,7 @@ from .structure.discover import Discovery
 from .structure.roles import check_whole, role_paths, role_places
 from .values import Argument, Path
 
-__all__ = ["STREAM", "Placement", "Spot", "find_spots"]
+__all__ = ["STREAM", "Placement", "Spot", "asks_for_structure", "find_spots"]
 
 # As a `residual`: the stream that enters the target's sub-layer, wherever the model keeps it.
 STREAM = "@stream"
@@ -63,6 +63,12 @@ class Spot:
     residual: str | None
     reads_own_input: bool = False
     axis: int | None = None
+
+
+def asks_for_structure(config: AdapterConfig) -> bool:
+    """Whether a config's places depend on what the model computes, not on the names of its modules alone."""
+    placed = getattr(config, "at", None) in ("sum", "normalised") or getattr(config, "residual", None) == STREAM
+    return placed or any(map(is_role, config.targets))
 
 
 def find_spots(

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attach import find_sites
 from .base import base_parameters, base_tensors, digest
-from .errors import AdapterKitError, CompatibilityError
+from .errors import AdapterKitError, CompatibilityError, TargetError
 from .hooks import InputHook, OutputHook, has_hook
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
 from .record import RECORD, Record
-from .sites import AdapterSite, silenced, sites_of
+from .sites import AdapterSite, SiteSpec, located, silenced, sites_of
+from .spots import asks_for_structure
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, runs_around
 
@@ -73,14 +75,16 @@ def verify(
     """
     active = record.activation.active
     hosts = {path: (host, site) for path, host, site in sites_of(model)}
-    problems = [*_missing_hooks(hosts), *_lost_hosts(model, record, hosts), *_elsewhere(hosts)]
+    lost = list(_lost_hosts(model, record, hosts))
+    problems = [*_missing_hooks(hosts), *lost, *_elsewhere(hosts)]
     inputs = _inputs(model) if example_inputs is None and active is not None else example_inputs
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if active is not None and inputs is not None:
         sites = tuple(prove_sites(model, active, inputs))
-        problems += _site_problems(model, sites, inputs)
-        dead = dead_parameters(model, active, inputs)
-        problems += [f"no gradient of the model's output reaches {', '.join(dead)}"] if dead else []
+        problems += [*_site_problems(model, sites, inputs), *([] if lost else _elsewhere_now(model, active, inputs))]
+        problems += _dead(model, active, inputs)
+    elif active is None and hosts:
+        problems.append("no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter")
     moved = moved_tensors(model, record)
     if moved:
         problems.append(f"the base moved since it was frozen: {', '.join(moved)}")
@@ -126,6 +130,39 @@ def _elsewhere(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]
             wrong = {p.device for p in site.held(name).parameters()} - devices if len(devices) == 1 else set()
             if wrong and not hasattr(host, "_hf_hook"):
                 yield f"adapter {name!r} at {path!r} is on {wrong.pop()}, its host on {devices.pop()}"
+
+
+def _elsewhere_now(model: nn.Module, name: str, inputs: ExampleInputs) -> Iterator[str]:
+    """Where the adapter's config, read anew, asks for other places: the model computes otherwise than when it was added."""
+    held = {path: entry for path, _, site in sites_of(model) if (entry := site.entries.get(name)) and entry.spec}
+    config = next(iter(held.values())).config if held else None
+    if config is None or not asks_for_structure(config):
+        return
+    try:
+        wanted = {spec.path: _where(spec) for spec in find_sites(model, config, inputs)}
+    except TargetError as error:
+        yield f"the places that adapter {name!r} was added at are not found any more: {error}"
+        return
+    there = {path: _where(located(entry.spec, path)) for path, entry in held.items() if entry.spec}
+    changed = sorted(path for path in wanted | there if wanted.get(path) != there.get(path))
+    if changed:
+        yield (
+            f"the model computes otherwise than when adapter {name!r} was added: its config now asks for other places than "
+            f"{changed}; remove the adapter, and add it anew"
+        )
+
+
+def _where(spec: SiteSpec) -> tuple[object, ...]:
+    return spec.at, spec.reads, spec.output, spec.residual
+
+
+def _dead(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:
+    """Parameters that no gradient reaches, or why none can be computed."""
+    try:
+        dead = dead_parameters(model, name, inputs)
+    except RuntimeError as error:
+        return [f"no gradients can be computed: {str(error).splitlines()[0]}"]
+    return [f"no gradient of the model's output reaches {', '.join(dead)}"] if dead else []
 
 
 def _inputs(model: nn.Module) -> ExampleInputs | None:

@@ -320,3 +320,64 @@ def test_verify_runs_no_hooks_on_gradients() -> None:
     next(iter(kit.parameters("a"))).register_post_accumulate_grad_hook(stepped.append)
     kit.verify(IDS)
     assert not stepped
+
+
+class Changing(Pre):
+    """Computes otherwise when it is told to: what its adapters were added for is not what they then do."""
+
+    how = "add"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        f = self.mlp(self.norm2(x))
+        return {
+            "add": lambda: x + f,
+            "multiply": lambda: x * f,
+            "replace": lambda: f,
+            "rectify": lambda: x + f.relu(),
+            "nothing": lambda: x + 0 * f,
+            "twice": lambda: x + self.mlp(f),
+            "both": lambda: x + f + f,
+        }[self.how]()
+
+
+@pytest.mark.parametrize("how", ["multiply", "replace", "rectify", "nothing", "twice", "both"])
+def test_verify_refutes_places_that_are_not_what_they_were(how: str) -> None:
+    model = randomised(Model(Changing))
+    kit = ak.wrap(model)
+    kit.add("a", "houlsby")
+    kit.train_adapter("a")
+    kit.verify(IDS).require()
+    for block in model.blocks:
+        block.how = how
+    assert not kit.verify(IDS).is_ok
+
+
+@pytest.mark.parametrize("how", ["multiply", "replace"])
+def test_verify_refutes_sums_that_are_none(how: str) -> None:
+    model = randomised(Model(Changing))
+    kit = ak.wrap(model)
+    kit.add("a", "pfeiffer")
+    kit.train_adapter("a")
+    kit.verify(IDS).require()
+    for block in model.blocks:
+        block.how = how
+    problems = kit.verify(IDS).problems
+    assert any("computes otherwise than when" in p or "are not found any more" in p for p in problems)
+
+
+def test_verify_tells_why_no_gradients_can_be_computed() -> None:
+    class Overwriting(Pre):
+        """Adds in place to what its norm has saved for the backward."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.norm1(x).exp()
+            out = x + self.mlp(z)
+            z.add_(1)
+            return out
+
+    model = randomised(Model(Overwriting))
+    kit = ak.wrap(model)
+    kit.add("a", "pfeiffer")
+    kit.train_adapter("a")
+    assert any(p.startswith("no gradients can be computed: one of the variables") for p in kit.verify(IDS).problems)
