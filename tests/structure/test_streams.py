@@ -370,3 +370,20 @@ def test_a_projection_along_the_tokens_is_a_mixer() -> None:
 
     anatomy, _ = found(Model(Block))
     assert [kind for kind, _ in outs(anatomy)] == ["mixer", "feedforward"] * 2
+
+
+def test_an_adapter_on_a_branch_of_tokens_works_on_the_features() -> None:
+    class Mixer(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention: Any = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+            return x + self.mlp(self.norm2(x))
+
+    sites = ak.wrap(randomised(Model(Mixer)), IDS).sites("houlsby")
+    assert [(s.path, s.width, s.axis) for s in sites[:2]] == [
+        ("blocks.0.attention.2", WIDTH, -2),
+        ("blocks.0.mlp", WIDTH, -1),
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .flow import Flow
 from .graph import Node
@@ -35,6 +36,16 @@ class FeatureAxes:
                 todo.extend(before)
         return self._found[index]
 
+    def before(self, chain: Sequence[int], axis: int | None) -> int | None:
+        """The axis of the first node of a chain that becomes this axis of its last, each node reading the one before."""
+        found = []
+        for start in range(len(self.flow.nodes[chain[0]].shape)):
+            here: int | None = start
+            for i, j in pairwise(chain):
+                here = None if here is None else _moved(self.flow.nodes[j], self.flow.nodes[i].shape, here)
+            found += [start] if here is not None and here == axis else []
+        return found[0] if len(found) == 1 else None
+
     def is_last(self, index: int) -> bool | None:
         """Whether a node's features lie on its last axis; None where the graph does not tell."""
         node = self.flow.nodes[index]
@@ -58,9 +69,9 @@ class FeatureAxes:
             return 1
         for i in self._asked(node.index):
             axis = self._found[i]
-            moved = None if axis is None else _moved(node, self.flow.nodes[i].shape, axis)
-            if moved is not None:
-                return moved
+            kept = None if axis is None else _moved(node, self.flow.nodes[i].shape, axis)
+            if kept is not None:
+                return kept
         return None
 
 

@@ -105,7 +105,7 @@ class BranchReader:
         One that serves several branches (a dropout, a drop path) cannot be told which it serves: then the module before.
         If there is none, one with weights, which are shared as an adapter there would be.
         """
-        steps = list(self._back(addition, end))
+        steps = list(self.back(addition, end))
         for is_wanted in (self.is_hookable, self._is_shared):
             scales: list[str] = []
             for node in steps:
@@ -116,7 +116,7 @@ class BranchReader:
                 scales += [op] if op not in VIEWS | set(ADDITIONS) else []
         return None, ()
 
-    def _back(self, addition: Addition, end: int) -> Iterator[int]:
+    def back(self, addition: Addition, end: int) -> Iterator[int]:
         """The branch's last node and those before it, as long as one follows from one other by a view, scale or offset."""
         flow = self.flow
         while True:

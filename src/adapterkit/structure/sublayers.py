@@ -67,7 +67,7 @@ class _Dissection:
         place = None
         if branch.call is not None:
             call, path = branch.call
-            place = self._place(call, path)
+            place = replace(self._place(call, path), axis=self._axis_in_stream(branch, dict(call.outputs)[path]))
         query, key, value = self._projections_of_attention(branch)
         projections = branch.inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
@@ -99,6 +99,16 @@ class _Dissection:
         node = self.flow.nodes[dict(call.outputs)[path]]
         axis = self.axes.of(node.index)
         return Place(call.path or "", path, node.shape, None if axis is None else axis - len(node.shape))
+
+    def _axis_in_stream(self, branch: Branch, made: int) -> int | None:
+        """The axis of what a module made that becomes the stream's feature axis, from the end; else its own features'."""
+        chain = list(self.reader.back(branch.addition, branch.end))
+        features = self.axes.of(branch.addition.skip)
+        axis = None
+        if made in chain and features is not None:
+            axis = self.axes.before(chain[chain.index(made) :: -1], features)
+        axis = self.axes.of(made) if axis is None else axis
+        return None if axis is None else axis - len(self.flow.nodes[made].shape)
 
     def _has_sibling(self, branch: Branch) -> bool:
         """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
