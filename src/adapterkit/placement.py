@@ -160,12 +160,12 @@ def _seen_shape(spot: Spot, host: nn.Module, known: HostShape | None, config: Ad
     path, here = spot.path, seen.output if spot.at == "output" else seen.input
     if here is None:
         raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {spot.at}")
-    axis = config.channel_axis
+    axis = spot.axis if config.channel_axis is None else config.channel_axis
     if axis is None and known is not None and -len(here) <= known.axis < len(here):
         width = known.width if spot.at == "output" else known.input_width
         axis = known.axis if here[known.axis] == width else None
     if axis is None:
-        axis = channel_axis(host, here) if spot.axis is None else spot.axis
+        axis = channel_axis(host, here)
     if axis is None:
         raise TargetError(
             f"cannot tell which axis of {path!r} ({type(host).__name__}, shape {here}) holds the features; "

@@ -44,6 +44,27 @@ class FeatureAxes:
         axis = self.of(index)
         return None if axis is None else axis == len(node.shape) - 1
 
+    def on_the_way(self, start: int, end: int, axis: int | None) -> int | None:
+        """The axis of `start` that becomes this one of `end`, which comes of nothing else; None where that is not so."""
+        way = [end]
+        while way[-1] != start:
+            before = [i for i in self.flow.nodes[way[-1]].inputs if i == start or self.flow.leads_to(start, i)]
+            if len(before) != 1:
+                return None
+            way += before
+        return None if axis is None else self._before(way, axis)
+
+    def _before(self, way: Sequence[int], axis: int) -> int | None:
+        """The axis of the first node on a way, given backwards, that becomes this axis of its last; None if not one does."""
+        shapes = [self.flow.nodes[i].shape for i in way]
+        found = []
+        for first in range(len(shapes[-1])):
+            now: int | None = first
+            for i, before in zip(reversed(way[:-1]), reversed(shapes[1:]), strict=True):
+                now = None if now is None else _moved(self.flow.nodes[i], before, now)
+            found += [first] if now == axis else []
+        return found[0] if len(found) == 1 else None
+
     def _asked(self, index: int) -> list[int]:
         """The inputs whose axis decides."""
         return [] if self.flow.projections >> index & 1 else self.flow.activations(self.flow.nodes[index])

@@ -226,6 +226,8 @@ class _Reader:
         if branch.call is not None:
             call, path = branch.call
             place = self._place(call, path)
+            axis = self.axes.on_the_way(dict(call.outputs)[path], branch.end, self.axes.of(addition.skip))
+            place = place if axis is None else replace(place, axis=axis - len(place.shape))
         query, key, value = self._projections_of_attention(branch)
         projections = branch.inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
