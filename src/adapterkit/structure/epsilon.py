@@ -164,7 +164,7 @@ def _arranged(tensor: Tensor, shape: torch.Size) -> Iterator[Tensor]:
 
 def _fitted(x: Tensor, y: Tensor, along: list[int], tolerance: float, *, centre: bool) -> tuple[float, float] | None:
     """The range of the factors, constant along these axes, by which y is x, or differs from it by a constant besides."""
-    if math.prod(x.shape[axis] for axis in along) < 3:  # fewer points fit any line
+    if math.prod(x.shape[axis] for axis in along) < (3 if centre else 2):  # fewer points fit any line
         return None
     if centre:
         x, y = x - x.mean(along, keepdim=True), y - y.mean(along, keepdim=True)
