@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .flow import Flow, bits
+from .flow import VIEWS, Flow, bits
 from .graph import ADDITIONS, Call, Node
 
-__all__ = ["Addition", "block_of", "residual_additions"]
+__all__ = ["Addition", "block_of", "residual_additions", "up_to_number"]
 
+_BOUNDED = ("sigmoid", "sigmoid_", "tanh", "tanh_")
 _NUMBERED = re.compile(r"(.*?(?:^|\.)\d+)(?:\.|$)")
 
 
@@ -50,6 +51,14 @@ def block_of(call: Call | None) -> tuple[str, int] | None:
     return None
 
 
+def up_to_number(path: str) -> str:
+    """The path up to its last number; empty if it has none."""
+    parts = path.split(".")
+    while parts and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts)
+
+
 def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | None:
     """The node as a residual addition, if it is one."""
     if node.op not in ADDITIONS or not node.is_floating or len(node.shape) < 2:
@@ -57,11 +66,11 @@ def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | 
     operands = [i for i in node.inputs if flow.nodes[i].is_floating][:2]
     if len(operands) < 2 or any(flow.is_constant[i] or flow.nodes[i].shape != node.shape for i in operands):
         return None
-    split = _skip_and_branch(flow, operands[0], operands[1], found)
+    split = _skip_and_branch(flow, node, operands[0], operands[1], found)
     if split is None:
         return None
     skip, branch, stream = split
-    if _is_straight_through(flow, stream, branch):
+    if _is_straight_through(flow, stream, branch) or _is_gate(flow, node.index):
         return None
     computes = flow.between(stream, branch) & flow.endings
     return Addition(node, stream, skip, branch) if computes and _ends(flow, branch, stream, found) else None
@@ -79,7 +88,7 @@ def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> b
     return bool(last & flow.endings) or any(deeper)
 
 
-def _skip_and_branch(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
+def _skip_and_branch(flow: Flow, node: Node, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
     """Which operand is the stream, and which was computed from it: (skip, branch, stream)."""
     for reach in (flow.source, flow.unscaled):
         roots = [i if i in found else reach(i) for i in (a, b)]
@@ -90,10 +99,10 @@ def _skip_and_branch(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> 
         before = found.get(flow.source(skip))
         if before is not None and flow.leads_to(before.stream, branch):
             return skip, branch, before.stream
-    return _projected_skip(flow, a, b, found)
+    return _projected_skip(flow, node, a, b, found)
 
 
-def _projected_skip(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
+def _projected_skip(flow: Flow, node: Node, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
     """The same where a block that changes the stream's width projects its skip, or pools it: W x + f(x)."""
     common = flow.ancestors[a] & flow.ancestors[b] & flow.from_inputs
     if not common or flow.leads_to(a, b) or flow.leads_to(b, a):
@@ -103,14 +112,27 @@ def _projected_skip(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> t
     shallow, deep = flow.between(stream, skip), flow.between(stream, branch)
     is_light = (shallow & flow.projections).bit_count() <= 1 and not shallow & flow.attentions
     is_deeper = (deep & flow.endings).bit_count() > (shallow & flow.endings).bit_count()
-    is_one_block = not any(deep >> i & 1 for i in found)  # not the levels of a pyramid
+    inside = [found[i].node for i in bits(deep & sum(1 << i for i in found))]
+    is_one_block = all(_numbered(other.call) == _numbered(node.call) for other in inside)  # not the levels of a pyramid
     return (skip, branch, stream) if shallow & flow.endings and is_light and is_deeper and is_one_block else None
+
+
+def _numbered(call: Call | None) -> str:
+    """The block that a call is in, or its path where that has no number."""
+    path = (call.path if call else None) or ""
+    return up_to_number(path) or path
 
 
 def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
     """Whether a branch is something less the stream itself: x + (quantised - x), whose value is `quantised`."""
     node = flow.nodes[flow.source(branch)]
     return node.op in ("sub", "rsub") and any(flow.source(i) == stream for i in node.inputs)
+
+
+def _is_gate(flow: Flow, index: int) -> bool:
+    """Whether a sum is a gate of a recurrent cell: all that becomes of it is a number between bounds."""
+    readers = [j for i in flow.readers[index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
+    return bool(readers) and all(flow.nodes[i].op in _BOUNDED for i in readers)
 
 
 def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:

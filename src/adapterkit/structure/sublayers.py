@@ -13,7 +13,7 @@ from .. import values
 from ..base import base_parameters
 from ..errors import TargetError
 from ..hosts import resolve_host
-from .additions import Addition, residual_additions
+from .additions import Addition, residual_additions, up_to_number
 from .anatomy import Anatomy, Kind, Norm, Place, Port, Sublayer
 from .axes import FeatureAxes
 from .flow import SCALES, VIEWS, Flow, bits
@@ -173,7 +173,7 @@ class _Reader:
         Where the numbers next to one another stand for one sub-layer each, of different kinds (T5's `layer.0`, `layer.1`),
         the last number but one is the block's. Where what holds the blocks adds, the branch's path says which it is.
         """
-        numbered = {id(branch): _up_to_number(self._path(branch)) for branch in branches}
+        numbered = {id(branch): up_to_number(self._path(branch)) for branch in branches}
         beside: dict[str, dict[str, list[Kind]]] = {}
         for branch in branches:
             path = numbered[id(branch)]
@@ -181,7 +181,7 @@ class _Reader:
         for branch in branches:
             block = numbered[id(branch)]
             kinds = list(beside[block.rpartition(".")[0]].values())
-            around = _up_to_number(block.rpartition(".")[0])
+            around = up_to_number(block.rpartition(".")[0])
             if around and all(len(found) == 1 for found in kinds) and len({found[0] for found in kinds}) > 1:
                 block = around
             branch.block = None if not block or self._spans_several(branch, block) else block
@@ -410,14 +410,6 @@ def _without_post(sublayer: Sublayer) -> Sublayer:
 def template_of(path: str) -> str:
     """The path with `*` for its numbers."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
-
-
-def _up_to_number(path: str) -> str:
-    """The path up to its last number; empty if it has none."""
-    parts = path.split(".")
-    while parts and not parts[-1].isdigit():
-        parts.pop()
-    return ".".join(parts)
 
 
 def _within(path: str, block: str | None) -> bool:

@@ -1,0 +1,65 @@
+"""Which modules are the blocks of a model that nobody numbered as libraries do, and which module yields a branch."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapterkit.structure.discover import discover
+
+from .hosts import VOCAB, WIDTH, Attention, FeedForward, Model, Pre, randomised
+
+IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.cell(x.flatten(0, 1), residual.flatten(0, 1)).view_as(x)
+
+
+class Lists(nn.Module):
+    """Layers as lists of a norm, a branch and the module that adds it."""
+
+    def __init__(self, add: type[nn.Module]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        branches = (Attention(), FeedForward(), Attention(), FeedForward())
+        self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(WIDTH), branch, add()]) for branch in branches)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for norm, branch, add in self.layers:
+            x = add(branch(norm(x)), x)
+        return x
+
+
+def test_the_gates_of_a_recurrent_cell_are_no_sub_layers() -> None:
+    anatomy, _ = discover(randomised(Lists(Recurrent)), IDS)
+    assert (anatomy.sublayers, anatomy.others) == ((), ())
+
+
+def test_an_attention_that_adds_its_queries_is_one_branch_of_a_block_that_pools_its_skip() -> None:
+    class Pooled(Attention):
+        def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+            q = F.max_pool1d(self.q(x).transpose(1, 2), 2).transpose(1, 2)
+            return self.o(q + F.scaled_dot_product_attention(q, self.k(x), self.v(x)))
+
+    class Pooling(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Pooled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            skip = F.max_pool1d(x.transpose(1, 2), 2).transpose(1, 2)
+            x = skip + self.attention(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+
+    ids = torch.arange(16).view(2, 8) % VOCAB
+    anatomy, _ = discover(randomised(Model(Pooling)), ids)
+    outs = [(s.kind, s.out and s.out.path) for s in anatomy.sublayers]
+    assert outs == [
+        (kind, f"blocks.{i}.{name}") for i in (0, 1) for kind, name in (("attention", "attention"), ("feedforward", "mlp"))
+    ]
