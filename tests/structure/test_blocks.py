@@ -5,10 +5,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.structure.discover import discover
+from adapterkit.structure.epsilon import epsilon_test
 
 from .hosts import VOCAB, WIDTH, Attention, FeedForward, Model, Pre, randomised
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return x + residual
+
+
+class GatedSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return x * self.gate(residual).sigmoid() + residual
 
 
 class Recurrent(nn.Module):
@@ -36,9 +51,48 @@ class Lists(nn.Module):
         return x
 
 
+def test_a_list_of_norm_branch_and_addition_is_a_block() -> None:
+    for add in (Sum, GatedSum):
+        model = randomised(Lists(add))
+        anatomy, _ = discover(model, IDS)
+        assert [(s.block, s.out and s.out.path) for s in anatomy.sublayers] == [
+            (f"layers.{i}", f"layers.{i}.1") for i in range(4)
+        ]
+        assert all(moved.additions == 1 and moved.factor for moved in epsilon_test(model, IDS, anatomy).values())
+
+
 def test_the_gates_of_a_recurrent_cell_are_no_sub_layers() -> None:
     anatomy, _ = discover(randomised(Lists(Recurrent)), IDS)
     assert (anatomy.sublayers, anatomy.others) == ((), ())
+
+
+def test_modules_that_are_numbered_in_their_names_are_blocks() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.block1, self.block2 = nn.Embedding(VOCAB, WIDTH), Pre(), Pre()
+            self.tower = nn.ModuleDict({"layer_0": Pre(), "layer_1": Pre()})
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.block2(self.block1(self.embedding(input_ids)))
+            return self.tower["layer_1"](self.tower["layer_0"](x))
+
+    anatomy, _ = discover(randomised(Named()), IDS)
+    blocks = ["block1", "block2", "tower.layer_0", "tower.layer_1"]
+    assert [s.block for s in anatomy.sublayers] == [block for block in blocks for _ in range(2)]
+
+
+def test_norms_that_are_numbered_make_no_blocks() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.block = nn.Embedding(VOCAB, WIDTH), Pre()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.block(self.embedding(input_ids))
+
+    anatomy, _ = discover(randomised(Alone()), IDS)
+    assert (anatomy.sublayers, len(anatomy.others)) == ((), 2)
 
 
 def test_an_attention_that_adds_its_queries_is_one_branch_of_a_block_that_pools_its_skip() -> None:

@@ -148,7 +148,11 @@ class _Reader:
             is_one = len(before) == 1 or (before and node.op not in ADDITIONS)
             if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
                 return
-            end = max(before)
+            end = max(before, key=lambda i: (flow.nodes[i].shape == node.shape and not self._is_gate(i), i))
+
+    def _is_gate(self, index: int) -> bool:
+        """Whether a node is a factor between bounds, for what it is multiplied with."""
+        return self.flow.nodes[self.flow.source(index)].op in ("sigmoid", "sigmoid_", "tanh", "tanh_")
 
     def _is_hookable(self, call: Call) -> bool:
         """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""
@@ -173,7 +177,7 @@ class _Reader:
         Where the numbers next to one another stand for one sub-layer each, of different kinds (T5's `layer.0`, `layer.1`),
         the last number but one is the block's. Where what holds the blocks adds, the branch's path says which it is.
         """
-        numbered = {id(branch): up_to_number(self._path(branch)) for branch in branches}
+        numbered = {id(branch): self._numbered(branch) for branch in branches}
         beside: dict[str, dict[str, list[Kind]]] = {}
         for branch in branches:
             path = numbered[id(branch)]
@@ -186,12 +190,39 @@ class _Reader:
                 block = around
             branch.block = None if not block or self._spans_several(branch, block) else block
 
+    def _numbered(self, branch: _Branch) -> str:
+        """The path of a branch up to its last number; of a list of unlike parts, such as [norm, attention, sum], the list's.
+
+        Where no path has a number, the module whose name ends in one, and that has a like beside it.
+        """
+        block = up_to_number(self._path(branch))
+        if not block:
+            return self._named_with_number((branch.addition.node.call and branch.addition.node.call.path) or "")
+        parts = {block, *self._beside(branch, block)}
+        are_unlike = len({type(self.modules[path]) for path in parts}) == len(parts) > 1
+        around = up_to_number(block.rpartition(".")[0])
+        return around if are_unlike and around else block
+
+    def _named_with_number(self, path: str) -> str:
+        """The outermost part of a path whose name is one of `layer_0`, `layer_1`, ... beside one another; else empty."""
+        names = path.split(".")
+        for depth, name in enumerate(names):
+            stem, beside = name.rstrip("0123456789"), self.modules[".".join(names[:depth])]._modules
+            like = [n for n, m in beside.items() if n.rstrip("0123456789") == stem and type(m) is type(beside[name])]
+            if stem != name and len(like) > 1:
+                return ".".join(names[: depth + 1])
+        return ""
+
     def _spans_several(self, branch: _Branch, block: str) -> bool:
         """Whether a branch runs through more than one repetition of what would be its block."""
+        return len(self._beside(branch, block)) > 1
+
+    def _beside(self, branch: _Branch, block: str) -> set[str]:
+        """The modules that a branch computes in, whose path is this one but for its numbers."""
         template, depth = template_of(block), len(block.split("."))
         calls = [self.flow.nodes[i].call for i in bits(branch.inside & self.flow.endings)]
         through = {".".join((call.path or "").split(".")[:depth]) for call in calls if call is not None}
-        return sum(template_of(path) == template for path in through) > 1
+        return {path for path in through if template_of(path) == template}
 
     def _path(self, branch: _Branch) -> str:
         adding = branch.addition.node.call
