@@ -61,7 +61,7 @@ def examine_one(catalogue: str, name: str) -> Report:
         model, inputs = models.build(name)
         outputs(model, inputs)
         outcome = "failed"
-        report = examine(model, inputs, models.IRREGULAR.get(name))
+        report = examine(model, inputs, models.IRREGULAR.get(name), getattr(models, "KINDS", {}).get(name))
         outcome = _outcome(report)
     except GateError as error:
         report = {"reason": str(error)}
