@@ -51,3 +51,26 @@ def test_an_adapter_after_a_projection_over_positions_sees_features() -> None:
     assert [s.out and s.out.axis for s in anatomy.sublayers] == [-2, -1] * 2
     kit = ak.wrap(model, example_inputs=IDS)
     assert {(site.width, site.axis) for site in kit.sites("houlsby", bottleneck_size=2)} == {(WIDTH, -2), (WIDTH, -1)}
+
+
+def test_a_convolution_over_channels_to_gate_them_mixes_no_tokens() -> None:
+    class Gate(nn.Module):
+        """As efficient channel attention."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.conv(x.mean((2, 3))[:, None]).sigmoid().transpose(1, 2)[..., None]
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), Gate())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.branch(x)
+
+    anatomy, _ = discover(randomised(nn.Sequential(Residual(), Residual())), torch.randn(2, 4, 6, 6))
+    assert [s.kind for s in anatomy.sublayers] == ["convolution", "convolution"]

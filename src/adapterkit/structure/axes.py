@@ -55,7 +55,7 @@ class FeatureAxes:
         return None if axis is None else self._before(way, axis)
 
     def _before(self, way: Sequence[int], axis: int) -> int | None:
-        """The axis of the first node on a way, given backwards, that becomes this axis of its last; None if not one does."""
+        """The axis of the first node on a way, given backwards, that becomes this one of the last; None if not one does."""
         shapes = [self.flow.nodes[i].shape for i in way]
         found = []
         for first in range(len(shapes[-1])):

@@ -60,8 +60,8 @@ def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Node) -> bool:
     if flow.products >> node.index & 1:
         return True
     taken = flow.activations(node)
-    if node.op.endswith("convolution"):
-        return axes.of(taken[0]) not in (1, None)  # tokens in the place of channels
+    if node.op.endswith("convolution"):  # pointwise, with tokens in the place of channels
+        return not _is_wide_convolution(flow, node) and axes.of(taken[0]) not in (1, None)
     return len(taken) == 1 and axes.is_last(taken[0]) is False
 
 
