@@ -117,3 +117,38 @@ def test_an_attention_that_adds_its_queries_is_one_branch_of_a_block_that_pools_
     assert outs == [
         (kind, f"blocks.{i}.{name}") for i in (0, 1) for kind, name in (("attention", "attention"), ("feedforward", "mlp"))
     ]
+
+
+def test_what_another_block_projected_is_no_skip() -> None:
+    class Inner(Pre):
+        def forward(self, pixels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            pixels = pixels + self.mlp(self.norm2(pixels))
+            x = x + self.attention.o(self.norm1(pixels))  # of another stream
+            return pixels, x + self.attention(self.norm1(x))
+
+    class TwoStreams(Model):
+        def __init__(self) -> None:
+            super().__init__(Inner)
+            self.patch = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            pixels = self.embedding(input_ids)
+            x = self.patch(pixels)
+            for block in self.blocks:
+                pixels, x = block(pixels, x)
+            return x
+
+    anatomy, _ = discover(randomised(TwoStreams()), IDS)
+    assert [s.out and s.out.path for s in anatomy.sublayers] == [
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("mlp", "attention")
+    ]
+
+
+def test_the_sum_of_a_stack_is_no_single_modules_branch() -> None:
+    class Stacked(Pre):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.norm1(x)
+            return x + torch.stack([self.attention(z), self.mlp(z)]).sum(0)
+
+    anatomy, _ = discover(randomised(Model(Stacked)), IDS)
+    assert [s.out for s in anatomy.sublayers] == [None, None]

@@ -110,7 +110,9 @@ def _projected_skip(flow: Flow, node: Node, a: int, b: int, found: dict[int, Add
     stream = common.bit_length() - 1  # the last thing that both come of
     skip, branch = sorted((a, b), key=lambda i: (flow.between(stream, i) & flow.endings).bit_count())
     shallow, deep = flow.between(stream, skip), flow.between(stream, branch)
-    is_light = (shallow & flow.projections).bit_count() <= 1 and not shallow & flow.attentions
+    here = block_of(node.call)
+    is_own = all(block_of(flow.nodes[i].call) == here for i in bits(shallow & flow.endings))
+    is_light = is_own and (shallow & flow.projections).bit_count() <= 1 and not shallow & flow.attentions
     is_deeper = (deep & flow.endings).bit_count() > (shallow & flow.endings).bit_count()
     inside = [found[i].node for i in bits(deep & sum(1 << i for i in found))]
     is_one_block = all(_numbered(other.call) == _numbered(node.call) for other in inside)  # not the levels of a pyramid

@@ -22,6 +22,8 @@ from .kinds import kind_of, operands
 
 __all__ = ["dissect", "template_of"]
 
+_JOINS = ("stack", "cat")  # what has parts from several modules is no one's
+
 
 def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
     """The anatomy of the model whose forward this is."""
@@ -145,7 +147,7 @@ class _Reader:
                 for i in node.inputs
                 if flow.leads_to(addition.stream, i) and flow.between(addition.stream, i) & flow.endings
             ]
-            is_one = len(before) == 1 or (before and node.op not in ADDITIONS)
+            is_one = len(before) == 1 or (before and node.op not in (*ADDITIONS, *_JOINS))
             if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
                 return
             end = max(before, key=lambda i: (flow.nodes[i].shape == node.shape and not self._is_gate(i), i))
@@ -191,9 +193,9 @@ class _Reader:
             branch.block = None if not block or self._spans_several(branch, block) else block
 
     def _numbered(self, branch: _Branch) -> str:
-        """The path of a branch up to its last number; of a list of unlike parts, such as [norm, attention, sum], the list's.
+        """The path of a branch up to its last number; of a list of unlike parts, such as [norm, attention, sum], its own.
 
-        Where no path has a number, the module whose name ends in one, and that has a like beside it.
+        Where no path has a number, that of the module whose name ends in one, and which has a like beside it.
         """
         block = up_to_number(self._path(branch))
         if not block:
