@@ -15,9 +15,6 @@ from benchmarks.zoo.handwritten.parts import (
     HEADS,
     TOKENS,
     WIDTH,
-    Attention,
-    Block,
-    FeedForward,
     Tokens,
     features,
     image,
@@ -29,7 +26,7 @@ __all__ = ["IRREGULAR", "KINDS", "build", "check_builds", "names"]
 
 
 class _Model(NamedTuple):
-    """How a model is made, what it is called with, and the sub-layers of all its blocks: as letters of `_KINDS`"""
+    """How a model is made, what it is called with, and the sub-layers of all its blocks, as letters of `_KINDS`."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
@@ -102,9 +99,7 @@ _MODELS = {
     "rezero": _Model(_blocks(language.ReZero), _ids, "af" * DEPTH),
     "conformer": _Model(_blocks(language.Conformer), _ids, "favf" * DEPTH),
     "shared-layers": _Model(language.AlbertGroup, _ids, "af"),
-    "relative-bias": _Model(
-        language.T5, lambda: {"input_ids": tokens(5), "decoder_input_ids": tokens()}, "afacf" * DEPTH
-    ),
+    "relative-bias": _Model(language.T5, lambda: {"input_ids": tokens(5), "decoder_input_ids": tokens()}, "afacf" * DEPTH),
     "reversible": _Model(language.Reversible, _ids, "af" * DEPTH),
     "stochastic-depth": _Model(language.Sequential, _ids, "af" * DEPTH),
     "by-keyword": _Model(
@@ -130,7 +125,7 @@ _MODELS = {
         vision.Flamingo, lambda: {"text": features(width=8), "media": features(5, 12)}, "cfaf" * DEPTH
     ),
 }
-# A model whose blocks of one build differ, with the reason; there is none.
+# Models whose blocks of one build differ, with the reason: none.
 IRREGULAR: dict[str, str] = {}
 # How many sub-layers of each kind the blocks of a model hold.
 KINDS = {

@@ -155,6 +155,21 @@ _TIMM: dict[str, Settings] = {
     "coatnext_nano_rw_224": _SIZED_STAGES,
     "efficientvit_l1": {},
     "convnextv2_atto": _STAGES,
+    "deit3_small_patch16_224": _PLAIN,
+    "vit_pwee_patch16_reg1_gap_256": _PLAIN,
+    "vit_mediumd_patch16_reg4_gap_256": _PLAIN,
+    "flexivit_small": _PLAIN,
+    "vit_relpos_small_patch16_rpn_224": _PLAIN,
+    "eva02_base_patch16_clip_224": _PLAIN,
+    "vit_base_patch16_lingbot": _PLAIN,
+    "qwen3_vit_88m_merge": _PLAIN,
+    "naflexvit_base_patch16_par_gap": _PLAIN,
+    "swinv2_cr_tiny_ns_224": {**_SIZED_STAGES, "embed_dim": 24},
+    "coatnet_rmlp_nano_rw_224": _SIZED_STAGES,
+    "mobilenetv4_hybrid_medium": {},
+    "fastvit_mci0": {},
+    "levit_conv_128s": _SIZED,
+    "resnet50_clip": {"img_size": 64},
 }
 _SWIN: Settings = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]}
 
@@ -194,7 +209,7 @@ _TORCHVISION: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{name: (partial(get_model, name), _IMAGE) for name in ("resnet18", "mobilenet_v3_small", "efficientnet_b0")},
     **{name: (partial(get_model, name), _IMAGE) for name in ("convnext_tiny", "squeezenet1_1", "shufflenet_v2_x0_5")},
 }
-# A model whose blocks of one build have different numbers of sub-layers, with the reason.
+# Models whose blocks of one build have different numbers of sub-layers, with the reason: none.
 IRREGULAR: dict[str, str] = {}
 
 

@@ -22,13 +22,13 @@ from benchmarks.zoo.handwritten.parts import (
 )
 
 __all__ = [
+    "GPTJ",
     "T5",
     "AlbertGroup",
     "ByKeyword",
     "Conformer",
     "DeepNorm",
     "Experts",
-    "GPTJ",
     "Output",
     "ReZero",
     "Reversible",
@@ -134,7 +134,8 @@ class _HalfStep(nn.Module):
 class _Convolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.pointwise1, self.pointwise2 = nn.LayerNorm(WIDTH), nn.Conv1d(WIDTH, 64, 1), nn.Conv1d(WIDTH, WIDTH, 1)
+        self.norm, self.pointwise1 = nn.LayerNorm(WIDTH), nn.Conv1d(WIDTH, 64, 1)
+        self.pointwise2 = nn.Conv1d(WIDTH, WIDTH, 1)
         self.depthwise, self.batch_norm = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH), nn.BatchNorm1d(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks.zoo.handwritten.parts import HEADS, WIDTH, Block, FeedForward, Gated
 
-__all__ = ["FNet", "GMLP", "LinearAttention", "Mamba", "RWKV", "mlp_mixer", "retnet"]
+__all__ = ["GMLP", "RWKV", "FNet", "LinearAttention", "Mamba", "mlp_mixer", "retnet"]
 
 
 class _StateSpace(nn.Module):

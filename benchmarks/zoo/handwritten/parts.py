@@ -8,7 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DEPTH", "HEADS", "WIDTH", "Attention", "Block", "FeedForward", "Gated", "Tokens", "features", "image", "rotated", "tokens"]
+__all__ = [
+    "BATCH",
+    "DEPTH",
+    "HEADS",
+    "TOKENS",
+    "VOCAB",
+    "WIDTH",
+    "Attention",
+    "Block",
+    "FeedForward",
+    "Gated",
+    "Tokens",
+    "features",
+    "image",
+    "rotated",
+    "tokens",
+]
 
 BATCH, TOKENS, WIDTH, HEADS, VOCAB, DEPTH = 2, 7, 32, 4, 61, 2
 
