@@ -324,3 +324,16 @@ def test_a_module_under_two_names_is_one_site() -> None:
     kit.verify(TOKENS)
     kit.activate("a")
     assert kit.verify(TOKENS).fired == {"0": 2}
+
+
+def test_a_hook_that_was_there_first_sees_what_the_module_returns_with_its_adapter() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda _module, _args, output: seen.append(output))
+    model[1].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    kit = ak.wrap(model)
+    kit.add("a", ak.BottleneckConfig(targets=["0"], bottleneck_size=2))
+    randomise(kit, "a")
+    kit.activate("a")
+    model(torch.randn(4, 3))
+    assert torch.equal(*seen)

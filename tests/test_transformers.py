@@ -55,6 +55,21 @@ def test_pfeiffer_on_bert_is_found_by_name_alone(bert: BertForSequenceClassifica
     kit.verify(batch).require()
 
 
+def test_hidden_states_that_a_model_collects_are_those_that_flow_on(batch: dict[str, Tensor]) -> None:
+    """Transformers collects them by hooks, which it registers in the first forward: before the adapter's."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=20)).eval()
+    ids = batch["input_ids"]
+    model(ids, output_hidden_states=True)
+    kit = ak.wrap(model)
+    kit.add("a", "pfeiffer", bottleneck_size=3, non_linearity="gelu")
+    randomise(kit, "a")
+    entering: list[Tensor] = []
+    model.transformer.h[1].register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
+    with kit.active("a"):
+        collected = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(collected[1], entering[0])
+
+
 def test_the_root_and_its_model_output_can_be_adapted(
     bert: BertForSequenceClassification, batch: dict[str, Tensor]
 ) -> None:

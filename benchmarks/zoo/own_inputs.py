@@ -397,6 +397,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
         "input_values": _floats(BATCH, TOKENS, model.config.hidden_size),
         "decoder_input_values": _floats(BATCH, TOKENS, model.config.hidden_size).flip(1),
     },
+    "swiftformer": _image(96, 96),
     "timesfm": lambda model: (
         _univariate_series(model)
         | {

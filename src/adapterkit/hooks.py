@@ -32,14 +32,20 @@ PORT = "_adapterkit_stream"
 
 
 class KitHook:
-    """Base of all hooks of adapterkit. `is_pre`: runs before the module; `always`: also when it raised."""
+    """Base of all hooks of adapterkit.
+
+    `is_pre`: runs before the module; `is_first`: before hooks that were there; `always`: also when the module raised.
+    """
 
     is_pre = False
+    is_first = False
     always = False
 
 
 class OutputHook(KitHook):
-    """Run the site's steps on the host's output."""
+    """Run the site's steps on the host's output: before other hooks, which are to see what the module returns."""
+
+    is_first = True
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Return the adapted output, or None for no change. Shape: as the host's output."""
@@ -145,7 +151,8 @@ def set_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Recor
     elif kind.is_pre:
         record.last_hook_id = module.register_forward_pre_hook(hook, with_kwargs=True).id
     else:
-        record.last_hook_id = module.register_forward_hook(hook, with_kwargs=True, always_call=kind.always).id
+        flags: dict[str, bool] = {"with_kwargs": True, "prepend": kind.is_first, "always_call": kind.always}
+        record.last_hook_id = module.register_forward_hook(hook, **flags).id
 
 
 def remove_hooks(module: nn.Module, kind: type[KitHook] = KitHook) -> None:

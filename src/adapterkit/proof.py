@@ -17,7 +17,7 @@ from .sites import SiteSpec, named_parameters, silenced, sites_of
 from .structure.anatomy import Anatomy, Sublayer
 from .structure.discover import discover
 from .structure.epsilon import Moved, epsilon_test
-from .structure.trace import ExampleInputs, call_with, observe, untouched
+from .structure.trace import ExampleInputs, call_with, fresh, observe, untouched
 
 __all__ = ["SiteProof", "dead_parameters", "prove_sites"]
 
@@ -119,7 +119,7 @@ def _by_backward(model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parame
 
 def _loss(model: nn.Module, inputs: ExampleInputs) -> Tensor:
     """A random projection of everything that the model returns; a constant if nothing of it has a gradient."""
-    out = [t for _, t in values.tensors(call_with(model, inputs)) if t.requires_grad]
+    out = [t for _, t in values.tensors(call_with(model, fresh(inputs))) if t.requires_grad]
     sums = [(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in out]
     return torch.stack(sums).sum() if sums else torch.zeros(())
 

@@ -77,7 +77,11 @@ class AddDelta(Step):
                 f"adapter {self.adapter!r} at {self.spec.path!r} reads what enters {self.spec.residual!r}, which has not "
                 "run before it in this forward; name another `residual`"
             )
-        return stream if reads == "residual" else x + stream
+        if reads == "residual":
+            return stream
+        if stream.shape != x.shape:
+            raise self._wrong_shape(stream, x)
+        return x + stream
 
     def _locate(self, value: Any, *, in_call: bool) -> values.Path:
         """The path of the tensor to adapt or read, in `(args, kwargs)` or in an output."""

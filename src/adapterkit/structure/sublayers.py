@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -150,7 +151,8 @@ class _Reader:
             is_one = len(before) == 1 or (before and node.op not in (*ADDITIONS, *_JOINS))
             if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
                 return
-            end = max(before, key=lambda i: (flow.nodes[i].shape == node.shape and not self._is_gate(i), i))
+            size = math.prod(node.shape)  # a gate that is computed from the stream, too, is often smaller
+            end = max(before, key=lambda i: (math.prod(flow.nodes[i].shape) == size and not self._is_gate(i), i))
 
     def _is_gate(self, index: int) -> bool:
         """Whether a node is a factor between bounds, for what it is multiplied with."""
@@ -296,7 +298,7 @@ class _Reader:
     def _has_sibling(self, branch: _Branch) -> bool:
         """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
         source = self.flow.source(branch.addition.skip)
-        return source != branch.addition.stream and self.flow.nodes[source].op in ADDITIONS
+        return source != branch.addition.stream and any(other.node.index == source for other in self.additions)
 
     def _projections_of_attention(self, branch: _Branch) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         """The modules that make queries, keys and values."""
@@ -358,8 +360,8 @@ class _Reader:
     def _port(self, branch: _Branch) -> Port | None:
         """The last module of the block, or beside it, that takes the stream before the branch's output is made."""
         flow, addition, port = self.flow, branch.addition, None
-        root, shape = flow.source(addition.stream), flow.nodes[branch.end].shape
         made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
+        root, shape, axis = flow.source(addition.stream), flow.nodes[made].shape, self.axes.of(made)
         for call in flow.calls:
             is_near = _within(call.path or "", branch.block) or call.parent is addition.node.call
             if not addition.stream < call.start <= made or not is_near:
@@ -367,7 +369,9 @@ class _Reader:
             if isinstance(call.module, (nn.Sequential, nn.Identity)) or self._repeats[call.path, id(call.parent)] > 1:
                 continue
             for path, i in call.inputs:
-                if call.path is not None and len(path) == 2 and flow.source(i) == root and flow.nodes[i].shape == shape:
+                if call.path is None or len(path) != 2 or flow.source(i) != root:
+                    continue
+                if flow.nodes[i].shape == shape and self.axes.of(i) in (axis, None):
                     port = Port(call.path, _argument(path))
         return port
 

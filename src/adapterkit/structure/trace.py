@@ -1,5 +1,6 @@
 """Run a model once on example inputs and look at what its modules take and return."""
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -11,7 +12,7 @@ from torch import nn
 from ..errors import AdapterKitError, CompatibilityError
 from ..patterns import ancestors
 
-__all__ = ["ExampleInputs", "call_with", "forward", "observe", "runs_around", "untouched"]
+__all__ = ["ExampleInputs", "call_with", "forward", "fresh", "observe", "runs_around", "untouched"]
 
 ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 T = TypeVar("T")
@@ -22,6 +23,14 @@ def call_with(model: nn.Module, inputs: ExampleInputs) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def fresh(inputs: ExampleInputs) -> ExampleInputs:
+    """A copy, if there can be one: a model may fill a cache that it is given, or change a tensor in place."""
+    try:
+        return copy.deepcopy(inputs)
+    except RuntimeError:  # of a tensor that is in the middle of a graph
+        return inputs
 
 
 def observe(
@@ -79,6 +88,7 @@ def forward(
     Raises:
         CompatibilityError: the model does not run on these inputs.
     """
+    inputs = fresh(inputs)
     with untouched(model):
         try:
             with within or nullcontext():
