@@ -22,7 +22,7 @@ from benchmarks.zoo.handwritten.parts import (
 )
 from benchmarks.zoo.weights import randomise
 
-__all__ = ["IRREGULAR", "KINDS", "build", "check_builds", "names"]
+__all__ = ["IRREGULAR", "KINDS", "LIBRARIES", "build", "check_builds", "names"]
 
 
 class _Model(NamedTuple):
@@ -31,6 +31,9 @@ class _Model(NamedTuple):
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     kinds: str
+
+
+LIBRARIES: tuple[str, ...] = ()
 
 
 def _ids() -> dict[str, Any]:

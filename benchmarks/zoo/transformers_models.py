@@ -18,8 +18,9 @@ from benchmarks.zoo.settings import CONFIGS, IRREGULAR, SETTINGS, UNRUNNABLE
 from benchmarks.zoo.shrink import WAYS, override, set_as_given
 from benchmarks.zoo.weights import randomise
 
-__all__ = ["IRREGULAR", "build", "check_builds", "names"]
+__all__ = ["IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
 
+LIBRARIES = ("transformers",)
 LARGEST = 120_000_000  # parameters
 
 transformers.logging.set_verbosity_error()

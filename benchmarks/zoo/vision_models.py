@@ -17,8 +17,9 @@ from torchvision.models.video.mvit import MSBlockConfig
 
 from benchmarks.zoo.weights import randomise
 
-__all__ = ["IRREGULAR", "build", "check_builds", "names"]
+__all__ = ["IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
 
+LIBRARIES = ("timm", "torchvision")
 BATCH, SIDE = 2, 64
 Settings = dict[str, Any]
 
