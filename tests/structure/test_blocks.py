@@ -144,11 +144,25 @@ def test_what_another_block_projected_is_no_skip() -> None:
     ]
 
 
-def test_the_sum_of_a_stack_is_no_single_modules_branch() -> None:
+def test_branches_in_a_stack_that_is_summed_are_parallel() -> None:
     class Stacked(Pre):
         def forward(self, x: Tensor) -> Tensor:
             z = self.norm1(x)
             return x + torch.stack([self.attention(z), self.mlp(z)]).sum(0)
 
-    anatomy, _ = discover(randomised(Model(Stacked)), IDS)
+    model = randomised(Model(Stacked))
+    anatomy, _ = discover(model, IDS)
+    assert [(s.out and s.out.path, s.is_parallel) for s in anatomy.sublayers] == [
+        (f"blocks.{i}.{name}", True) for i in (0, 1) for name in ("attention", "mlp")
+    ]
+    assert all(moved.is_exact for moved in epsilon_test(model, IDS, anatomy).values())
+
+
+def test_a_branch_joined_from_parts_of_several_modules_is_no_single_ones() -> None:
+    class Joined(Pre):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.norm1(x)
+            return x + torch.cat([self.attention(z)[:, :2], self.mlp(z)[:, 2:]], 1)
+
+    anatomy, _ = discover(randomised(Model(Joined)), IDS)
     assert [s.out for s in anatomy.sublayers] == [None, None]

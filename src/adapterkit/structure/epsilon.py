@@ -105,12 +105,13 @@ def _moved(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Moved:
 
 def _steps(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Iterator[tuple[float, float] | None]:
     """The factor of each step of the stream that takes the tensor of a node."""
-    for addition, operand in _additions(flow, node):
+    for addition, operand in _additions(flow, node, in_sum=in_sum):
         factor = _factor(addition, operand, tensor)
         if not in_sum or _carries_the_stream(flow, addition, operand):
             yield factor
             continue
-        for outer in _steps(flow, addition.index, addition.addends[0] + addition.addends[1], in_sum=True):
+        index = flow.readers[addition.index][0] if addition.op == "stack" else addition.index
+        for outer in _steps(flow, index, sum(addition.addends[1:], addition.addends[0]), in_sum=True):
             both = factor is not None and outer is not None
             yield (factor[0] * outer[0], factor[1] * outer[1]) if both else None  # type: ignore[index]  # so checked
 
@@ -122,15 +123,19 @@ def _carries_the_stream(flow: Flow, addition: Node, operand: int) -> bool:
     return any(flow.leads_to(flow.source(i), operand) for i in (*others, *before)) or not flow.readers[addition.index]
 
 
-def _additions(flow: Flow, node: int) -> Iterator[tuple[Node, int]]:
-    """The additions of two activations that a node reaches through views and scales alone, with their operand."""
+def _additions(flow: Flow, node: int, *, in_sum: bool) -> Iterator[tuple[Node, int]]:
+    """The additions of two activations that a node reaches through views and scales alone, with their operand.
+
+    A stack of parallel branches (`in_sum`) whose sum is taken is one of them.
+    """
     for i in flow.readers[node]:
         reader = flow.nodes[i]
         others = [j for j in flow.activations(reader) if j != node and flow.nodes[j].is_floating]
-        if reader.op in ADDITIONS and others:
+        is_stack = in_sum and reader.op == "stack" and any(node in flow.addends(j) for j in flow.readers[i])
+        if others and (reader.op in ADDITIONS or is_stack):
             yield reader, node
         elif reader.op in VIEWS | SCALES | set(ADDITIONS):
-            yield from _additions(flow, i)
+            yield from _additions(flow, i, in_sum=in_sum)
 
 
 def _factor(addition: Node, operand: int, tensor: Tensor) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from ..base import base_parameters
-from .graph import Call, Graph, Node
+from .graph import ADDITIONS, Call, Graph, Node
 
 __all__ = ["Flow", "bits"]
 
@@ -116,6 +116,14 @@ class Flow:
         while self.nodes[index].op in ("mul", "mul_", "div", "div_") and len(self.activations(self.nodes[index])) == 1:
             index = self.source(self.activations(self.nodes[index])[0])
         return index
+
+    def addends(self, index: int) -> list[int]:
+        """What a node is the sum of, by an addition or over a stack; empty if it is none."""
+        node = self.nodes[index]
+        if node.op in ADDITIONS:
+            return [i for i in node.inputs if self.nodes[i].is_floating][:2]
+        stack = self.nodes[node.inputs[0]] if node.op == "sum" else node
+        return list(stack.inputs) if stack.op == "stack" and stack.shape[1:] == node.shape else []
 
     def nearest(self, index: int, wanted: int, within: int, stop: int = 0) -> int:
         """Of the wanted nodes, those met first on the ways back from `index` (itself included) that stay `within`."""

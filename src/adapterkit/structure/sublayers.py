@@ -104,9 +104,8 @@ class _Reader:
     def _parallel(self, addition: Addition, end: int) -> Iterator[int]:
         """The addends of a sum that no module returns, if each is a branch of its own; else the node itself."""
         flow, node = self.flow, self.flow.nodes[end]
-        is_sum = node.op in ADDITIONS and not list(self._finished(addition, end))
-        operands = [i for i in node.inputs if flow.nodes[i].is_floating][:2] if is_sum else []
-        if len(operands) == 2 and all(
+        operands = [] if list(self._finished(addition, end)) else flow.addends(end)
+        if len(operands) > 1 and all(
             flow.nodes[i].shape == node.shape and flow.between(addition.stream, i) & flow.projections for i in operands
         ):
             for i in operands:
