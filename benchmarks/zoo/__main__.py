@@ -32,7 +32,7 @@ def main() -> int:
         names = names[number % of :: of]
     began = time.monotonic()
     reports: dict[str, dict[str, Any]] = {}
-    for name, report in zip(names, examine_all(options.catalogue, names), strict=True):
+    for name, report in zip(names, examine_all(options.catalogue, names, options.workers), strict=True):
         reports[name] = report
         if report["outcome"] != "passed" or options.verbose:
             print(f"{name:32} {report['outcome']:14} {report.get('reason', '')[:400]}", flush=True)
@@ -52,6 +52,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shard", help="NUMBER/OF: a part of the architectures")
     parser.add_argument("--names", nargs="*", help="these architectures only")
     parser.add_argument("--check", action="store_true", help="compare with the golden file instead of writing it")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--verbose", action="store_true", help="a line for each architecture")
     return parser.parse_args()
 

@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 # By the module that lists and builds them: the title on the page, what they are, what one of them is called.
 CATALOGUES = {
     "transformers_models": ("transformers", "every type of `AutoModel`, each config shrunk by rules", "types"),
-    "vision_models": ("Vision", "one or more of every family in timm; torchvision's transformers, and some CNNs", "models"),
+    "vision_models": ("Vision", "one or more of each family in timm; torchvision's transformers, and some CNNs", "models"),
     "handwritten_models": ("Hand-written", "blocks of every build, the kinds of whose sub-layers are known", "models"),
 }
 _TEMPLATE = re.compile(
@@ -57,7 +57,7 @@ _LISTS = {
     "does not run": "These do not run",
     "does not build": "These do not build",
 }
-_NONE = "add nothing to a stream that it is computed from (they concatenate, replace, or do not repeat)"
+_NONE = "No repeated block adds to a stream what it computes from it (they concatenate, or replace)"
 _LONGEST = 240  # of a reason
 
 
@@ -135,7 +135,7 @@ def _section(catalogue: str, reports: Reports, templates: Mapping[str, list[str]
     if refused:
         lines += ["", _wrapped(f"**These are CNNs** ({len(refused)}), and refused: {_codes(refused)}.")]
     if without:
-        lines += ["", _wrapped(f"**These have no residual sub-layers** ({len(without)}): {_codes(without)} {_NONE}.")]
+        lines += ["", _wrapped(f"**{_NONE}** ({len(without)}): {_codes(without)}.")]
     return "\n".join(lines) + "\n"
 
 
