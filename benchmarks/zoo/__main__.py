@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.zoo.examine import OUTCOMES, examine_all
-from benchmarks.zoo.table import CATALOGUES, RESULTS, load, page, summary
-
-PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
+from benchmarks.zoo.table import CATALOGUES, PAGE, RESULTS, load, page, summary
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The page for the docs, from the JSON of each catalogue's last full run."""
+"""The page for the docs, from the JSON of each catalogue's last full run; `python -m benchmarks.zoo.table` writes it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CATALOGUES", "load", "page", "summary"]
+__all__ = ["CATALOGUES", "PAGE", "RESULTS", "load", "page", "summary"]
 
 Reports = Mapping[str, Mapping[str, Any]]
 Run = Mapping[str, Any]
 
 RESULTS = Path(__file__).parent.parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 # By the module that lists and builds them: the title on the page, what they are, what one of them is called.
 CATALOGUES = {
     "transformers_models": ("transformers", "every type of `AutoModel`, each config shrunk by rules", "types"),
-    "vision_models": ("Vision", "one or more of each family in timm; torchvision's transformers, and some CNNs", "models"),
+    "vision_models": ("Vision", "one or more of each family in timm; torchvision's transformers, CNNs", "models"),
     "handwritten_models": ("Hand-written", "blocks of every build, the kinds of whose sub-layers are known", "models"),
 }
 _TEMPLATE = re.compile(
@@ -176,3 +177,7 @@ def _shortened(reason: str) -> str:
 
 def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(load()))
