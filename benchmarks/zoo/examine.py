@@ -69,6 +69,8 @@ def examine_one(catalogue: str, name: str) -> Report:
         report = {"reason": f"{type(error).__name__}: {error}"[:600]}
     finally:
         signal.alarm(0)
+    if outcome == "failed" and name in getattr(models, "EXPLAINED", {}):
+        report["explained"] = models.EXPLAINED[name]
     return {"outcome": outcome, "seconds": round(time.monotonic() - began, 2), **report}
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit import values
 from adapterkit.structure.anatomy import Anatomy, Sublayer
+from adapterkit.structure.blocks import template_of
 from adapterkit.structure.discover import discover
 from adapterkit.structure.epsilon import epsilon_test
-from adapterkit.structure.sublayers import template_of
 
 PRESETS = ("pfeiffer", "houlsby")
 SMALL = {"bottleneck_size": 8, "non_linearity": "gelu", "seed": 1}

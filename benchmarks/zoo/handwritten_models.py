@@ -120,7 +120,7 @@ _MODELS = {
     "dit": _Model(
         vision.DiT, lambda: {"x": image(), "t": torch.tensor([0.1, 0.7]), "y": torch.tensor([1, 3])}, "af" * DEPTH
     ),
-    "long-skips": _Model(vision.UViT, lambda: {"image": image()}, "af" * 2 * DEPTH),
+    "long-skips": _Model(vision.UViT, lambda: {"image": image()}, "af" * (2 * DEPTH + 1)),
     "convnext": _Model(vision.ConvNeXt, lambda: {"image": image()}, "v" * 4),
     "windows": _Model(vision.Windows, lambda: {"image": image()}, "af" * 4),
     "latents": _Model(vision.Perceiver, lambda: {"x": features(30, 12)}, "cfaf" * DEPTH),

@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 # By the module that lists and builds them: the title on the page, what they are, what one of them is called.
 CATALOGUES = {
     "transformers_models": ("transformers", "every type of `AutoModel`, each config shrunk by rules", "types"),
-    "vision_models": ("Vision", "one or more of each family in timm; torchvision's transformers, CNNs", "models"),
+    "vision_models": ("Vision", "each family in timm; torchvision's transformers, some CNNs", "models"),
     "handwritten_models": ("Hand-written", "blocks of every build, the kinds of whose sub-layers are known", "models"),
 }
 _TEMPLATE = re.compile(
@@ -36,13 +36,13 @@ _KINDS = {
 }
 _HEAD = """# The zoo
 
-`nox -s zoo` puts every architecture that it can build offline through the same gates, each with random weights, and made
-small. Nothing is known to adapterkit of any: their places are found by tracing. The gates of one architecture:
+`nox -s zoo` puts every architecture that it can build offline through the same gates, each with random weights, and
+made small. Nothing is known to adapterkit of any: their places are found by tracing. The gates of one architecture:
 
 1. It runs, sub-layers are found, and blocks of one build have as many.
 2. The ε-test proves that what each place returns is added to the stream, as it is or times a declared factor.
-3. A new Pfeiffer and a new Houlsby adapter leave the output as it was, bit for bit; randomised, they change it; each of their
-   tensors gets a gradient.
+3. A new Pfeiffer and a new Houlsby adapter leave the output as it was, bit for bit; randomised, they change it; each of
+   their tensors gets a gradient.
 4. A deep copy, a state dict, and a saved and loaded adapter give the same output, bit for bit.
 5. After removal the output, the keys and the hooks are as before.
 
@@ -157,9 +157,15 @@ def _with_reasons(start: str, reports: Reports) -> list[str]:
         return []
     reasons: dict[str, list[str]] = {}
     for name, report in reports.items():
-        reasons.setdefault(_shortened(report.get("reason", "no reason is known")), []).append(name)
+        reasons.setdefault(_reason(report), []).append(name)
     items = (f"- {_codes(names)}: {reason}" for reason, names in reasons.items())
     return ["", f"**{start}** ({len(reports)}):", "", *(_wrapped(item, indent="  ") for item in items)]
+
+
+def _reason(report: Mapping[str, Any]) -> str:
+    """Why an architecture does not pass, as someone explained it and as the gate says."""
+    said = _shortened(report.get("reason", "no reason is known"))
+    return f"{report['explained']} ({said})" if "explained" in report else said
 
 
 def _of(reports: Reports, outcome: str) -> list[str]:

@@ -17,7 +17,7 @@ from torchvision.models.video.mvit import MSBlockConfig
 
 from benchmarks.zoo.weights import randomise
 
-__all__ = ["IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
+__all__ = ["EXPLAINED", "IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
 
 LIBRARIES = ("timm", "torchvision")
 BATCH, SIDE = 2, 64
@@ -212,6 +212,12 @@ _TORCHVISION: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 # Models whose blocks of one build have different numbers of sub-layers, with the reason: none.
 IRREGULAR: dict[str, str] = {}
+# Why those fail that do.
+EXPLAINED = {
+    "timm:eca_botnext26ts_256": "a ResNet with attention in its last blocks, whose sums are read by functions alone",
+    "timm:coat_tiny": "its parallel blocks add each branch to three streams, one for each scale",
+    "timm:efficientvim_m1": "adds a weight times what a branch returns less the stream",
+}
 
 
 def names() -> list[str]:

@@ -82,19 +82,6 @@ def test_modules_that_are_numbered_in_their_names_are_blocks() -> None:
     assert [s.block for s in anatomy.sublayers] == [block for block in blocks for _ in range(2)]
 
 
-def test_norms_that_are_numbered_make_no_blocks() -> None:
-    class Alone(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.block = nn.Embedding(VOCAB, WIDTH), Pre()
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return self.block(self.embedding(input_ids))
-
-    anatomy, _ = discover(randomised(Alone()), IDS)
-    assert (anatomy.sublayers, len(anatomy.others)) == ((), 2)
-
-
 def test_an_attention_that_adds_its_queries_is_one_branch_of_a_block_that_pools_its_skip() -> None:
     class Pooled(Attention):
         def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -166,3 +153,13 @@ def test_a_branch_joined_from_parts_of_several_modules_is_no_single_ones() -> No
 
     anatomy, _ = discover(randomised(Model(Joined)), IDS)
     assert [s.out for s in anatomy.sublayers] == [None, None]
+
+
+def test_a_model_that_is_itself_a_sequence_and_adds_is_discovered() -> None:
+    class Residual(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    model = randomised(Residual(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)))
+    anatomy, _ = discover(model, torch.randn(2, 3, WIDTH))
+    assert len((*anatomy.sublayers, *anatomy.others)) == 1

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .flow import VIEWS, Flow, bits
+from .flow import BOUNDED, VIEWS, Flow, bits
 from .graph import ADDITIONS, Call, Node
 
-__all__ = ["Addition", "block_of", "residual_additions", "up_to_number"]
+__all__ = ["Addition", "addends", "block_of", "residual_additions", "up_to_number"]
 
-_BOUNDED = ("sigmoid", "sigmoid_", "tanh", "tanh_")
 _NUMBERED = re.compile(r"(.*?(?:^|\.)\d+)(?:\.|$)")
 
 
@@ -31,15 +30,28 @@ class Addition:
     branch: int
 
 
-def residual_additions(flow: Flow) -> list[Addition]:
-    """The residual additions, in order: not those inside another's branch in the same block, nor long skips."""
+def residual_additions(flow: Flow) -> tuple[list[Addition], list[Addition]]:
+    """The steps of residual streams, in order, and all additions that look like one.
+
+    No steps are those inside another's branch in the same block, and long skips.
+    """
     found: dict[int, Addition] = {}
     for node in flow.nodes:
         addition = _residual(flow, node, found)
         if addition is not None:
             found[node.index] = addition
-    streams = {addition.stream for addition in found.values()}  # adding to one a second time is no step along another
-    return _outermost(flow, [a for a in found.values() if flow.source(a.branch) not in streams])
+    every = list(found.values())
+    streams = {addition.stream for addition in every}  # adding to one a second time is no step along another
+    return _outermost(flow, [a for a in every if flow.source(a.branch) not in streams]), every
+
+
+def addends(flow: Flow, node: Node) -> tuple[int, int] | None:
+    """The two activations that a node adds, or subtracts, or adds times a gate (addcmul); None if it does not."""
+    if node.op not in ADDITIONS or not node.is_floating or len(node.shape) < 2:
+        return None
+    whole = [i for i in node.inputs[:3] if flow.nodes[i].is_floating and flow.nodes[i].shape == node.shape]
+    operands = [i for i in whole if not flow.is_constant[i]]
+    return (operands[0], operands[-1]) if len(operands) > 1 else None
 
 
 def block_of(call: Call | None) -> tuple[str, int] | None:
@@ -61,16 +73,14 @@ def up_to_number(path: str) -> str:
 
 def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | None:
     """The node as a residual addition, if it is one."""
-    if node.op not in ADDITIONS or not node.is_floating or len(node.shape) < 2:
-        return None
-    operands = [i for i in node.inputs if flow.nodes[i].is_floating][:2]
-    if len(operands) < 2 or any(flow.is_constant[i] or flow.nodes[i].shape != node.shape for i in operands):
-        return None
-    split = _skip_and_branch(flow, node, operands[0], operands[1], found)
+    operands = addends(flow, node)
+    split = _skip_and_branch(flow, node, *operands, found) if operands is not None else None
     if split is None:
         return None
     skip, branch, stream = split
-    if _is_straight_through(flow, stream, branch) or _is_gate(flow, node.index):
+    if node.op in ("sub", "sub_") and skip != operands[0]:  # type: ignore[index]  # f - x is no step
+        return None
+    if _is_straight_through(flow, stream, branch) or _is_inside_a_cell(flow, node):
         return None
     computes = flow.between(stream, branch) & flow.endings
     return Addition(node, stream, skip, branch) if computes and _ends(flow, branch, stream, found) else None
@@ -131,10 +141,11 @@ def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
     return node.op in ("sub", "rsub") and any(flow.source(i) == stream for i in node.inputs)
 
 
-def _is_gate(flow: Flow, index: int) -> bool:
-    """Whether a sum is a gate of a recurrent cell: all that becomes of it is a number between bounds."""
-    readers = [j for i in flow.readers[index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
-    return bool(readers) and all(flow.nodes[i].op in _BOUNDED for i in readers)
+def _is_inside_a_cell(flow: Flow, node: Node) -> bool:
+    """Whether a sum is a gate of a recurrent cell, a number between bounds, or the difference that its gate scales."""
+    ops = ("mul", "mul_") if node.op in ("sub", "sub_") else BOUNDED
+    readers = [j for i in flow.readers[node.index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
+    return bool(readers) and all(flow.nodes[i].op in ops for i in readers)
 
 
 def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:

@@ -90,12 +90,14 @@ class Anatomy:
         others: Those outside of any repeated block.
         embeddings: What makes the residual stream that enters the first block, one for each stack of blocks.
         blocks: What each repeated block returns as its stream.
+        unexplained: Projections in blocks that lead on, but on no branch that was understood: (block, module).
     """
 
     sublayers: tuple[Sublayer, ...]
     others: tuple[Sublayer, ...]
     embeddings: tuple[Place, ...]
     blocks: tuple[Place, ...]
+    unexplained: tuple[tuple[str, str], ...] = ()
 
     @property
     def transformer_blocks(self) -> frozenset[str | None]:

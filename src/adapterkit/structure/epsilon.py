@@ -110,7 +110,8 @@ def _steps(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Iterator[t
         if not in_sum or _carries_the_stream(flow, addition, operand):
             yield factor
             continue
-        index = flow.readers[addition.index][0] if addition.op == "stack" else addition.index
+        sums = [i for i in flow.readers[addition.index] if operand in flow.stacked(i)]  # of a stack
+        index = sums[0] if addition.op == "stack" else addition.index
         for outer in _steps(flow, index, sum(addition.addends[1:], addition.addends[0]), in_sum=True):
             both = factor is not None and outer is not None
             yield (factor[0] * outer[0], factor[1] * outer[1]) if both else None  # type: ignore[index]  # so checked
@@ -131,7 +132,7 @@ def _additions(flow: Flow, node: int, *, in_sum: bool) -> Iterator[tuple[Node, i
     for i in flow.readers[node]:
         reader = flow.nodes[i]
         others = [j for j in flow.activations(reader) if j != node and flow.nodes[j].is_floating]
-        is_stack = in_sum and reader.op == "stack" and any(node in flow.addends(j) for j in flow.readers[i])
+        is_stack = in_sum and reader.op == "stack" and any(node in flow.stacked(j) for j in flow.readers[i])
         if others and (reader.op in ADDITIONS or is_stack):
             yield reader, node
         elif reader.op in VIEWS | SCALES | set(ADDITIONS):

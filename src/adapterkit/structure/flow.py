@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from ..base import base_parameters
-from .graph import ADDITIONS, Call, Graph, Node
+from .graph import Call, Graph, Node
 
 __all__ = ["Flow", "bits"]
 
@@ -29,13 +29,17 @@ SCALES = _ops(
     "cat stack split split_with_sizes chunk unbind index gather scatter index_put_ copy_ im2col col2im squeeze_ "
     "unsafe_split index_select unfold"
 )
+CONSTANT_STEPS = _ops("mul mul_ div div_ add add_ sub sub_")
+# Operations whose result is a number between bounds: a gate, for what it is multiplied with.
+BOUNDED = _ops("sigmoid sigmoid_ tanh tanh_")
 MATMULS = _ops(
     "mm addmm bmm baddbmm addbmm mv dot linear matmul einsum mkldnn_linear _grouped_mm "
     "convolution _convolution convolution_overrideable mkldnn_convolution"
 )
 SOFTMAX = _ops("_softmax _safe_softmax softmax")
-NORMS = _ops(
-    "native_layer_norm layer_norm _fused_rms_norm rms_norm rsqrt linalg_vector_norm native_group_norm batch_norm "
+WHOLE_NORMS = _ops("native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm")
+NORMS = WHOLE_NORMS | _ops(
+    "rsqrt linalg_vector_norm batch_norm "
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
     "cudnn_batch_norm "
     "sqrt std std_mean var var_mean"  # norms written by hand
@@ -111,19 +115,17 @@ class Flow:
         return index
 
     def unscaled(self, index: int) -> int:
-        """`source`, also back through multiplication by a constant."""
+        """`source`, also back through multiplication by a constant, and addition of one."""
         index = self.source(index)
-        while self.nodes[index].op in ("mul", "mul_", "div", "div_") and len(self.activations(self.nodes[index])) == 1:
+        while self.nodes[index].op in CONSTANT_STEPS and len(self.activations(self.nodes[index])) == 1:
             index = self.source(self.activations(self.nodes[index])[0])
         return index
 
-    def addends(self, index: int) -> list[int]:
-        """What a node is the sum of, by an addition or over a stack; empty if it is none."""
+    def stacked(self, index: int) -> tuple[int, ...]:
+        """What a node is the sum of, over a stack; empty if it is none."""
         node = self.nodes[index]
-        if node.op in ADDITIONS:
-            return [i for i in node.inputs if self.nodes[i].is_floating][:2]
         stack = self.nodes[node.inputs[0]] if node.op == "sum" else node
-        return list(stack.inputs) if stack.op == "stack" and stack.shape[1:] == node.shape else []
+        return stack.inputs if stack.op == "stack" and stack.shape[1:] == node.shape else ()
 
     def nearest(self, index: int, wanted: int, within: int, stop: int = 0) -> int:
         """Of the wanted nodes, those met first on the ways back from `index` (itself included) that stay `within`."""
