@@ -216,7 +216,7 @@ IRREGULAR: dict[str, str] = {}
 EXPLAINED = {
     "timm:eca_botnext26ts_256": "a ResNet with attention in its last blocks, whose sums are read by functions alone",
     "timm:coat_tiny": "its parallel blocks add each branch to three streams, one for each scale",
-    "timm:efficientvim_m1": "adds a weight times what a branch returns less the stream",
+    "timm:efficientvim_m1": "adds a weight times what a branch returns less the stream: x + w (f(x) - x)",
 }
 
 

@@ -163,3 +163,16 @@ def test_a_model_that_is_itself_a_sequence_and_adds_is_discovered() -> None:
     model = randomised(Residual(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)))
     anatomy, _ = discover(model, torch.randn(2, 3, WIDTH))
     assert len((*anatomy.sublayers, *anatomy.others)) == 1
+
+
+def test_what_less_the_stream_is_scaled_is_not_taken_for_a_step() -> None:
+    class Interpolated(Pre):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 0.3 * (self.attention(self.norm1(x)) - x)
+            return x + self.mlp(self.norm2(x))
+
+    model = randomised(Model(Interpolated))
+    anatomy, _ = discover(model, IDS)
+    moved = epsilon_test(model, IDS, anatomy)
+    assert not any(moved[s.out.path].agrees(s) for s in anatomy.sublayers if s.kind == "attention" and s.out)
+    assert all(moved[s.out.path].is_exact for s in anatomy.sublayers if s.kind == "feedforward" and s.out)

@@ -133,7 +133,8 @@ def _additions(flow: Flow, node: int, *, in_sum: bool) -> Iterator[tuple[Node, i
         reader = flow.nodes[i]
         others = [j for j in flow.activations(reader) if j != node and flow.nodes[j].is_floating]
         is_stack = in_sum and reader.op == "stack" and any(node in flow.stacked(j) for j in flow.readers[i])
-        if others and (reader.op in ADDITIONS or is_stack):
+        is_less = reader.op in ("sub", "sub_") and reader.inputs[0] == node  # f - x is no step
+        if others and (is_stack or (reader.op in ADDITIONS and not is_less)):
             yield reader, node
         elif reader.op in VIEWS | SCALES | set(ADDITIONS):
             yield from _additions(flow, i, in_sum=in_sum)
