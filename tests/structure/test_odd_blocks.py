@@ -1,4 +1,4 @@
-"""Which modules are the blocks of a model that nobody numbered as libraries do, and which module yields a branch."""
+"""Blocks that are built as no library builds them: which modules they are, and which module yields a branch."""
 
 import torch
 from torch import Tensor, nn
