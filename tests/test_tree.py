@@ -17,7 +17,19 @@ from adapterkit.tree import Mark, Node, tree_of
 from adapterkit.tree.cells import number, size
 from adapterkit.tree.fold import cut, numbers_as_text
 
-from .structure.hosts import WIDTH, EncoderDecoder, Functional, Mixture, Model, Parallel, Post, Pre, Sandwich, Scaled
+from .structure.hosts import (
+    WIDTH,
+    EncoderDecoder,
+    FeedForward,
+    Functional,
+    Mixture,
+    Model,
+    Parallel,
+    Post,
+    Pre,
+    Sandwich,
+    Scaled,
+)
 
 
 class Picky(nn.Module):
@@ -188,8 +200,16 @@ def test_mixtures_parallel_and_scaled_branches_say_so() -> None:
 
 
 def test_sublayers_outside_of_blocks_say_what_they_are() -> None:
-    found = nodes(Pre())
-    assert (found["attention"].notes, found["mlp"].notes) == (("attention",), ("feed-forward",))
+    class Tail(Model):
+        def __init__(self) -> None:
+            super().__init__(Pre)
+            self.tail = FeedForward()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = super().forward(input_ids) @ self.head.weight
+            return x + self.tail(x)
+
+    assert nodes(Tail())["tail"].notes == ("feed-forward",)
 
 
 def test_a_model_that_cannot_be_traced_has_a_tree_and_says_why_in_one_line() -> None:

@@ -214,7 +214,7 @@ _TORCHVISION: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 IRREGULAR: dict[str, str] = {}
 # Why those fail that do.
 EXPLAINED = {
-    "timm:eca_botnext26ts_256": "a ResNet with attention in its last blocks: no module returns the sum, only what an activation makes of it",
+    "timm:eca_botnext26ts_256": "a ResNet with attention: no module returns the sum, only what an activation makes of it",
     "timm:coat_tiny": "its parallel blocks add each branch to three streams, one for each scale",
     "timm:efficientvim_m1": "adds a weight times what a branch returns less the stream: x + w (f(x) - x)",
 }

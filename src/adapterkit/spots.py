@@ -16,7 +16,7 @@ from .patterns import is_role, match, nearest_to
 from .sites import Reads, SiteSpec
 from .structure.anatomy import Place, Sublayer
 from .structure.discover import Discovery
-from .structure.roles import role_paths, role_places
+from .structure.roles import check_whole, role_paths, role_places
 from .values import Argument, Path
 
 __all__ = ["STREAM", "Placement", "Spot", "find_spots"]
@@ -73,9 +73,16 @@ def find_spots(
     Raises:
         TargetError: a target matches nothing, or what it matches cannot be adapted as the placement says.
     """
-    matched = match(model, config.targets, config.exclude, lambda role: role_paths(role, discovery.anatomy))
+
+    def in_role(role: str) -> list[str]:
+        return role_paths(role, discovery.anatomy)
+
+    matched = match(model, config.targets, config.exclude, in_role)
+    excluded = set(match(model, config.exclude, roles=in_role)) if config.exclude else set()
     outputs: dict[str, Place] = {}
     for role in filter(is_role, config.targets):
+        if config.layers is None:
+            check_whole(str(role), discovery.anatomy, modules, excluded)
         outputs |= role_places(str(role), discovery.anatomy)
     spots: dict[str, Spot] = {}
     for path in matched:
@@ -92,7 +99,12 @@ def find_spots(
                 f"two targets lead to {spot.path!r} (parallel branches have one sum); exclude {path!r} or target another"
             )
         spots.setdefault(spot.path, spot)
-    return spots
+    kept = {path: spot for path, spot in spots.items() if path not in excluded}  # a host may be another than the target
+    if not kept:
+        raise TargetError(
+            f"every module that would be adapted ({list(spots)}) is excluded by exclude={list(config.exclude)}"
+        )
+    return kept
 
 
 def _at_module(
@@ -134,6 +146,11 @@ def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Modu
         raise TargetError(
             f"the norm {norm.path!r} after the {sublayer.kind} runs on other tensors of its block, too, and an adapter "
             "there would change them all; use at='output' on a branch (such as '@feedforward.out'), or target '@block.out'"
+        )
+    if norm is None and sublayer.norm == "post":
+        raise TargetError(
+            f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is a function, not a module, so that no hook "
+            "can run it again or adapt what it returns; use at='output' on a branch (such as '@feedforward.out')"
         )
     if norm is not None and placement.at == "normalised":
         return Spot(norm.path, "output", "site", norm.output or None, None, None, axis=norm.axis)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .flow import BOUNDED, VIEWS, Flow, bits
+from .flow import BOUNDED, MATMULS, VIEWS, Flow, bits
 from .graph import ADDITIONS, Call, Node
 
 __all__ = ["Addition", "addends", "block_of", "residual_additions", "up_to_number"]
@@ -92,7 +92,9 @@ def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> b
     Such as scores + position bias; or the sum of a block, to which an embedding of positions is added once more.
     """
     inside, sums = flow.between(stream, branch), sum(1 << i for i in found)
-    last = flow.nearest(branch, flow.endings | sums, inside, stop=flow.products)
+    last = flow.nearest(branch, flow.endings | flow.products | sums, inside)
+    if any(flow.nodes[i].op in MATMULS for i in bits(last & flow.products & ~flow.endings)):
+        return False
     inner = [found[i].stream for i in bits(last & sums)]
     deeper = [flow.nearest(i, flow.endings, inside, stop=flow.products | sums) for i in inner]
     return bool(last & flow.endings) or any(deeper)
@@ -118,6 +120,9 @@ def _projected_skip(flow: Flow, node: Node, a: int, b: int, found: dict[int, Add
     if not common or flow.leads_to(a, b) or flow.leads_to(b, a):
         return None
     stream = common.bit_length() - 1  # the last thing that both come of
+    before, after = flow.nodes[stream].shape, flow.nodes[a].shape
+    if len(before) != len(after) or before[0] != after[0]:  # scores of an attention are no stream
+        return None
     skip, branch = sorted((a, b), key=lambda i: (flow.between(stream, i) & flow.endings).bit_count())
     shallow, deep = flow.between(stream, skip), flow.between(stream, branch)
     here = block_of(node.call)
@@ -178,7 +183,8 @@ def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Add
         before = [a for a in inside if _follows(flow, a, start)]
         if not before and start == outer.stream:  # x + f(x + g(x)): a step of its own if something is added to it in turn
             is_last = not flow.between(addition.node.index, outer.branch) & flow.endings
-            return is_last or not any(_follows(flow, addition, a.stream) for a in every)
+            has_steps = start != addition.stream or any(_follows(flow, addition, a.stream) for a in every)
+            return is_last or not has_steps
         if not before:
             return flow.leads_to(outer.stream, start)
         start = before[-1].stream

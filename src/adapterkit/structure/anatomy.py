@@ -90,7 +90,7 @@ class Anatomy:
         others: Those outside of any repeated block.
         embeddings: What makes the residual stream that enters the first block, one for each stack of blocks.
         blocks: What each repeated block returns as its stream.
-        unexplained: Projections in blocks that lead on, but on no branch that was understood: (block, module).
+        unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
     """
 
     sublayers: tuple[Sublayer, ...]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from torch import nn
 
 from ..errors import TargetError
+from ..patterns import ancestors
 from .anatomy import Anatomy, Place, Sublayer
 
-__all__ = ["ROLES", "role_paths", "role_places"]
+__all__ = ["ROLES", "check_whole", "role_paths", "role_places"]
 
 _KINDS = ("attention", "crossattention", "feedforward", "convolution", "mixer")
 # Of a sub-layer: what each part is, for the list of roles and for messages.
@@ -76,7 +79,56 @@ def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
     inside = [s for s in anatomy.sublayers if s.block in blocks]
     if kind == "sublayer":  # one more branch of a decoder is not what the presets adapt: ask for it by its own role
         return [s for s in inside if s.kind != "crossattention"]
-    return list({s.block: s for s in inside}.values())
+    return _last_of_blocks(inside)
+
+
+def _last_of_blocks(sublayers: list[Sublayer]) -> list[Sublayer]:
+    """The last sub-layer of each block. In a list of single ones (attention, feed-forward, …) blocks end in the latter."""
+    blocks: dict[str, list[Sublayer]] = {}
+    for sublayer in sublayers:
+        blocks.setdefault(sublayer.block or "", []).append(sublayer)
+    single: dict[str, list[Sublayer]] = {}
+    for block, members in blocks.items():
+        if len(members) == 1 and block:
+            single.setdefault(".".join(block.split(".")[:-2]), []).append(members[0])
+    inner = [s for found in single.values() if any(_is_end(s) for s in found) for s in found if not _is_end(s)]
+    return [members[-1] for members in blocks.values() if members[-1] not in inner]
+
+
+def _is_end(sublayer: Sublayer) -> bool:
+    return sublayer.kind == "feedforward"
+
+
+def check_whole(role: str, anatomy: Anatomy, modules: Mapping[str, nn.Module], excluded: Collection[str]) -> None:
+    """Raise TargetError where a role that speaks of every block would leave out something in silence."""
+    if role not in ("@sublayer.out", "@block.last"):
+        return
+    for block, path in anatomy.unexplained:
+        if block in anatomy.transformer_blocks and not {block, path} & {*excluded}:
+            raise TargetError(
+                f"{role!r}: {path!r} comes after all that tracing understands of the block {block!r}, and what it computes "
+                "is not added to the stream in a way that it knows, so that the block's last sub-layer is not known. Name "
+                f"modules by pattern, or set exclude=[{path!r}] to go without it"
+            )
+    missing = sorted(_without_sublayers(anatomy, modules) - {*excluded})
+    if missing:
+        raise TargetError(
+            f"{role!r}: {missing} are built as the blocks beside them, but did not run on the example inputs, or add "
+            f"nothing to the stream. Wrap the model with inputs on which they run, or set exclude={missing}"
+        )
+
+
+def _without_sublayers(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The modules beside blocks, and of the same class, in which there is no sub-layer."""
+    inside = {path for s in (*anatomy.sublayers, *anatomy.others) for path in ancestors(s.block or s.addition[0])}
+    missing = set()
+    for block in {s.block for s in anatomy.sublayers if s.block in anatomy.transformer_blocks and s.block}:
+        holder = block.rpartition(".")[0]
+        for name, child in modules[holder]._modules.items():
+            path = f"{holder}.{name}".lstrip(".")
+            if type(child) is type(modules[block]) and path not in inside and not isinstance(child, nn.Sequential):
+                missing.add(path)
+    return missing
 
 
 def _check_found(role: str, sublayers: list[Sublayer]) -> None:

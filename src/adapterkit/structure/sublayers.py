@@ -146,11 +146,12 @@ class _Dissection:
         readers = self._readers(node)
         for call in flow.norm_calls:
             takes = any(flow.source(i) == flow.source(node) for _, i in call.inputs)
-            is_near = within(call.path or "", branch.block) or call.parent is branch.addition.node.call
-            if not takes or not is_near or call.path is None or not call.outputs:
+            is_inside = within(call.path or "", branch.block)
+            if not takes or call.path is None or not call.outputs:
                 continue
             alone = bool(readers) and all(call.start <= i < (call.end or 0) for i in readers)
-            if alone or self._is_stream(call.outputs[0][1]):
+            is_beside = call.parent is branch.addition.node.call and (alone or self._is_stream(call.outputs[0][1]))
+            if is_inside or is_beside:
                 return self._place(call, call.outputs[0][0])
         return None
 
@@ -200,13 +201,15 @@ class _Dissection:
 
     def _sum(self, branch: Branch) -> Place | None:
         """The outermost module of the block that returns the sum, which nothing reads before that."""
-        flow, node = self.flow, branch.addition.node.index
+        flow, addition, node = self.flow, branch.addition, branch.addition.node.index
         first_reader = min(self._readers(node), default=len(flow.nodes))
         best: tuple[int, Place] | None = None
         for call in flow.calls:
             if call.path is None or call.end is None or not within(call.path, branch.block):
                 continue
-            if call.end > first_reader or call.start > node or self.reader.repeats[call.path, id(call.parent)] > 1:
+            is_around = any(call is around for around in (addition.node.call.around() if addition.node.call else ()))
+            is_repeated = self.reader.repeats[call.path, id(call.parent)] > 1 and not is_around
+            if call.end > first_reader or call.start > node or is_repeated:
                 continue
             for path, i in call.outputs:
                 if flow.source(i) == node and flow.nodes[i].shape == flow.nodes[node].shape and call.end > node:
@@ -218,16 +221,13 @@ class _Dissection:
     # --- what is left -------------------------------------------------------------------------------------------------
 
     def unexplained(self, branches: list[Branch]) -> Iterator[tuple[str, str]]:
-        """Projections in blocks that come of their stream and lead on, but lie on no branch: (block, module)."""
+        """Projections that come after the last step in their block and lead on, but lie on no branch: (block, module)."""
         flow, explained = self.flow, 0
         for a in self.reader.every_addition:
             explained |= flow.between(a.stream, a.branch) | flow.between(a.stream, a.skip)
-        first: dict[str, int] = {}
-        for branch in branches:
-            if branch.block is not None:
-                first.setdefault(branch.block, branch.addition.stream)
-        for block, stream in first.items():
-            for i in bits(flow.projections & flow.descendants[stream] & ~explained):
+        last = {branch.block: branch.addition.node.index for branch in branches if branch.block is not None}
+        for block, step in last.items():
+            for i in bits(flow.projections & flow.descendants[step] & ~explained):
                 call = flow.nodes[i].call
                 if call is None or call.path is None or not within(call.path, block):
                     continue
