@@ -176,3 +176,42 @@ def test_what_less_the_stream_is_scaled_is_not_taken_for_a_step() -> None:
     moved = epsilon_test(model, IDS, anatomy)
     assert not any(moved[s.out.path].agrees(s) for s in anatomy.sublayers if s.kind == "attention" and s.out)
     assert all(moved[s.out.path].is_exact for s in anatomy.sublayers if s.kind == "feedforward" and s.out)
+
+
+def test_what_gates_between_the_steps_of_a_block_in_a_stage_is_no_loose_end() -> None:
+    class Gate(nn.Module):
+        """As squeeze and excitation."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.fc(x.mean(1, keepdim=True)).sigmoid()
+
+    class Gated(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.se = Gate()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.se(x + self.attention(self.norm1(x)))
+            return x + self.mlp(self.norm2(x))
+
+    class Stage(nn.Module):
+        """A step of its own before its blocks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn, self.blocks = FeedForward(), nn.ModuleList([Gated(), Gated()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.ffn(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Sequential(Stage(), Stage()))
+    anatomy, _ = discover(randomised(model), IDS)
+    assert anatomy.unexplained == ()
+    assert len(anatomy.sublayers) == 10

@@ -231,6 +231,8 @@ class _Dissection:
                 call = flow.nodes[i].call
                 if call is None or call.path is None or not within(call.path, block):
                     continue
+                if any(within(call.path, inner) for inner in last if inner != block and within(inner, block)):
+                    continue  # a block's in this one, before whose last step it comes
                 after = (flow.nodes[j].call for j in bits(flow.descendants[i]))
                 if any(c is not None and not within(c.path or "", block) for c in after):
                     yield block, call.path
