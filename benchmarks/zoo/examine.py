@@ -61,7 +61,7 @@ def examine_one(catalogue: str, name: str) -> Report:
         model, inputs = models.build(name)
         outputs(model, inputs)
         outcome = "failed"
-        report = examine(model, inputs, models.IRREGULAR.get(name))
+        report = examine(model, inputs, models.IRREGULAR.get(name), getattr(models, "KINDS", {}).get(name))
         outcome = _outcome(report)
     except GateError as error:
         report = {"reason": str(error)}
@@ -69,6 +69,8 @@ def examine_one(catalogue: str, name: str) -> Report:
         report = {"reason": f"{type(error).__name__}: {error}"[:600]}
     finally:
         signal.alarm(0)
+    if outcome == "failed" and name in getattr(models, "EXPLAINED", {}):
+        report["explained"] = models.EXPLAINED[name]
     return {"outcome": outcome, "seconds": round(time.monotonic() - began, 2), **report}
 
 

@@ -28,11 +28,14 @@ class GateError(Exception):
     """A gate that a model did not pass."""
 
 
-def examine(model: nn.Module, inputs: Inputs, irregular: str | None = None) -> dict[str, Any]:
+def examine(
+    model: nn.Module, inputs: Inputs, irregular: str | None = None, kinds: dict[str, int] | None = None
+) -> dict[str, Any]:
     """What was found in a model, after all gates.
 
     Args:
         irregular: Why blocks of one build need not have as many sub-layers, if they need not.
+        kinds: How many sub-layers of each kind there are, where that is known.
 
     Raises:
         GateError: one did not open.
@@ -40,6 +43,8 @@ def examine(model: nn.Module, inputs: Inputs, irregular: str | None = None) -> d
     anatomy, _ = discover(model, inputs)
     report = {"sublayers": len(anatomy.sublayers), "kinds": dict(Counter(s.kind for s in anatomy.sublayers))}
     report["templates"] = templates(anatomy)
+    if kinds is not None and report["kinds"] != kinds:
+        raise GateError(f"kinds: {report['kinds']} were found, {kinds} are there")
     if not anatomy.transformer_blocks:
         check_refused(model, inputs)
         return report
@@ -109,7 +114,7 @@ def check_epsilon(model: nn.Module, inputs: Inputs, anatomy: Anatomy) -> str:
     lost = [s.addition for s in anatomy.sublayers if s.out is None]
     if lost:
         raise GateError(f"epsilon: no module yields the branch in {lost[:3]}")
-    return "declared factor" if any(s.scales for s in anatomy.sublayers) else "exact"
+    return "exact" if all(moved[s.out.path].is_exact for s in anatomy.sublayers if s.out) else "declared factor"
 
 
 def check_preset(model: nn.Module, inputs: Inputs, preset: str) -> int:

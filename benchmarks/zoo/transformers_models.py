@@ -16,9 +16,11 @@ from benchmarks.zoo.make_inputs import completed, inputs_that_run
 from benchmarks.zoo.own_inputs import INPUTS
 from benchmarks.zoo.settings import CONFIGS, IRREGULAR, SETTINGS, UNRUNNABLE
 from benchmarks.zoo.shrink import WAYS, override, set_as_given
+from benchmarks.zoo.weights import randomise
 
-__all__ = ["IRREGULAR", "build", "check_builds", "names"]
+__all__ = ["IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
 
+LIBRARIES = ("transformers",)
 LARGEST = 120_000_000  # parameters
 
 transformers.logging.set_verbosity_error()
@@ -65,17 +67,3 @@ def _tiny(config: PretrainedConfig) -> nn.Module:
         raise ValueError(f"{count:,} parameters are not a tiny model")
     torch.manual_seed(0)
     return randomise(AutoModel.from_config(config).float().eval())
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Draw constant parameters (norms, biases, layer scales) anew around their value, so that nothing is degenerate."""
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.numel() > 1 and not (parameter != parameter.flatten()[0]).any():
-                noise = torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
-                value = parameter.flatten()[0].abs().clamp(min=0.05)
-                parameter.add_(0.2 * value * noise)
-                if float(parameter.abs().max()) < 0.05:
-                    parameter.add_(0.05)
-    return model

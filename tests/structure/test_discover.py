@@ -15,6 +15,7 @@ from .hosts import (
     WIDTH,
     Convolution,
     EncoderDecoder,
+    FeedForward,
     Functional,
     InPlace,
     Mixture,
@@ -84,6 +85,27 @@ def test_the_epsilon_test_finds_a_module_that_two_additions_take() -> None:
     result = epsilon_test(model, IDS, anatomy)["blocks.0.mlp"]
     assert result.additions == 2
     assert not result.is_exact
+
+
+def test_the_epsilon_test_sees_the_scale_of_a_single_position() -> None:
+    class Pooled(nn.Module):
+        """The class token alone goes through blocks with LayerScale."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.blocks = nn.Embedding(VOCAB, WIDTH), nn.ModuleList([FeedForward(), FeedForward()])
+            self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embedding(input_ids)[:, :1]
+            for block in self.blocks:
+                x = x + self.gamma * block(x)
+            return x
+
+    model = randomised(Pooled())
+    anatomy, _ = discover(model, IDS)
+    moved = epsilon_test(model, IDS, anatomy)
+    assert [moved[s.out.path].agrees(s) for s in anatomy.sublayers if s.out] == [True, True]
 
 
 def test_projections_of_an_attention_are_told_apart() -> None:

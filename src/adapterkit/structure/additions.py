@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .flow import MATMULS, Flow, bits
+from .flow import BOUNDED, MATMULS, VIEWS, Flow, bits
 from .graph import ADDITIONS, Call, Node
 
-__all__ = ["Addition", "addends", "block_of", "residual_additions"]
+__all__ = ["Addition", "addends", "block_of", "residual_additions", "up_to_number"]
 
 _NUMBERED = re.compile(r"(.*?(?:^|\.)\d+)(?:\.|$)")
 
@@ -63,16 +63,24 @@ def block_of(call: Call | None) -> tuple[str, int] | None:
     return None
 
 
+def up_to_number(path: str) -> str:
+    """The path up to its last number; empty if it has none."""
+    parts = path.split(".")
+    while parts and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts)
+
+
 def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | None:
     """The node as a residual addition, if it is one."""
     operands = addends(flow, node)
-    split = _skip_and_branch(flow, *operands, found) if operands is not None else None
+    split = _skip_and_branch(flow, node, *operands, found) if operands is not None else None
     if split is None:
         return None
     skip, branch, stream = split
     if node.op in ("sub", "sub_") and skip != operands[0]:  # type: ignore[index]  # f - x is no step
         return None
-    if _is_straight_through(flow, stream, branch):
+    if _is_straight_through(flow, stream, branch) or _is_inside_a_cell(flow, node):
         return None
     computes = flow.between(stream, branch) & flow.endings
     return Addition(node, stream, skip, branch) if computes and _ends(flow, branch, stream, found) else None
@@ -92,7 +100,7 @@ def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> b
     return bool(last & flow.endings) or any(deeper)
 
 
-def _skip_and_branch(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
+def _skip_and_branch(flow: Flow, node: Node, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
     """Which operand is the stream, and which was computed from it: (skip, branch, stream)."""
     for reach in (flow.source, flow.unscaled):
         roots = [i if i in found else reach(i) for i in (a, b)]
@@ -103,10 +111,10 @@ def _skip_and_branch(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> 
         before = found.get(flow.source(skip))
         if before is not None and flow.leads_to(before.stream, branch):
             return skip, branch, before.stream
-    return _projected_skip(flow, a, b, found)
+    return _projected_skip(flow, node, a, b, found)
 
 
-def _projected_skip(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
+def _projected_skip(flow: Flow, node: Node, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
     """The same where a block that changes the stream's width projects its skip, or pools it: W x + f(x)."""
     common = flow.ancestors[a] & flow.ancestors[b] & flow.from_inputs
     if not common or flow.leads_to(a, b) or flow.leads_to(b, a):
@@ -117,16 +125,32 @@ def _projected_skip(flow: Flow, a: int, b: int, found: dict[int, Addition]) -> t
         return None
     skip, branch = sorted((a, b), key=lambda i: (flow.between(stream, i) & flow.endings).bit_count())
     shallow, deep = flow.between(stream, skip), flow.between(stream, branch)
-    is_light = (shallow & flow.projections).bit_count() <= 1 and not shallow & flow.attentions
+    here = block_of(node.call)
+    is_own = all(block_of(flow.nodes[i].call) == here for i in bits(shallow & flow.endings))
+    is_light = is_own and (shallow & flow.projections).bit_count() <= 1 and not shallow & flow.attentions
     is_deeper = (deep & flow.endings).bit_count() > (shallow & flow.endings).bit_count()
-    is_one_block = not any(deep >> i & 1 for i in found)  # not the levels of a pyramid
+    inside = [found[i].node for i in bits(deep & sum(1 << i for i in found))]
+    is_one_block = all(_numbered(other.call) == _numbered(node.call) for other in inside)  # not the levels of a pyramid
     return (skip, branch, stream) if shallow & flow.endings and is_light and is_deeper and is_one_block else None
+
+
+def _numbered(call: Call | None) -> str:
+    """The block that a call is in, or its path where that has no number."""
+    path = (call.path if call else None) or ""
+    return up_to_number(path) or path
 
 
 def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
     """Whether a branch is something less the stream itself: x + (quantised - x), whose value is `quantised`."""
     node = flow.nodes[flow.source(branch)]
     return node.op in ("sub", "rsub") and any(flow.source(i) == stream for i in node.inputs)
+
+
+def _is_inside_a_cell(flow: Flow, node: Node) -> bool:
+    """Whether a sum is a gate of a recurrent cell, a number between bounds, or the difference that its gate scales."""
+    ops = ("mul", "mul_") if node.op in ("sub", "sub_") else BOUNDED
+    readers = [j for i in flow.readers[node.index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
+    return bool(readers) and all(flow.nodes[i].op in ops for i in readers)
 
 
 def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:

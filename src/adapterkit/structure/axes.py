@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 from .flow import Flow
 from .graph import Node
@@ -36,16 +35,6 @@ class FeatureAxes:
                 todo.extend(before)
         return self._found[index]
 
-    def before(self, chain: Sequence[int], axis: int | None) -> int | None:
-        """The axis of the first node of a chain that becomes this axis of its last, each node reading the one before."""
-        found = []
-        for start in range(len(self.flow.nodes[chain[0]].shape)):
-            here: int | None = start
-            for i, j in pairwise(chain):
-                here = None if here is None else _moved(self.flow.nodes[j], self.flow.nodes[i].shape, here)
-            found += [start] if here is not None and here == axis else []
-        return found[0] if len(found) == 1 else None
-
     def is_last(self, index: int) -> bool | None:
         """Whether a node's features lie on its last axis; None where the graph does not tell."""
         node = self.flow.nodes[index]
@@ -54,6 +43,27 @@ class FeatureAxes:
             return self.is_last(inputs[0])  # axes before the last were made one
         axis = self.of(index)
         return None if axis is None else axis == len(node.shape) - 1
+
+    def on_the_way(self, start: int, end: int, axis: int | None) -> int | None:
+        """The axis of `start` that becomes this one of `end`, which comes of nothing else; None where that is not so."""
+        way = [end]
+        while way[-1] != start:
+            before = [i for i in self.flow.nodes[way[-1]].inputs if i == start or self.flow.leads_to(start, i)]
+            if len(before) != 1:
+                return None
+            way += before
+        return None if axis is None else self._before(way, axis)
+
+    def _before(self, way: Sequence[int], axis: int) -> int | None:
+        """The axis of the first node on a way, given backwards, that becomes this one of the last; None if not one does."""
+        shapes = [self.flow.nodes[i].shape for i in way]
+        found = []
+        for first in range(len(shapes[-1])):
+            now: int | None = first
+            for i, before in zip(reversed(way[:-1]), reversed(shapes[1:]), strict=True):
+                now = None if now is None else _moved(self.flow.nodes[i], before, now)
+            found += [first] if now == axis else []
+        return found[0] if len(found) == 1 else None
 
     def _asked(self, index: int) -> list[int]:
         """The inputs whose axis decides."""

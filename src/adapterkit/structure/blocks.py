@@ -8,6 +8,7 @@ from collections import Counter
 from torch import nn
 
 from ..patterns import ancestors
+from .additions import up_to_number
 from .anatomy import Kind
 from .branches import Branch
 from .flow import Flow, bits
@@ -18,11 +19,12 @@ __all__ = ["find_blocks", "template_of", "within"]
 def find_blocks(flow: Flow, modules: dict[str, nn.Module], branches: list[Branch]) -> None:
     """Set each branch's block: the path of its addition up to its last number.
 
+    In a list of unlike parts, such as [norm, attention, addition], the list is the block (x-transformers).
     Where the numbers next to one another stand for one sub-layer each, of different kinds (T5's `layer.0`, `layer.1`), the
     last number but one is the block's. Where what holds the blocks adds, the branch's path says which it is. Without a
     number, a block is a module of a class that has others with additions; in a model without any, what holds them all.
     """
-    numbered = {id(branch): _up_to_number(_path(branch)) for branch in branches}
+    numbered = {id(branch): _numbered(flow, modules, branch) for branch in branches}
     beside: dict[str, dict[str, list[Kind]]] = {}
     for branch in branches:
         path = numbered[id(branch)]
@@ -30,7 +32,7 @@ def find_blocks(flow: Flow, modules: dict[str, nn.Module], branches: list[Branch
     for branch in branches:
         block = numbered[id(branch)]
         kinds = list(beside[block.rpartition(".")[0]].values())
-        around = _up_to_number(block.rpartition(".")[0])
+        around = up_to_number(block.rpartition(".")[0])
         if around and all(len(found) == 1 for found in kinds) and len({found[0] for found in kinds}) > 1:
             block = around
         branch.block = None if not block or _spans_several(flow, branch, block) else block
@@ -65,12 +67,25 @@ def _common_ancestor(paths: list[str]) -> str:
     return next(path for path in ancestors(paths[0]) if all(within(other, path) for other in paths)) if paths else ""
 
 
+def _numbered(flow: Flow, modules: dict[str, nn.Module], branch: Branch) -> str:
+    """The path of a branch up to its last number, or that of the list in which that number counts unlike parts."""
+    block = up_to_number(_path(branch))
+    parts = {block, *_beside(flow, branch, block)} if block else set()
+    are_unlike = len({type(modules[path]) for path in parts}) == len(parts) > 1
+    return (are_unlike and up_to_number(block.rpartition(".")[0])) or block
+
+
 def _spans_several(flow: Flow, branch: Branch, block: str) -> bool:
     """Whether a branch runs through more than one repetition of what would be its block."""
+    return len(_beside(flow, branch, block)) > 1
+
+
+def _beside(flow: Flow, branch: Branch, block: str) -> set[str]:
+    """The modules that a branch computes in, whose path is this one but for its numbers."""
     template, depth = template_of(block), len(block.split("."))
     calls = [flow.nodes[i].call for i in bits(branch.inside & flow.endings)]
     through = {".".join((call.path or "").split(".")[:depth]) for call in calls if call is not None}
-    return sum(template_of(path) == template for path in through) > 1
+    return {path for path in through if template_of(path) == template}
 
 
 def _adding_path(branch: Branch) -> str:
@@ -83,11 +98,3 @@ def _path(branch: Branch) -> str:
     if branch.call is None or any(part.isdigit() for part in path.split(".")):
         return path
     return branch.call[0].path or ""
-
-
-def _up_to_number(path: str) -> str:
-    """The path up to its last number; empty if it has none."""
-    parts = path.split(".")
-    while parts and not parts[-1].isdigit():
-        parts.pop()
-    return ".".join(parts)

@@ -16,11 +16,13 @@ from ..hosts import resolve_host
 from .additions import Addition, addends, residual_additions
 from .anatomy import Kind
 from .axes import FeatureAxes
-from .flow import SCALES, VIEWS, Flow, bits
+from .flow import BOUNDED, SCALES, VIEWS, Flow, bits
 from .graph import ADDITIONS, Call
 from .kinds import kind_of
 
 __all__ = ["Branch", "BranchReader"]
+
+_JOINS = ("stack", "cat")  # what has parts from several modules is no one's
 
 
 @dataclass
@@ -85,8 +87,7 @@ class BranchReader:
     def _parallel(self, addition: Addition, end: int) -> Iterator[int]:
         """The addends of a sum that no module returns, if each is a branch of its own; else the node itself."""
         flow, node = self.flow, self.flow.nodes[end]
-        is_sum = node.op in ADDITIONS and not list(self._finished(addition, end))
-        operands = (addends(flow, node) if is_sum else None) or ()
+        operands = addends(flow, node) or flow.stacked(end) if not list(self._finished(addition, end)) else ()
         if operands and all(flow.between(addition.stream, i) & flow.projections for i in operands):
             for i in operands:
                 yield from self._parallel(addition, i)
@@ -105,7 +106,7 @@ class BranchReader:
         One that serves several branches (a dropout, a drop path) cannot be told which it serves: then the module before.
         If there is none, one with weights, which are shared as an adapter there would be.
         """
-        steps = list(self.back(addition, end))
+        steps = list(self._back(addition, end))
         for is_wanted in (self.is_hookable, self._is_shared):
             scales: list[str] = []
             for node in steps:
@@ -116,7 +117,7 @@ class BranchReader:
                 scales += [op] if op not in VIEWS | set(ADDITIONS) else []
         return None, ()
 
-    def back(self, addition: Addition, end: int) -> Iterator[int]:
+    def _back(self, addition: Addition, end: int) -> Iterator[int]:
         """The branch's last node and those before it, as long as one follows from one other by a view, scale or offset."""
         flow = self.flow
         while True:
@@ -127,11 +128,16 @@ class BranchReader:
                 for i in node.inputs
                 if flow.leads_to(addition.stream, i) and flow.between(addition.stream, i) & flow.endings
             ]
-            is_one = len(before) == 1 or (before and node.op not in ADDITIONS)
+            is_one = len(before) == 1 or (before and node.op not in (*ADDITIONS, *_JOINS))
             if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
                 return
             size = math.prod(node.shape)  # a gate that is computed from the stream, too, is often smaller
-            end = max([i for i in before if math.prod(flow.nodes[i].shape) == size] or before)
+            gates = {i for i in before if math.prod(flow.nodes[i].shape) != size or self._is_bounded(i)}
+            end = max(set(before) - gates or before)
+
+    def _is_bounded(self, index: int) -> bool:
+        """Whether a node is a number between bounds: a gate, for what it is multiplied with."""
+        return self.flow.nodes[self.flow.source(index)].op in BOUNDED
 
     def is_hookable(self, call: Call) -> bool:
         """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""

@@ -30,6 +30,8 @@ SCALES = _ops(
     "unsafe_split index_select unfold"
 )
 CONSTANT_STEPS = _ops("mul mul_ div div_ add add_ sub sub_")
+# Operations whose result is a number between bounds: a gate, for what it is multiplied with.
+BOUNDED = _ops("sigmoid sigmoid_ tanh tanh_")
 MATMULS = _ops(
     "mm addmm bmm baddbmm addbmm mv dot linear matmul einsum mkldnn_linear _grouped_mm "
     "convolution _convolution convolution_overrideable mkldnn_convolution"
@@ -118,6 +120,12 @@ class Flow:
         while self.nodes[index].op in CONSTANT_STEPS and len(self.activations(self.nodes[index])) == 1:
             index = self.source(self.activations(self.nodes[index])[0])
         return index
+
+    def stacked(self, index: int) -> tuple[int, ...]:
+        """What a node is the sum of, over a stack; empty if it is none."""
+        node = self.nodes[index]
+        stack = self.nodes[node.inputs[0]] if node.op == "sum" else node
+        return stack.inputs if stack.op == "stack" and stack.shape[1:] == node.shape else ()
 
     def nearest(self, index: int, wanted: int, within: int, stop: int = 0) -> int:
         """Of the wanted nodes, those met first on the ways back from `index` (itself included) that stay `within`."""

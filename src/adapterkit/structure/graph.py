@@ -58,7 +58,7 @@ class Node:
             place, into memory that an argument shares.
         numbers: The integers among its arguments, such as the axes of a permutation.
         call: The innermost module call that it ran in.
-        addends: For an addition, copies of its operands, where they were asked for.
+        addends: For an addition or a stack, copies of its operands, where they were asked for.
     """
 
     index: int
@@ -127,7 +127,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         taken = [] if _is_new(name) else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         reads = [self._index(tensor) for tensor in taken]
         written = {self._written[s] for s in map(_storage, taken) if s in self._written}
-        addends = tuple(t.detach().clone() for t in taken) if self._keep_addends and name in ADDITIONS else ()
+        addends = tuple(t.detach().clone() for t in taken) if self._keep_addends and name in (*ADDITIONS, "stack") else ()
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         node = Node(len(self.graph.nodes), name, (*reads, *sorted(written.difference(reads))), addends=addends)

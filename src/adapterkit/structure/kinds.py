@@ -55,11 +55,13 @@ def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Node) -> bool:
     """Whether an operation is a scan, a Fourier transform, a product of activations, or projects the tokens' axis."""
     if node.op in _MIXING or node.op.startswith("_fft"):
         return True
-    if node.op not in MATMULS or node.op.endswith("convolution"):
+    if node.op not in MATMULS:
         return False
     if flow.products >> node.index & 1:
         return True
     taken = flow.activations(node)
+    if node.op.endswith("convolution"):  # pointwise, with tokens in the place of channels
+        return not _is_wide_convolution(flow, node) and axes.of(taken[0]) not in (1, None)
     return len(taken) == 1 and axes.is_last(taken[0]) is False
 
 

@@ -67,7 +67,9 @@ class _Dissection:
         place = None
         if branch.call is not None:
             call, path = branch.call
-            place = replace(self._place(call, path), axis=self._axis_in_stream(branch, dict(call.outputs)[path]))
+            place = self._place(call, path)
+            axis = self.axes.on_the_way(dict(call.outputs)[path], branch.end, self.axes.of(branch.addition.skip))
+            place = place if axis is None else replace(place, axis=axis - len(place.shape))
         query, key, value = self._projections_of_attention(branch)
         projections = branch.inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
@@ -99,16 +101,6 @@ class _Dissection:
         node = self.flow.nodes[dict(call.outputs)[path]]
         axis = self.axes.of(node.index)
         return Place(call.path or "", path, node.shape, None if axis is None else axis - len(node.shape))
-
-    def _axis_in_stream(self, branch: Branch, made: int) -> int | None:
-        """The axis of what a module made that becomes the stream's feature axis, from the end; else its own features'."""
-        chain = list(self.reader.back(branch.addition, branch.end))
-        features = self.axes.of(branch.addition.skip)
-        axis = None
-        if made in chain and features is not None:
-            axis = self.axes.before(chain[chain.index(made) :: -1], features)
-        axis = self.axes.of(made) if axis is None else axis
-        return None if axis is None else axis - len(self.flow.nodes[made].shape)
 
     def _has_sibling(self, branch: Branch) -> bool:
         """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
@@ -239,6 +231,8 @@ class _Dissection:
                 call = flow.nodes[i].call
                 if call is None or call.path is None or not within(call.path, block):
                     continue
+                if any(within(call.path, inner) for inner in last if inner != block and within(inner, block)):
+                    continue  # a block's in this one, before whose last step it comes
                 after = (flow.nodes[j].call for j in bits(flow.descendants[i]))
                 if any(c is not None and not within(c.path or "", block) for c in after):
                     yield block, call.path
