@@ -128,8 +128,7 @@ def check_preset(model: nn.Module, inputs: Inputs, preset: str) -> int:
         kit.train_adapter("zoo")
         randomise(kit)
         adapted = outputs(model, inputs)
-        if all(torch.equal(a, b) for a, b in zip(before, adapted, strict=True)):
-            raise GateError(f"{preset}: a randomised adapter changes nothing")
+        check_effect(kit, model, inputs, preset, [torch.equal(a, b) for a, b in zip(before, adapted, strict=True)])
         check_gradients(kit, model, inputs, preset)
         check_copy(model, inputs, preset, adapted)
         check_files(kit, model, inputs, preset, adapted)
@@ -140,6 +139,14 @@ def check_preset(model: nn.Module, inputs: Inputs, preset: str) -> int:
     if list(model.state_dict()) != keys or count_hooks(model) != hooks:
         raise GateError(f"{preset}: keys or hooks are left after removal")
     return sites
+
+
+def check_effect(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: str, is_same: list[bool]) -> None:
+    """A randomised adapter changes the output, unless the base itself rounds away what its hosts return."""
+    if all(is_same):
+        hosts = sorted({name.partition("._adapterkit.")[0] for name, _ in kit.named_parameters("zoo")})
+        if _unused_by_the_base(kit, model, inputs, hosts) != {*hosts}:
+            raise GateError(f"{preset}: a randomised adapter changes nothing")
 
 
 def check_gradients(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: str) -> int:

@@ -199,6 +199,8 @@ class Handover:
         """Leave the tensor for the site."""
         if torch.compiler.is_compiling():
             self._traced = tensor
+        elif tensor.is_inference():  # counts no versions, so that a change in place could not be told: a copy has none
+            _handed.__dict__[str(id(self))] = tensor.clone(), None
         else:
             _handed.__dict__[str(id(self))] = tensor, tensor._version
 
@@ -212,16 +214,16 @@ class Handover:
             tensor, self._traced = self._traced, None
             return tensor
         tensor, version = self.drop()
-        if tensor is not None and tensor._version != version:
+        if tensor is not None and version is not None and tensor._version != version:
             raise CompatibilityError(
                 "the model changes its residual stream in place before the adapter reads it; adapt another place"
             )
         return tensor
 
-    def drop(self) -> tuple[Tensor | None, int]:
+    def drop(self) -> tuple[Tensor | None, int | None]:
         """Take the tensor away unseen, with its version when it was left."""
         self._traced = None
-        handed: tuple[Tensor | None, int] = _handed.__dict__.pop(str(id(self)), (None, 0))
+        handed: tuple[Tensor | None, int | None] = _handed.__dict__.pop(str(id(self)), (None, 0))
         return handed
 
 

@@ -88,7 +88,7 @@ def find_spots(
     outputs: dict[str, Place] = {}
     for role in filter(is_role, config.targets):
         if config.layers is None:
-            check_whole(str(role), discovery.anatomy, modules, excluded)
+            check_whole(str(role), discovery.anatomy, excluded)
         outputs |= role_places(str(role), discovery.anatomy)
     spots: dict[str, Spot] = {}
     for path in matched:

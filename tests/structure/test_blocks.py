@@ -129,7 +129,7 @@ def test_a_block_may_end_in_a_view() -> None:
     assert found == [f"blocks.{i}.{name}" for i in range(3) for name in ("attention", "mlp")]
 
 
-@pytest.mark.parametrize("how", ["subtract", "addcmul", "sum"])
+@pytest.mark.parametrize("how", ["addcmul", "sum"])
 def test_a_step_may_be_another_operation_than_addition(how: str) -> None:
     class Other(Pre):
         def __init__(self) -> None:
@@ -139,16 +139,12 @@ def test_a_step_may_be_another_operation_than_addition(how: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = x + self.attention(self.norm1(x))
             f = self.mlp(self.norm2(x))
-            return {
-                "subtract": lambda: x - f,
-                "addcmul": lambda: torch.addcmul(x, self.gate, f),
-                "sum": lambda: sum([x, f]),
-            }[how]()
+            return torch.addcmul(x, self.gate, f) if how == "addcmul" else sum([x, f])
 
     assert [path for path, _, _ in places(Model(Other))] == ["blocks.0", "blocks.1"]
 
 
-@pytest.mark.parametrize("how", ["lerp", "stack", "broadcast"])
+@pytest.mark.parametrize("how", ["lerp", "subtract", "broadcast"])
 def test_a_block_whose_last_step_is_not_understood_is_refused(how: str) -> None:
     class Odd(Pre):
         def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +152,7 @@ def test_a_block_whose_last_step_is_not_understood_is_refused(how: str) -> None:
             f = self.mlp(self.norm2(x))
             if how == "lerp":
                 return torch.lerp(x, f, 0.5)
-            return torch.stack([x, f]).sum(0) if how == "stack" else x + f.mean(1, keepdim=True)
+            return x - f if how == "subtract" else x + f.mean(1, keepdim=True)
 
     with pytest.raises(
         ak.TargetError, match=r"'blocks.0.mlp.\w+' comes after all that tracing understands of .*'blocks.0'"

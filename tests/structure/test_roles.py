@@ -381,3 +381,37 @@ def test_verify_tells_why_no_gradients_can_be_computed() -> None:
     kit.add("a", "pfeiffer")
     kit.train_adapter("a")
     assert any(p.startswith("no gradients can be computed: one of the variables") for p in kit.verify(IDS).problems)
+
+
+@pytest.mark.parametrize("preset", ["pfeiffer", "houlsby", "parallel", "adapter_plus"])
+@pytest.mark.parametrize("block", [Pre, Post])
+def test_presets_run_in_inference_mode(block: type[Pre], preset: str) -> None:
+    model = randomised(Model(block))
+    add_random(model, preset)
+    expected = model(IDS)
+    with torch.inference_mode():
+        assert torch.equal(model(IDS), expected)
+
+
+def test_a_stream_that_is_overwritten_is_read_as_it_was_in_inference_mode() -> None:
+    class Overwritten(Pre):
+        """The norm takes the stream, which is then overwritten before the feed-forward returns."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, y = x.clone(), x
+            z = self.norm2(x)
+            x.zero_()
+            return y + self.mlp(z)
+
+    model = randomised(Model(Overwritten))
+    kit = ak.wrap(model, IDS)
+    kit.add("a", ak.BottleneckConfig(targets=["mlp"], residual="norm2", placement="parallel", bottleneck_size=3))
+    kit.activate("a")
+    with torch.no_grad():
+        for i, parameter in enumerate(kit.parameters("a")):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    with torch.inference_mode():
+        adapted = model(IDS)
+    with kit.base():
+        expected = run(model, lambda x, b, path: x + b.mlp(b.norm2(x)) + bottleneck(kit, f"{path}.mlp", x))
+    assert torch.allclose(adapted, expected, atol=1e-4)

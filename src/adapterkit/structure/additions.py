@@ -46,7 +46,7 @@ def residual_additions(flow: Flow) -> tuple[list[Addition], list[Addition]]:
 
 
 def addends(flow: Flow, node: Node) -> tuple[int, int] | None:
-    """The two activations that a node adds, or subtracts, or adds times a gate (addcmul); None if it does not."""
+    """The two activations that a node adds, one of them times a gate (addcmul) or not; None if it does not."""
     if node.op not in ADDITIONS or not node.is_floating or len(node.shape) < 2:
         return None
     whole = [i for i in node.inputs[:3] if flow.nodes[i].is_floating and flow.nodes[i].shape == node.shape]
@@ -78,8 +78,6 @@ def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | 
     if split is None:
         return None
     skip, branch, stream = split
-    if node.op in ("sub", "sub_") and skip != operands[0]:  # type: ignore[index]  # f - x is no step
-        return None
     if _is_straight_through(flow, stream, branch) or _is_inside_a_cell(flow, node):
         return None
     computes = flow.between(stream, branch) & flow.endings
@@ -147,10 +145,9 @@ def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
 
 
 def _is_inside_a_cell(flow: Flow, node: Node) -> bool:
-    """Whether a sum is a gate of a recurrent cell, a number between bounds, or the difference that its gate scales."""
-    ops = ("mul", "mul_") if node.op in ("sub", "sub_") else BOUNDED
+    """Whether a sum is a gate of a recurrent cell, a number between bounds."""
     readers = [j for i in flow.readers[node.index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
-    return bool(readers) and all(flow.nodes[i].op in ops for i in readers)
+    return bool(readers) and all(flow.nodes[i].op in BOUNDED for i in readers)
 
 
 def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:

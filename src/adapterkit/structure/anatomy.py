@@ -91,6 +91,7 @@ class Anatomy:
         embeddings: What makes the residual stream that enters the first block, one for each stack of blocks.
         blocks: What each repeated block returns as its stream.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
+        idle: Modules that are built as the blocks beside them, but did not run.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -98,6 +99,7 @@ class Anatomy:
     embeddings: tuple[Place, ...]
     blocks: tuple[Place, ...]
     unexplained: tuple[tuple[str, str], ...] = ()
+    idle: tuple[str, ...] = ()
 
     @property
     def transformer_blocks(self) -> frozenset[str | None]:

@@ -17,7 +17,7 @@ from .trace import ExampleInputs, forward
 
 __all__ = ["ADDITIONS", "Call", "Graph", "Node", "record"]
 
-ADDITIONS = ("add", "add_", "sub", "sub_", "addcmul", "addcmul_")
+ADDITIONS = ("add", "add_", "addcmul", "addcmul_")
 
 
 @dataclass(eq=False)

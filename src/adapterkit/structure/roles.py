@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-
-from torch import nn
+from collections.abc import Callable, Collection, Iterable
 
 from ..errors import TargetError
-from ..patterns import ancestors
 from .anatomy import Anatomy, Place, Sublayer
 
 __all__ = ["ROLES", "check_whole", "role_paths", "role_places"]
@@ -99,7 +96,7 @@ def _is_end(sublayer: Sublayer) -> bool:
     return sublayer.kind == "feedforward"
 
 
-def check_whole(role: str, anatomy: Anatomy, modules: Mapping[str, nn.Module], excluded: Collection[str]) -> None:
+def check_whole(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None:
     """Raise TargetError where a role that speaks of every block would leave out something in silence."""
     if role not in ("@sublayer.out", "@block.last"):
         return
@@ -110,25 +107,12 @@ def check_whole(role: str, anatomy: Anatomy, modules: Mapping[str, nn.Module], e
                 "is not added to the stream in a way that it knows, so that the block's last sub-layer is not known. Name "
                 f"modules by pattern, or set exclude=[{path!r}] to go without it"
             )
-    missing = sorted(_without_sublayers(anatomy, modules) - {*excluded})
+    missing = sorted({*anatomy.idle} - {*excluded})
     if missing:
         raise TargetError(
-            f"{role!r}: {missing} are built as the blocks beside them, but did not run on the example inputs, or add "
-            f"nothing to the stream. Wrap the model with inputs on which they run, or set exclude={missing}"
+            f"{role!r}: {missing} are built as the blocks beside them, but did not run on the example inputs. Wrap the "
+            f"model with inputs on which they run, or set exclude={missing}"
         )
-
-
-def _without_sublayers(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> set[str]:
-    """The modules beside blocks, and of the same class, in which there is no sub-layer."""
-    inside = {path for s in (*anatomy.sublayers, *anatomy.others) for path in ancestors(s.block or s.addition[0])}
-    missing = set()
-    for block in {s.block for s in anatomy.sublayers if s.block in anatomy.transformer_blocks and s.block}:
-        holder = block.rpartition(".")[0]
-        for name, child in modules[holder]._modules.items():
-            path = f"{holder}.{name}".lstrip(".")
-            if type(child) is type(modules[block]) and path not in inside and not isinstance(child, nn.Sequential):
-                missing.add(path)
-    return missing
 
 
 def _check_found(role: str, sublayers: list[Sublayer]) -> None:

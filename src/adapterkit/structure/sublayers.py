@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from .. import values
+from ..patterns import ancestors
 from .anatomy import Anatomy, Norm, Place, Port, Sublayer
 from .blocks import find_blocks, template_of, within
 from .branches import Branch, BranchReader
@@ -33,6 +34,7 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         embeddings=tuple(dissection.embeddings(branches)),
         blocks=tuple(dissection.blocks(inside)),
         unexplained=tuple(dissection.unexplained(branches)),
+        idle=tuple(dissection.idle(inside)),
     )
 
 
@@ -236,6 +238,16 @@ class _Dissection:
                 after = (flow.nodes[j].call for j in bits(flow.descendants[i]))
                 if any(c is not None and not within(c.path or "", block) for c in after):
                     yield block, call.path
+
+    def idle(self, sublayers: tuple[Sublayer, ...]) -> Iterator[str]:
+        """The modules beside blocks, and of the same class, that were not called."""
+        modules = self.reader.modules
+        ran = {path for call in self.flow.calls for path in ancestors(call.path or "")}
+        for holder, kind in {(s.block.rpartition(".")[0], type(modules[s.block])) for s in sublayers if s.block}:
+            for name, child in modules[holder]._modules.items():
+                path = f"{holder}.{name}".lstrip(".")
+                if type(child) is kind and path not in ran and modules[path] is child:
+                    yield path
 
     # --- embeddings and blocks ----------------------------------------------------------------------------------------
 
