@@ -107,16 +107,19 @@ def forward(
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a block without gradients, after which modules hold what they did, and all random state is as before.
 
-    What modules hold: their mode, hooks, children, buffers and attributes; see `Snapshot`.
+    What modules hold: their mode, hooks, children, buffers and attributes; see `Snapshot`. Under autocast the block runs
+    without its cache of cast weights, which would hide casts from a trace.
     """
     snapshots = [Snapshot(module) for module in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    fast_path, casts_cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_autocast_cache_enabled(False)
     try:
         with _random_state(), torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
+        torch.set_autocast_cache_enabled(casts_cached)
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for snapshot in snapshots:
             snapshot.restore()
