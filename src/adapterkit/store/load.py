@@ -18,6 +18,7 @@ from ..hosts import resolve_host
 from ..methods import config_from, method_of
 from ..patterns import modules_by_path
 from ..sites import SiteSpec
+from ..structure.trace import outside_inference_mode
 from .files import read_manifest_bytes, read_tensors_bytes
 from .identity import structure_of
 from .manifest import Manifest, PlaceRecord, SiteRecord, parse_manifest
@@ -143,6 +144,7 @@ def _check_size(directory: Path, manifest: Manifest) -> None:
         )
 
 
+@outside_inference_mode()
 def _parse_tensors(directory: Path, manifest: Manifest, content: bytes) -> dict[str, Tensor]:
     """The tensors of the file, each as the manifest says."""
     try:
@@ -156,6 +158,7 @@ def _parse_tensors(directory: Path, manifest: Manifest, content: bytes) -> dict[
     return tensors
 
 
+@outside_inference_mode()
 def _fill(model: nn.Module, parts: list[Part], tensors: dict[str, Tensor], *, heads: bool, source: Path) -> None:
     """Give the empty modules the tensors of the file, on their hosts' devices, after checking that they match."""
     states: list[dict[str, Tensor]] = []
