@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -12,7 +13,7 @@ from ..patterns import modules_by_path
 from .anatomy import Anatomy
 from .flow import Flow
 from .graph import record
-from .inputs import moved_to, tiny_inputs
+from .inputs import first_that_runs, moved_to
 from .key import structure_key
 from .sublayers import dissect
 from .trace import ExampleInputs
@@ -71,9 +72,11 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> t
         )
     key = structure_key(model, example_inputs)
     if key not in _REMEMBERED:
-        inputs = tiny_inputs(model) if example_inputs is None else example_inputs
-        anatomy = dissect(Flow(record(model, inputs)), modules_by_path(model))
-        _REMEMBERED[key] = anatomy, (inputs if example_inputs is None else ())
+        if example_inputs is None:
+            inputs, graph = first_that_runs(model, partial(record, model))
+        else:
+            inputs, graph = (), record(model, example_inputs)
+        _REMEMBERED[key] = dissect(Flow(graph), modules_by_path(model)), inputs
         while len(_REMEMBERED) > _LIMIT:
             _REMEMBERED.popitem(last=False)
     _REMEMBERED.move_to_end(key)
