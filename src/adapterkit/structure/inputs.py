@@ -49,8 +49,8 @@ def first_that_runs(model: nn.Module, run: Callable[[ExampleInputs], T]) -> tupl
             continue
     said = "; ".join(f"{shapes}: {error}" for shapes, error in list(tried.items())[:_TRIED])
     raise CompatibilityError(
-        f"{type(model).__name__} does not run on any inputs made for it ({said or 'none could be made'}); "
-        "give it some: ak.wrap(model, example_inputs=batch)"
+        f"{type(model).__name__} does not run on any inputs made for it; give it some: "
+        f"ak.wrap(model, example_inputs=batch). Tried: {said or 'nothing, for none could be made'}"
     )
 
 
