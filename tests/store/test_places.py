@@ -1,6 +1,7 @@
 """Another structure under the same names and shapes is refused."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def alike(model: nn.Module, block: type[nn.Module]) -> nn.Module:
     return other
 
 
-@pytest.mark.parametrize("preset", ["pfeiffer", "adapter_plus"])
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(("one", "other"), [(Pre, Post), (Post, Pre)])
 def test_blocks_that_add_in_another_order_are_another_structure(
     preset: str, one: type[Pre], other: type[Pre], tmp_path: Path
@@ -63,6 +64,15 @@ def test_the_same_structure_loads(preset: str, block: type[Pre], inputs: Tensor 
     kit.activate("a")
     ak.wrap(model).activate("a")
     assert torch.equal(kit.model(IDS), model(IDS))
+
+
+def test_a_manifest_that_knows_of_no_norms_loads(tmp_path: Path) -> None:
+    model = randomised(Model(Pre))
+    path = saved(model, "houlsby", tmp_path)
+    manifest = json.loads((path / "adapter.json").read_text())
+    assert {site.pop("norm") for site in manifest["sites"]} == {"pre"}
+    (path / "adapter.json").write_text(json.dumps(manifest))
+    assert ak.wrap(alike(model, Pre)).load(path) == "a"
 
 
 def test_a_model_without_the_place_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whether a saved adapter's sites are those that its config means in this model, where its structure decides that."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -41,8 +42,10 @@ def check_places(
         return
     except TargetError as error:
         raise _misfit(model, source, str(error)) from error
+    unknown = {site.path for site in saved if site.norm is None}
+    found = [replace(site, norm=None) if site.path in unknown else site for site in found]
     here, there = ({site.path: _place(site) for site in sites} for sites in (found, saved))
-    differing = [path for path in (here | there) if here.get(path) != there.get(path)]
+    differing = [path for path in (there | here) if here.get(path) != there.get(path)]
     if differing:
         pairs = [(path, there.get(path, "no site"), here.get(path, "no site")) for path in differing[:_SHOWN]]
         shown = [f"{path!r}: saved {then}; here {now}" for path, then, now in pairs]
@@ -61,7 +64,8 @@ def _place(site: SiteSpec) -> str:
     """Which tensor at the host is adapted, and what is read, in words."""
     part = f" {site.output}" if site.output else ""
     beside = f" with the stream at {site.residual!r}" if site.residual is not None else ""
-    return f"its {site.at}{part}, reading {site.reads}{beside}"
+    norm = f", in a block of norm {site.norm!r}" if site.norm is not None else ""
+    return f"its {site.at}{part}, reading {site.reads}{beside}{norm}"
 
 
 def _misfit(model: nn.Module, source: Path, what: str) -> CompatibilityError:
