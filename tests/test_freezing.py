@@ -1,6 +1,7 @@
 """θ does not move, φ does, and everything is put back."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -348,3 +349,39 @@ def test_a_head_that_never_runs_on_the_example_inputs_is_refused() -> None:
 
     with pytest.raises(ak.TargetError, match=r"the heads \['head'\] never ran"):
         ak.wrap(ReadsAround(), torch.randn(2, 4)).add("a", ak.BottleneckConfig(targets=["body"]), heads=["head"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("mode", [True, False])
+def test_scripted_norms_are_frozen_too(mode: bool) -> None:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    head = nn.Linear(4, 4)
+    head.unused = torch.jit.script(nn.Tanh())
+    layers = {"first": nn.Linear(4, 4), "scripted": torch.jit.script(inner), "head": head}
+    model = nn.Sequential(OrderedDict(layers)).train(mode)
+    before, x = base_of(model), 3 * torch.randn(5, 4) + 2
+    kit = ak.wrap(model)
+    kit.add("a", ak.BottleneckConfig(targets=["first"], bottleneck_size=2), heads=["head"])
+    assert kit.tree() is not None
+    kit.train_adapter("a")
+    model.train()
+    train(model, x, list(kit.parameters("a")))
+    assert kit.verify(x).problems == ()
+    assert all(torch.equal(value, before[name]) for name, value in base_of(model).items())
+    copy.deepcopy(model)(x)
+    kit.unwrap()
+    assert all(module.training for module in model.modules())
+    model(x)
+    assert not torch.equal(model.state_dict()["scripted.1.running_mean"], before["scripted.1.running_mean"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_unfreezing_gives_scripted_norms_their_own_mode_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.BatchNorm1d(4)), torch.jit.script(nn.BatchNorm1d(4)))
+    model[1].eval()
+    kit = ak.wrap(model)
+    kit.freeze()
+    assert [layer.training for layer in model] == [True, False, False]
+    kit.unfreeze()
+    assert [layer.training for layer in model] == [True, False, True]
+    assert not any(module._forward_pre_hooks for module in model.modules())

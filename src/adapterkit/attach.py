@@ -20,7 +20,7 @@ from .placement import resolve
 from .plan import apply
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record
 from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, silenced, sites_of
-from .structure.trace import ExampleInputs
+from .structure.trace import ExampleInputs, outside_inference_mode
 
 __all__ = ["Part", "add", "attach", "build_parts", "check_free", "detach", "device_near", "find_sites", "shared_record"]
 
@@ -54,6 +54,7 @@ def find_sites(model: nn.Module, config: AdapterConfig, example_inputs: ExampleI
         return resolve(model, config, method_of(config).placement(config), example_inputs)
 
 
+@outside_inference_mode()
 def build_parts(
     model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec], heads: Sequence[str], *, meta: bool = False
 ) -> list[Part]:

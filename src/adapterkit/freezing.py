@@ -30,6 +30,17 @@ class FrozenNormHook(KitHook):
             module.training = False
 
 
+class ScriptedNormsHook(KitHook):
+    """Do for the scripted norms in a model what `FrozenNormHook` does for others: they call no Python hooks."""
+
+    is_pre = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Switch every scripted norm in the model, and nothing else, to eval mode. Shape: any."""
+        for norm in scripted_norms(module):
+            norm.training = False
+
+
 class StreamStartHook(KitHook):
     """Make what an embedding returns require grad, in grad mode."""
 
@@ -75,9 +86,13 @@ def freeze(model: nn.Module, record: Record) -> None:
         )
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
+    scripted = scripted_norms(model)
+    for norm in scripted:
+        norm.training = False  # at once, for what does not run through the model's own forward
     for module in modules.values():
-        set_hook(module, FrozenNormHook, has_running_statistics(module), record)
+        set_hook(module, FrozenNormHook, has_running_statistics(module) and not is_scripted(module), record)
         set_hook(module, StreamStartHook, isinstance(module, (nn.Embedding, nn.EmbeddingBag)), record)
+    set_hook(model, ScriptedNormsHook, bool(scripted), record)
     set_hook(model, RootInputHook, True, record)
     forget_compiled()
 
@@ -90,10 +105,10 @@ def unfreeze(model: nn.Module, record: Record) -> None:
         parameter.requires_grad_(record.frozen.requires_grad.get(name, parameter.requires_grad))
     modules = modules_by_path(model)
     for path, module in modules.items():
-        if has_hook(module, FrozenNormHook):
+        if has_hook(module, FrozenNormHook) or (is_scripted(module) and has_running_statistics(module)):
             around = _mode_around(path, modules)
             module.training = record.frozen.own_mode.get(path, module.training if around is None else around)
-        for kind in (FrozenNormHook, StreamStartHook, RootInputHook):
+        for kind in (FrozenNormHook, ScriptedNormsHook, StreamStartHook, RootInputHook):
             remove_hooks(module, kind)
     record.frozen = None
     forget_compiled()
@@ -113,4 +128,15 @@ def set_training(model: nn.Module, name: str, trains: bool) -> None:
 
 def has_running_statistics(module: nn.Module) -> bool:
     """Whether the module normalises with running statistics (BatchNorm, InstanceNorm and their like)."""
-    return module._buffers.get("running_mean") is not None and module._buffers.get("running_var") is not None
+    held = {name for name, buffer in module._buffers.items() if buffer is not None}
+    return {"running_mean", "running_var"} <= held
+
+
+def scripted_norms(model: nn.Module) -> list[nn.Module]:
+    """The norms with running statistics among the model's TorchScript modules."""
+    return [module for module in model.modules() if is_scripted(module) and has_running_statistics(module)]
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether the module runs as TorchScript, which calls none of its hooks."""
+    return isinstance(module, torch.jit.ScriptModule)

@@ -50,7 +50,8 @@ def copy_heads(heads: list[nn.Module]) -> list[nn.Module]:
     """Copies of heads without what adapterkit put there; weights that they share, their copies share."""
     copies = copy.deepcopy(heads)
     for module in {module for head in copies for module in head.modules()}:
-        module._modules.pop(SITE, None)
+        if SITE in module._modules:  # TorchScript's have no pop
+            del module._modules[SITE]
         remove_hooks(module)
     return copies
 

@@ -219,7 +219,8 @@ class AdapterKit:
 
     def load(self, directory: str | Path, name: str | None = None, *, heads: bool = True, any_base: bool = False) -> str:
         """Load an adapter and return its name; it is not active yet. Raises: see `store.load_adapter`."""
-        return store.load_adapter(self.model, directory, name=name, heads=heads, any_base=any_base)
+        inputs = self.example_inputs
+        return store.load_adapter(self.model, directory, name=name, heads=heads, any_base=any_base, example_inputs=inputs)
 
     @contextmanager
     def base_checkpoint(self) -> Iterator[None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,10 +12,11 @@ from torch import Tensor, nn
 from . import values
 from .config.base import AdapterConfig
 from .errors import TargetError
-from .hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape
+from .hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
 from .patterns import ancestors, modules_by_path
 from .sites import SiteSpec
 from .spots import Placement, Spot, find_spots
+from .structure.anatomy import Anatomy, Norm
 from .structure.discover import Discovery
 from .structure.trace import ExampleInputs, observe, runs_around
 
@@ -37,7 +40,19 @@ def resolve(
     spots = {path: spots[path] for path in _in_layers(list(spots), layers, config.layers)}
     inputs = discovery.inputs if discovery.was_needed else example_inputs
     seen = _trace(model, spots, inputs)
-    return [_site(spot, layers[path], modules, config, seen) for path, spot in spots.items()]
+    norms = _norms(discovery.anatomy, modules) if discovery.was_needed else {}
+    sites = [_site(spot, layers[path], modules, config, seen) for path, spot in spots.items()]
+    return [replace(site, norm=norms.get(site.path)) for site in sites]
+
+
+def _norms(anatomy: Anatomy, modules: dict[str, nn.Module]) -> dict[str, Norm]:
+    """Where the block normalises around each branch, by the host that yields the branch."""
+    norms: dict[str, Norm] = {}
+    for sublayer in (*anatomy.sublayers, *anatomy.others):
+        if sublayer.out is not None:
+            with suppress(TargetError):  # no host: then no site, either
+                norms[resolve_host(sublayer.out.path, modules, at_input=False)] = sublayer.norm
+    return norms
 
 
 def _site(

@@ -17,6 +17,7 @@ from .errors import AdapterKitError
 from .names import module_key
 from .patterns import SITE
 from .record import RECORD, Handover, Record
+from .structure.anatomy import Norm
 from .values import Path
 
 __all__ = [
@@ -54,6 +55,8 @@ class SiteSpec:
         output: Which tensor of the host's output; the first floating one if None.
         input: Which argument, of the host or of `residual`, as (position, keyword); the first floating one if None.
         residual: Path of the module whose input the adapter reads: the residual stream or, beside the host, its own.
+        norm: Where a block normalises around the branch that the host yields, as `Sublayer.norm`; None where the host
+            yields none, or the config did not need the model's structure.
     """
 
     path: str
@@ -67,6 +70,7 @@ class SiteSpec:
     output: Path | None = None
     input: tuple[int | None, str | None] | None = None
     residual: str | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,19 @@ def test_a_structure_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(anatomy.sublayers) == 6
 
 
+@pytest.mark.parametrize("inputs", [None, IDS], ids=["made", "given"])
+def test_discovery_is_one_forward(inputs: Tensor | None) -> None:
+    class Counted(Model):
+        runs = 0
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            Counted.runs += 1
+            return super().forward(input_ids)
+
+    discover(Counted(Pre), inputs)
+    assert Counted.runs == 1
+
+
 def test_a_flag_that_changes_the_structure_is_part_of_it() -> None:
     def layer(norm_first: bool) -> nn.Module:
         return nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True, norm_first=norm_first)
@@ -216,5 +229,5 @@ def test_a_model_that_runs_on_nothing_says_so() -> None:
         def forward(self, graph: object) -> None:
             raise ValueError("no such graph")
 
-    with pytest.raises(ak.CompatibilityError, match=r"Picky does not run on any inputs made for it .*example_inputs"):
+    with pytest.raises(ak.CompatibilityError, match=r"Picky .* made for it; .*example_inputs=batch.*Tried: nothing"):
         ak.wrap(Picky()).sites("pfeiffer")

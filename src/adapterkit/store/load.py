@@ -18,9 +18,11 @@ from ..hosts import resolve_host
 from ..methods import config_from, method_of
 from ..patterns import modules_by_path
 from ..sites import SiteSpec
+from ..structure.trace import ExampleInputs, outside_inference_mode
 from .files import read_manifest_bytes, read_tensors_bytes
 from .identity import structure_of
 from .manifest import Manifest, PlaceRecord, SiteRecord, parse_manifest
+from .places import check_places
 from .save import dtype_name, tensor_key
 
 __all__ = ["BaseMismatchWarning", "load_adapter", "read_manifest"]
@@ -39,7 +41,13 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def load_adapter(
-    model: nn.Module, directory: str | Path, *, name: str | None = None, heads: bool = True, any_base: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    heads: bool = True,
+    any_base: bool = False,
+    example_inputs: ExampleInputs | None = None,
 ) -> str:
     """Attach a saved adapter, without activating it, and return its name. The model is touched last, or not at all.
 
@@ -47,10 +55,11 @@ def load_adapter(
         name: Another name than it was saved under.
         heads: Bring its heads as well.
         any_base: Say nothing if the model's weights are not those it was trained on (its structure must be, always).
+        example_inputs: Inputs to trace the model with, where its structure decides on the sites; else tiny ones are made.
 
     Raises:
         StoreError: the files are missing, damaged, hostile or too new.
-        CompatibilityError: the model's structure differs at the adapter's sites; says which.
+        CompatibilityError: the model's structure differs at the adapter's sites, or its config leads to others; says which.
         AdapterNameError: the name is taken.
     """
     directory = Path(directory)
@@ -63,6 +72,7 @@ def load_adapter(
         parts = _empty_parts(model, manifest, config, heads=heads)
     except (AdapterKitError, RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise StoreError(f"the manifest in {str(directory)!r} describes no adapter for this model: {error}") from error
+    check_places(model, config, [part.spec for part in parts if part.spec is not None], example_inputs, directory)
     tensors = _parse_tensors(directory, manifest, content)
     _fill(model, parts, tensors, heads=heads, source=directory)
     if not any_base and fingerprint(model) != manifest.base.fingerprint:
@@ -143,6 +153,7 @@ def _check_size(directory: Path, manifest: Manifest) -> None:
         )
 
 
+@outside_inference_mode()
 def _parse_tensors(directory: Path, manifest: Manifest, content: bytes) -> dict[str, Tensor]:
     """The tensors of the file, each as the manifest says."""
     try:
@@ -156,6 +167,7 @@ def _parse_tensors(directory: Path, manifest: Manifest, content: bytes) -> dict[
     return tensors
 
 
+@outside_inference_mode()
 def _fill(model: nn.Module, parts: list[Part], tensors: dict[str, Tensor], *, heads: bool, source: Path) -> None:
     """Give the empty modules the tensors of the file, on their hosts' devices, after checking that they match."""
     states: list[dict[str, Tensor]] = []

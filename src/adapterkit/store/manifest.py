@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config.base import describe
 from ..errors import StoreError
+from ..structure.anatomy import Norm
 
 __all__ = [
     "FORMAT_VERSION", "BaseIdentity", "Manifest", "Metadata", "Metric", "SiteRecord", "TensorRecord", "parse_manifest",
@@ -44,6 +45,7 @@ class SiteRecord(PlaceRecord):
     output: tuple[int | str, ...] | None
     input: tuple[int | None, str | None] | None
     residual: Text | None
+    norm: Norm | None = None
 
 
 class HeadRecord(PlaceRecord):

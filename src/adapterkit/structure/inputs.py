@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice, product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from ..errors import CompatibilityError
 from .trace import ExampleInputs, forward
 
-__all__ = ["moved_to", "tiny_inputs"]
+__all__ = ["first_that_runs", "moved_to", "tiny_inputs"]
+
+T = TypeVar("T")
 
 BATCH, TOKENS, SAMPLES, FRAMES = 2, 6, 400, 128
 _COMBINATIONS, _TRIED = 24, 4  # that are tried, and that an error message tells of
@@ -22,10 +25,18 @@ _MODALITIES = ("input_ids", "pixel_values", "input_features", "input_values")
 
 
 def tiny_inputs(model: nn.Module) -> ExampleInputs:
-    """Inputs on which the model runs, on its device.
+    """Inputs on which the model runs, on its device. Raises: see `first_that_runs`."""
+    return first_that_runs(model, partial(forward, model))[0]
+
+
+def first_that_runs(model: nn.Module, run: Callable[[ExampleInputs], T]) -> tuple[ExampleInputs, T]:
+    """Inputs on which the model runs, on its device, and what came of running it.
 
     Tried in turn: the model's `dummy_inputs`; tensors for its `main_input_name` and for what its `forward` requires; those
     and the arguments that the model names in its errors; all that it takes of text, images and sound.
+
+    Args:
+        run: Runs the model once on the inputs that it is given, as `forward` does.
 
     Raises:
         CompatibilityError: none of them runs.
@@ -33,13 +44,13 @@ def tiny_inputs(model: nn.Module) -> ExampleInputs:
     tried: dict[str, str] = {}
     for inputs in _candidates(model):
         try:
-            return _completed(model, moved_to(inputs, model), tried)
+            return _completed(model, moved_to(inputs, model), run, tried)
         except CompatibilityError:
             continue
     said = "; ".join(f"{shapes}: {error}" for shapes, error in list(tried.items())[:_TRIED])
     raise CompatibilityError(
-        f"{type(model).__name__} does not run on any inputs made for it ({said or 'none could be made'}); "
-        "give it some: ak.wrap(model, example_inputs=batch)"
+        f"{type(model).__name__} does not run on any inputs made for it; give it some: "
+        f"ak.wrap(model, example_inputs=batch). Tried: {said or 'nothing, for none could be made'}"
     )
 
 
@@ -53,11 +64,13 @@ def moved_to(inputs: ExampleInputs, model: nn.Module) -> ExampleInputs:
     return inputs.to(device)
 
 
-def _completed(model: nn.Module, inputs: ExampleInputs, tried: dict[str, str]) -> ExampleInputs:
-    """The inputs, with arguments that the model names in its errors added one by one until it runs."""
+def _completed(
+    model: nn.Module, inputs: ExampleInputs, run: Callable[[ExampleInputs], T], tried: dict[str, str]
+) -> tuple[ExampleInputs, T]:
+    """The inputs, with arguments that the model names in its errors added one by one until it runs; and what came of it."""
     while True:
         try:
-            forward(model, inputs)
+            return inputs, run(inputs)
         except CompatibilityError as error:
             said = str(error.__cause__)
             tried[_shapes(inputs)] = said[:120]
@@ -68,8 +81,6 @@ def _completed(model: nn.Module, inputs: ExampleInputs, tried: dict[str, str]) -
             if made is None:
                 raise
             inputs = moved_to({**inputs, missing[0]: made}, model)
-        else:
-            return inputs
 
 
 def _candidates(model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -2,17 +2,22 @@
 
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import AdapterKitError, CompatibilityError
 from ..patterns import ancestors
+from .snapshot import Snapshot
 
-__all__ = ["ExampleInputs", "call_with", "forward", "fresh", "observe", "runs_around", "untouched"]
+__all__ = [
+    "ExampleInputs", "call_with", "forward", "fresh", "observe", "outside_inference_mode", "runs_around", "untouched",
+]  # fmt: skip
 
 ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 T = TypeVar("T")
@@ -79,7 +84,7 @@ def forward(
     within: AbstractContextManager[Any] | None = None,
     training: bool = False,
 ) -> Any:
-    """The model's output, without gradients, with its flags, buffers and random state as before afterwards.
+    """The model's output, without gradients, with modules and random state as before afterwards.
 
     Args:
         within: A context to run it in.
@@ -88,8 +93,8 @@ def forward(
     Raises:
         CompatibilityError: the model does not run on these inputs.
     """
-    inputs = fresh(inputs)
     with untouched(model):
+        inputs = fresh(inputs)
         try:
             with within or nullcontext():
                 return call_with(model.train(training), inputs)
@@ -103,24 +108,45 @@ def forward(
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients, after which the model's flags and buffers and all random state are as before."""
-    training = {module: module.training for module in model.modules()}
-    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    values = [(b, b.detach().clone()) for _, held in buffers for b in held.values() if b is not None and not b.is_meta]
+    """Run a block without gradients, after which modules hold what they did, and all random state is as before.
+
+    What modules hold: their mode, hooks, children, buffers and attributes; see `Snapshot`. Under autocast the block runs
+    without its cache of cast weights, which would hide casts from a trace. It runs outside of inference mode, so that it
+    may ask for gradients, unless the model was itself made inside.
+    """
+    snapshots = [Snapshot(module) for module in model.modules()]
+    held = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor))
+    made_inside = any(tensor.is_inference() for tensor in held)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    fast_path, python_random = torch.backends.mha.get_fastpath_enabled(), random.getstate()
+    fast_path, casts_cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_autocast_cache_enabled(False)
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        mode = nullcontext() if made_inside else outside_inference_mode()
+        with mode, _random_state(), torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
+        torch.set_autocast_cache_enabled(casts_cached)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        for snapshot in snapshots:
+            snapshot.restore()
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Run a block whose tensors may require gradients, if it is in inference mode or not."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    """Put Python's random state back afterwards, and numpy's, if it is loaded."""
+    python_random, numpy_random = random.getstate(), sys.modules.get("numpy.random")
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    try:
+        yield
+    finally:
         random.setstate(python_random)
-        for module, flag in training.items():
-            module.training = flag
-        for module, held in buffers:
-            module._buffers.update(held)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)

@@ -162,6 +162,6 @@ class _Grower:
         return self.look.widths.get(path, (None, None)) if known is None else (known.input_width, known.width)
 
     def _adapters(self, module: nn.Module) -> Iterator[Mark]:
-        site = module._modules.get(SITE)
+        site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         for name, entry in site.entries.items() if isinstance(site, AdapterSite) else ():
             yield Mark(name, entry.spec.at if entry.spec else "head", name == self.active)

@@ -1,0 +1,75 @@
+"""Whether a saved adapter's sites are those that its config means in this model, where its structure decides that."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from ..attach import find_sites
+from ..config.base import AdapterConfig
+from ..errors import CompatibilityError, TargetError
+from ..methods import method_of
+from ..patterns import is_role
+from ..sites import SiteSpec
+from ..spots import STREAM
+from ..structure.trace import ExampleInputs
+
+__all__ = ["check_places"]
+
+_SHOWN = 3
+
+
+def check_places(
+    model: nn.Module,
+    config: AdapterConfig,
+    saved: Sequence[SiteSpec],
+    example_inputs: ExampleInputs | None,
+    source: Path,
+) -> None:
+    """Raise unless the config, resolved anew, leads to the saved sites. A model that cannot be traced is let pass.
+
+    Names and shapes do not tell a pre-norm block from a post-norm one; where an adapter belongs in them does.
+
+    Raises:
+        CompatibilityError: it leads elsewhere, or nowhere; says where.
+    """
+    if not _asks_for_structure(config):
+        return
+    try:
+        found = find_sites(model, config, example_inputs)
+    except CompatibilityError:
+        return
+    except TargetError as error:
+        raise _misfit(model, source, str(error)) from error
+    unknown = {site.path for site in saved if site.norm is None}
+    found = [replace(site, norm=None) if site.path in unknown else site for site in found]
+    here, there = ({site.path: _place(site) for site in sites} for sites in (found, saved))
+    differing = [path for path in (there | here) if here.get(path) != there.get(path)]
+    if differing:
+        pairs = [(path, there.get(path, "no site"), here.get(path, "no site")) for path in differing[:_SHOWN]]
+        shown = [f"{path!r}: saved {then}; here {now}" for path, then, now in pairs]
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise _misfit(model, source, "; ".join(shown) + more)
+
+
+def _asks_for_structure(config: AdapterConfig) -> bool:
+    """Whether tracing decides where the config's sites are."""
+    placement = method_of(config).placement(config)
+    by_role = any(map(is_role, (*config.targets, *config.exclude)))
+    return by_role or placement.at in ("sum", "normalised") or placement.residual == STREAM
+
+
+def _place(site: SiteSpec) -> str:
+    """Which tensor at the host is adapted, and what is read, in words."""
+    part = f" {site.output}" if site.output else ""
+    beside = f" with the stream at {site.residual!r}" if site.residual is not None else ""
+    norm = f", in a block of norm {site.norm!r}" if site.norm is not None else ""
+    return f"its {site.at}{part}, reading {site.reads}{beside}{norm}"
+
+
+def _misfit(model: nn.Module, source: Path, what: str) -> CompatibilityError:
+    return CompatibilityError(
+        f"the adapter in {str(source)!r} was trained on a model of another structure than this {type(model).__name__}: "
+        f"{what}. If the model is the same, give it inputs that run all of it: ak.wrap(model, example_inputs=batch)"
+    )
