@@ -65,10 +65,10 @@ class Spot:
     axis: int | None = None
 
 
-def asks_for_structure(config: AdapterConfig) -> bool:
+def asks_for_structure(config: AdapterConfig, placement: Placement) -> bool:
     """Whether a config's places depend on what the model computes, not on the names of its modules alone."""
-    placed = getattr(config, "at", None) in ("sum", "normalised") or getattr(config, "residual", None) == STREAM
-    return placed or any(map(is_role, config.targets))
+    placed = placement.at in ("sum", "normalised") or placement.residual == STREAM
+    return placed or any(map(is_role, (*config.targets, *config.exclude)))
 
 
 def find_spots(

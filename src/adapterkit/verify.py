@@ -11,6 +11,7 @@ from .attach import find_sites
 from .base import base_parameters, base_tensors, digest
 from .errors import AdapterKitError, CompatibilityError, TargetError
 from .hooks import InputHook, OutputHook, has_hook
+from .methods import method_of
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
 from .record import RECORD, Record
@@ -136,7 +137,7 @@ def _elsewhere_now(model: nn.Module, name: str, inputs: ExampleInputs) -> Iterat
     """Where the adapter's config, read anew, asks for other places: the model computes otherwise than when it was added."""
     held = {path: entry for path, _, site in sites_of(model) if (entry := site.entries.get(name)) and entry.spec}
     config = next(iter(held.values())).config if held else None
-    if config is None or not asks_for_structure(config):
+    if config is None or not asks_for_structure(config, method_of(config).placement(config)):
         return
     try:
         wanted = {spec.path: _where(spec) for spec in find_sites(model, config, inputs)}

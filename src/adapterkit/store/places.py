@@ -10,9 +10,8 @@ from ..attach import find_sites
 from ..config.base import AdapterConfig
 from ..errors import CompatibilityError, TargetError
 from ..methods import method_of
-from ..patterns import is_role
 from ..sites import SiteSpec
-from ..spots import STREAM
+from ..spots import asks_for_structure
 from ..structure.trace import ExampleInputs
 
 __all__ = ["check_places"]
@@ -34,7 +33,7 @@ def check_places(
     Raises:
         CompatibilityError: it leads elsewhere, or nowhere; says where.
     """
-    if not _asks_for_structure(config):
+    if not asks_for_structure(config, method_of(config).placement(config)):
         return
     try:
         found = find_sites(model, config, example_inputs)
@@ -51,13 +50,6 @@ def check_places(
         shown = [f"{path!r}: saved {then}; here {now}" for path, then, now in pairs]
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise _misfit(model, source, "; ".join(shown) + more)
-
-
-def _asks_for_structure(config: AdapterConfig) -> bool:
-    """Whether tracing decides where the config's sites are."""
-    placement = method_of(config).placement(config)
-    by_role = any(map(is_role, (*config.targets, *config.exclude)))
-    return by_role or placement.at in ("sum", "normalised") or placement.residual == STREAM
 
 
 def _place(site: SiteSpec) -> str:
