@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CONFIGS", "IRREGULAR", "SETTINGS", "UNRUNNABLE"]
+__all__ = ["CONFIGS", "EXPLAINED", "IRREGULAR", "SETTINGS", "UNRUNNABLE"]
 
 Settings = dict[str, Any]
 
@@ -444,4 +444,22 @@ IRREGULAR: dict[str, str] = {
     **dict.fromkeys(("sam3_tracker_video", "sam3_video", "sam_hq"), _TWO_WAY),
     "fun_asr_nano_encoder": "the first block changes the width, and its attention is not added to anything",
     "seggpt": "one block averages image and prompt, and adds the average",
+}
+
+# Why those fail that do.
+EXPLAINED: dict[str, str] = {
+    "clvp": "the conditioning encoder adds with the channels first what its attention returns with the tokens first",
+    "fun_asr_nano_encoder": "the first block's attention is added to a convolution of its values, and to no stream",
+    "gemma3n_text": "AltUp: four streams, which a learned mixture predicts and corrects",
+    "higgs_audio_v2": "tokens of text and of sound take different feed-forwards, and are scattered back into the stream",
+    "hy_v4": "hyper-connections: several streams, mixed by what is computed from them",
+    "ibert": "its norms carry the scale of their quantisation, and cannot run again",
+    "inkling2": "convolutions by functions inside its attention; attention over what earlier layers returned",
+    "inkling2_text": "convolutions by functions inside its attention; attention over what earlier layers returned",
+    "pegasus_x": "one feed-forward serves two streams, whose sums are two: houlsby fits, pfeiffer is refused",
+    "pp_ocrv5_mobile_rec": "a CNN whose blocks add up convolutions side by side",
+    "sam3_lite_text": "its token mixer adds what functions compute",
+    "vits": "blocks of normalising flows, which differ",
+    "xlnet": "one dropout serves the attention's weights and its branch, so that no module yields the branch alone",
+    "xmod": "one norm runs before the language adapter and after it: a hook there would change both",
 }

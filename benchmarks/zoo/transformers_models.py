@@ -14,11 +14,11 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from benchmarks.zoo.make_inputs import completed, inputs_that_run
 from benchmarks.zoo.own_inputs import INPUTS
-from benchmarks.zoo.settings import CONFIGS, IRREGULAR, SETTINGS, UNRUNNABLE
+from benchmarks.zoo.settings import CONFIGS, EXPLAINED, IRREGULAR, SETTINGS, UNRUNNABLE
 from benchmarks.zoo.shrink import WAYS, override, set_as_given
 from benchmarks.zoo.weights import randomise
 
-__all__ = ["IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
+__all__ = ["EXPLAINED", "IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
 
 LIBRARIES = ("transformers",)
 LARGEST = 120_000_000  # parameters
