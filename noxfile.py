@@ -36,7 +36,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """The strict type checker."""
-    session.install(*CONSTRAINTS, "-e", ".", "mypy")
+    session.install(*CONSTRAINTS, "-e", ".[cli]", "mypy")
     session.run("mypy")
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
+from adapterkit.record import silenced
+from adapterkit.structure import discover
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 
@@ -395,3 +397,41 @@ def test_an_input_that_the_host_changes_in_place_is_an_error() -> None:
     kit.activate("a")
     with pytest.raises(ak.CompatibilityError, match="in place"):
         kit.model(torch.randn(2, 4))
+
+
+def in_another_thread(run: Callable[[], Tensor]) -> Tensor:
+    out: list[Tensor] = []
+    thread = threading.Thread(target=lambda: out.append(run()))
+    thread.start()
+    thread.join()
+    return out[0]
+
+
+def test_a_thread_that_looks_at_the_base_silences_no_other(post_norm: Tiny, ids: Tensor) -> None:
+    kit = ak.wrap(post_norm.eval())
+    kit.add("a", CONFIG)
+    randomise(kit, "a")
+    plain = post_norm(ids)
+    kit.activate("a")
+    adapted = post_norm(ids)
+    with silenced():
+        assert torch.equal(post_norm(ids), plain)
+        assert torch.equal(in_another_thread(lambda: post_norm(ids)), adapted)
+    assert torch.equal(post_norm(ids), adapted)
+
+
+def test_what_other_threads_run_is_no_part_of_a_trace(post_norm: Tiny, ids: Tensor) -> None:
+    main = threading.get_ident()
+
+    def run_beside(*_: object) -> None:
+        if threading.get_ident() == main:
+            in_another_thread(lambda: post_norm(ids))
+
+    kit = ak.wrap(post_norm.eval(), ids)
+    expected = kit.sites("houlsby")
+    post_norm.embedding.register_forward_hook(run_beside)
+    discover._REMEMBERED.clear()
+    assert kit.sites("houlsby") == expected
+    kit.add("a", "houlsby", bottleneck_size=3)
+    kit.activate("a")
+    assert all(site.fired_in_eval == 1 and site.agrees for site in kit.verify().sites or ())

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import adapterkit as ak
 from adapterkit.sites import sites_of
+from adapterkit.steps import Pass
 from adapterkit.tree import Mark, Node, tree_of
 from adapterkit.tree.cells import number, size
 from adapterkit.tree.fold import cut, numbers_as_text
@@ -368,15 +369,16 @@ def test_adapters_change_neither_the_numbers_nor_the_roles_of_the_base() -> None
 
 
 def test_the_trace_is_of_the_base_alone() -> None:
-    def explode(*_: object) -> None:
-        raise AssertionError("an adapter ran")
+    class Explode(Pass):
+        def __call__(self, *_: object) -> None:
+            raise AssertionError("an adapter ran")
 
     model = Model(Pre, layers=3)
     kit = ak.wrap(model)
     kit.add("a", "houlsby", bottleneck_size=2)
     kit.activate("a")
     for _, _, site in sites_of(model):
-        site.output_steps = (explode,)  # type: ignore[assignment]
+        site.output_steps = (Explode("a"),)
     assert kit.tree().note is None
 
 

@@ -18,8 +18,8 @@ from .names import check_name
 from .patterns import SITE, ancestors, match
 from .placement import resolve
 from .plan import apply
-from .record import ACTIVATION_LOCK, RECORD, Handover, Record
-from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, silenced, sites_of
+from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
+from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, sites_of
 from .structure.trace import ExampleInputs, outside_inference_mode
 
 __all__ = ["Part", "add", "attach", "build_parts", "check_free", "detach", "device_near", "find_sites", "shared_record"]
@@ -50,7 +50,7 @@ def add(
 
 def find_sites(model: nn.Module, config: AdapterConfig, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
     """The sites that a config would adapt. Raises: see `placement.resolve`."""
-    with ACTIVATION_LOCK, silenced(model):
+    with ACTIVATION_LOCK, silenced():
         return resolve(model, config, method_of(config).placement(config), example_inputs)
 
 

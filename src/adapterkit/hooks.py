@@ -53,7 +53,8 @@ class OutputHook(KitHook):
         steps = site.output_steps
         if not steps:
             return None
-        site.record.activation.check(steps[0].adapter)
+        if not site.record.activation.check(steps[0].adapter):
+            return None
         for step in steps:
             output = step(site, module, args, kwargs, output)
         return output
@@ -70,7 +71,8 @@ class InputHook(KitHook):
         steps = site.input_steps
         if not steps:
             return None
-        site.record.activation.check(steps[0].adapter)
+        if not site.record.activation.check(steps[0].adapter):
+            return None
         call = (args, kwargs)
         for step in steps:
             call = step(site, module, args, kwargs, call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from . import values
 from .errors import CompatibilityError
 from .hosts import resolve_host
 from .patterns import modules_by_path
-from .sites import SiteSpec, named_parameters, silenced, sites_of
+from .record import silenced
+from .sites import SiteSpec, named_parameters, sites_of
 from .structure.anatomy import Anatomy, Sublayer
 from .structure.discover import discover
 from .structure.epsilon import Moved, epsilon_test
@@ -62,11 +63,7 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
         return tuple(tensor.shape), tensor.dtype
 
     in_eval = observe(model, inputs, specs, look)
-    in_training = dict.fromkeys(specs, 0)
-    for _ in range(_TRIES):
-        if not all(in_training.values()):
-            calls = observe(model, inputs, specs, lambda *_: None, training=True)
-            in_training = {path: max(count, len(calls[path])) for path, count in in_training.items()}
+    in_training = _fired_in_training(model, inputs, specs)
     anatomy, moved = _structure(model, inputs)
     modules = modules_by_path(model)
     proofs = []
@@ -78,6 +75,19 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
         agrees = proven or not yields
         proofs.append(SiteProof(path, place, len(in_eval[path]), in_training[path], shape, dtype, branch, agrees))
     return proofs
+
+
+def _fired_in_training(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> dict[str, int]:
+    """How often each host runs in training mode; never, if the model does not run in it on these inputs."""
+    fired = dict.fromkeys(paths, 0)
+    for _ in range(_TRIES):
+        if not all(fired.values()):
+            try:
+                calls = observe(model, inputs, fired, lambda *_: None, training=True)
+            except CompatibilityError:  # it may ask for labels then
+                return fired
+            fired = {path: max(count, len(calls[path])) for path, count in fired.items()}
+    return fired
 
 
 def dead_parameters(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:
@@ -127,7 +137,7 @@ def _loss(model: nn.Module, inputs: ExampleInputs) -> Tensor:
 
 def _structure(model: nn.Module, inputs: ExampleInputs) -> tuple[Anatomy, dict[str, Moved]]:
     """The anatomy of the base and the ε-test of its sub-layers."""
-    with silenced(model):
+    with silenced():
         anatomy, _ = discover(model, inputs)
         return anatomy, epsilon_test(model, inputs, anatomy)
 

@@ -6,6 +6,8 @@ the model, and found again by `ak.wrap`.
 
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import ActivationError, CompatibilityError
 
-__all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Handover", "Record"]
+__all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Handover", "Record", "silenced"]
 
 # The attribute of the root module that holds its Record.
 RECORD = "_adapterkit_record"
@@ -120,17 +122,21 @@ class Activation:
         """Whether an adapter has been active, so that running without one may be a mistake, too."""
         return self.active is not None or bool(self._history)
 
-    def check(self, running: str | None) -> None:
-        """Raise if running this adapter (None: the base alone) now would give numbers that the caller did not ask for.
+    def check(self, running: str | None) -> bool:
+        """Whether to run the steps of this adapter (None: the base alone) now: not while this thread looks at the base.
+
+        Raises if that would give numbers that the caller did not ask for.
 
         Raises:
             ActivationError: see the class.
         """
         if torch.compiler.is_compiling():
-            return
+            return True
         if torch._C._current_graph_task_id() >= 0:  # inside a backward: checkpointing recomputes a forward
             self._check_recomputation()
-            return
+            return True
+        if getattr(_thread, "silences", 0):
+            return False
         _thread.ran = id(self), running
         if self._crowded:
             expected = self._expected.get(threading.current_thread(), self.active)
@@ -139,6 +145,7 @@ class Activation:
                     f"this thread activated {expected!r}, but another thread has since activated {self.active!r} in the "
                     "same model. Hold a lock around activation and forward, or give each thread its own copy."
                 )
+        return True
 
     def _refuse_under_others(self, name: str | None) -> None:
         for thread, held in self._scopes:
@@ -180,6 +187,16 @@ class Activation:
                 f"the active adapter changed between forward and backward: a checkpointed forward ran with {was}, its "
                 f"recomputation would run with {self.active!r}. Call backward before you activate another adapter."
             )
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Within the block this thread runs models as if no adapter were active, without activating anything."""
+    _thread.silences = getattr(_thread, "silences", 0) + 1
+    try:
+        yield
+    finally:
+        _thread.silences -= 1
 
 
 class Handover:

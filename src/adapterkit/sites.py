@@ -6,7 +6,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
@@ -30,7 +29,6 @@ __all__ = [
     "named_parameters",
     "open_parameters",
     "record_of",
-    "silenced",
     "site_key",
     "sites_of",
 ]
@@ -224,19 +222,6 @@ def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
         site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         if isinstance(site, AdapterSite):
             yield path, module, site
-
-
-@contextmanager
-def silenced(model: nn.Module) -> Iterator[None]:
-    """Within the block the model runs as if no adapter were active, without activating anything."""
-    held = [(site, site.input_steps, site.output_steps) for _, _, site in sites_of(model)]
-    try:
-        for site, _, _ in held:
-            site.input_steps = site.output_steps = ()
-        yield
-    finally:
-        for site, input_steps, output_steps in held:
-            site.input_steps, site.output_steps = input_steps, output_steps
 
 
 def open_parameters(module: nn.Module, trains: bool) -> None:

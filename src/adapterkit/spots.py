@@ -89,7 +89,13 @@ def find_spots(
     for role in filter(is_role, config.targets):
         if config.layers is None:
             check_whole(str(role), discovery.anatomy, excluded)
-        outputs |= role_places(str(role), discovery.anatomy)
+        for found in role_places(str(role), discovery.anatomy):
+            held = outputs.setdefault(found.path, found)
+            if held.output != found.output and config.output is None:
+                raise TargetError(
+                    f"{role!r}: {found.path!r} yields two branches, at {held.output} and {found.output} of its output; an "
+                    f"adapter can sit at one: set output={list(held.output)} for that one, or exclude={[found.path]}"
+                )
     spots: dict[str, Spot] = {}
     for path in matched:
         place = outputs.get(path)

@@ -14,8 +14,8 @@ from .hooks import InputHook, OutputHook, has_hook
 from .methods import method_of
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
-from .record import RECORD, Record
-from .sites import AdapterSite, SiteSpec, located, silenced, sites_of
+from .record import RECORD, Record, silenced
+from .sites import AdapterSite, SiteSpec, located, sites_of
 from .spots import asks_for_structure
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, runs_around
@@ -161,7 +161,7 @@ def _dead(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:
     """Parameters that no gradient reaches, or why none can be computed."""
     try:
         dead = dead_parameters(model, name, inputs)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return [f"no gradients can be computed: {str(error).splitlines()[0]}"]
     return [f"no gradient of the model's output reaches {', '.join(dead)}"] if dead else []
 
@@ -169,7 +169,7 @@ def _dead(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:
 def _inputs(model: nn.Module) -> ExampleInputs | None:
     """Tiny inputs, if any can be made."""
     try:
-        with silenced(model):
+        with silenced():
             return tiny_inputs(model)
     except CompatibilityError:
         return None
@@ -185,7 +185,7 @@ def _site_problems(model: nn.Module, sites: tuple[SiteProof, ...], inputs: Examp
                 f"{instead.get(proof.path, '')!r}, which does"
             )
         elif not proof.fired_in_training:
-            yield f"{proof.path!r} ran in eval mode, but never in training mode"
+            yield f"{proof.path!r} ran in eval mode, but never in training mode (does the model run in it on these inputs?)"
         if proof.fired_in_eval and not proof.agrees:
             yield f"the \N{GREEK SMALL LETTER EPSILON}-test of {proof.path!r} ({proof.place}) fails: {proof.moved}"
 

@@ -208,3 +208,65 @@ def test_an_embedding_of_a_model_with_a_number_in_front_is_found() -> None:
     anatomy, _ = discover(randomised(nn.Sequential(Model(Pre))), IDS)
     assert [place.path for place in anatomy.embeddings] == ["0.embedding"]
     assert list(dict.fromkeys(s.block for s in anatomy.sublayers)) == ["0.blocks.0", "0.blocks.1"]
+
+
+class Joint(nn.Module):
+    """Two streams; one module computes what is added to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp_x, self.mlp_y = Attention(), FeedForward(), FeedForward()
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.attention(torch.cat([x, y], 1))
+        x, y = x + both[:, : x.shape[1]], y + both[:, x.shape[1] :]
+        return x + self.mlp_x(x), y + self.mlp_y(y)
+
+
+class TwoStreams(nn.Module):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            x, y = block(x, y)
+        return x, y
+
+
+def test_each_stream_of_a_block_has_its_last_sub_layer() -> None:
+    inputs = (torch.randn(2, 3, WIDTH), torch.randn(2, 4, WIDTH))
+    config = ak.BottleneckConfig(targets=["@block.last"])
+    found = [s.path for s in ak.wrap(randomised(TwoStreams(Joint)), inputs).sites(config)]
+    assert found == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("mlp_x", "mlp_y")]
+
+
+def test_a_module_that_yields_two_branches_is_told() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = Attention(), Attention()
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.one(x, y), self.other(y, x)
+
+    class Block(Joint):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention: Any = Pair()
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = self.attention(x, y)
+            x, y = x + a, y + b
+            return x + self.mlp_x(x), y + self.mlp_y(y)
+
+    kit = ak.wrap(randomised(TwoStreams(Block)), (torch.randn(2, 3, WIDTH), torch.randn(2, 4, WIDTH)))
+    with pytest.raises(ak.TargetError, match=r"'blocks.0.attention' yields two branches, at \(0,\) and \(1,\)"):
+        kit.sites(ak.BottleneckConfig(targets=["@crossattention.out"]))
+    chosen = kit.sites(ak.BottleneckConfig(targets=["@crossattention.out"], output=1))
+    assert [(site.path, site.output) for site in chosen] == [(f"blocks.{i}.attention", (1,)) for i in (0, 1)]
+
+
+def test_a_model_without_blocks_says_that_presets_have_no_place() -> None:
+    with pytest.raises(ak.TargetError, match=r"tracing finds no block that adds what it computes to a stream"):
+        places(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), inputs=torch.randn(2, 3, 8, 8))

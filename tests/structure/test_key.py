@@ -1,8 +1,9 @@
 """Models with the same key have the same anatomy; whatever may change it changes the key."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -91,3 +92,58 @@ def test_an_instance_whose_forward_is_patched_has_another_key() -> None:
         keys.add(structure_key(model, None))
         del model.forward
     assert len(keys) == 3
+
+
+class Settings(Mapping[str, object]):
+    """A mapping that is no dict, as configuration libraries have them."""
+
+    def __init__(self, **held: object) -> None:
+        self.held = held
+
+    def __getitem__(self, key: str) -> object:
+        return self.held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+@pytest.mark.parametrize("hold", [lambda flag: Settings(pre=flag), lambda flag: Nested(Nested(Nested(flag)))])
+def test_settings_are_part_of_the_key_however_deep_and_whatever_holds_them(hold: Callable[[bool], object]) -> None:
+    models = [Model(Pre), Model(Pre), Model(Pre)]
+    for model, flag in zip(models, (True, False, True), strict=True):
+        model.config = hold(flag)
+    one, other, same = (structure_key(model, IDS) for model in models)
+    assert one == same != other
+
+
+class Nested:
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+
+def step(x: Tensor, f: Tensor) -> Tensor:
+    return x + f
+
+
+class Calling(Pre):
+    def forward(self, x: Tensor) -> Tensor:
+        return step(x, self.mlp(self.norm2(x)))
+
+
+def test_a_function_that_a_forward_calls_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(Calling)
+    before = structure_key(model, IDS)
+    monkeypatch.setitem(globals(), "step", lambda x, f: x * f)
+    assert structure_key(model, IDS) != before
+
+
+def test_what_adapterkit_does_to_a_model_is_no_part_of_the_key() -> None:
+    model = Model(Pre)
+    before = structure_key(model, IDS)
+    kit = ak.wrap(model)
+    kit.add("a", "pfeiffer")
+    kit.train_adapter("a")
+    assert structure_key(model, IDS) == before

@@ -45,7 +45,6 @@ class Inspect:
 
 
 def _depth(text: str) -> int:
-    depth = int(text)
-    if depth < 0:
-        raise argparse.ArgumentTypeError(f"a depth is 0 or more; found {depth}")
-    return depth
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a depth is a whole number, 0 or more; found {text!r}")
+    return int(text)

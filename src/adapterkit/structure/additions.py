@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .flow import BOUNDED, MATMULS, VIEWS, Flow, bits
 from .graph import ADDITIONS, Call, Node
 
-__all__ = ["Addition", "addends", "block_of", "residual_additions", "up_to_number"]
+__all__ = ["Addition", "addends", "block_of", "follows", "residual_additions", "up_to_number"]
 
 _NUMBERED = re.compile(r"(.*?(?:^|\.)\d+)(?:\.|$)")
 
@@ -177,17 +177,17 @@ def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Add
         return False
     start = addition.stream
     while True:  # back along its stream, from one addition to the one before
-        before = [a for a in inside if _follows(flow, a, start)]
+        before = [a for a in inside if follows(flow, a, start)]
         if not before and start == outer.stream:  # x + f(x + g(x)): a step of its own if something is added to it in turn
             is_last = not flow.between(addition.node.index, outer.branch) & flow.endings
-            has_steps = start != addition.stream or any(_follows(flow, addition, a.stream) for a in every)
+            has_steps = start != addition.stream or any(follows(flow, addition, a.stream) for a in every)
             return is_last or not has_steps
         if not before:
             return flow.leads_to(outer.stream, start)
         start = before[-1].stream
 
 
-def _follows(flow: Flow, before: Addition, stream: int) -> bool:
+def follows(flow: Flow, before: Addition, stream: int) -> bool:
     """Whether a stream is an addition's result as it is, or normalised."""
     index = before.node.index
     return index == stream or (flow.leads_to(index, stream) and not flow.between(index, stream) & flow.endings)

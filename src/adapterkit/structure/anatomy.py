@@ -54,6 +54,7 @@ class Sublayer:
             what is added.
         is_parallel: Whether another branch of the block starts from the same stream and is added with this one.
         is_moe: Whether it routes tokens to experts.
+        is_last: Whether no other sub-layer of the block follows on the same stream.
         norm: Where the block normalises: before the branch ("pre"), after the addition ("post"), at the branch's end
             ("end"), before and at the end ("sandwich").
         stream: A module that takes the residual stream before the branch ends; None if there is none.
@@ -73,6 +74,7 @@ class Sublayer:
     scales: tuple[str, ...]
     is_parallel: bool
     is_moe: bool
+    is_last: bool
     norm: Norm
     stream: Port | None
     sum: Place | None

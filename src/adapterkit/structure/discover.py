@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import partial
+from threading import Lock
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -22,6 +23,7 @@ __all__ = ["Discovery", "discover"]
 
 _REMEMBERED: OrderedDict[str, tuple[Anatomy, ExampleInputs]] = OrderedDict()
 _LIMIT = 32
+_LOCK = Lock()
 
 
 class Discovery:
@@ -71,14 +73,17 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> t
             f"{type(model).__name__} has lazy layers ({lazy[0]!r}), which have no shape yet; run it once"
         )
     key = structure_key(model, example_inputs)
-    if key not in _REMEMBERED:
+    found = _REMEMBERED.get(key)
+    if found is None:
         if example_inputs is None:
             inputs, graph = first_that_runs(model, partial(record, model))
         else:
             inputs, graph = (), record(model, example_inputs)
-        _REMEMBERED[key] = dissect(Flow(graph), modules_by_path(model)), inputs
+        found = dissect(Flow(graph), modules_by_path(model)), inputs
+    with _LOCK:
+        _REMEMBERED[key] = found
+        _REMEMBERED.move_to_end(key)
         while len(_REMEMBERED) > _LIMIT:
             _REMEMBERED.popitem(last=False)
-    _REMEMBERED.move_to_end(key)
-    anatomy, inputs = _REMEMBERED[key]
+    anatomy, inputs = found
     return anatomy, moved_to(inputs if example_inputs is None else example_inputs, model)

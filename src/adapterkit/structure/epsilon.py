@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -73,10 +74,12 @@ class _Move:
     """A hook that adds noise to one tensor of an output, and keeps what it returns."""
 
     def __init__(self, output: values.Path, returned: list[Tensor]) -> None:
-        self.output, self.returned = output, returned
+        self.output, self.returned, self.thread = output, returned, threading.get_ident()
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Return the moved output. Shape: as the output."""
+        if threading.get_ident() != self.thread:
+            return None
         x: Tensor = values.get(output, self.output)
         noise = EPSILON * (1 + torch.rand(x.shape, device=x.device)).to(x.dtype)
         y = torch.sub(x, -noise)

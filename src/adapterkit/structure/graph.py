@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +111,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.graph = Graph()
         self._keep_addends = keep_addends
+        self._thread = threading.get_ident()  # operations are this thread's alone; hooks see those of all
         self._node_of: dict[int, int] = {}
         self._alive: list[Tensor] = []
         self._written: dict[int, int] = {}  # storage -> the last node that wrote into it in place
@@ -142,6 +144,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called."""
+        if threading.get_ident() != self._thread:
+            return
         parent = self._stack[-1] if self._stack else None
         start = len(self.graph.nodes)
         inputs = [(path, self._index(tensor)) for path, tensor in values.tensors((args, kwargs))]
@@ -151,6 +155,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A module returned. Calls inside it that raised, and were caught, are forgotten."""
+        if threading.get_ident() != self._thread:
+            return
         while self._stack and self._stack[-1].module is not module:
             self._stack.pop()
         if self._stack:

@@ -16,6 +16,7 @@ __all__ = ["structure_key"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple, list, dict, set, frozenset)
 _LONGEST = 10_000  # characters of one value that count
+_TORCHS = frozenset(vars(nn.Module()))  # attributes of every module: its mode, tensors, children, hooks
 
 
 def structure_key(model: nn.Module, inputs: Any) -> str:
@@ -32,7 +33,7 @@ def structure_key(model: nn.Module, inputs: Any) -> str:
             if tensor is not None:
                 place = places.setdefault(id(tensor), len(places))
                 digest.update(f" {name} {tuple(tensor.shape)} {tensor.dtype} {tensor.is_meta} {place}".encode())
-        for line in _settings(module):
+        for line in _settings(module, set()):
             digest.update(line.encode())
     for line in _inputs(inputs):
         digest.update(line.encode())
@@ -54,13 +55,14 @@ def _inputs(value: Any, where: str = "") -> Iterator[str]:
         yield f"\n{where} {value!r}"
     else:
         yield f"\n{where} {type(value).__qualname__}"
-        yield from _settings(value)
+        yield from _settings(value, set())
 
 
-def _settings(holder: Any, depth: int = 2) -> Iterator[str]:
+def _settings(holder: Any, seen: set[int]) -> Iterator[str]:
     """The plain attributes of an object, and of objects in them (a config), as text; of functions, their code."""
+    seen.add(id(holder))
     for name, value in vars(holder).items() if hasattr(holder, "__dict__") else ():
-        if name in ("training", "_parameters", "_buffers", "_modules") or "hooks" in name:
+        if name in _TORCHS or name.startswith("_adapterkit"):
             continue
         if isinstance(value, _PLAIN):
             yield f" {name}={value!r}"[:_LONGEST]
@@ -70,9 +72,11 @@ def _settings(holder: Any, depth: int = 2) -> Iterator[str]:
         elif callable(value):
             kind = value if isinstance(value, type) else type(value)
             yield f" {name}:{getattr(value, '__qualname__', kind.__qualname__)}:{_hash_of_type(kind)}:{id(value)}"
-        elif depth and not isinstance(value, (Tensor, nn.Module, Mapping)):
+        elif isinstance(value, Mapping):
+            yield from _inputs(value, name)
+        elif id(value) not in seen and not isinstance(value, (Tensor, nn.Module)):
             yield f" {name}:{type(value).__qualname__}"
-            yield from _settings(value, depth - 1)
+            yield from _settings(value, seen)
 
 
 def _hash_of_type(kind: type) -> str:
@@ -108,6 +112,12 @@ def _function(value: Any, seen: set[int]) -> Iterator[str]:
         yield from (f" {part!r}"[:_LONGEST] for part in (value.args, value.keywords))
     elif isinstance(value, FunctionType):
         yield from _code(value.__code__)
+        for name in _names(value.__code__):  # what it calls beside its class's methods
+            part = value.__globals__.get(name)
+            if isinstance(part, FunctionType) and not part.__module__.startswith("torch."):
+                yield from _function(part, seen)
+            elif isinstance(part, (bool, int, float, str)):
+                yield f" {name}={part!r}"[:_LONGEST]
         held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         for part in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *held):
             if isinstance(part, _PLAIN):
@@ -125,6 +135,14 @@ def _code(code: CodeType) -> Iterator[str]:
             yield from _code(constant)
         else:
             yield f" {constant!r}"
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that a code object, or one in it, looks up."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _is_filled(cell: Any) -> bool:

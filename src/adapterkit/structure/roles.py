@@ -47,13 +47,13 @@ def role_paths(role: str, anatomy: Anatomy) -> list[str]:
     return list(dict.fromkeys(path for sublayer in sublayers for path in _PARTS[part](sublayer)))
 
 
-def role_places(role: str, anatomy: Anatomy) -> dict[str, Place]:
-    """Where in a module's output the tensor of a role lies, by module, for roles that are outputs."""
+def role_places(role: str, anatomy: Anatomy) -> tuple[Place, ...]:
+    """Where in a module's output the tensor of a role lies, for roles that are outputs."""
     if role in ("@embedding", "@block.out"):
-        return {place.path: place for place in (anatomy.embeddings if role == "@embedding" else anatomy.blocks)}
+        return anatomy.embeddings if role == "@embedding" else anatomy.blocks
     if role in (*_OUTPUTS, "@block.last"):
-        return {s.out.path: s.out for s in _sublayers(role, anatomy) if s.out is not None}
-    return {}
+        return tuple(s.out for s in _sublayers(role, anatomy) if s.out is not None)
+    return ()
 
 
 def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
@@ -68,7 +68,13 @@ def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
     if kind in _KINDS:
         return [s for s in anatomy.sublayers if s.kind == kind]
     blocks = anatomy.transformer_blocks
-    if anatomy.sublayers and not blocks:
+    if not anatomy.sublayers:
+        others = [s.out.path if s.out else s.addition[0] for s in anatomy.others]
+        raise TargetError(
+            f"{role!r} speaks of transformer blocks; tracing finds no block that adds what it computes to a stream, so "
+            f"that presets have no place here. Name modules by pattern{f', such as {others[:3]}' if others else ''}"
+        )
+    if not blocks:
         raise TargetError(
             f"{role!r} speaks of transformer blocks; tracing finds {len(anatomy.sublayers)} residual branches, which are "
             "convolutions all: this is a CNN. Target '@convolution.out', or name its modules by pattern"
@@ -89,7 +95,14 @@ def _last_of_blocks(sublayers: list[Sublayer]) -> list[Sublayer]:
         if len(members) == 1 and block:
             single.setdefault(".".join(block.split(".")[:-2]), []).append(members[0])
     inner = [s for found in single.values() if any(_is_end(s) for s in found) for s in found if not _is_end(s)]
-    return [members[-1] for members in blocks.values() if members[-1] not in inner]
+    ends = (_ends_of(members) for members in blocks.values())
+    return [sublayer for found in ends for sublayer in found if sublayer not in inner]
+
+
+def _ends_of(members: list[Sublayer]) -> list[Sublayer]:
+    """The sub-layers of a block that none follows on their stream: one for each stream, feed-forwards if there are any."""
+    last = [sublayer for sublayer in members if sublayer.is_last] or members[-1:]
+    return [sublayer for sublayer in last if _is_end(sublayer)] or last
 
 
 def _is_end(sublayer: Sublayer) -> bool:

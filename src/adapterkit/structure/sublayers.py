@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import values
 from ..patterns import ancestors
+from .additions import follows
 from .anatomy import Anatomy, Norm, Place, Port, Sublayer
 from .blocks import find_blocks, template_of, within
 from .branches import Branch, BranchReader
@@ -50,7 +51,7 @@ class _Dissection:
         """One for each module that yields a branch, in the order that they run; a norm is as all of its kind say."""
         found: dict[object, list[Sublayer]] = {}
         for branch in branches:
-            sublayer = self._sublayer(branch)
+            sublayer = self._sublayer(branch, branches)
             key = (sublayer.out.path, sublayer.out.output) if sublayer.out else id(branch)
             found.setdefault(key, []).append(sublayer)
         merged = [_agreed(calls) for calls in found.values()]
@@ -64,7 +65,7 @@ class _Dissection:
                 merged = [_without_post(s) if s in group else s for s in merged]
         return merged
 
-    def _sublayer(self, branch: Branch) -> Sublayer:
+    def _sublayer(self, branch: Branch, branches: list[Branch]) -> Sublayer:
         flow, addition = self.flow, branch.addition
         place = None
         if branch.call is not None:
@@ -90,6 +91,7 @@ class _Dissection:
             scales=branch.scales,
             is_parallel=branch.is_parallel or self._has_sibling(branch),
             is_moe=branch.is_moe,
+            is_last=self._is_last(branch, branches),
             norm=self._norm(branch, post),
             stream=self._port(branch),
             sum=self._sum(branch),
@@ -97,6 +99,13 @@ class _Dissection:
             shares_norm=post is not None and self._runs_again(post.path, branch),
             addition=((node_call.path if node_call else None) or "", addition.node.index),
         )
+
+    def _is_last(self, branch: Branch, branches: list[Branch]) -> bool:
+        """Whether no other branch of the block is added to what this one was; of parallel ones, the last that runs."""
+        mates = [other for other in branches if other.block == branch.block and other is not branch]
+        beside = [other for other in mates if other.addition is branch.addition and other.end > branch.end]
+        after = [other for other in mates if follows(self.flow, branch.addition, self.flow.unscaled(other.addition.skip))]
+        return not beside and not after
 
     def _place(self, call: Call, path: values.Path) -> Place:
         """What a call returned at a path of its output."""

@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -52,14 +53,15 @@ def observe(
         CompatibilityError: the model does not run on these inputs.
     """
     seen: dict[str, list[T]] = {path: [] for path in paths}
-    modules = dict(model.named_modules())
+    modules, me = dict(model.named_modules()), threading.get_ident()
     with ExitStack() as stack:
         for path, calls in seen.items():
 
             def hook(
                 module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path, calls: list[T] = calls
             ) -> None:
-                calls.append(look(path, module, args, kwargs, output))
+                if threading.get_ident() == me:
+                    calls.append(look(path, module, args, kwargs, output))
 
             stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
         forward(model, inputs, training=training)

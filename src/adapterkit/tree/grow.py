@@ -14,8 +14,8 @@ from ..base import base_parameters
 from ..errors import CompatibilityError
 from ..hosts import channel_axis, known_shape
 from ..patterns import SITE, modules_by_path
-from ..record import ACTIVATION_LOCK
-from ..sites import AdapterSite, record_of, silenced
+from ..record import ACTIVATION_LOCK, silenced
+from ..sites import AdapterSite, record_of
 from ..structure.discover import Discovery
 from ..structure.trace import ExampleInputs, observe
 from ..summary import AdapterRow, summarise
@@ -56,7 +56,7 @@ class _Look:
 def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
     discovery = Discovery(model, example_inputs)
     try:
-        with ACTIVATION_LOCK, silenced(model):
+        with ACTIVATION_LOCK, silenced():
             found = meanings(discovery.anatomy)
             widths = _widths(model, discovery.inputs)
     except CompatibilityError as error:
