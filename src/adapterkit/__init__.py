@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .sites import SiteSpec
     from .store.load import BaseMismatchWarning
     from .store.manifest import Metadata
+    from .store.places import PlacesNotCheckedWarning
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "ConfigError",
     "Metadata",
     "MissingExtraError",
+    "PlacesNotCheckedWarning",
     "SiteSpec",
     "StoreError",
     "TargetError",
@@ -55,6 +57,7 @@ _HOMES = {
     "BaseMismatchWarning": ".store.load",
     "BottleneckConfig": ".config.bottleneck",
     "Metadata": ".store.manifest",
+    "PlacesNotCheckedWarning": ".store.places",
     "SiteSpec": ".sites",
     "wrap": ".kit",
 }

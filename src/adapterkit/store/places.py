@@ -1,5 +1,6 @@
 """Whether a saved adapter's sites are those that its config means in this model, where its structure decides that."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,13 @@ from ..sites import SiteSpec
 from ..spots import asks_for_structure
 from ..structure.trace import ExampleInputs
 
-__all__ = ["check_places"]
+__all__ = ["PlacesNotCheckedWarning", "check_places"]
 
 _SHOWN = 3
+
+
+class PlacesNotCheckedWarning(UserWarning):
+    """An adapter was loaded whose places depend on the model's structure, and the model could not be traced."""
 
 
 def check_places(
@@ -26,7 +31,7 @@ def check_places(
     example_inputs: ExampleInputs | None,
     source: Path,
 ) -> None:
-    """Raise unless the config, resolved anew, leads to the saved sites. A model that cannot be traced is let pass.
+    """Raise unless the config, resolved anew, leads to the saved sites. Of a model that cannot be traced, warn.
 
     Names and shapes do not tell a pre-norm block from a post-norm one; where an adapter belongs in them does.
 
@@ -37,7 +42,13 @@ def check_places(
         return
     try:
         found = find_sites(model, config, example_inputs)
-    except CompatibilityError:
+    except CompatibilityError as error:
+        warnings.warn(
+            f"the places of the adapter in {str(source)!r} could not be checked against this {type(model).__name__}, which "
+            f"tracing cannot run; if it is built otherwise than the saved one, they are wrong. {error}",
+            PlacesNotCheckedWarning,
+            stacklevel=4,
+        )
         return
     except TargetError as error:
         raise _misfit(model, source, str(error)) from error
