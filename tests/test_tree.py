@@ -81,7 +81,7 @@ def test_blocks_of_the_same_build_are_one_node() -> None:
 )
 def test_a_block_that_differs_in_anything_is_a_node_of_its_own(change: object) -> None:
     model = Model(Pre, layers=4)
-    change(model.blocks[2])  # type: ignore[operator]
+    change(model.blocks[2])  # type: ignore[operator]  # a function
     assert [child.label for child in tree_of(model).root.children][1:3] == ["blocks.0-1, 3", "blocks.2"]
 
 
@@ -90,7 +90,7 @@ def test_a_block_with_other_roles_is_a_node_of_its_own() -> None:
         is_parallel = False
 
         def forward(self, x: Tensor) -> Tensor:
-            return (Parallel if self.is_parallel else Pre).forward(self, x)  # type: ignore[arg-type]
+            return (Parallel if self.is_parallel else Pre).forward(self, x)  # type: ignore[arg-type]  # either is a Pre
 
     model = Model(Either, layers=3)
     model.blocks[0].is_parallel = True

@@ -40,7 +40,7 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         assert not pretrained
         return Model(Pre)
 
-    module.create_model = create_model  # type: ignore[attr-defined]
+    module.create_model = create_model  # type: ignore[attr-defined]  # a module made up
     monkeypatch.setitem(sys.modules, "timm", module)
     return module
 

@@ -79,7 +79,7 @@ def test_a_class_patched_in_place_is_discovered_anew() -> None:
     patched = type("Patched", (Pre,), {})
     model = Model(patched)
     assert discover(model, IDS)[0].sublayers[1].norm == "pre"
-    patched.forward = lambda self, x: self.norm2(self.mlp(y := self.norm1(self.attention(x) + x)) + y)  # type: ignore[attr-defined]
+    patched.forward = lambda self, x: self.norm2(self.mlp(y := self.norm1(self.attention(x) + x)) + y)  # type: ignore[attr-defined]  # a class made here
     assert discover(model, IDS)[0].sublayers[1].norm == "post"
     assert [site.path for site in ak.wrap(model, IDS).sites("pfeiffer")] == ["blocks.0.norm2", "blocks.1.norm2"]
 
@@ -88,7 +88,7 @@ def test_an_instance_whose_forward_is_patched_has_another_key() -> None:
     model = Model(Pre)
     keys = {structure_key(model, None)}
     for forward in (lambda _, x: x.sum(-1), lambda _, x: x.sum(-2)):
-        model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+        model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]  # the patch is the point
         keys.add(structure_key(model, None))
         del model.forward
     assert len(keys) == 3

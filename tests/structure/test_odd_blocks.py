@@ -108,7 +108,7 @@ def test_an_attention_that_adds_its_queries_is_one_branch_of_a_block_that_pools_
 
 def test_what_another_block_projected_is_no_skip() -> None:
     class Inner(Pre):
-        def forward(self, pixels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        def forward(self, pixels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # two streams
             pixels = pixels + self.mlp(self.norm2(pixels))
             x = x + self.attention.o(self.norm1(pixels))  # of another stream
             return pixels, x + self.attention(self.norm1(x))

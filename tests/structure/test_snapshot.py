@@ -45,7 +45,7 @@ class Restless(Pre):
 def held(module: nn.Module) -> dict[str, Any]:
     plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     inner = {name: list(value) for name, value in vars(module).items() if isinstance(value, dict)}
-    return copy.deepcopy({**plain, "inner": inner, "count": float(module._buffers["count"])})  # type: ignore[arg-type]
+    return copy.deepcopy({**plain, "inner": inner, "count": float(module._buffers["count"])})  # type: ignore[arg-type]  # a buffer it has
 
 
 def test_attributes_containers_children_and_buffers_are_as_before() -> None:

@@ -56,11 +56,12 @@ class Sublayer:
         is_moe: Whether it routes tokens to experts.
         is_last: Whether no other sub-layer of the block follows on the same stream.
         norm: Where the block normalises: before the branch ("pre"), after the addition ("post"), at the branch's end
-            ("end"), before and at the end ("sandwich").
+            ("end"), before and at the end ("sandwich"), or not at all ("none").
         stream: A module that takes the residual stream before the branch ends; None if there is none.
         sum: A module of the block that returns the sum and nothing of the block reads it before that.
         post_norm: The norm that takes the sum, in a post-norm block, as the module and its place.
         shares_norm: Whether that norm runs on other tensors, too, in one call of the block.
+        addition: Where it is added: the module around the addition, and its node in the trace.
     """
 
     kind: Kind

@@ -18,7 +18,7 @@ from .flow import SCALES, VIEWS, WHOLE_NORMS, Flow, bits
 from .graph import Call
 from .kinds import operands
 
-__all__ = ["dissect", "template_of"]
+__all__ = ["dissect"]
 
 
 def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
