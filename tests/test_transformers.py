@@ -1,6 +1,7 @@
 """Hugging Face models: their outputs, checkpoints, gradient checkpointing and Trainer."""
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,36 @@ def test_gradient_checkpointing_gives_equal_gradients(
     assert len(plain) == 8
     for one, other in zip(recomputed, plain, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+def test_gradients_go_below_the_first_adapter_only_while_the_model_is_checkpointed(
+    bert: BertForSequenceClassification, batch: dict[str, Tensor]
+) -> None:
+    kit = ak.wrap(bert.train())
+    kit.add("a", PFEIFFER)
+    kit.train_adapter("a")
+
+    def embedding_requires_grad() -> bool:
+        seen = []
+        with bert.bert.embeddings.register_forward_hook(lambda _module, _args, output: seen.append(output.requires_grad)):
+            bert(**batch)
+        return seen[0]
+
+    assert not embedding_requires_grad()
+    bert.gradient_checkpointing_enable()
+    bert.disable_input_require_grads()  # transformers' own remedy, which newer versions switch on, too
+    assert embedding_requires_grad()
+    bert.gradient_checkpointing_disable()
+    assert not embedding_requires_grad()
+
+
+def test_a_frozen_model_is_freed_when_it_is_let_go() -> None:
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2))
+    ak.wrap(model).freeze()
+    gone = weakref.ref(model.bert)
+    del model
+    assert gone() is None, "without waiting for a collection of cycles"
 
 
 def test_generation_with_a_cache_equals_generation_without() -> None:

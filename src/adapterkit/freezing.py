@@ -1,7 +1,8 @@
 """The freezing manager: θ stays as it is, φ trains.
 
 It owns `requires_grad`, keeps the running statistics of frozen norms from moving, and makes the first tensor of the
-stream require grad, without which reentrant gradient checkpointing trains nothing on a frozen base.
+stream require grad, without which reentrant gradient checkpointing trains nothing on a frozen base (but where the model
+says that it is not checkpointed: see docs/decisions/0005).
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from . import values
 from .base import base_parameters, base_tensors, digest
 from .hooks import KitHook, forget_compiled, has_hook, remove_hooks, require_input_grad, set_hook
-from .patterns import modules_by_path
+from .patterns import ancestors, modules_by_path
 from .record import RECORD, Frozen, Record
 from .sites import open_parameters, sites_of
 
@@ -41,15 +42,31 @@ class ScriptedNormsHook(KitHook):
             norm.training = False
 
 
-class StreamStartHook(KitHook):
+class CheckpointAware(KitHook):
+    """Base of the hooks that gradient checkpointing needs.
+
+    `flagged`: the modules that say whether they are checkpointed, by the attribute that transformers gives them. Where
+    there are any, and none is, gradients need not go below the first adapter, which saves a block's share of backward.
+    """
+
+    flagged: tuple[nn.Module, ...] = ()
+
+    def is_idle(self) -> bool:
+        """Whether nothing needs this hook now."""
+        if torch.compiler.is_compiling():
+            return True
+        return bool(self.flagged) and not any(module.gradient_checkpointing for module in self.flagged)
+
+
+class StreamStartHook(CheckpointAware):
     """Make what an embedding returns require grad, in grad mode."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Return the output, requiring grad. Shape: (..., hidden)."""
-        return None if torch.compiler.is_compiling() else require_input_grad(output)
+        return None if self.is_idle() else require_input_grad(output)
 
 
-class RootInputHook(KitHook):
+class RootInputHook(CheckpointAware):
     """Make the model's floating-point input require grad, in grad mode.
 
     That is its first tensor, or one given by keyword that is not called a mask; masks come after token ids, and a mask
@@ -60,7 +77,7 @@ class RootInputHook(KitHook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the arguments, the first floating one requiring grad. Shape: as given."""
-        if torch.compiler.is_compiling():
+        if self.is_idle():
             return None
         positions = [i for i, value in enumerate(args) if isinstance(value, Tensor)][:1]
         keywords = [key for key, value in kwargs.items() if isinstance(value, Tensor) and "mask" not in key]
@@ -94,6 +111,7 @@ def freeze(model: nn.Module, record: Record) -> None:
         set_hook(module, StreamStartHook, isinstance(module, (nn.Embedding, nn.EmbeddingBag)), record)
     set_hook(model, ScriptedNormsHook, bool(scripted), record)
     set_hook(model, RootInputHook, True, record)
+    _tell_who_is_checkpointed(modules)
     forget_compiled()
 
 
@@ -112,6 +130,21 @@ def unfreeze(model: nn.Module, record: Record) -> None:
             remove_hooks(module, kind)
     record.frozen = None
     forget_compiled()
+
+
+def _tell_who_is_checkpointed(modules: dict[str, nn.Module]) -> None:
+    """Give the hooks the modules that say whether they are checkpointed, as it is now or will be switched later.
+
+    Those around an embedding are left out: a hook that led back to its own module would keep the model from being freed.
+    Layers remain, which are switched with them.
+    """
+    around = {above for path, m in modules.items() if has_hook(m, StreamStartHook) for above in ancestors(path)}
+    speaking = {path: m for path, m in modules.items() if isinstance(getattr(m, "gradient_checkpointing", None), bool)}
+    flagged = tuple(module for path, module in speaking.items() if path not in around)
+    for module in modules.values():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(hook, CheckpointAware):
+                hook.flagged = flagged
 
 
 def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:
