@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adapterkit.config.bottleneck import DEFAULT_REDUCTION_FACTOR, BottleneckConfig
-from adapterkit.methods import as_config
+from adapterkit.methods.spellings import as_config
 
 from .peer import PRESETS, settings
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config.bottleneck import BottleneckConfig
+    from .config.lora import LoRAConfig
+    from .config.union import Union
     from .errors import (
         ActivationError,
         AdapterKitError,
@@ -41,12 +43,14 @@ __all__ = [
     "BottleneckConfig",
     "CompatibilityError",
     "ConfigError",
+    "LoRAConfig",
     "Metadata",
     "MissingExtraError",
     "PlacesNotCheckedWarning",
     "SiteSpec",
     "StoreError",
     "TargetError",
+    "Union",
     "__version__",
     "wrap",
 ]
@@ -56,9 +60,11 @@ _HOMES = {
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",
     "BottleneckConfig": ".config.bottleneck",
+    "LoRAConfig": ".config.lora",
     "Metadata": ".store.manifest",
     "PlacesNotCheckedWarning": ".store.places",
     "SiteSpec": ".sites",
+    "Union": ".config.union",
     "wrap": ".kit",
 }
 

@@ -10,19 +10,34 @@ from torch import nn
 
 from .base import base_tensors
 from .config.base import AdapterConfig
+from .config.union import Config, Union, members
 from .errors import AdapterNameError, CompatibilityError, ConfigError
 from .heads import copy_heads, find_heads
-from .hooks import InputHook, OutputHook, forget_compiled, set_hook, sync_site_hooks
+from .hooks import InputHook, OutputHook, WeightEndHook, WeightHook, forget_compiled, set_hook, sync_site_hooks
+from .layers import check_maps
 from .methods import method_of
+from .methods.base import Sharing
 from .names import check_name
 from .patterns import SITE, ancestors, match
 from .placement import resolve
 from .plan import apply
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
-from .sites import AdapterSite, Entry, SiteSpec, adapter_names, open_parameters, record_of, sites_of
+from .sites import AdapterSite, SiteSpec, adapter_names, open_parameters, record_of, sites_of
+from .spots import asks_for_structure
 from .structure.trace import ExampleInputs, outside_inference_mode
 
-__all__ = ["Part", "add", "attach", "build_parts", "check_free", "detach", "device_near", "find_sites", "shared_record"]
+__all__ = [
+    "Part",
+    "add",
+    "attach",
+    "build_parts",
+    "check_free",
+    "detach",
+    "device_near",
+    "find_sites",
+    "needs_structure",
+    "shared_record",
+]
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Part:
 def add(
     model: nn.Module,
     name: str,
-    config: AdapterConfig,
+    config: Config,
     heads: str | Sequence[str] = (),
     example_inputs: ExampleInputs | None = None,
 ) -> None:
@@ -48,36 +63,57 @@ def add(
     attach(model, name, _with_paths(model, config), build_parts(model, config, sites, head_paths))
 
 
-def find_sites(model: nn.Module, config: AdapterConfig, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
+def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
     """The sites that a config would adapt. Raises: see `placement.resolve`."""
     with ACTIVATION_LOCK, silenced():
-        return resolve(model, config, method_of(config).placement(config), example_inputs)
+        sites = resolve(model, [(m, method_of(m).placements(m)) for m in members(config)], example_inputs)
+    for index, member in enumerate(members(config)):
+        check_maps(member, [site for site in sites if site.member == index])
+    return sites
+
+
+def needs_structure(config: Config) -> bool:
+    """Whether a config's places depend on what the model computes."""
+    return any(asks_for_structure(m, placement) for m in members(config) for placement in method_of(m).placements(m))
 
 
 @outside_inference_mode()
 def build_parts(
-    model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec], heads: Sequence[str], *, meta: bool = False
+    model: nn.Module, config: Config, sites: Sequence[SiteSpec], heads: Sequence[str], *, meta: bool = False
 ) -> list[Part]:
     """New modules for these sites and copies of these heads, not yet attached.
 
     Args:
         meta: Build the sites' modules without memory or values, for a file to fill.
     """
-    method = method_of(config)
     parts = []
-    with torch.random.fork_rng(devices=[], enabled=config.seed is not None), torch.device("meta" if meta else "cpu"):
-        if config.seed is not None:
-            torch.manual_seed(config.seed)
-        for site in sites:
-            like = parameter_near(model, site.path)
-            dtype = getattr(torch, config.dtype) if config.dtype else _compute_dtype(like)
-            module = method.build(config, site, dtype=dtype)
-            parts.append(Part(site.path, module if meta else module.to(device_near(model, site.path)), site))
+    for index, member in enumerate(members(config)):
+        with torch.random.fork_rng(devices=[], enabled=member.seed is not None), torch.device("meta" if meta else "cpu"):
+            if member.seed is not None:
+                torch.manual_seed(member.seed)
+            parts += _build(model, member, [site for site in sites if site.member == index])
+    if not meta:
+        for part in parts:
+            part.module.to(device_near(model, part.path))
     copies = copy_heads([model.get_submodule(path) for path in heads])
     return parts + [Part(path, head, None) for path, head in zip(heads, copies, strict=True)]
 
 
-def attach(model: nn.Module, name: str, config: AdapterConfig, parts: Sequence[Part]) -> None:
+def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -> list[Part]:
+    """The modules of one config, with what they share reachable from each."""
+    method = method_of(config)
+    dtypes = [getattr(torch, config.dtype or "", None) or _compute_dtype(parameter_near(model, s.path)) for s in sites]
+    shared = method.shared(config, sites, dtype=dtypes[0]) if isinstance(method, Sharing) and sites else None
+    parts = []
+    for site, dtype in zip(sites, dtypes, strict=True):
+        parts.append(Part(site.path, method.build(config, site, host=model.get_submodule(site.path), dtype=dtype), site))
+    for part in parts if shared is not None else ():
+        # A child of the first alone, so that it trains, moves and is saved once.
+        (part.module._modules if part is parts[0] else part.module.__dict__)["shared"] = shared
+    return parts
+
+
+def attach(model: nn.Module, name: str, config: Config, parts: Sequence[Part]) -> None:
     """Put an adapter's modules into the model. Nothing can fail from here on but a lack of memory.
 
     Raises:
@@ -97,7 +133,7 @@ def attach(model: nn.Module, name: str, config: AdapterConfig, parts: Sequence[P
                 site.train(host.training)
             handover = Handover() if part.spec is not None and part.spec.residual is not None else None
             open_parameters(part.module.train(host.training), trains)
-            site.insert(name, part.module, Entry(config, part.spec, handover))
+            site.insert(name, part.module, config, part.spec, handover)
         record.hosts[name] = tuple(part.path for part in parts)
         _refresh(model, record)
 
@@ -112,8 +148,8 @@ def detach(model: nn.Module, name: str) -> None:
             if name in site.entries:
                 site.discard(name)
             if not site.entries:
-                set_hook(host, OutputHook, False, record)
-                set_hook(host, InputHook, False, record)
+                for kind in (OutputHook, InputHook, WeightHook, WeightEndHook):
+                    set_hook(host, kind, False, record)
                 del host._modules[SITE]
         _refresh(model, record)
 
@@ -149,8 +185,15 @@ def _refresh(model: nn.Module, record: Record) -> None:
     apply(model, record)
 
 
-def _with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+def _with_paths(model: nn.Module, config: Config) -> Config:
     """The config with predicates replaced by what they matched, so that it can be saved."""
+    if isinstance(config, Union):
+        return Union(*(_member_with_paths(model, member) for member in config.configs))
+    return _member_with_paths(model, config)
+
+
+def _member_with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """`_with_paths` of one config."""
 
     def paths(targets: Sequence[Any]) -> list[str]:
         return [

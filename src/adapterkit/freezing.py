@@ -155,8 +155,8 @@ def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:
 def set_training(model: nn.Module, name: str, trains: bool) -> None:
     """Open or close an adapter's parameters, its heads' too."""
     for _, _, site in sites_of(model):
-        if name in site.entries:
-            open_parameters(site.held(name), trains)
+        for _, module in site.modules_of(name):
+            open_parameters(module, trains)
 
 
 def has_running_statistics(module: nn.Module) -> bool:

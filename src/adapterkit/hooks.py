@@ -14,12 +14,15 @@ from . import values
 from .patterns import SITE, ancestors
 from .record import Handover, Record
 from .sites import located, sites_of
+from .swap import put_weights, take_weights
 from .values import Argument, argument_path
 
 __all__ = [
     "InputHook",
     "KitHook",
     "OutputHook",
+    "WeightEndHook",
+    "WeightHook",
     "forget_compiled",
     "has_hook",
     "remove_hooks",
@@ -77,6 +80,48 @@ class InputHook(KitHook):
         for step in steps:
             call = step(site, module, args, kwargs, call)
         return call
+
+
+class WeightHook(KitHook):
+    """Let the host run with changed Parameters: what it reads under their names, until `WeightEndHook` takes it away.
+
+    The Parameters stay where they are; the changed tensors lie in front of them, in the `__dict__` of the modules that
+    hold them. Meanwhile other threads wait at this host.
+    """
+
+    is_pre = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Put the changed Parameters there. Shape: as the Parameters."""
+        site: Any = module._modules[SITE]
+        steps = site.weight_steps
+        if not steps or not site.record.activation.check(steps[0].adapter):
+            return
+        changed: dict[tuple[nn.Module, str], Tensor] = {}
+        for step in steps:
+            changed = step(site, module, args, kwargs, changed)
+        if torch.compiler.is_compiling():
+            for (owner, leaf), tensor in changed.items():
+                owner.__dict__[leaf] = tensor
+        else:
+            put_weights(module, changed)
+
+
+class WeightEndHook(KitHook):
+    """Take away what `WeightHook` put there, after an exception, too."""
+
+    is_first = True
+    always = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Leave the output alone. Shape: any."""
+        if not torch.compiler.is_compiling():
+            take_weights(module)
+            return
+        site: Any = module._modules[SITE]
+        for step in site.weight_steps:
+            for owner, leaf in step.places(module):
+                owner.__dict__.pop(leaf, None)
 
 
 class StreamPort:
@@ -182,11 +227,14 @@ def sync_site_hooks(model: nn.Module, record: Record) -> None:
     ports: dict[str, StreamPort] = {}
     encoders: set[str] = set()
     for path, host, site in sites_of(model):
-        specs = [entry.spec for entry in site.entries.values()]
+        entries = [entry for entries in site.entries.values() for entry in entries]
+        specs = [entry.spec for entry in entries]
         set_hook(host, OutputHook, any(s is None or s.at == "output" for s in specs), record)
         set_hook(host, InputHook, any(s is not None and s.at == "input" for s in specs), record)
+        set_hook(host, WeightHook, any(s is not None and s.at == "weight" for s in specs), record)
+        set_hook(host, WeightEndHook, has_hook(host, WeightHook), record)
         encoders |= {above for above in ancestors(path) if isinstance(modules.get(above), nn.TransformerEncoder)}
-        for entry in site.entries.values():
+        for entry in entries:
             spec = located(entry.spec, path) if entry.spec else None
             if entry.handover and spec and spec.residual is not None:
                 ports.setdefault(spec.residual, StreamPort()).gives.append((entry.handover, spec.input))

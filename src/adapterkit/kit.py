@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import attach, freezing, plan, store
-from .config.base import AdapterConfig
+from .config.union import Config
 from .errors import ConfigError
-from .methods import as_config
+from .methods.spellings import as_config
 from .record import RECORD, Record
 from .sites import SiteSpec, adapter_names, named_parameters, sites_of
 from .structure.trace import ExampleInputs
@@ -22,7 +22,7 @@ from .verify import Verification, verify
 
 __all__ = ["AdapterKit", "wrap"]
 
-ConfigLike = AdapterConfig | Mapping[str, Any] | str | Path
+ConfigLike = Config | Mapping[str, Any] | str | Path
 
 _kits: WeakValueDictionary[int, "AdapterKit"] = WeakValueDictionary()
 
@@ -83,9 +83,9 @@ class AdapterKit:
         attach.detach(self.model, name)
 
     @property
-    def adapters(self) -> Mapping[str, AdapterConfig]:
+    def adapters(self) -> Mapping[str, Config]:
         """The adapters' configs by name."""
-        return {name: site.entries[name].config for _, _, site in sites_of(self.model) for name in site.entries}
+        return {name: held[0].config for _, _, site in sites_of(self.model) for name, held in site.entries.items()}
 
     def sites(self, config: ConfigLike, **overrides: Any) -> list[SiteSpec]:
         """What a config would adapt. Changes nothing. Raises as `add` does."""

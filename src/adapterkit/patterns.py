@@ -2,14 +2,18 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from .config.base import Predicate
 from .errors import TargetError
 
-__all__ = ["SITE", "RoleFinder", "ancestors", "is_role", "match", "modules_by_path", "nearest_to"]
+__all__ = [
+    "SITE", "RoleFinder", "ancestors", "is_role", "match", "matches_nothing", "matching", "modules_by_path", "nearest_to",
+    "nothing_matches",
+]  # fmt: skip
 
 # The name under which a host holds its AdapterSite: nothing below it is part of the user's model.
 SITE = "_adapterkit"
@@ -69,16 +73,26 @@ def match(
     wanted: set[str] = set()
     for target, found in zip(targets, named(targets), strict=True):
         if not found:
-            raise TargetError(_nothing_matches(target, model, list(modules)))
+            raise TargetError(nothing_matches(target, model, list(modules)))
         wanted |= found
     left_out = list(named(exclude))
     for target, found in zip(exclude, left_out, strict=True):
         if not found:
-            raise TargetError("exclude: " + _nothing_matches(target, model, list(modules)))
+            raise TargetError("exclude: " + nothing_matches(target, model, list(modules)))
     kept = wanted.difference(*left_out)
     if not kept:
         raise TargetError(f"every module that targets={list(targets)} matches is excluded by exclude={list(exclude)}")
     return [path for path in dict.fromkeys(first_name.values()) if path in kept]
+
+
+def matches_nothing(modules: Mapping[str, nn.Module], targets: Sequence[str | Predicate], roles: RoleFinder) -> bool:
+    """Whether none of these targets names any module."""
+    return not any(roles(str(target)) if is_role(target) else matching(target, modules) for target in targets)
+
+
+def matching(target: str | Predicate, modules: Mapping[str, Any]) -> list[str]:
+    """The paths that a pattern or predicate matches. Raises TargetError: neither, or not a regular expression."""
+    return [path for path, module in modules.items() if _matches(target, path, module)]
 
 
 def nearest_to(path: str, candidates: Sequence[str]) -> list[str]:
@@ -98,7 +112,7 @@ def ancestors(path: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
-def _matches(target: str | Predicate, path: str, module: nn.Module) -> bool:
+def _matches(target: str | Predicate, path: str, module: Any) -> bool:
     if isinstance(target, nn.Module) or not (isinstance(target, str) or callable(target)):
         raise TargetError(f"a module is named by its path, or found by a predicate; found {type(target).__name__}")
     if not isinstance(target, str):
@@ -125,7 +139,7 @@ def _translate(target: str) -> str:
     return r"(?:.*\.)?" + "".join(pieces) + re.escape(target[end:])
 
 
-def _nothing_matches(target: str | Predicate, model: nn.Module, paths: list[str]) -> str:
+def nothing_matches(target: str | Predicate, model: nn.Module, paths: list[str]) -> str:
     """The message for a target without a match, with the names that come nearest."""
     name = type(model).__name__
     if is_role(target):

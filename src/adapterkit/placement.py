@@ -10,23 +10,28 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from . import values
-from .config.base import AdapterConfig
+from .config.base import ActivationConfig, AdapterConfig
 from .errors import TargetError
 from .hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
-from .patterns import ancestors, modules_by_path
+from .layers import check_layers, in_layers, layer_of
+from .patterns import ancestors, matches_nothing, modules_by_path
 from .sites import SiteSpec
 from .spots import Placement, Spot, find_spots
 from .structure.anatomy import Anatomy, Norm
 from .structure.discover import Discovery
+from .structure.roles import role_paths
 from .structure.trace import ExampleInputs, observe, runs_around
+from .weights import weight_sites
 
-__all__ = ["Placement", "resolve"]
+__all__ = ["resolve"]
 
 
 def resolve(
-    model: nn.Module, config: AdapterConfig, placement: Placement, example_inputs: ExampleInputs | None = None
+    model: nn.Module,
+    members: Sequence[tuple[AdapterConfig, Sequence[Placement]]],
+    example_inputs: ExampleInputs | None = None,
 ) -> list[SiteSpec]:
-    """The sites that a config names in a model, in the model's order. Changes nothing.
+    """The sites that a config names in a model, or those of each member of a union. Changes nothing.
 
     Raises:
         TargetError: a target matches nothing or cannot be adapted, a host never runs on the example inputs, or its
@@ -35,14 +40,38 @@ def resolve(
     """
     modules = modules_by_path(model)
     discovery = Discovery(model, example_inputs)
-    spots = find_spots(model, modules, config, placement, discovery)
-    layers = {path: _layer(path, modules) for path in spots}
-    spots = {path: spots[path] for path in _in_layers(list(spots), layers, config.layers)}
-    inputs = discovery.inputs if discovery.was_needed else example_inputs
-    seen = _trace(model, spots, inputs)
+    sites: list[SiteSpec] = []
+    for member, (config, placements) in enumerate(members):
+        for placement in placements:
+            found = _sites_at(model, modules, config, placement, discovery, example_inputs)
+            sites += [replace(site, tag=placement.tag, member=member) for site in found]
     norms = _norms(discovery.anatomy, modules) if discovery.was_needed else {}
-    sites = [_site(spot, layers[path], modules, config, seen) for path, spot in spots.items()]
     return [replace(site, norm=norms.get(site.path)) for site in sites]
+
+
+def _sites_at(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    config: AdapterConfig,
+    placement: Placement,
+    discovery: Discovery,
+    example_inputs: ExampleInputs | None,
+) -> list[SiteSpec]:
+    """The sites of one placement."""
+    if placement.targets is not None:
+        config = config.override({"targets": placement.targets})
+    if placement.is_optional and matches_nothing(modules, config.targets, lambda role: role_paths(role, discovery.anatomy)):
+        return []
+    if placement.level != "activation":
+        return weight_sites(model, modules, config, placement, discovery, example_inputs)
+    if not isinstance(config, ActivationConfig):
+        raise TypeError(f"the method {config.method!r} adapts activations; its config must derive from ActivationConfig")
+    spots = find_spots(model, modules, config, placement, discovery)
+    layers = {path: layer_of(path, modules) for path in spots}
+    check_layers(layers.values(), config.layers)
+    spots = {path: spot for path, spot in spots.items() if in_layers(layers[path], config.layers)}
+    seen = _trace(model, spots, discovery.inputs if discovery.was_needed else example_inputs)
+    return [_site(spot, layers[path], modules, config, seen) for path, spot in spots.items()]
 
 
 def _norms(anatomy: Anatomy, modules: dict[str, nn.Module]) -> dict[str, Norm]:
@@ -59,7 +88,7 @@ def _site(
     spot: Spot,
     layer: tuple[int, int] | None,
     modules: dict[str, nn.Module],
-    config: AdapterConfig,
+    config: ActivationConfig,
     seen: dict[str, _Seen],
 ) -> SiteSpec:
     """The site at a spot, with its width and axis."""
@@ -82,32 +111,6 @@ def _site(
         input=spot.argument,
         residual=residual,
     )
-
-
-def _layer(path: str, modules: dict[str, nn.Module]) -> tuple[int, int] | None:
-    """(index, count) of the outermost repeated block that holds the module: in an nn.ModuleList, else a Sequential."""
-    parts = path.split(".")
-    for kind in (nn.ModuleList, nn.Sequential):
-        for n in range(len(parts)):
-            parent = modules[".".join(parts[:n])]
-            if isinstance(parent, kind):
-                return list(parent._modules).index(parts[n]), len(parent._modules)
-    return None
-
-
-def _in_layers(hosts: list[str], layers: dict[str, tuple[int, int] | None], wanted: Sequence[int] | None) -> list[str]:
-    """The hosts that lie in the wanted layers."""
-    if wanted is None:
-        return hosts
-    spellings = {path: {layer[0], layer[0] - layer[1]} if layer else set() for path, layer in layers.items()}
-    missing = [index for index in wanted if not any(index in both for both in spellings.values())]
-    if missing:
-        there = sorted({layer[0] for layer in layers.values() if layer})
-        raise TargetError(
-            f"layers={list(wanted)}: none of the {len(hosts)} modules that match lies in {missing}; "
-            + (f"they lie in layers {there}" if there else "none of them lies in a repeated block")
-        )
-    return [path for path in hosts if spellings[path] & set(wanted)]
 
 
 class _Seen(NamedTuple):
@@ -149,7 +152,7 @@ def _shape_at(value: Any, path: values.Path | None) -> tuple[int, ...] | None:
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
-def _shape(spot: Spot, host: nn.Module, config: AdapterConfig, seen: _Seen | None) -> HostShape:
+def _shape(spot: Spot, host: nn.Module, config: ActivationConfig, seen: _Seen | None) -> HostShape:
     """Width and axis of a site, from the trace if there is one, else from the host's type."""
     path, known = spot.path, known_shape(host)
     if spot.reads == "norm":
@@ -170,7 +173,7 @@ def _shape(spot: Spot, host: nn.Module, config: AdapterConfig, seen: _Seen | Non
     return HostShape(width, None, known.axis if config.channel_axis is None else config.channel_axis)
 
 
-def _seen_shape(spot: Spot, host: nn.Module, known: HostShape | None, config: AdapterConfig, seen: _Seen) -> HostShape:
+def _seen_shape(spot: Spot, host: nn.Module, known: HostShape | None, config: ActivationConfig, seen: _Seen) -> HostShape:
     """`_shape`, from what the host took and returned."""
     path, here = spot.path, seen.output if spot.at == "output" else seen.input
     if here is None:
@@ -205,7 +208,7 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
     )
 
 
-def _check_rows(path: str, modules: dict[str, nn.Module], config: AdapterConfig) -> None:
+def _check_rows(path: str, modules: dict[str, nn.Module], config: ActivationConfig) -> None:
     """Raise TargetError where a row-wise setting would take the first axis for rows, and the host says that it is not."""
     by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
     around = [modules[outer] for outer in ancestors(path)]

@@ -8,8 +8,8 @@ from torch import nn
 
 from .errors import AdapterNameError
 from .record import ACTIVATION_LOCK, Record
-from .sites import AdapterSite, Step, adapter_names, site_key, sites_of
-from .steps import AddDelta, Pass, UseHead
+from .sites import Entry, Step, adapter_names, sites_of
+from .steps import AdaptWeight, AddDelta, AddProjected, Pass, UseHead
 
 __all__ = ["activate", "activated", "check_known"]
 
@@ -50,12 +50,14 @@ def apply(model: nn.Module, record: Record) -> None:
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
     idle = (Pass(active),) if record.activation.was_used else ()
     for _, _, site in sites_of(model):
-        for name, entry in site.entries.items():
-            if entry.handover is not None:
-                entry.handover.is_wanted = name == active
-        at_input, step = _step(site, active)
-        site.input_steps = (step,) if step is not None and at_input else idle
-        site.output_steps = (step,) if step is not None and not at_input else idle
+        for name, entries in site.entries.items():
+            for entry in entries:
+                if entry.handover is not None:
+                    entry.handover.is_wanted = name == active
+        steps = [(_place(entry), _step(entry, active)) for entry in site.entries.get(active, ())] if active else []
+        site.input_steps = tuple(step for place, step in steps if place == "input") or idle
+        site.output_steps = tuple(step for place, step in steps if place == "output") or idle
+        site.weight_steps = tuple(step for place, step in steps if place == "weight") or idle
 
 
 def check_known(model: nn.Module, name: str) -> None:
@@ -67,11 +69,19 @@ def check_known(model: nn.Module, name: str) -> None:
         raise AdapterNameError(f"the model has no adapter {name!r}. {hint}")
 
 
-def _step(site: AdapterSite, active: str | None) -> tuple[bool, Step | None]:
-    """What the active adapter does at a site, if anything, and whether it does so to the host's input."""
-    if active is None or active not in site.entries:
-        return False, None
-    entry, key = site.entries[active], site_key(active)
-    if entry.spec is None:
-        return False, UseHead(key, active)
-    return entry.spec.at == "input", AddDelta(key, active, entry.spec, entry.handover)
+def _place(entry: Entry) -> str:
+    """Where at the host a module acts."""
+    return entry.spec.at if entry.spec is not None else "output"
+
+
+def _step(entry: Entry, active: str) -> Step:
+    """What a module of the active adapter does."""
+    spec = entry.spec
+    if spec is None:
+        return UseHead(entry.key, active)
+    if spec.at == "weight":
+        owners = [name.split(".") for name in spec.parameters]
+        return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
+    if spec.reads == "input":
+        return AddProjected(entry.key, active, spec)
+    return AddDelta(entry.key, active, spec, entry.handover)

@@ -14,7 +14,7 @@ from .errors import CompatibilityError
 from .hosts import resolve_host
 from .patterns import modules_by_path
 from .record import silenced
-from .sites import SiteSpec, named_parameters, sites_of
+from .sites import SiteSpec, named_parameters, specs_of
 from .structure.anatomy import Anatomy, Sublayer
 from .structure.discover import discover
 from .structure.epsilon import Moved, epsilon_test
@@ -56,18 +56,19 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
     Raises:
         CompatibilityError: the model does not run on the inputs.
     """
-    specs = {path: entry.spec for path, _, site in sites_of(model) if (entry := site.entries.get(name)) and entry.spec}
+    specs = list(specs_of(model, name))
+    first = dict(reversed(specs))
 
     def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[tuple[int, ...], torch.dtype]:
-        tensor = _tensor_at(specs[path], (args, kwargs), output)
+        tensor = _tensor_at(first[path], (args, kwargs), output)
         return tuple(tensor.shape), tensor.dtype
 
-    in_eval = observe(model, inputs, specs, look)
-    in_training = _fired_in_training(model, inputs, specs)
+    in_eval = observe(model, inputs, first, look)
+    in_training = _fired_in_training(model, inputs, first)
     anatomy, moved = _structure(model, inputs)
     modules = modules_by_path(model)
     proofs = []
-    for path, spec in specs.items():
+    for path, spec in specs:
         place, sublayer, yields = _place(spec, path, anatomy, modules)
         branch = moved.get(sublayer.out.path) if sublayer and sublayer.out else None
         shape, dtype = in_eval[path][0] if in_eval[path] else (None, None)

@@ -11,9 +11,10 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
-from .config.base import AdapterConfig
+from .config.union import Config
 from .errors import AdapterKitError
 from .names import module_key
+from .ops.parts import Parts
 from .patterns import SITE
 from .record import RECORD, Handover, Record
 from .structure.anatomy import Norm
@@ -31,9 +32,10 @@ __all__ = [
     "record_of",
     "site_key",
     "sites_of",
+    "specs_of",
 ]
 
-Reads = Literal["site", "norm", "residual", "sum"]
+Reads = Literal["site", "norm", "residual", "sum", "input", "weight"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class SiteSpec:
     Attributes:
         path: The host module's path in the model.
         host: Name of the host's type, as in torch.nn where it derives from there.
-        at: Whether the host's output or its input is adapted.
+        at: Whether the host's output, its input or one of its Parameters is adapted.
         reads: What the adapter reads: the tensor at the site ("site"), that tensor through the host ("norm"), what enters
-            the module `residual` ("residual"), or the tensor at the site plus that ("sum").
-        width: Features of the tensor at the site.
-        input_width: Features of what the adapter reads.
+            the module `residual` ("residual"), the tensor at the site plus that ("sum"), what the host takes ("input"), or
+            the Parameter ("weight").
+        width: Features of the tensor at the site; of a Parameter, its size on the first axis.
+        input_width: Features of what the adapter reads; of a Parameter, its size on the last axis.
         axis: The axis they lie on.
         layer: (index, count) of the repeated block that the host lies in, if any.
         output: Which tensor of the host's output; the first floating one if None.
@@ -55,11 +58,15 @@ class SiteSpec:
         residual: Path of the module whose input the adapter reads: the residual stream or, beside the host, its own.
         norm: Where a block normalises around the branch that the host yields, as `Sublayer.norm`; None where the host
             yields none, or the config did not need the model's structure.
+        parameters: Names, from the host on, of the Parameter that is adapted; several where it is tied.
+        parts: Which features of the output (rows of the Parameter) are adapted; () for all of them.
+        tag: Which of a method's placements it came of.
+        member: Which config of a union it came of.
     """
 
     path: str
     host: str
-    at: Literal["output", "input"]
+    at: Literal["output", "input", "weight"]
     reads: Reads
     width: int
     input_width: int
@@ -69,14 +76,26 @@ class SiteSpec:
     input: tuple[int | None, str | None] | None = None
     residual: str | None = None
     norm: Norm | None = None
+    parameters: tuple[str, ...] = ()
+    parts: Parts = ()
+    tag: str = ""
+    member: int = 0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What an AdapterSite knows of one adapter: its config and place, or that it owns a copy of this head."""
+    """What an AdapterSite knows of one module of an adapter.
 
-    config: AdapterConfig
-    spec: SiteSpec | None  # None: a head
+    Attributes:
+        key: Its name among the site's children.
+        config: The adapter's config.
+        spec: Its place; None for a copy of this head.
+        handover: Where the residual stream is left, if it reads that.
+    """
+
+    key: str
+    config: Config
+    spec: SiteSpec | None
     handover: Handover | None = field(default=None, compare=False)
 
 
@@ -93,6 +112,10 @@ class Step:
         """Return `value` (the host's output, or its `(args, kwargs)`) with tensors of shape (..., width) replaced."""
         raise NotImplementedError
 
+    def places(self, host: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """The Parameters that it changes, each by the module that holds it and its name there."""
+        yield from ()
+
 
 class AdapterSite(nn.Module):
     """Holds the adapters of one host module; registered as its child, so that it moves, saves and copies with it.
@@ -103,9 +126,10 @@ class AdapterSite(nn.Module):
     def __init__(self, record: Record, host_path: str) -> None:
         super().__init__()
         self.record = record
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, tuple[Entry, ...]] = {}
         self.output_steps: tuple[Step, ...] = ()
         self.input_steps: tuple[Step, ...] = ()
+        self.weight_steps: tuple[Step, ...] = ()
         self.host_path = host_path
         self.register_load_state_dict_post_hook(_forgive_absent_adapters)  # type: ignore[no-untyped-call]  # torch's
 
@@ -116,18 +140,28 @@ class AdapterSite(nn.Module):
             "target the children of that module instead"
         )
 
-    def insert(self, name: str, module: nn.Module, entry: Entry) -> None:
-        """Hold an adapter's module for this host."""
-        self.entries[name] = entry
-        self._modules[site_key(name)] = module
+    def insert(
+        self, name: str, module: nn.Module, config: Config, spec: SiteSpec | None, handover: Handover | None = None
+    ) -> None:
+        """Hold a module of an adapter for this host, after those that it has here already."""
+        there = self.entries.get(name, ())
+        entry = Entry(site_key(name, len(there)), config, spec, handover)
+        self.entries[name] = (*there, entry)
+        self._modules[entry.key] = module
 
     def discard(self, name: str) -> None:
-        """Let go of an adapter's module."""
-        del self.entries[name], self._modules[site_key(name)]
+        """Let go of an adapter's modules."""
+        for entry in self.entries.pop(name):
+            del self._modules[entry.key]
+
+    def modules_of(self, name: str) -> Iterator[tuple[Entry, nn.Module]]:
+        """The modules of one adapter at this host, in order; none if it has none here."""
+        for entry in self.entries.get(name, ()):
+            yield entry, self.get_submodule(entry.key)
 
     def held(self, name: str) -> nn.Module:
-        """The module of one adapter at this host."""
-        return self.get_submodule(site_key(name))
+        """The first module of one adapter at this host."""
+        return self.get_submodule(self.entries[name][0].key)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module, but nothing inside `kit.base_checkpoint()`."""
@@ -147,8 +181,8 @@ class AdapterSite(nn.Module):
         error_msgs: list[str],
     ) -> None:
         log = _LoadLog.of(missing_keys)
-        for name in self.entries:
-            start = f"{prefix}{site_key(name)}."
+        for name, entry in ((name, entry) for name, entries in self.entries.items() for entry in entries):
+            start = f"{prefix}{entry.key}."
             if any(key.startswith(start) for key in state_dict):
                 log.present.add(name)
             else:
@@ -156,12 +190,14 @@ class AdapterSite(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
-_RESERVED = frozenset(dir(AdapterSite)) | {"record", "entries", "output_steps", "input_steps", "host_path", "training"}
+_RESERVED = frozenset(dir(AdapterSite)) | {
+    "record", "entries", "output_steps", "input_steps", "weight_steps", "host_path", "training",
+}  # fmt: skip
 
 
-def site_key(name: str) -> str:
-    """The name under which a site holds an adapter's module."""
-    return module_key(name, _RESERVED)
+def site_key(name: str, index: int = 0) -> str:
+    """The name under which a site holds an adapter's module: its first there, or a later one."""
+    return module_key(name, _RESERVED) + (f"%+{index}" if index else "")  # no name is spelled with "%+"
 
 
 class _LoadLog:
@@ -240,9 +276,17 @@ def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tu
     """An adapter's parameters with their names in the model: sites first, in the model's order, then heads."""
     for is_head in (False, True) if heads else (False,):
         for path, _, site in sites_of(model):
-            if name in site.entries and (site.entries[name].spec is None) == is_head:
-                start = f"{path}.{SITE}.{site_key(name)}".lstrip(".")
-                yield from site.held(name).named_parameters(prefix=start)
+            for entry, module in site.modules_of(name):
+                if (entry.spec is None) == is_head:
+                    yield from module.named_parameters(prefix=f"{path}.{SITE}.{entry.key}".lstrip("."))
+
+
+def specs_of(model: nn.Module, name: str) -> Iterator[tuple[str, SiteSpec]]:
+    """An adapter's places, each with its host's path in this model; no heads."""
+    for path, _, site in sites_of(model):
+        for entry in site.entries.get(name, ()):
+            if entry.spec is not None:
+                yield path, entry.spec
 
 
 def record_of(model: nn.Module) -> Record | None:

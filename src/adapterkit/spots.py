@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from .config.base import AdapterConfig
+from .config.base import ActivationConfig, AdapterConfig, Target
 from .errors import TargetError
 from .hosts import resolve_host
 from .patterns import is_role, match, nearest_to
@@ -31,14 +31,33 @@ class Placement:
 
     With `at="sum"` the target's residual addition is adapted, with `at="normalised"` the norm after it where there is
     one: which tensor of which module that is, the model's structure decides.
+
+    Attributes:
+        level: What a target is: a module whose tensors are adapted ("activation"), a module that applies a weight to what
+            it takes ("projection"; see `ops.projections`), or a Parameter ("parameter").
+        targets: Patterns, roles or predicates in place of those of the config.
+        is_optional: Whether they may match nothing.
+        leaves: Of the Parameters of matched modules, those whose own name matches this regular expression.
+        tag: A name for the method to tell its placements apart by.
     """
 
     at: Literal["output", "input", "sum", "normalised"] = "output"
-    reads: Reads | Literal["input"] = "site"
+    reads: Reads = "site"
     residual: str | None = None
+    level: Literal["activation", "projection", "parameter"] = "activation"
+    targets: tuple[Target, ...] | None = None
+    is_optional: bool = False
+    leaves: str = ".*"
+    tag: str = ""
 
     def allows(self, site: SiteSpec) -> bool:
         """Whether a site may come of this placement."""
+        if site.tag != self.tag:
+            return False
+        if self.level == "parameter" or site.at == "weight":
+            return self.level != "activation" and (site.at, site.reads) == ("weight", "weight") and bool(site.parameters)
+        if self.level == "projection":
+            return (site.at, site.reads, site.residual) == (self.at, self.reads, None)
         if self.at in ("sum", "normalised"):
             found = (site.at, site.reads, site.residual is None)
             return found in {("input", "norm", True), ("output", "site", True), ("output", "sum", False)}
@@ -68,11 +87,12 @@ class Spot:
 def asks_for_structure(config: AdapterConfig, placement: Placement) -> bool:
     """Whether a config's places depend on what the model computes, not on the names of its modules alone."""
     placed = placement.at in ("sum", "normalised") or placement.residual == STREAM
-    return placed or any(map(is_role, (*config.targets, *config.exclude)))
+    targets = config.targets if placement.targets is None else placement.targets
+    return placed or any(map(is_role, (*targets, *config.exclude)))
 
 
 def find_spots(
-    model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, placement: Placement, discovery: Discovery
+    model: nn.Module, modules: dict[str, nn.Module], config: ActivationConfig, placement: Placement, discovery: Discovery
 ) -> dict[str, Spot]:
     """The spots that a config's targets name, by host, in the model's order.
 
@@ -123,7 +143,7 @@ def _at_module(
     path: str,
     output: Path | None,
     placement: Placement,
-    config: AdapterConfig,
+    config: ActivationConfig,
     model: nn.Module,
     modules: dict[str, nn.Module],
     discovery: Discovery,

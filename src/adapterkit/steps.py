@@ -1,5 +1,6 @@
-"""The steps that hooks run: add an adapter's delta to a tensor, or put an adapter's head in place of the host's."""
+"""The steps that hooks run: add a delta to a tensor, change a weight, or put an adapter's head in place of the host's."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from .errors import CompatibilityError
 from .record import Handover
 from .sites import AdapterSite, SiteSpec, Step
 
-__all__ = ["AddDelta", "Pass", "UseHead"]
+__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Pass", "UseHead"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,85 @@ class AddDelta(Step):
             f"axis {spec.axis}, but read a tensor of shape {tuple(z.shape)} and would add to one of shape "
             f"{tuple(x.shape)}; set `channel_axis`, `output` or `input`, or add it anew with example_inputs"
         )
+
+
+@dataclass(frozen=True)
+class AddProjected(Step):
+    """Add what the adapter makes of the host's input to the host's output: a change of its weight, without making one.
+
+    Args:
+        key: The adapter's name among the site's children.
+        adapter: The adapter's name, for messages.
+        spec: The place.
+    """
+
+    key: str
+    adapter: str | None
+    spec: SiteSpec
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Return the output with its tensor x, shape (..., width), replaced by x + delta."""
+        module: Any = site._modules[self.key]
+        z = args[0] if args else next(iter(kwargs.values()), None)
+        path = () if isinstance(value, Tensor) else values.find(value)
+        if not isinstance(z, Tensor) or path is None:
+            raise CompatibilityError(
+                f"adapter {self.adapter!r} at {self.spec.path!r} changes a weight that is applied to the first argument, "
+                f"but found {type(z).__name__} there, and {type(value).__name__} for an output; exclude this host"
+            )
+        x: Tensor = values.get(value, path)
+        if not x.is_nested:
+            return values.put(value, path, self._add(module, z, x, host))
+        # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
+        rows = [self._add(module, a, b, host) for a, b in zip(z.unbind(), x.unbind(), strict=True)]
+        return values.put(value, path, torch.nested.as_nested_tensor(rows))
+
+    def _add(self, module: Any, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
+        """Return x + delta, in x's dtype. Shape: z as the host takes, x as it returns."""
+        spec, dtype = self.spec, module.compute_dtype
+        if x.shape[spec.axis] != spec.width:
+            raise CompatibilityError(
+                f"adapter {self.adapter!r} at {spec.path!r} adds to {spec.width} features on axis {spec.axis}, but the "
+                f"host returned a tensor of shape {tuple(x.shape)}: its weight has changed; remove the adapter, and add it anew"
+            )
+        if z.dtype is not dtype and z.is_floating_point():
+            z = z.to(dtype)
+        run = module if module._forward_hooks or module._forward_pre_hooks else module.forward
+        delta: Tensor = run(z, x, host)
+        return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class AdaptWeight(Step):
+    """Have the host run with a changed Parameter.
+
+    Args:
+        key: The adapter's name among the site's children.
+        adapter: The adapter's name, for messages.
+        owners: Where the Parameter lies: for each module that holds it, the way there from the host, and its name there.
+    """
+
+    key: str
+    adapter: str | None
+    owners: tuple[tuple[tuple[str, ...], str], ...]
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Put the Parameter plus its change in the way of the Parameter; `value` holds what is put there by owner."""
+        module: Any = site._modules[self.key]
+        for owner, leaf in self.places(host):
+            weight: Any = value.get((owner, leaf))
+            weight = owner._parameters[leaf] if weight is None else weight
+            changed = module.adapted(weight)
+            value[owner, leaf] = changed if changed.dtype is weight.dtype else changed.to(weight.dtype)
+        return value
+
+    def places(self, host: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """Each module that holds the Parameter, and its name there."""
+        for way, leaf in self.owners:
+            owner: Any = host
+            for name in way:
+                owner = owner._modules[name]
+            yield owner, leaf
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,14 @@ def summarise(model: nn.Module, record: Record) -> Summary:
     total = sum(p.numel() for p in base)
     rows = []
     for name in adapter_names(model):
-        entries = [(site.held(name), site.entries[name]) for _, _, site in sites_of(model) if name in site.entries]
-        own = [p for module, entry in entries if entry.spec is not None for p in module.parameters()]
-        heads = [p for module, entry in entries if entry.spec is None for p in module.parameters()]
+        held = [pair for _, _, site in sites_of(model) for pair in site.modules_of(name)]
+        own = [p for entry, module in held if entry.spec is not None for p in module.parameters()]
+        heads = [p for entry, module in held if entry.spec is None for p in module.parameters()]
         rows.append(
             AdapterRow(
                 name=name,
-                method=entries[0][1].config.method,
-                sites=sum(entry.spec is not None for _, entry in entries),
+                method=held[0][0].config.method,
+                sites=sum(entry.spec is not None for entry, _ in held),
                 parameters=sum(p.numel() for p in own),
                 head_parameters=sum(p.numel() for p in heads),
                 size_bytes=sum(p.numel() * p.element_size() for p in own + heads),

@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import find_sites
+from .attach import find_sites, needs_structure
 from .base import base_parameters, base_tensors, digest
 from .errors import AdapterKitError, CompatibilityError, TargetError
-from .hooks import InputHook, OutputHook, has_hook
-from .methods import method_of
+from .hooks import InputHook, OutputHook, WeightHook, has_hook
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
 from .record import RECORD, Record, silenced
-from .sites import AdapterSite, SiteSpec, located, sites_of
-from .spots import asks_for_structure
+from .sites import AdapterSite, SiteSpec, located, sites_of, specs_of
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, runs_around
 
 __all__ = ["Verification", "moved_tensors", "verify"]
+
+
+_HOOKS = {"output": OutputHook, "input": InputHook, "weight": WeightHook}
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def moved_tensors(model: nn.Module, record: Record) -> list[str] | None:
 
 def _missing_hooks(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
     for path, (host, site) in hosts.items():
-        for name, entry in site.entries.items():
-            kind = InputHook if entry.spec is not None and entry.spec.at == "input" else OutputHook
-            if not has_hook(host, kind):
+        for name, entries in site.entries.items():
+            kinds = {_HOOKS[entry.spec.at if entry.spec is not None else "output"] for entry in entries}
+            if not all(has_hook(host, kind) for kind in kinds):
                 yield f"the hook of adapter {name!r} on {path!r} is gone: someone removed it"
 
 
@@ -128,24 +129,24 @@ def _elsewhere(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]
     for path, (host, site) in hosts.items():
         devices = {p.device for name, p in host.named_parameters() if SITE not in name.split(".") and not p.is_meta}
         for name in site.entries:
-            wrong = {p.device for p in site.held(name).parameters()} - devices if len(devices) == 1 else set()
+            own = {p.device for _, module in site.modules_of(name) for p in module.parameters()}
+            wrong = own - devices if len(devices) == 1 else set()
             if wrong and not hasattr(host, "_hf_hook"):
                 yield f"adapter {name!r} at {path!r} is on {wrong.pop()}, its host on {devices.pop()}"
 
 
 def _elsewhere_now(model: nn.Module, name: str, inputs: ExampleInputs) -> Iterator[str]:
     """Where the adapter's config, read anew, asks for other places: the model computes otherwise than when it was added."""
-    held = {path: entry for path, _, site in sites_of(model) if (entry := site.entries.get(name)) and entry.spec}
-    config = next(iter(held.values())).config if held else None
-    if config is None or not asks_for_structure(config, method_of(config).placement(config)):
+    config = next((site.entries[name][0].config for _, _, site in sites_of(model) if name in site.entries), None)
+    if config is None or not needs_structure(config):
         return
     try:
-        wanted = {spec.path: _where(spec) for spec in find_sites(model, config, inputs)}
+        wanted = {_where(spec) for spec in find_sites(model, config, inputs)}
     except TargetError as error:
         yield f"the places that adapter {name!r} was added at are not found any more: {error}"
         return
-    there = {path: _where(located(entry.spec, path)) for path, entry in held.items() if entry.spec}
-    changed = sorted(path for path in wanted | there if wanted.get(path) != there.get(path))
+    there = {_where(located(spec, path)) for path, spec in specs_of(model, name)}
+    changed = sorted({path for path, *_ in wanted ^ there})
     if changed:
         yield (
             f"the model computes otherwise than when adapter {name!r} was added: its config now asks for other places than "
@@ -153,8 +154,9 @@ def _elsewhere_now(model: nn.Module, name: str, inputs: ExampleInputs) -> Iterat
         )
 
 
-def _where(spec: SiteSpec) -> tuple[object, ...]:
-    return spec.at, spec.reads, spec.output, spec.residual
+def _where(spec: SiteSpec) -> tuple[str, object]:
+    """The host, and all else that is not a matter of the example inputs' shapes."""
+    return spec.path, (spec.at, spec.reads, spec.output, spec.residual, spec.parameters, spec.parts, spec.tag, spec.member)
 
 
 def _dead(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:

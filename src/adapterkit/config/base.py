@@ -1,4 +1,4 @@
-"""What the configs of all methods share: which modules, which layers, which seed, which dtype."""
+"""What the configs of all methods share: which places, which layers, which seed, which dtype."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -17,10 +17,14 @@ from pydantic_core import CoreSchema, core_schema
 
 from ..errors import ConfigError
 
-__all__ = ["AdapterConfig", "DType", "Predicate", "describe", "per_layer"]
+__all__ = [
+    "ActivationConfig", "AdapterConfig", "DType", "Predicate", "Probability", "Settings", "Size",
+    "Target", "Targets", "check_map", "describe",
+]  # fmt: skip
 
 Predicate = Callable[[torch.nn.Module, str], bool]
-C = TypeVar("C", bound="AdapterConfig")
+S = TypeVar("S", bound="Settings")
+V = TypeVar("V")
 
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -51,25 +55,14 @@ def _dtype_name(value: object) -> object:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
 Targets = Annotated[Sequence[Target], BeforeValidator(_as_tuple)]
 Layers = Annotated[Sequence[int] | None, BeforeValidator(_as_tuple)]
 
 
-class AdapterConfig(BaseModel):
-    """Settings that every method has.
-
-    Args:
-        targets: Modules to adapt. A dotted suffix (`"output.dense"`), with globs (`*` within one component, `**` across
-            several: `"layers.*"` is the blocks), `"re:…"` (a regular expression for the whole path), `""` (the model
-            itself) or a predicate `(module, path) -> bool`. Each must match something.
-        exclude: Modules to leave out, written the same way.
-        layers: Only these layers (AdapterDrop): indices into the repeated blocks, negative ones from the end.
-        seed: Seed of the initialisation; torch's global generator if not given.
-        dtype: Of the adapter's parameters; float32 if not given (float64 on a float64 host).
-        output: Which tensor of a host that returns several: an index, a key, or a list of them. The first floating
-            one if not given.
-        input: Which argument of the host, by position or keyword, where the adapter reads its host's input.
-        channel_axis: Axis of the features, where the host's type does not tell: -1 for tokens, 1 for images.
+class Settings(BaseModel):
+    """Base of all configs: frozen, strict, with one error for all bad fields.
 
     Raises:
         ConfigError: one for all bad fields.
@@ -81,14 +74,6 @@ class AdapterConfig(BaseModel):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     method: str
-    targets: Targets = Field(min_length=1)
-    exclude: Targets = ()
-    layers: Layers = None
-    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    dtype: Annotated[DType | None, BeforeValidator(_dtype_name)] = None
-    output: Annotated[int | str | Sequence[int | str] | None, BeforeValidator(_list_to_tuple)] = None
-    input: int | str | None = None
-    channel_axis: int | None = None
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -96,14 +81,7 @@ class AdapterConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError(f"{type(self).__name__} cannot be built: {describe(error)}") from error
 
-    @field_validator("layers")
-    @classmethod
-    def _some_layer(cls, layers: Sequence[int] | None) -> Sequence[int] | None:
-        if layers is not None and not layers:
-            raise ValueError("an empty list adapts nothing; leave `layers` out to adapt every layer")
-        return layers
-
-    def override(self: C, settings: Mapping[str, Any]) -> C:
+    def override(self: S, settings: Mapping[str, Any]) -> S:
         """The same config with these settings changed, validated anew."""
         if not settings:
             return self
@@ -118,11 +96,56 @@ class AdapterConfig(BaseModel):
         return hash((type(self), repr(self)))
 
 
-def per_layer(value: Any, layer: int | None) -> Any:
-    """Read a setting that may be a map from layer index to value, with a "default"."""
-    if not isinstance(value, Mapping):
-        return value
-    return value.get(str(layer), value.get("default"))
+class AdapterConfig(Settings):
+    """Settings that every method has.
+
+    Args:
+        targets: Modules to adapt. A dotted suffix (`"output.dense"`), with globs (`*` within one component, `**` across
+            several: `"layers.*"` is the blocks), `"re:…"` (a regular expression for the whole path), `""` (the model
+            itself) or a predicate `(module, path) -> bool`; or a role (`"@attention.q"`). Each must match something.
+            Methods that change weights take the names of Parameters, too (`"self_attn.in_proj_weight"`).
+        exclude: Modules to leave out, written the same way.
+        layers: Only these layers (AdapterDrop): indices into the repeated blocks, negative ones from the end.
+        seed: Seed of the initialisation; torch's global generator if not given.
+        dtype: Of the adapter's parameters; float32 if not given (float64 on a float64 host).
+    """
+
+    targets: Targets = Field(min_length=1)
+    exclude: Targets = ()
+    layers: Layers = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    dtype: Annotated[DType | None, BeforeValidator(_dtype_name)] = None
+
+    @field_validator("layers")
+    @classmethod
+    def _some_layer(cls, layers: Sequence[int] | None) -> Sequence[int] | None:
+        if layers is not None and not layers:
+            raise ValueError("an empty list adapts nothing; leave `layers` out to adapt every layer")
+        return layers
+
+
+class ActivationConfig(AdapterConfig):
+    """Settings of methods that change a tensor which a module takes or returns.
+
+    Args:
+        output: Which tensor of a host that returns several: an index, a key, or a list of them. The first floating
+            one if not given.
+        input: Which argument of the host, by position or keyword, where the adapter reads its host's input.
+        channel_axis: Axis of the features, where the host's type does not tell: -1 for tokens, 1 for images.
+
+    Every other setting: see `AdapterConfig`.
+    """
+
+    output: Annotated[int | str | Sequence[int | str] | None, BeforeValidator(_list_to_tuple)] = None
+    input: int | str | None = None
+    channel_axis: int | None = None
+
+
+def check_map(values: dict[str, V]) -> dict[str, V]:
+    """A setting by place has a default; its other keys are layer indices or patterns. Sorted: equal means equal hash."""
+    if "default" not in values:
+        raise ValueError("a map by layer or pattern needs a 'default'")
+    return dict(sorted(values.items()))
 
 
 def describe(error: ValidationError) -> str:

@@ -1,31 +1,21 @@
 """Settings of bottleneck adapters (Houlsby, Pfeiffer, parallel and all between)."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from ..modules.bottleneck import BottleneckInit
 from ..ops.activations import NonLinearity
-from .base import AdapterConfig
+from .base import ActivationConfig, Probability, Size, check_map
 
 __all__ = ["BottleneckConfig"]
 
 Factor = Annotated[float, Field(gt=0)]
-Size = Annotated[int, Field(ge=1, lt=2**31)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
 
 DEFAULT_REDUCTION_FACTOR = 16.0
 
 
-def _check_map(sizes: dict[str, Any]) -> dict[str, Any]:
-    """A map by layer has a default, and layer indices for its other keys. Sorted, so that equal means equal hash."""
-    wrong = [key for key in sizes if key != "default" and not key.isdecimal()]
-    if wrong or "default" not in sizes:
-        raise ValueError("a map by layer needs a 'default', and layer indices for its other keys")
-    return dict(sorted(sizes.items()))
-
-
-class BottleneckConfig(AdapterConfig):
+class BottleneckConfig(ActivationConfig):
     """A bottleneck at each target: project down, non-linearity, project up, add.
 
     With `x` the tensor at the site and `f` the bottleneck, the placements are
@@ -43,7 +33,7 @@ class BottleneckConfig(AdapterConfig):
 
     Args:
         reduction_factor: hidden size / bottleneck size; 16 if neither is given. A map `{"default": 16, "11": 4}` sets
-            it by layer. The width is rounded down, at least 1.
+            it by layer or pattern. The width is rounded down, at least 1.
         bottleneck_size: Inner width in features, instead of `reduction_factor`; a map as well.
         non_linearity: The function in the middle.
         at: Where the adapter adds.
@@ -60,7 +50,7 @@ class BottleneckConfig(AdapterConfig):
         stochastic_depth: Probability of dropping the adapter for a row in training.
         init: "lora" (= "mam": up-projection zero), "houlsby" or "bert" (near the identity, not at it).
 
-    Every other setting: see `AdapterConfig`.
+    Every other setting: see `ActivationConfig`.
 
     Reference: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2022,
     arXiv:2110.04366 (parallel).
@@ -69,8 +59,8 @@ class BottleneckConfig(AdapterConfig):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("reduction_factor", "bottleneck_size"),)
 
     method: Literal["bottleneck"] = "bottleneck"
-    reduction_factor: Factor | Annotated[dict[str, Factor], AfterValidator(_check_map)] | None = None
-    bottleneck_size: Size | Annotated[dict[str, Size], AfterValidator(_check_map)] | None = None
+    reduction_factor: Factor | Annotated[dict[str, Factor], AfterValidator(check_map)] | None = None
+    bottleneck_size: Size | Annotated[dict[str, Size], AfterValidator(check_map)] | None = None
     non_linearity: NonLinearity = "relu"
     at: Literal["output", "input", "renormalised", "sum", "normalised"] = "output"
     placement: Literal["sequential", "parallel"] = "sequential"

@@ -1,71 +1,86 @@
-"""The adapter methods. A new one is a file here, its module, its config, and a line in METHODS."""
+"""The adapter methods. A new one is a file here, its module, its config, and a line in METHODS.
 
-import difflib
-import json
+Other packages add theirs by an entry point in the group `adapterkit.methods` that leads to a Method; nothing here changes.
+"""
+
 from collections.abc import Mapping
-from pathlib import Path
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from ..config.base import AdapterConfig
 from ..errors import ConfigError
 from .base import Method
 from .bottleneck import Bottleneck
+from .lora import LoRA
 
-__all__ = ["METHODS", "PRESETS", "Method", "as_config", "config_from", "method_of"]
+__all__ = ["METHODS", "UNION_PRESETS", "Method", "all_methods", "method_of", "presets"]
 
-METHODS: tuple[Method[Any], ...] = (Bottleneck(),)
-_BY_NAME = {method.name: method for method in METHODS}
-PRESETS = {name: (method, settings) for method in METHODS for name, settings in method.presets.items()}
+METHODS: tuple[Method[Any], ...] = (Bottleneck(), LoRA())
+
+# Presets that are several presets at once.
+UNION_PRESETS: Mapping[str, tuple[str, ...]] = {}
+
+_GROUP = "adapterkit.methods"
+
+
+@cache
+def all_methods() -> Mapping[str, Method[Any]]:
+    """Every method by its name: those here, then those of installed packages.
+
+    Raises:
+        ConfigError: a package's method cannot be loaded, or takes a name that is taken.
+    """
+    methods = {method.name: method for method in METHODS}
+    for point in entry_points(group=_GROUP):
+        method = _load(point)
+        if method.name in methods:
+            raise ConfigError(
+                f"the entry point {point.value!r} in {_GROUP!r} brings a method {method.name!r}, which exists"
+            )
+        methods[method.name] = method
+    return methods
+
+
+@cache
+def presets() -> Mapping[str, tuple[Method[Any], Mapping[str, Any]]]:
+    """Every preset by its name, as a method and its settings.
+
+    Raises:
+        ConfigError: as `all_methods`, or two methods have a preset of one name.
+    """
+    found: dict[str, tuple[Method[Any], Mapping[str, Any]]] = {}
+    for method in all_methods().values():
+        for name, settings in method.presets.items():
+            if name in found or name in UNION_PRESETS:
+                raise ConfigError(f"the method {method.name!r} brings a preset {name!r}, which exists")
+            found[name] = method, settings
+    return found
 
 
 def method_of(config: AdapterConfig) -> Method[Any]:
-    """The method that a config belongs to."""
-    return _BY_NAME[config.method]
-
-
-def config_from(settings: Mapping[str, Any]) -> AdapterConfig:
-    """Build a config from a mapping that names its method: `{"method": "bottleneck", ...}`.
+    """The method that a config belongs to.
 
     Raises:
-        ConfigError: no such method, or bad settings.
+        ConfigError: none has its name; the package that brought it is not installed here.
     """
-    wrong = [key for key in settings if not isinstance(key, str)]
-    if wrong:
-        raise ConfigError(f"settings are named by strings; found {wrong}")
-    name = settings.get("method")
-    if not isinstance(name, str) or name not in _BY_NAME:
-        raise ConfigError(f"'method' must be one of {sorted(_BY_NAME)}; found {name!r}")
-    config: AdapterConfig = _BY_NAME[name].config_type(**settings)
-    return config
-
-
-def as_config(config: AdapterConfig | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> AdapterConfig:
-    """A config from any of its spellings: a preset's name, a config, a mapping with its method, or a path to such JSON.
-
-    Raises:
-        ConfigError: not one of these, or bad settings.
-    """
-    if isinstance(config, AdapterConfig):
-        return config.override(overrides)
-    if isinstance(config, Mapping):
-        return config_from(config).override(overrides)
-    if isinstance(config, str) and config in PRESETS:
-        method, settings = PRESETS[config]
-        preset: AdapterConfig = method.config_type(**settings)
-        return preset.override(overrides)
     try:
-        path = Path(config)
-        is_file = path.is_file()
-    except (TypeError, ValueError, OSError):
-        is_file = False
-    if not is_file:
-        near = difflib.get_close_matches(str(config), PRESETS, n=3)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the presets are {', '.join(PRESETS)}"
-        raise ConfigError(f"{str(config)[:80]!r} is neither a preset nor a config nor a JSON file with one; {hint}")
+        return all_methods()[config.method]
+    except KeyError:
+        raise ConfigError(
+            f"no method is called {config.method!r}; there are {', '.join(all_methods())}. Install the package that "
+            f"has it, or register it as an entry point in the group {_GROUP!r}"
+        ) from None
+
+
+def _load(point: Any) -> Method[Any]:
+    """The method that an entry point leads to; a class is called."""
     try:
-        settings = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{str(path)!r} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{str(path)!r} holds a JSON {type(settings).__name__}, not an object with settings")
-    return config_from(settings).override(overrides)
+        found = point.load()
+        method: Method[Any] = found() if isinstance(found, type) else found
+        missing = [name for name in ("name", "config_type", "presets", "placements", "build") if not hasattr(method, name)]
+    except Exception as error:
+        raise ConfigError(f"the entry point {point.value!r} in {_GROUP!r} cannot be loaded: {error!r}") from error
+    if missing:
+        raise ConfigError(f"the entry point {point.value!r} in {_GROUP!r} leads to no method: it has no {missing}")
+    return method

@@ -1,22 +1,22 @@
-"""What a method is: how it is configured, where it sits, and the module it puts there."""
+"""What a method is: how it is configured, where it sits, and the modules it puts there."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 
 from ..config.base import AdapterConfig
-from ..placement import Placement
 from ..sites import SiteSpec
+from ..spots import Placement
 
-__all__ = ["Method"]
+__all__ = ["Method", "Sharing"]
 
 C = TypeVar("C", bound=AdapterConfig)
 
 
 class Method(Protocol[C]):
-    """A family of adapters. Matching, attaching, moving, freezing and saving are done for it.
+    """A family of adapters. Matching, attaching, moving, freezing, merging, saving and loading are done for it.
 
     Attributes:
         name: What `config.method` says.
@@ -28,13 +28,29 @@ class Method(Protocol[C]):
     config_type: type[C]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
-    def placement(self, config: C) -> Placement:
+    def placements(self, config: C) -> tuple[Placement, ...]:
         """Where its modules sit at their hosts, and what they read."""
         ...
 
-    def build(self, config: C, site: SiteSpec, *, dtype: torch.dtype) -> nn.Module:
-        """A new module for one site, called as `module(z, x) -> delta`, z (..., input_width), x and delta (..., width).
+    def build(self, config: C, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A new module for one site, on torch's default device.
 
-        It has a property `compute_dtype`, the dtype that z is cast to.
+        It has a property `compute_dtype`, the dtype that it computes in, and one of
+
+            module(z, x) -> delta              z (..., input_width), x and delta (..., width); for `level="activation"`
+            module(z, x, host) -> delta        z what the host takes, x and delta what it returns; for `level="projection"`
+            module.adapted(weight) -> weight   the host's Parameter with its change; for sites with `parameters`
+
+        and, where the host's weights can take its change for good, `merged(tensors) -> tensors`: of the host's tensors by
+        name (`site.parameters`, else "weight" and "bias") those that change.
         """
+        ...
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A method whose modules of one adapter share tensors: each finds them as `self.shared`."""
+
+    def shared(self, config: Any, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module:
+        """The module that holds them, built once for each adapter, before the modules of its sites."""
         ...

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
-from ..config.base import per_layer
 from ..config.bottleneck import DEFAULT_REDUCTION_FACTOR, BottleneckConfig
 from ..errors import ConfigError
+from ..layers import setting_at
 from ..modules.bottleneck import BottleneckAdapter
-from ..placement import Placement
 from ..sites import SiteSpec
+from ..spots import Placement
 
 __all__ = ["Bottleneck"]
 
@@ -52,17 +53,11 @@ class Bottleneck:
         },
     }
 
-    def placement(self, config: BottleneckConfig) -> Placement:
-        """Translate `at`, `placement` and `residual`."""
-        if config.at == "renormalised":
-            return Placement(at="input", reads="norm")
-        if config.placement == "parallel":
-            return Placement(reads="residual" if config.residual is not None else "input", residual=config.residual)
-        if config.at in ("sum", "normalised"):
-            return Placement(at=config.at)
-        return Placement(at=config.at, reads="site" if config.residual is None else "sum", residual=config.residual)
+    def placements(self, config: BottleneckConfig) -> tuple[Placement, ...]:
+        """One, of `at`, `placement` and `residual`."""
+        return (_placement(config),)
 
-    def build(self, config: BottleneckConfig, site: SiteSpec, *, dtype: torch.dtype) -> BottleneckAdapter:
+    def build(self, config: BottleneckConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> BottleneckAdapter:
         """A bottleneck of the site's width."""
         return BottleneckAdapter(
             site.width,
@@ -84,12 +79,23 @@ class Bottleneck:
 
 def bottleneck_size(config: BottleneckConfig, site: SiteSpec) -> int:
     """The inner width at a site: as given, or the width there divided by the reduction factor, at least 1."""
-    size = per_layer(config.bottleneck_size, site.layer and site.layer[0])
+    size = setting_at(config.bottleneck_size, site)
     if size is not None:
         return int(size)
-    factor = per_layer(config.reduction_factor, site.layer and site.layer[0]) or DEFAULT_REDUCTION_FACTOR
+    factor = setting_at(config.reduction_factor, site) or DEFAULT_REDUCTION_FACTOR
     if site.width / factor >= 2**31:
         raise ConfigError(
             f"reduction_factor={factor} makes a bottleneck of {site.width / factor:.3g} features at {site.path!r}"
         )
     return max(1, int(site.width // factor))
+
+
+def _placement(config: BottleneckConfig) -> Placement:
+    """Translate `at`, `placement` and `residual`."""
+    if config.at == "renormalised":
+        return Placement(at="input", reads="norm")
+    if config.placement == "parallel":
+        return Placement(reads="residual" if config.residual is not None else "input", residual=config.residual)
+    if config.at in ("sum", "normalised"):
+        return Placement(at=config.at)
+    return Placement(at=config.at, reads="site" if config.residual is None else "sum", residual=config.residual)

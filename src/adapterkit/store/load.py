@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..attach import Part, attach, build_parts, check_free, device_near
 from ..base import fingerprint
-from ..config.base import AdapterConfig
+from ..config.union import Config, members
 from ..errors import AdapterKitError, CompatibilityError, StoreError
 from ..heads import check_apart
 from ..hosts import resolve_host
-from ..methods import config_from, method_of
+from ..methods import method_of
+from ..methods.spellings import config_from
 from ..patterns import modules_by_path
 from ..sites import SiteSpec
 from ..structure.trace import ExampleInputs, outside_inference_mode
@@ -107,18 +108,19 @@ def _check_structure(model: nn.Module, manifest: Manifest, *, heads: bool, sourc
         )
 
 
-def _empty_parts(model: nn.Module, manifest: Manifest, config: AdapterConfig, *, heads: bool) -> list[Part]:
+def _empty_parts(model: nn.Module, manifest: Manifest, config: Config, *, heads: bool) -> list[Part]:
     """The adapter's modules without values, after checking that sites and config agree."""
     modules = modules_by_path(model)
-    placement = method_of(config).placement(config)
+    placements = [method_of(member).placements(member) for member in members(config)]
     sites = [SiteSpec(**record.model_dump(exclude={"structure"})) for record in manifest.sites]
     for site in sites:
-        if not placement.allows(site):
+        if site.member >= len(placements) or not any(placement.allows(site) for placement in placements[site.member]):
             raise StoreError(f"site {site.path!r} says at={site.at!r}, reads={site.reads!r}; its config says otherwise")
-        if resolve_host(site.path, modules, at_input=site.at == "input") != site.path:
+        if site.at != "weight" and resolve_host(site.path, modules, at_input=site.at == "input") != site.path:
             raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
     head_paths = [head.path for head in manifest.heads] if heads else []
-    if len({site.path for site in sites}) < len(sites) or len(set(head_paths)) < len(head_paths):
+    places = {(site.path, site.member, site.tag, site.parameters[:1]) for site in sites}
+    if len(places) < len(sites) or len(set(head_paths)) < len(head_paths):
         raise StoreError("it names a site or head twice")
     check_apart([site.path for site in sites], head_paths)
     return build_parts(model, config, sites, head_paths, meta=True)
@@ -173,8 +175,7 @@ def _fill(model: nn.Module, parts: list[Part], tensors: dict[str, Tensor], *, he
     states: list[dict[str, Tensor]] = []
     wanted: dict[str, Any] = {}
     for part in parts:
-        kind = "heads" if part.spec is None else "sites"
-        keys = {tensor: tensor_key(kind, part.path, tensor) for tensor in part.module.state_dict()}
+        keys = {tensor: tensor_key(part.spec, part.path, tensor) for tensor in part.module.state_dict()}
         wanted |= {keys[tensor]: tuple(value.shape) for tensor, value in part.module.state_dict().items()}
         states.append({tensor: tensors[key] for tensor, key in keys.items() if key in tensors})
     taken = {key: t for key, t in tensors.items() if heads or not key.startswith("heads/")}

@@ -36,8 +36,8 @@ class PlaceRecord(_Strict):
 class SiteRecord(PlaceRecord):
     """One site: the fields of `SiteSpec`."""
 
-    at: Literal["output", "input"]
-    reads: Literal["site", "norm", "residual", "sum"]
+    at: Literal["output", "input", "weight"]
+    reads: Literal["site", "norm", "residual", "sum", "input", "weight"]
     width: Annotated[int, Field(ge=1, lt=2**31)]
     input_width: Annotated[int, Field(ge=1, lt=2**31)]
     axis: Annotated[int, Field(ge=-8, le=8)]
@@ -46,6 +46,10 @@ class SiteRecord(PlaceRecord):
     input: tuple[int | None, str | None] | None
     residual: Text | None
     norm: Norm | None = None
+    parameters: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
+    parts: Annotated[tuple[tuple[Text, tuple[tuple[Count, Count], ...]], ...], Field(max_length=64)] = ()
+    tag: Text = ""
+    member: Annotated[int, Field(ge=0, lt=64)] = 0
 
 
 class HeadRecord(PlaceRecord):

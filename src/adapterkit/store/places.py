@@ -7,12 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ..attach import find_sites
-from ..config.base import AdapterConfig
+from ..attach import find_sites, needs_structure
+from ..config.union import Config
 from ..errors import CompatibilityError, TargetError
-from ..methods import method_of
 from ..sites import SiteSpec
-from ..spots import asks_for_structure
 from ..structure.trace import ExampleInputs
 
 __all__ = ["PlacesNotCheckedWarning", "check_places"]
@@ -26,7 +24,7 @@ class PlacesNotCheckedWarning(UserWarning):
 
 def check_places(
     model: nn.Module,
-    config: AdapterConfig,
+    config: Config,
     saved: Sequence[SiteSpec],
     example_inputs: ExampleInputs | None,
     source: Path,
@@ -38,7 +36,7 @@ def check_places(
     Raises:
         CompatibilityError: it leads elsewhere, or nowhere; says where.
     """
-    if not asks_for_structure(config, method_of(config).placement(config)):
+    if not needs_structure(config):
         return
     try:
         found = find_sites(model, config, example_inputs)
@@ -54,13 +52,18 @@ def check_places(
         raise _misfit(model, source, str(error)) from error
     unknown = {site.path for site in saved if site.norm is None}
     found = [replace(site, norm=None) if site.path in unknown else site for site in found]
-    here, there = ({site.path: _place(site) for site in sites} for sites in (found, saved))
+    here, there = ({_key(site): _place(site) for site in sites} for sites in (found, saved))
     differing = [path for path in (there | here) if here.get(path) != there.get(path)]
     if differing:
         pairs = [(path, there.get(path, "no site"), here.get(path, "no site")) for path in differing[:_SHOWN]]
-        shown = [f"{path!r}: saved {then}; here {now}" for path, then, now in pairs]
+        shown = [f"{path!r}: saved {then}; here {now}" for (path, *_), then, now in pairs]
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise _misfit(model, source, "; ".join(shown) + more)
+
+
+def _key(site: SiteSpec) -> tuple[str, object]:
+    """The host, and which of an adapter's sites there."""
+    return site.path, (site.member, site.tag, site.at, site.parameters)
 
 
 def _place(site: SiteSpec) -> str:
@@ -68,7 +71,8 @@ def _place(site: SiteSpec) -> str:
     part = f" {site.output}" if site.output else ""
     beside = f" with the stream at {site.residual!r}" if site.residual is not None else ""
     norm = f", in a block of norm {site.norm!r}" if site.norm is not None else ""
-    return f"its {site.at}{part}, reading {site.reads}{beside}{norm}"
+    parts = f", its parts {[name for name, _ in site.parts]} at {[at for _, at in site.parts]}" if site.parts else ""
+    return f"its {site.at}{part}, reading {site.reads}{beside}{norm}{parts}"
 
 
 def _misfit(model: nn.Module, source: Path, what: str) -> CompatibilityError:

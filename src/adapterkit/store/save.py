@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -16,12 +16,21 @@ from torch import Tensor, nn
 from ..config.base import describe
 from ..errors import StoreError
 from ..hosts import host_type
-from ..sites import AdapterSite, located, sites_of
+from ..sites import Entry, SiteSpec, located, sites_of
 from .files import CARD_MARK, replace_adapter
 from .identity import base_identity, structure_of
 from .manifest import FORMAT_VERSION, HeadRecord, Manifest, Metadata, SiteRecord, TensorRecord
 
 __all__ = ["dtype_name", "save_adapter", "tensor_key"]
+
+
+class _Held(NamedTuple):
+    """A module of the adapter, and where it is."""
+
+    path: str
+    host: nn.Module
+    entry: Entry
+    module: nn.Module
 
 
 def save_adapter(
@@ -40,17 +49,21 @@ def save_adapter(
         StoreError: the directory cannot be written, or the metadata have wrong or unknown fields.
     """
     metadata = _as_metadata(metadata)
-    held = [(path, host, site) for path, host, site in sites_of(model) if name in site.entries]
-    held = [(path, host, site) for path, host, site in held if heads or site.entries[name].spec is not None]
-    tensors = _tensors(held, name)
+    held = [
+        _Held(path, host, entry, module)
+        for path, host, site in sites_of(model)
+        for entry, module in site.modules_of(name)
+        if heads or entry.spec is not None
+    ]
+    tensors = _tensors(held)
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    site_records, head_records = _records(model, held, name)
+    site_records, head_records = _records(model, held)
     structures = [r.structure for r in site_records] + [r.structure for r in head_records]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=name,
         # Every setting, not only those that were given: another version may have other defaults.
-        config=held[0][2].entries[name].config.model_dump(mode="json"),
+        config=held[0].entry.config.model_dump(mode="json"),
         sites=tuple(site_records),
         heads=tuple(head_records),
         tensors={key: TensorRecord(shape=tuple(t.shape), dtype=dtype_name(t)) for key, t in tensors.items()},
@@ -75,9 +88,15 @@ def _as_metadata(metadata: Metadata | Mapping[str, Any] | None) -> Metadata:
         raise StoreError(f"the metadata cannot be saved: {describe(error)}") from error
 
 
-def tensor_key(kind: str, path: str, tensor: str) -> str:
-    """The name of a tensor in the file. `kind` is "sites" or "heads"."""
-    return f"{kind}/{path}/{tensor}"
+def tensor_key(spec: SiteSpec | None, path: str, tensor: str) -> str:
+    """The name of a tensor in the file: under "sites", or under "heads" without a spec.
+
+    Where an adapter may have several modules at a host, the name says which: of a union, of a Parameter, of a placement.
+    """
+    if spec is None:
+        return f"heads/{path}/{tensor}"
+    which = [str(spec.member) if spec.member else "", *spec.parameters[:1], spec.tag]
+    return "/".join(["sites", path, *(part for part in which if part), tensor])
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -85,22 +104,19 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _tensors(held: list[tuple[str, nn.Module, AdapterSite]], name: str) -> dict[str, Tensor]:
+def _tensors(held: list[_Held]) -> dict[str, Tensor]:
     tensors = {}
-    for path, _, site in held:
-        kind = "heads" if site.entries[name].spec is None else "sites"
-        for tensor, value in site.held(name).state_dict().items():
+    for path, _, entry, module in held:
+        for tensor, value in module.state_dict().items():
             # A clone: the format has no tensors that share memory, and a head may tie two of its own.
-            tensors[tensor_key(kind, path, tensor)] = value.detach().cpu().contiguous().clone()
+            tensors[tensor_key(entry.spec, path, tensor)] = value.detach().cpu().contiguous().clone()
     return tensors
 
 
-def _records(
-    model: nn.Module, held: list[tuple[str, nn.Module, AdapterSite]], name: str
-) -> tuple[list[SiteRecord], list[HeadRecord]]:
+def _records(model: nn.Module, held: list[_Held]) -> tuple[list[SiteRecord], list[HeadRecord]]:
     sites, heads = [], []
-    for path, host, site in held:
-        spec, structure = site.entries[name].spec, structure_of(model, path)
+    for path, host, entry, _ in held:
+        spec, structure = entry.spec, structure_of(model, path)
         if spec is None:
             heads.append(HeadRecord(path=path, host=host_type(host), structure=structure))
         else:

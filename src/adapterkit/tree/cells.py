@@ -158,6 +158,6 @@ def _trains(node: Node) -> Cell:
 
 def _adapters(marks: Sequence[Mark]) -> Iterator[Cell]:
     for i, mark in enumerate(marks):
-        where = {"output": "", "input": " (input)", "head": " (head)"}[mark.at]
+        where = {"output": "", "input": " (input)", "weight": " (weight)", "head": " (head)"}[mark.at]
         yield Cell(", " if i else "")
         yield Cell(f"{'●' if mark.is_active else '○'} {mark.name}{where}", "bold green" if mark.is_active else "green")

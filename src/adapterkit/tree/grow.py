@@ -163,5 +163,6 @@ class _Grower:
 
     def _adapters(self, module: nn.Module) -> Iterator[Mark]:
         site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
-        for name, entry in site.entries.items() if isinstance(site, AdapterSite) else ():
-            yield Mark(name, entry.spec.at if entry.spec else "head", name == self.active)
+        for name, entries in site.entries.items() if isinstance(site, AdapterSite) else ():
+            for entry in entries:
+                yield Mark(name, entry.spec.at if entry.spec else "head", name == self.active)

@@ -15,12 +15,13 @@ class Mark:
 
     Attributes:
         name: The adapter.
-        at: Whether it adapts the module's output or input, or owns a copy that runs in the module's place ("head").
+        at: Whether it adapts the module's output, its input or a Parameter, or owns a copy that runs in the module's place
+            ("head").
         is_active: Whether it is the active adapter.
     """
 
     name: str
-    at: Literal["output", "input", "head"]
+    at: Literal["output", "input", "weight", "head"]
     is_active: bool
 
 

@@ -1,0 +1,45 @@
+"""LoRA and DoRA as a method: from config and site to module."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..config.lora import LoRAConfig
+from ..layers import setting_at
+from ..modules.lora import LoRA as LoRAModule
+from ..sites import SiteSpec
+from ..spots import Placement
+from ..weights import projection_at
+
+__all__ = ["LoRA"]
+
+
+class LoRA:
+    """Low-rank changes of weights, plain, rank-stabilised and weight-decomposed."""
+
+    name = "lora"
+    config_type = LoRAConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"lora": {}, "dora": {"use_dora": True}}
+
+    def placements(self, config: LoRAConfig) -> tuple[Placement, ...]:
+        """At the targets' weights."""
+        return (Placement(level="projection", reads="input"),)
+
+    def build(self, config: LoRAConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A pair of factors in the geometry of the host's weight."""
+        projection, rank = projection_at(site, host), setting_at(config.rank, site)
+        return LoRAModule(
+            projection,
+            rank,
+            scaling=setting_at(config.alpha, site) / (math.sqrt(rank) if config.use_rslora else rank),
+            dropout=config.dropout,
+            bias=config.bias,
+            gating=config.gating,
+            batch_axis=config.batch_axis,
+            init=config.init,
+            parts=site.parts,
+            dtype=dtype,
+        )

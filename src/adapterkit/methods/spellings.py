@@ -1,0 +1,85 @@
+"""The spellings of a config: a preset's name, a config, a mapping with its method, or a path to such JSON."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config.base import AdapterConfig, Settings
+from ..config.union import Config, Union
+from ..errors import ConfigError
+from . import UNION_PRESETS, all_methods, presets
+
+__all__ = ["as_config", "config_from"]
+
+
+def config_from(settings: Mapping[str, Any]) -> Config:
+    """Build a config from a mapping that names its method: `{"method": "bottleneck", ...}`.
+
+    Raises:
+        ConfigError: no such method, or bad settings.
+    """
+    wrong = [key for key in settings if not isinstance(key, str)]
+    if wrong:
+        raise ConfigError(f"settings are named by strings; found {wrong}")
+    name = settings.get("method")
+    if name == "union":
+        return _union_from(settings)
+    if not isinstance(name, str) or name not in all_methods():
+        raise ConfigError(f"'method' must be one of {sorted([*all_methods(), 'union'])}; found {name!r}")
+    config: AdapterConfig = all_methods()[name].config_type(**settings)
+    return config
+
+
+def as_config(config: Settings | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> Config:
+    """A config from any of its spellings.
+
+    Raises:
+        ConfigError: not one of these, or bad settings.
+    """
+    if isinstance(config, (AdapterConfig, Union)):
+        return config.override(overrides)
+    if isinstance(config, Mapping):
+        return config_from(config).override(overrides)
+    if isinstance(config, str) and config in UNION_PRESETS:
+        return Union(*(_preset(name) for name in UNION_PRESETS[config])).override(overrides)
+    if isinstance(config, str) and config in presets():
+        return _preset(config).override(overrides)
+    return config_from(_read_json(config)).override(overrides)
+
+
+def _preset(name: str) -> AdapterConfig:
+    method, settings = presets()[name]
+    config: AdapterConfig = method.config_type(**settings)
+    return config
+
+
+def _union_from(settings: Mapping[str, Any]) -> Union:
+    """A union from a mapping; its members are configs, mappings or presets' names."""
+    given = settings.get("configs")
+    if not isinstance(given, (list, tuple)):
+        raise ConfigError(f"a union has a list of 'configs'; found {given!r}")
+    configs = [as_config(member, {}) for member in given]
+    return Union(**{**settings, "configs": configs})
+
+
+def _read_json(config: object) -> Mapping[str, Any]:
+    """The settings in a JSON file."""
+    try:
+        path = Path(config)  # type: ignore[arg-type]  # what is no path raises TypeError
+        is_file = path.is_file()
+    except (TypeError, ValueError, OSError):
+        is_file = False
+    if not is_file:
+        names = [*presets(), *UNION_PRESETS]
+        near = difflib.get_close_matches(str(config), names, n=3)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the presets are {', '.join(names)}"
+        raise ConfigError(f"{str(config)[:80]!r} is neither a preset nor a config nor a JSON file with one; {hint}")
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{str(path)!r} holds a JSON {type(settings).__name__}, not an object with settings")
+    return settings

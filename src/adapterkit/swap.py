@@ -1,0 +1,47 @@
+"""Changed tensors in the way of Parameters, while a module runs."""
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+__all__ = ["put_weights", "take_weights"]
+
+_NOTHING = object()
+# A host with changed weights is one thread's at a time: others would read them, or lose theirs when they are taken away.
+_gates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_gates_lock = threading.Lock()
+
+
+class _Running(threading.local):
+    """Of each thread: the hosts that run with changed weights, innermost last, and what lay in their way before."""
+
+    def __init__(self) -> None:
+        self.hosts: list[tuple[nn.Module, dict[tuple[nn.Module, str], Any]]] = []
+
+
+_running = _Running()
+
+
+def put_weights(host: nn.Module, changed: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+    """Have modules read these tensors under the names of their Parameters, until `take_weights`; other threads wait."""
+    with _gates_lock:
+        gate = _gates.setdefault(host, threading.RLock())
+    gate.acquire()
+    _running.hosts.append((host, {(owner, leaf): owner.__dict__.get(leaf, _NOTHING) for owner, leaf in changed}))
+    for (owner, leaf), tensor in changed.items():
+        owner.__dict__[leaf] = tensor
+
+
+def take_weights(host: nn.Module) -> None:
+    """Undo the last `put_weights` of this thread, if it was for this host."""
+    if not _running.hosts or _running.hosts[-1][0] is not host:
+        return
+    for (owner, leaf), before in _running.hosts.pop()[1].items():
+        if before is _NOTHING:
+            del owner.__dict__[leaf]
+        else:
+            owner.__dict__[leaf] = before
+    _gates[host].release()

@@ -1,0 +1,254 @@
+"""From targets to sites of methods that change weights: modules that apply one, and Parameters of any module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .config.base import AdapterConfig, Predicate
+from .errors import TargetError
+from .hosts import host_type
+from .layers import check_layers, in_layers, layer_of
+from .ops.parts import Parts
+from .ops.projections import Projection, parameter_projection, projection_of
+from .patterns import ancestors, is_role, matching, nothing_matches
+from .sites import SiteSpec
+from .spots import Placement
+from .structure.discover import Discovery
+from .structure.roles import role_paths
+from .structure.trace import ExampleInputs, observe, runs_around
+
+__all__ = ["projection_at", "weight_sites"]
+
+# Modules that hold others' Parameters and are not called themselves.
+_NEVER_CALLED = (
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+)
+# Of nn.MultiheadAttention.
+_MHA_OUT, _MHA_FUSED = "out_proj.weight", "in_proj_weight"
+
+
+@dataclass
+class _Wanted:
+    """What targets name: modules and Parameters, each with the parts of it ("q", "k", "v"; "" is all of it)."""
+
+    modules: dict[str, set[str]] = field(default_factory=dict)
+    parameters: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, path: str, module: nn.Module, part: str) -> None:
+        """Name a module, or the Parameters that an nn.MultiheadAttention reads itself, by its own name or its parts'."""
+        if isinstance(module, nn.MultiheadAttention):
+            for name in _mha_parameters(module, part):
+                self.parameters.setdefault(f"{path}.{name}".lstrip("."), set()).add(part)
+        elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            self.parameters.setdefault(f"{path}.weight", set()).add("")
+        else:
+            self.modules.setdefault(path, set()).add(part)
+
+
+def weight_sites(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    config: AdapterConfig,
+    placement: Placement,
+    discovery: Discovery,
+    example_inputs: ExampleInputs | None,
+) -> list[SiteSpec]:
+    """The sites of a placement at projections or Parameters, in the model's order.
+
+    Raises:
+        TargetError: a target names nothing, or nothing with a weight; a host never runs on the example inputs.
+    """
+    owned = {f"{path}.{leaf}".lstrip("."): path for path, m in modules.items() for leaf, p in _own_parameters(m)}
+    excluded = _named(config.exclude, model, modules, owned, placement, discovery)
+    wanted = _named(config.targets, model, modules, owned, placement, discovery)
+    sites = [*_projection_sites(wanted, excluded, modules, placement, discovery)]
+    sites += _parameter_sites(wanted, excluded, modules, owned)
+    if not sites:
+        raise TargetError(
+            f"everything that targets={list(config.targets)} name is excluded by exclude={list(config.exclude)}"
+        )
+    check_layers((site.layer for site in sites), config.layers)
+    kept = [site for site in sites if in_layers(site.layer, config.layers)]
+    inputs = discovery.inputs if discovery.was_needed else example_inputs
+    if inputs is not None:
+        _check_that_hosts_run(model, kept, inputs)
+    return kept
+
+
+def projection_at(site: SiteSpec, host: nn.Module) -> Projection:
+    """The weight that a site adapts, and its geometry.
+
+    Raises:
+        TargetError: a Parameter of fewer than two axes, which is no projection; the host is none any more.
+    """
+    if not site.parameters:
+        projection = projection_of(host)
+        if projection is None:
+            raise TargetError(_no_projection(site.path, host))
+        return projection
+    shape = tuple(host.get_parameter(site.parameters[0]).shape)
+    if len(shape) < 2:
+        raise TargetError(
+            f"the Parameter {site.parameters[0]!r} of {site.path!r} has shape {shape}; this method changes weights of two "
+            "or more axes. Bias-like Parameters are trained by 'bitfit', those of norms by 'norm_tuning'"
+        )
+    return parameter_projection(shape)
+
+
+def _named(
+    targets: Sequence[str | Predicate],
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    owned: Mapping[str, str],
+    placement: Placement,
+    discovery: Discovery,
+) -> _Wanted:
+    """What a list of targets names. Modules come before Parameters, unless only those are meant."""
+    wanted = _Wanted()
+    first: dict[int, str] = {}
+    for path, module in modules.items():
+        first.setdefault(id(module), path)
+    for target in targets:
+        by_name = [] if is_role(target) or not isinstance(target, str) else matching(target, dict.fromkeys(owned, model))
+        of_modules = role_paths(str(target), discovery.anatomy) if is_role(target) else matching(target, modules)
+        if placement.level == "parameter":
+            own = [name for name, path in owned.items() if path in of_modules and not by_name]
+            by_name = [name for name in by_name or own if re.fullmatch(placement.leaves, name.rpartition(".")[2])]
+            of_modules = []
+        if not of_modules and not by_name:
+            raise TargetError(_nothing(target, model, modules, owned, placement))
+        part = str(target)[-1] if is_role(target) and str(target)[-2:] in (".q", ".k", ".v") else ""
+        for path in of_modules:
+            wanted.add(first[id(modules[path])], modules[path], part)
+        for name in by_name if not of_modules else ():
+            wanted.parameters.setdefault(name, set()).add("")
+    return wanted
+
+
+def _nothing(
+    target: str | Predicate, model: nn.Module, modules: dict[str, nn.Module], owned: Mapping[str, str], placement: Placement
+) -> str:
+    """The message for a target without a match."""
+    if placement.level == "parameter" and not is_role(target):
+        leaves = sorted({name.rpartition(".")[2] for name in owned})
+        return (
+            f"{target!r} names no Parameter of {type(model).__name__} that this method trains (own name like "
+            f"{placement.leaves!r}); the model's Parameters are called {leaves[:12]}"
+        )
+    return nothing_matches(target, model, [*modules, *owned])
+
+
+def _projection_sites(
+    wanted: _Wanted, excluded: _Wanted, modules: dict[str, nn.Module], placement: Placement, discovery: Discovery
+) -> Iterator[SiteSpec]:
+    """Sites at modules that apply a weight."""
+    for path in [path for path in modules if path in wanted.modules and path not in excluded.modules]:
+        module, parts = modules[path], wanted.modules[path]
+        projection = projection_of(module)
+        if projection is None:
+            raise TargetError(_no_projection(path, module))
+        at_input = placement.at == "input"
+        width = projection.in_features if at_input else projection.out_features
+        yield SiteSpec(
+            path=path,
+            host=host_type(module),
+            at="input" if at_input else "output",
+            reads=placement.reads,
+            width=width,
+            input_width=projection.in_features if placement.reads == "input" else width,
+            axis=projection.channel_axis,
+            layer=layer_of(path, modules),
+            parts=() if "" in parts else _slices(path, parts, projection, discovery),
+        )
+
+
+def _slices(path: str, parts: set[str], projection: Projection, discovery: Discovery) -> Parts:
+    """The ranges of a fused projection's output that these parts are; () where it is no fused one."""
+    sublayers = (*discovery.anatomy.sublayers, *discovery.anatomy.others)
+    is_fused = any(sum(path in held for held in (s.query, s.key, s.value)) > 1 for s in sublayers)
+    if not is_fused:
+        return ()
+    raise TargetError(f"{path!r} is fused for query, key and value; target it as a whole, by its name")
+
+
+def _mha_parameters(module: nn.MultiheadAttention, part: str) -> list[str]:
+    """Its weights; of its query, key or value alone, the one that holds it."""
+    inner = [_MHA_FUSED] if module.in_proj_weight is not None else [f"{p}_proj_weight" for p in part or "qkv"]
+    return inner if part else [*inner, _MHA_OUT]
+
+
+def _no_projection(path: str, module: nn.Module) -> str:
+    own = [f"{path}.{leaf}".lstrip(".") for leaf, _ in _own_parameters(module)]
+    below = [f"{path}.{name}".lstrip(".") for name, inner in module.named_modules() if name and projection_of(inner)]
+    way_out = f"; it holds the Parameters {own[:4]}, which can be targets" if own else ""
+    way_out += f"; below it lie {below[:4]}" if below else ""
+    return (
+        f"{path!r} ({type(module).__name__}) applies no weight that this method can change{way_out}. Target linear, "
+        "convolutional or embedding layers (roles: '@attention.q', '@feedforward.last', …)"
+    )
+
+
+def _parameter_sites(
+    wanted: _Wanted, excluded: _Wanted, modules: dict[str, nn.Module], owned: Mapping[str, str]
+) -> Iterator[SiteSpec]:
+    """Sites at Parameters: the host is the innermost module around all that hold it that is called."""
+    holders: dict[int, list[str]] = {}
+    for name, path in owned.items():
+        holders.setdefault(id(modules[path]._parameters[name.rpartition(".")[2]]), []).append(name)
+    done: set[int] = set()
+    for name, parts in wanted.parameters.items():
+        parameter = modules[owned[name]].get_parameter(name.rpartition(".")[2])
+        if id(parameter) in done or name in excluded.parameters or owned[name] in excluded.modules:
+            continue
+        done.add(id(parameter))
+        names = list({id(modules[owned[n]]): n for n in reversed(holders[id(parameter)])}.values())[::-1]
+        host = _host_of([owned[n] for n in names], modules)
+        yield SiteSpec(
+            path=host,
+            host=host_type(modules[host]),
+            at="weight",
+            reads="weight",
+            width=parameter.shape[0] if parameter.dim() else 1,
+            input_width=parameter.shape[-1] if parameter.dim() else 1,
+            axis=0,
+            layer=layer_of(owned[name], modules),
+            parameters=tuple(n.removeprefix(f"{host}.") if host else n for n in names),
+            parts=_thirds(parts, parameter.shape[0] // 3) if name.endswith(_MHA_FUSED) and "" not in parts else (),
+        )
+
+
+def _thirds(parts: set[str], size: int) -> Parts:
+    """The rows of a fused in-projection of nn.MultiheadAttention that are its query, key or value."""
+    starts = {part: "qkv".index(part) * size for part in sorted(parts, key="qkv".index)}
+    return tuple((part, ((start, start + size),)) for part, start in starts.items())
+
+
+def _host_of(owners: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
+    """The innermost module around all owners of a Parameter that is called when they compute."""
+    around = [path for path in ancestors(owners[0]) if all(path in ancestors(other) for other in owners)]
+    return next((path for path in around if not isinstance(modules[path], _NEVER_CALLED)), "")
+
+
+def _check_that_hosts_run(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> None:
+    """Raise TargetError for hosts that never run, and say what would be adapted instead."""
+    calls = observe(model, inputs, dict.fromkeys(site.path for site in sites), lambda *_: None)
+    never = [path for path, seen in calls.items() if not seen]
+    if never:
+        around = sorted(set(runs_around(model, inputs, never).values()))
+        raise TargetError(
+            f"{never} never ran on the example inputs (skipped, or their weights are read around them by {around}), so an "
+            "adapter there would do nothing. Exclude them"
+        )
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own Parameters by their names in it."""
+    return ((leaf, p) for leaf, p in module._parameters.items() if p is not None)
