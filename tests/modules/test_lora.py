@@ -19,6 +19,9 @@ from .hosts import LAYERS, Adapted, convs, geometry, layer, parts_of, randomise,
 
 QV: Parts = (("q", ((0, 2),)), ("v", ((5, 9),)))
 
+# torch says it of the host, once in a process
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
 
 def lora(host: nn.Module, rank: int = 3, **options: Any) -> LoRA:
     """With random weights, and a scaling that is not 1."""

@@ -28,6 +28,9 @@ def test_values_come_to_the_features_that_parts_cover(parts: Parts) -> None:
     expected[:, covered] = values
     assert torch.equal(layout.spread(values, 1), expected)
     assert torch.equal(layout.spread(values.movedim(1, -1)), expected.movedim(1, -1))
+    everything = torch.randn(3, 12, 2)
+    assert torch.equal(layout.pick(everything, 1), everything[:, covered])
+    assert torch.equal(layout.pick(everything.movedim(1, -1)), everything[:, covered].movedim(1, -1))
 
     blocks = torch.zeros(3, 12, 2 * len(parts))
     for index, own in enumerate(rows):
@@ -35,7 +38,7 @@ def test_values_come_to_the_features_that_parts_cover(parts: Parts) -> None:
     assert torch.equal(layout.blocks(values), blocks)
 
     whole = torch.randn(12, 5)
-    assert torch.equal(layout.spread(layout.gather([whole[own] for own in rows]), 0)[covered], whole[covered])
+    assert torch.equal(layout.gather([whole[own] for own in rows]), whole[covered])
     assert layout.sizes() == [len(own) for own in rows]
     assert layout.covered == len(covered)
 
@@ -43,7 +46,10 @@ def test_values_come_to_the_features_that_parts_cover(parts: Parts) -> None:
 def test_no_parts_are_the_whole() -> None:
     layout, values = PartsLayout(5), torch.randn(5, 2)
     assert (layout.count, layout.covered, layout.sizes()) == (1, 5, [5])
-    assert all(v is values for v in (layout.spread(values, 0), layout.blocks(values), layout.gather([values])))
+    assert all(
+        v is values
+        for v in (layout.pick(values, 0), layout.spread(values, 0), layout.blocks(values), layout.gather([values]))
+    )
 
 
 def test_heads_that_repeat_cost_as_much_as_one() -> None:

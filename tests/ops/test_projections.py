@@ -8,6 +8,9 @@ from adapterkit.ops.projections import Projection, parameter_projection, project
 
 from ..modules.hosts import LAYERS, Conv1D, convs, geometry, layer, some_input
 
+# torch says it of the host, once in a process
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_project_does_what_the_host_does(name: str) -> None:

@@ -1,6 +1,7 @@
 """Parts of an axis: the output features of a fused projection that belong to the query, the key, the value."""
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -44,6 +45,19 @@ class PartsLayout:
     def sizes(self) -> list[int]:
         """How many features each part has."""
         return [sum(size for owner, size in self._runs if owner == part) * self._repeats for part in range(self.count)]
+
+    def pick(self, values: Tensor, axis: int = -1) -> Tensor:
+        """The values of the covered features: `pick(spread(v))` is v.
+
+        Shape: values (..., width, ...), result (..., covered, ...), on `axis`.
+        """
+        if self.is_whole:
+            return values
+        axis %= values.dim()
+        view = torch.unflatten(values, axis, (self._repeats, -1))
+        starts = accumulate((size for _, size in self._runs), initial=0)
+        own = [(start, size) for start, (owner, size) in zip(starts, self._runs, strict=False) if owner >= 0]
+        return torch.cat([view.narrow(axis + 1, *run) for run in own], axis + 1).flatten(axis, axis + 1)
 
     def spread(self, values: Tensor, axis: int = -1) -> Tensor:
         """Put values of the covered features in their places, zeros elsewhere.
