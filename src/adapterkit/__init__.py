@@ -13,9 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
+    from .config.ia3 import IA3Config
     from .config.lora import LoRAConfig
+    from .config.norm_tuning import NormTuningConfig
     from .config.union import Union
+    from .config.vera import VeRAConfig
     from .errors import (
         ActivationError,
         AdapterKitError,
@@ -40,17 +44,21 @@ __all__ = [
     "AdapterKitError",
     "AdapterNameError",
     "BaseMismatchWarning",
+    "BitFitConfig",
     "BottleneckConfig",
     "CompatibilityError",
     "ConfigError",
+    "IA3Config",
     "LoRAConfig",
     "Metadata",
     "MissingExtraError",
+    "NormTuningConfig",
     "PlacesNotCheckedWarning",
     "SiteSpec",
     "StoreError",
     "TargetError",
     "Union",
+    "VeRAConfig",
     "__version__",
     "wrap",
 ]
@@ -59,12 +67,16 @@ __all__ = [
 _HOMES = {
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",
+    "BitFitConfig": ".config.bitfit",
     "BottleneckConfig": ".config.bottleneck",
+    "IA3Config": ".config.ia3",
     "LoRAConfig": ".config.lora",
     "Metadata": ".store.manifest",
+    "NormTuningConfig": ".config.norm_tuning",
     "PlacesNotCheckedWarning": ".store.places",
     "SiteSpec": ".sites",
     "Union": ".config.union",
+    "VeRAConfig": ".config.vera",
     "wrap": ".kit",
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 from .base import base_tensors
 from .config.base import AdapterConfig
 from .config.union import Config, Union, members
-from .errors import AdapterNameError, CompatibilityError, ConfigError
+from .errors import AdapterNameError, CompatibilityError, ConfigError, TargetError
 from .heads import copy_heads, find_heads
 from .hooks import InputHook, OutputHook, WeightEndHook, WeightHook, forget_compiled, set_hook, sync_site_hooks
 from .layers import check_maps
@@ -59,8 +59,19 @@ def add(
     """Add a new adapter, or raise and leave the model as it was. Raises: see `AdapterKit.add`."""
     check_free(model, name)
     sites = find_sites(model, config, example_inputs)
+    if heads:
+        sites = _outside_heads(sites, config, find_heads(model, heads, [], example_inputs))
     head_paths = find_heads(model, heads, [site.path for site in sites], example_inputs)
     attach(model, name, _with_paths(model, config), build_parts(model, config, sites, head_paths))
+
+
+def _outside_heads(sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
+    """The sites without those in heads that a method named by itself (every bias, say): the copies train whole."""
+    named = [index for index, member in enumerate(members(config)) if "targets" in member.model_fields_set]
+    kept = [site for site in sites if site.member in named or not {*heads} & {*ancestors(site.path)}]
+    if not kept:
+        raise TargetError(f"all {len(sites)} sites of the adapter lie in its heads {list(heads)}, which train whole anyway")
+    return kept
 
 
 def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> list[SiteSpec]:

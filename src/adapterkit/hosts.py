@@ -11,7 +11,7 @@ from torch import nn
 from .errors import TargetError
 from .patterns import SITE
 
-__all__ = ["HostShape", "channel_axis", "host_type", "is_more_than_a_norm", "known_shape", "resolve_host"]
+__all__ = ["HostShape", "channel_axis", "host_type", "is_more_than_a_norm", "is_norm", "known_shape", "resolve_host"]
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -112,6 +112,12 @@ def _is_torchs_own(module: nn.Module) -> bool:
 def is_more_than_a_norm(module: nn.Module) -> bool:
     """Whether a module has children or matrices of its own."""
     return any(name != SITE for name in module._modules) or any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises: one of torch.nn's, or one with "norm" in its name and vectors for its only weights."""
+    own = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase))
+    return own or ("norm" in type(module).__name__.lower() and not is_more_than_a_norm(module))
 
 
 def resolve_host(path: str, modules: dict[str, nn.Module], *, at_input: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +25,11 @@ __all__ = ["STREAM", "Placement", "Spot", "asks_for_structure", "find_spots"]
 STREAM = "@stream"
 
 
+def any_parameter(_owner: nn.Module, _name: str, _parameter: nn.Parameter) -> bool:
+    """Accept every Parameter."""
+    return True
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a method's modules sit at their targets, and what they read: see `SiteSpec`; "input" is the target's own.
@@ -37,7 +42,8 @@ class Placement:
             it takes ("projection"; see `ops.projections`), or a Parameter ("parameter").
         targets: Patterns, roles or predicates in place of those of the config.
         is_optional: Whether they may match nothing.
-        leaves: Of the Parameters of matched modules, those whose own name matches this regular expression.
+        accepts: Of the Parameters that are matched, or lie in matched modules, those that the method can train:
+            `(module that holds it, its name there, the Parameter) -> bool`.
         tag: A name for the method to tell its placements apart by.
     """
 
@@ -47,7 +53,7 @@ class Placement:
     level: Literal["activation", "projection", "parameter"] = "activation"
     targets: tuple[Target, ...] | None = None
     is_optional: bool = False
-    leaves: str = ".*"
+    accepts: Callable[[nn.Module, str, nn.Parameter], bool] = any_parameter
     tag: str = ""
 
     def allows(self, site: SiteSpec) -> bool:

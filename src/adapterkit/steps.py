@@ -148,7 +148,7 @@ class AddProjected(Step):
         if x.shape[spec.axis] != spec.width:
             raise CompatibilityError(
                 f"adapter {self.adapter!r} at {spec.path!r} adds to {spec.width} features on axis {spec.axis}, but the "
-                f"host returned a tensor of shape {tuple(x.shape)}: its weight has changed; remove the adapter, and add it anew"
+                f"host returned a tensor of shape {tuple(x.shape)}: it is not what it was; remove the adapter, add it anew"
             )
         if z.dtype is not dtype and z.is_floating_point():
             z = z.to(dtype)

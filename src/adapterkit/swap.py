@@ -33,6 +33,9 @@ def put_weights(host: nn.Module, changed: Mapping[tuple[nn.Module, str], Tensor]
     _running.hosts.append((host, {(owner, leaf): owner.__dict__.get(leaf, _NOTHING) for owner, leaf in changed}))
     for (owner, leaf), tensor in changed.items():
         owner.__dict__[leaf] = tensor
+    for owner in {owner for owner, _ in changed if isinstance(owner, nn.RNNBase)}:  # these read a list of their own
+        _running.hosts[-1][1][owner, "_flat_weights"] = owner._flat_weights
+        owner.__dict__["_flat_weights"] = [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
 def take_weights(host: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -121,7 +120,7 @@ def _named(
         of_modules = role_paths(str(target), discovery.anatomy) if is_role(target) else matching(target, modules)
         if placement.level == "parameter":
             own = [name for name, path in owned.items() if path in of_modules and not by_name]
-            by_name = [name for name in by_name or own if re.fullmatch(placement.leaves, name.rpartition(".")[2])]
+            by_name = [name for name in by_name or own if _is_accepted(name, modules[owned[name]], placement)]
             of_modules = []
         if not of_modules and not by_name:
             raise TargetError(_nothing(target, model, modules, owned, placement))
@@ -138,12 +137,19 @@ def _nothing(
 ) -> str:
     """The message for a target without a match."""
     if placement.level == "parameter" and not is_role(target):
-        leaves = sorted({name.rpartition(".")[2] for name in owned})
+        accepted = [name for name in owned if _is_accepted(name, modules[owned[name]], placement)]
+        kind = placement.accepts.__name__.removeprefix("is_").replace("_", " ")
         return (
-            f"{target!r} names no Parameter of {type(model).__name__} that this method trains (own name like "
-            f"{placement.leaves!r}); the model's Parameters are called {leaves[:12]}"
+            f"{target!r} names no {kind} of {type(model).__name__}, which has {len(owned)} Parameters and {len(accepted)} "
+            f"of that kind{f', such as {accepted[:4]}' if accepted else ''}; name others, or choose a method that needs none"
         )
     return nothing_matches(target, model, [*modules, *owned])
+
+
+def _is_accepted(name: str, owner: nn.Module, placement: Placement) -> bool:
+    """Whether the method can train a Parameter."""
+    leaf = name.rpartition(".")[2]
+    return placement.accepts(owner, leaf, owner.get_parameter(leaf))
 
 
 def _projection_sites(

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 
 import adapterkit as ak
-from adapterkit.config.base import per_layer
 
 from ..strategies import configs
 
@@ -79,8 +78,3 @@ def test_a_config_cannot_be_changed() -> None:
     config = ak.BottleneckConfig(targets=["x"])
     with pytest.raises(ValueError, match="frozen"):
         config.dropout = 0.5  # type: ignore[misc]  # frozen, on purpose
-
-
-def test_a_setting_by_layer_falls_back_to_its_default() -> None:
-    assert [per_layer({"default": 16, "1": 4}, layer) for layer in (0, 1, None)] == [16, 4, 16]
-    assert per_layer(3, 1) == 3

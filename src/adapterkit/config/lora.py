@@ -51,6 +51,6 @@ class LoRAConfig(AdapterConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "LoRAConfig":
-        if self.use_dora and self.gating:
-            raise ValueError("use_dora=True changes a weight's direction and length; gating=True is for LoRA alone")
+        if self.use_dora and (self.gating or self.bias):
+            raise ValueError("use_dora=True changes a weight's direction and length; gating and bias are LoRA's alone")
         return self

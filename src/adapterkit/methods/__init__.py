@@ -11,12 +11,16 @@ from typing import Any
 from ..config.base import AdapterConfig
 from ..errors import ConfigError
 from .base import Method
+from .bitfit import BitFit
 from .bottleneck import Bottleneck
+from .ia3 import IA3
 from .lora import LoRA
+from .norm_tuning import NormTuning
+from .vera import VeRA
 
 __all__ = ["METHODS", "UNION_PRESETS", "Method", "all_methods", "method_of", "presets"]
 
-METHODS: tuple[Method[Any], ...] = (Bottleneck(), LoRA())
+METHODS: tuple[Method[Any], ...] = (Bottleneck(), LoRA(), VeRA(), IA3(), BitFit(), NormTuning())
 
 # Presets that are several presets at once.
 UNION_PRESETS: Mapping[str, tuple[str, ...]] = {}

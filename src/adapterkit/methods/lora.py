@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config.lora import LoRAConfig
 from ..layers import setting_at
+from ..modules.dora import DoRA, magnitude_of
 from ..modules.lora import LoRA as LoRAModule
 from ..sites import SiteSpec
 from ..spots import Placement
@@ -31,15 +32,16 @@ class LoRA:
     def build(self, config: LoRAConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
         """A pair of factors in the geometry of the host's weight."""
         projection, rank = projection_at(site, host), setting_at(config.rank, site)
-        return LoRAModule(
-            projection,
-            rank,
-            scaling=setting_at(config.alpha, site) / (math.sqrt(rank) if config.use_rslora else rank),
-            dropout=config.dropout,
-            bias=config.bias,
-            gating=config.gating,
-            batch_axis=config.batch_axis,
-            init=config.init,
-            parts=site.parts,
-            dtype=dtype,
-        )
+        both: dict[str, Any] = {
+            "scaling": setting_at(config.alpha, site) / (math.sqrt(rank) if config.use_rslora else rank),
+            "dropout": config.dropout,
+            "init": config.init,
+            "parts": site.parts,
+            "dtype": dtype,
+        }
+        if config.use_dora:
+            weight = host.get_parameter(site.parameters[0]) if site.parameters else host.weight
+            magnitude = magnitude_of(projection, weight.detach().to(dtype), parts=site.parts)  # type: ignore[operator]  # a Tensor
+            return DoRA(projection, rank, magnitude=magnitude, **both)
+        both |= {"bias": config.bias, "gating": config.gating, "batch_axis": config.batch_axis}
+        return LoRAModule(projection, rank, **both)

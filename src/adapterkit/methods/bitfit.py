@@ -1,0 +1,38 @@
+"""BitFit as a method."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..config.bitfit import BitFitConfig
+from ..modules.parameter_delta import ParameterDelta
+from ..sites import SiteSpec
+from ..spots import Placement
+
+__all__ = ["BitFit"]
+
+_BIAS = re.compile(r"(.*_)?bias(_.*)?")  # bias, in_proj_bias, bias_ih_l0
+
+
+class BitFit:
+    """Trained biases."""
+
+    name = "bitfit"
+    config_type = BitFitConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"bitfit": {}}
+
+    def placements(self, config: BitFitConfig) -> tuple[Placement, ...]:
+        """At the targets' biases."""
+        return (Placement(level="parameter", accepts=is_bias),)
+
+    def build(self, config: BitFitConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> ParameterDelta:
+        """A change for one bias."""
+        return ParameterDelta(host.get_parameter(site.parameters[0]).shape, dtype=dtype)
+
+
+def is_bias(_owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a Parameter is a bias: a vector called one."""
+    return parameter.dim() == 1 and _BIAS.fullmatch(name) is not None
