@@ -117,7 +117,13 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
     shared = method.shared(config, sites, dtype=dtypes[0]) if isinstance(method, Sharing) and sites else None
     parts = []
     for site, dtype in zip(sites, dtypes, strict=True):
-        parts.append(Part(site.path, method.build(config, site, host=model.get_submodule(site.path), dtype=dtype), site))
+        module = method.build(config, site, host=model.get_submodule(site.path), dtype=dtype)
+        if site.parameters and not hasattr(module, "adapted"):
+            raise TargetError(
+                f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
+                f"computes with {site.parameters[0]!r}; leave it out, or choose a method that changes weights, such as 'lora'"
+            )
+        parts.append(Part(site.path, module, site))
     for part in parts if shared is not None else ():
         # A child of the first alone, so that it trains, moves and is saved once.
         (part.module._modules if part is parts[0] else part.module.__dict__)["shared"] = shared

@@ -1,6 +1,7 @@
 """The adapter methods. A new one is a file here, its module, its config, and a line in METHODS.
 
 Other packages add theirs by an entry point in the group `adapterkit.methods` that leads to a Method; nothing here changes.
+What such a package needs is exported here.
 """
 
 from collections.abc import Mapping
@@ -8,9 +9,13 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from ..config.base import AdapterConfig
+from ..config.base import ActivationConfig, AdapterConfig, Targets
 from ..errors import ConfigError
-from .base import Method
+from ..layers import setting_at
+from ..sites import SiteSpec
+from ..spots import Placement
+from ..weights import projection_at
+from .base import Method, Sharing
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
 from .ia3 import IA3
@@ -18,7 +23,22 @@ from .lora import LoRA
 from .norm_tuning import NormTuning
 from .vera import VeRA
 
-__all__ = ["METHODS", "UNION_PRESETS", "Method", "all_methods", "method_of", "presets"]
+__all__ = [
+    "METHODS",
+    "UNION_PRESETS",
+    "ActivationConfig",
+    "AdapterConfig",
+    "Method",
+    "Placement",
+    "Sharing",
+    "SiteSpec",
+    "Targets",
+    "all_methods",
+    "method_of",
+    "presets",
+    "projection_at",
+    "setting_at",
+]
 
 METHODS: tuple[Method[Any], ...] = (Bottleneck(), LoRA(), VeRA(), IA3(), BitFit(), NormTuning())
 
