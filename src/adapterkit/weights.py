@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -77,9 +77,7 @@ def weight_sites(
     check_layers((site.layer for site in sites), config.layers)
     kept = [site for site in sites if in_layers(site.layer, config.layers)]
     inputs = discovery.inputs if discovery.was_needed else example_inputs
-    if inputs is not None:
-        _check_that_hosts_run(model, kept, inputs)
-    return kept
+    return kept if inputs is None else _at_running_hosts(model, kept, inputs)
 
 
 def projection_at(site: SiteSpec, host: nn.Module) -> Projection:
@@ -140,8 +138,9 @@ def _nothing(
         accepted = [name for name in owned if _is_accepted(name, modules[owned[name]], placement)]
         kind = placement.accepts.__name__.removeprefix("is_").replace("_", " ")
         return (
-            f"{target!r} names no {kind} of {type(model).__name__}, which has {len(owned)} Parameters and {len(accepted)} "
-            f"of that kind{f', such as {accepted[:4]}' if accepted else ''}; name others, or choose a method that needs none"
+            f"{target!r} names no {kind} of {type(model).__name__}, which has {len(owned)} Parameters and "
+            f"{len(accepted)} of that kind{f', such as {accepted[:4]}' if accepted else ''}; name others, or choose a method "
+            "that needs none"
         )
     return nothing_matches(target, model, [*modules, *owned])
 
@@ -243,16 +242,30 @@ def _host_of(owners: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
     return next((path for path in around if not isinstance(modules[path], _NEVER_CALLED)), "")
 
 
-def _check_that_hosts_run(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> None:
-    """Raise TargetError for hosts that never run, and say what would be adapted instead."""
+def _at_running_hosts(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> list[SiteSpec]:
+    """The sites, those at Parameters with the innermost module around that runs for their host.
+
+    Raises:
+        TargetError: a projection never runs: it is skipped, or others read its weight.
+    """
     calls = observe(model, inputs, dict.fromkeys(site.path for site in sites), lambda *_: None)
     never = [path for path, seen in calls.items() if not seen]
-    if never:
-        around = sorted(set(runs_around(model, inputs, never).values()))
+    around = runs_around(model, inputs, never) if never else {}
+    idle = [site.path for site in sites if site.path in never and site.at != "weight"]
+    if idle:
         raise TargetError(
-            f"{never} never ran on the example inputs (skipped, or their weights are read around them by {around}), so an "
-            "adapter there would do nothing. Exclude them"
+            f"{idle} never ran on the example inputs: skipped, or their weights are read around them. If "
+            f"{around[idle[0]]!r} reads them, name the Parameters ({idle[0] + '.weight'!r}), which are adapted wherever they "
+            "are read; else exclude them"
         )
+    return [_moved(site, around[site.path], model) if site.path in never else site for site in sites]
+
+
+def _moved(site: SiteSpec, host: str, model: nn.Module) -> SiteSpec:
+    """The site with a module further out for its host."""
+    below = site.path.removeprefix(host).lstrip(".")
+    names = tuple(f"{below}.{name}".lstrip(".") for name in site.parameters)
+    return replace(site, path=host, host=host_type(model.get_submodule(host)), parameters=names)
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -28,7 +28,12 @@ def gpt2() -> nn.Module:
 
 def llama() -> nn.Module:
     config = LlamaConfig(
-        num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, vocab_size=20
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        vocab_size=20,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -70,7 +75,9 @@ def added(model: nn.Module, ids: Tensor, preset: str, name: str = "a", **setting
     """The kit of a model with this preset, or a skip where it is to be refused."""
     kit = ak.wrap(model, ids)
     if preset == "bitfit" and isinstance(model, LlamaForCausalLM):
-        with pytest.raises(ak.TargetError, match="names no bias of LlamaForCausalLM, which has 21 Parameters and 0 of that kind"):
+        with pytest.raises(
+            ak.TargetError, match="names no bias of LlamaForCausalLM, which has 21 Parameters and 0 of that kind"
+        ):
             kit.add(name, preset)
         pytest.skip("refused, as it should be: the model has no biases")
     if preset in UNION_PRESETS or "reduction_factor" in presets()[preset][0].config_type.model_fields:

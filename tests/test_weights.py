@@ -1,0 +1,336 @@
+"""Methods that change weights: which places targets name, and what a changed weight does there."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import adapterkit as ak
+
+from .conftest import PreNormBlock, Tiny, randomise
+
+
+def places(kit: ak.AdapterKit, config: Any, **settings: Any) -> list[tuple[str, tuple[str, ...]]]:
+    return [(site.path, site.parameters) for site in kit.sites(config, **settings)]
+
+
+class Experts(nn.Module):
+    """A mixture of experts that keeps its weights in one tensor, (experts, out, in)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 6, 4)), nn.Parameter(torch.randn(3, 4, 6))
+        self.register_parameter("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("...i,eoi->...eo", x, self.up).relu()
+        return torch.einsum("...eo,eio->...i", hidden, self.down)
+
+
+class ReadsAround(nn.Module):
+    """Reads a child's weight without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.linear(x, self.proj.weight, self.proj.bias))
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is that of the output layer, and a bias that two modules hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.head.weight = self.embed.weight
+        self.second = nn.Linear(7, 7)
+        self.second.bias = self.head.bias
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.second(self.head(self.embed(ids)))
+
+
+# --- which places -----------------------------------------------------------------------------------------------------
+
+
+def test_multihead_attention_is_adapted_at_its_parameters() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    kit = ak.wrap(model, torch.randn(2, 3, 8))
+    whole = places(kit, "lora", targets=["self_attn"])
+    assert whole[:2] == [("layers.0.self_attn", ("in_proj_weight",)), ("layers.0.self_attn", ("out_proj.weight",))]
+    assert places(kit, "lora", targets=["out_proj"]) == whole[1::2]
+    assert places(kit, "lora", targets=["in_proj_weight"]) == whole[::2]
+    assert places(kit, "lora", targets=["@attention.q", "@attention.v"]) == whole[::2]
+    (first, _) = kit.sites("lora", targets=["@attention.v", "@attention.q"])
+    assert first.parts == (("q", ((0, 8),)), ("v", ((16, 24),)))
+    assert places(kit, "lora", targets=["self_attn"], exclude=["out_proj"]) == whole[::2]
+    assert len(places(kit, "bitfit")) == 2 * 6
+    assert ("layers.1.self_attn", ("out_proj.bias",)) in places(kit, "bitfit")
+
+
+def test_multihead_attention_with_other_widths_for_keys_has_a_parameter_for_each_part() -> None:
+    model = nn.MultiheadAttention(8, 2, kdim=5, vdim=3, batch_first=True)
+    kit = ak.wrap(model)
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+    assert places(kit, "lora", targets=[""]) == [("", (name,)) for name in names]
+    inputs = torch.randn(2, 3, 8), torch.randn(2, 4, 5), torch.randn(2, 4, 3)
+    base = model(*inputs)[0]
+    kit.add("a", "lora", targets=[""])
+    randomise(kit, "a")
+    kit.activate("a")
+    assert not torch.allclose(model(*inputs)[0], base)
+
+
+def test_a_parameter_of_several_axes_has_a_pair_of_factors_for_each_index_of_the_first_ones() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Experts())
+    kit = ak.wrap(model)
+    assert places(kit, "lora", targets=["1.up", "1.down"]) == [("1", ("up",)), ("1", ("down",))]
+    kit.add("a", "lora", targets=["1.up"], rank=2, alpha=6)
+    randomise(kit, "a")
+    kit.activate("a")
+    (a, b), x = kit.parameters("a"), torch.randn(5, 4)
+    assert (a.shape, b.shape) == ((3, 2, 4), (3, 6, 2))
+    expected = Experts()
+    expected.load_state_dict({"up": model[1].up + 3.0 * b @ a, "down": model[1].down})
+    torch.testing.assert_close(model(x), expected(model[0](x)))
+
+
+def test_a_tied_parameter_is_changed_for_all_that_read_it() -> None:
+    model, ids = Tied(), torch.randint(0, 7, (2, 3))
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["embed.weight"], rank=2)
+    assert places(kit, "lora", targets=["embed.weight"]) == [("", ("embed.weight", "head.weight"))]
+    randomise(kit, "a")
+    kit.activate("a")
+    a, b = kit.parameters("a")
+    weight = model.embed.weight + 4.0 * b @ a
+    expected = model.second(F.linear(F.embedding(ids, weight), weight, model.head.bias))
+    torch.testing.assert_close(model(ids), expected)
+    assert places(kit, "bitfit") == [("", ("head.bias", "second.bias"))]
+
+
+def test_a_module_of_a_tied_weight_is_adapted_alone() -> None:
+    model, ids = Tied(), torch.randint(0, 7, (2, 3))
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["head"], rank=2)
+    randomise(kit, "a")
+    kit.activate("a")
+    a, b = kit.parameters("a")
+    hidden = model.embed(ids)
+    expected = model.second(F.linear(hidden, model.head.weight, model.head.bias) + 4.0 * hidden @ a.T @ b.T)
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_is_read_around_its_module_is_adapted_by_its_name_alone() -> None:
+    model, x = ReadsAround(), torch.randn(2, 4)
+    kit = ak.wrap(model, x)
+    with pytest.raises(
+        ak.TargetError, match=r"\['proj'\] never ran .* If '' reads them, name the Parameters \('proj.weight'"
+    ):
+        kit.add("a", "lora", targets=["proj"])
+    base = model(x)
+    kit.add("a", "lora", targets=["proj.weight"])
+    assert places(kit, "lora", targets=["proj.weight"]) == [("", ("proj.weight",))]
+    randomise(kit, "a")
+    kit.activate("a")
+    assert not torch.allclose(model(x), base)
+    kit.verify().require()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ["nothing"]}, "'nothing' matches no module of Tiny"),
+        (
+            {"targets": ["norm_1"]},
+            r"'blocks.0.norm_1' \(LayerNorm\) applies no weight .* holds the Parameters .*norm_1.weight",
+        ),
+        ({"targets": ["norm_1.weight"]}, r"'weight' of 'blocks.0.norm_1' has shape \(8,\)"),
+        ({"targets": ["mlp"]}, r"'blocks.0.mlp' \(Sequential\) applies no weight .* below it lie \['blocks.0.mlp.0'"),
+        ({"targets": ["query"], "exclude": ["query"]}, "is excluded by exclude="),
+        ({"targets": ["query"], "layers": [5]}, r"none of the 2 modules that match lies in \[5\]"),
+        (
+            {"targets": ["query"], "rank": {"default": 2, "qeury": 4}},
+            r"rank has values for \['qeury'\], which fit none of the 2",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_the_model_as_it_was(settings: dict[str, Any], message: str) -> None:
+    model = Tiny(PreNormBlock)
+    before = list(model.state_dict())
+    with pytest.raises(ak.TargetError, match=message):
+        ak.wrap(model).add("a", "lora", **settings)
+    assert list(model.state_dict()) == before
+
+
+def test_rank_and_alpha_by_pattern_and_layer() -> None:
+    kit = ak.wrap(Tiny(PreNormBlock))
+    ranks = {"default": 1, "value": 2, "blocks.1.**.value": 3, "0": 4}
+    kit.add("a", "lora", targets=["query", "value"], rank=ranks, alpha={"default": 8, "value": 16})
+    shapes = {name.split("._")[0]: p.shape[0] for name, p in kit.named_parameters("a") if name.endswith("lora_A")}
+    assert shapes == {
+        "blocks.0.attention.query": 4,
+        "blocks.0.attention.value": 2,
+        "blocks.1.attention.query": 1,
+        "blocks.1.attention.value": 3,
+    }
+    scales = [m.scaling for m in kit.model.modules() if type(m).__name__ == "LoRA"]
+    assert scales == [8 / 4, 16 / 2, 8 / 1, 16 / 3]
+
+
+def test_bitfit_leaves_the_biases_of_a_head_to_the_head() -> None:
+    kit = ak.wrap(Tiny(PreNormBlock))
+    kit.add("a", "bitfit", heads=["classifier"])
+    assert not any(name.startswith("classifier") for name, _ in kit.named_parameters("a"))
+    with pytest.raises(ak.TargetError, match=r"\['classifier'\] lie inside the head 'classifier'"):
+        kit.add("b", "bitfit", heads=["classifier"], targets=["classifier.bias"])
+
+
+# --- what a changed weight does ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_read_their_changed_weights(kind: type[nn.Module]) -> None:
+    model, x = kind(4, 6, num_layers=2), torch.randn(3, 2, 4)
+    base = model(x)[0]
+    kit = ak.wrap(model)
+    kit.add("a", ak.Union(ak.BitFitConfig(), ak.LoRAConfig(targets=["weight_hh_l1"], rank=2)))
+    kit.train_adapter("a")
+    assert torch.equal(model(x)[0], base)
+    randomise(kit, "a")
+    adapted = model(x)[0]
+    expected = kind(4, 6, num_layers=2)
+    expected.load_state_dict({k: v for k, v in model.state_dict().items() if "_adapterkit" not in k})
+    with torch.no_grad():
+        for entry, module in model._adapterkit.modules_of("a"):
+            name = entry.spec.parameters[0]
+            expected.get_parameter(name).copy_(module.adapted(model.get_parameter(name)))
+    torch.testing.assert_close(adapted, expected(x)[0])
+    adapted.sum().backward()
+    assert all(p.grad is not None for p in kit.parameters("a"))
+    with kit.base():
+        assert torch.equal(model(x)[0], base)
+
+
+def test_a_layer_called_by_keyword_is_adapted() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(input=x)
+
+    model, x = ByKeyword(), torch.randn(2, 4)
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["inner"], rank=2)
+    randomise(kit, "a")
+    kit.activate("a")
+    a, b = kit.parameters("a")
+    torch.testing.assert_close(model(x), model.inner.weight.matmul(x.T).T + model.inner.bias + 4.0 * x @ a.T @ b.T)
+
+
+def test_one_module_under_two_names_is_adapted_once() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"one": layer, "two": layer})
+    kit = ak.wrap(model)
+    assert places(kit, "lora", targets=["two"]) == [("one", ())]
+    assert places(kit, "bitfit") == [("one", ("bias",))]
+
+
+def test_an_exception_in_the_host_takes_the_changed_weight_away() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    kit = ak.wrap(model)
+    kit.add("a", "bitfit")
+    randomise(kit, "a")
+    kit.activate("a")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(2, 5))
+    assert "bias" not in vars(model[0])
+    assert model[0].bias is model[0]._parameters["bias"]
+    model(torch.randn(2, 4))
+
+
+def test_parameters_stay_where_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    bias, seen = model[0].bias, []
+    kit = ak.wrap(model)
+    kit.add("a", "bitfit")
+    kit.activate("a")
+    model[0].register_forward_hook(lambda *_: seen.append(model[0].bias))
+    model(torch.randn(2, 4))
+    assert model[0].bias is bias
+    assert dict(model.named_parameters())["0.bias"] is bias
+    assert seen == [bias], "taken away before the hooks of others"
+
+
+def test_threads_with_one_adapter_get_right_answers() -> None:
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    kit = ak.wrap(model)
+    kit.add("a", ak.Union(ak.BitFitConfig(), ak.LoRAConfig(targets=["0.weight"], rank=2)))
+    randomise(kit, "a")
+    kit.train_adapter("a")
+    inputs = [torch.randn(3, 16) for _ in range(4)]
+    expected = [model(x).detach() for x in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(60):
+            y = model(inputs[index])
+            y.sum().backward()
+            if not torch.equal(y.detach(), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_functional_call_and_vmap_see_the_change() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    kit = ak.wrap(model)
+    kit.add("a", ak.Union(ak.BitFitConfig(), ak.LoRAConfig(targets=["weight"], rank=2)))
+    randomise(kit, "a")
+    kit.activate("a")
+    torch.testing.assert_close(torch.vmap(model)(x), model(x))
+    doubled = {"weight": 2 * model.weight, "bias": model.bias}
+    torch.testing.assert_close(
+        torch.func.functional_call(model, doubled, (x,)), model(x) + x @ model.weight.T, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_members_of_a_union_act_in_order_at_one_host() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    kit = ak.wrap(model)
+    bottleneck = ak.BottleneckConfig(targets=[""], bottleneck_size=2)
+    kit.add(
+        "a", ak.Union(ak.LoRAConfig(targets=[""], rank=2), bottleneck, ak.IA3Config(targets=[""], feedforward_targets=()))
+    )
+    randomise(kit, "a")
+    kit.activate("a")
+    lora, adapter, ia3 = (module for _, module in model._adapterkit.modules_of("a"))
+    y = F.linear(x, model.weight + 4.0 * lora.lora_B @ lora.lora_A, model.bias)
+    y = y + adapter(y, y)
+    torch.testing.assert_close(model(x), y * ia3.ia3_l)
+    summary = kit.summary().adapters[0]
+    assert (summary.method, summary.sites) == ("union", 3)
+
+
+def test_a_weight_normed_layer_is_adapted_at_its_output() -> None:
+    model, x = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), torch.randn(5, 4)
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=[""], rank=2)
+    randomise(kit, "a")
+    kit.activate("a")
+    a, b = kit.parameters("a")
+    torch.testing.assert_close(model(x), F.linear(x, model.weight + 4.0 * b @ a, model.bias))
+    with pytest.raises(ak.TargetError, match="'weight' matches no module"):
+        kit.add("b", "lora", targets=["weight"])
