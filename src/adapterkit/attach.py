@@ -120,8 +120,8 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
         module = method.build(config, site, host=model.get_submodule(site.path), dtype=dtype)
         if site.parameters and not hasattr(module, "adapted"):
             raise TargetError(
-                f"the method {config.method!r} changes what a layer takes or returns, and none returns what "
-                f"{site.path!r} computes with {site.parameters[0]!r}; leave it out, or choose a method that changes weights, such as 'lora'"
+                f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
+                f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
             )
         parts.append(Part(site.path, module, site))
     for part in parts if shared is not None else ():

@@ -138,9 +138,8 @@ def _nothing(
         accepted = [name for name in owned if _is_accepted(name, modules[owned[name]], placement)]
         kind = placement.accepts.__name__.removeprefix("is_").replace("_", " ")
         return (
-            f"{target!r} names no {kind} of {type(model).__name__}, which has {len(owned)} Parameters and "
-            f"{len(accepted)} of that kind{f', such as {accepted[:4]}' if accepted else ''}; name others, or choose a method "
-            "that needs none"
+            f"{target!r} names no {kind} of {type(model).__name__}, which has {len(owned)} Parameters and {len(accepted)}"
+            f" of that kind{f', such as {accepted[:4]}' if accepted else ''}; name others, or choose another method"
         )
     return nothing_matches(target, model, [*modules, *owned])
 
@@ -255,8 +254,8 @@ def _at_running_hosts(model: nn.Module, sites: Sequence[SiteSpec], inputs: Examp
     if idle:
         raise TargetError(
             f"{idle} never ran on the example inputs: skipped, or their weights are read around them. If "
-            f"{around[idle[0]]!r} reads them, name the Parameters ({idle[0] + '.weight'!r}), which are adapted wherever they "
-            "are read; else exclude them"
+            f"{around[idle[0]]!r} reads them, name the Parameters ({idle[0] + '.weight'!r}), which are adapted wherever "
+            "they are read; else exclude them"
         )
     return [_moved(site, around[site.path], model) if site.path in never else site for site in sites]
 
