@@ -170,10 +170,12 @@ def test_a_parameter_is_adapted_in_place(lead: list[int], parts: Parts) -> None:
     assert all(p.grad.any() for p in d.parameters())
 
 
-def test_a_parameter_keeps_its_dtype_and_its_bits() -> None:
-    weight, projection = torch.randn(3, 4, 5, dtype=torch.bfloat16), parameter_projection((3, 4, 5))
-    d = DoRA(projection, 2, magnitude=magnitude_of(projection, weight.float()), dtype=torch.float32)
-    assert d.adapted(weight).dtype == torch.bfloat16
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_parameter_keeps_its_dtype_and_its_bits(stored: torch.dtype, dtype: torch.dtype) -> None:
+    weight, projection = torch.randn(3, 4, 5, dtype=stored), parameter_projection((3, 4, 5))
+    d = DoRA(projection, 2, magnitude=magnitude_of(projection, weight.to(dtype)), dtype=dtype)
+    assert d.adapted(weight).dtype == stored
     assert torch.equal(d.adapted(weight), weight)
 
 
@@ -199,6 +201,16 @@ def test_it_runs_under_autocast(name: str) -> None:
     torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
     found.sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in d.parameters())
+
+
+def test_under_autocast_the_bias_is_taken_off_as_it_was_added() -> None:
+    """In bfloat16: nothing of it is left to be scaled."""
+    host = nn.Linear(6, 9)
+    nn.init.zeros_(host.weight)
+    d, z = dora(host), some_input(host)
+    nn.init.zeros_(d.lora_B)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not d(z, host(z), host).any()
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,13 @@ def test_an_embedding_adds_the_rows_of_its_ids() -> None:
     assert not m.lora_A.grad.is_sparse
 
 
+def test_an_embedding_scales_gradients_by_frequency_where_the_host_does() -> None:
+    host = nn.Embedding(4, 6, scale_grad_by_freq=True)
+    m, ids = lora(host), torch.tensor([0, 1, 1, 1])
+    m(ids, host(ids), host).sum().backward()
+    torch.testing.assert_close(m.lora_A.grad[:, 1], m.lora_A.grad[:, 0])
+
+
 def test_an_embedding_with_max_norm_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"max_norm=1\.5 changes its rows"):
         LoRA(geometry(nn.Embedding(5, 4, max_norm=1.5)), 2)
@@ -277,7 +284,10 @@ def test_a_parameter_keeps_its_dtype_and_its_bits() -> None:
     m = LoRA(parameter_projection(weight.shape), 2, dtype=torch.float32)
     assert torch.equal(m.adapted(weight), weight)
     assert m.adapted(weight).dtype == torch.bfloat16
-    assert m.lora_A.abs().max() <= 5**-0.5
+    assert m.adapted(weight.double()).dtype == torch.float64
+    m = LoRA(parameter_projection((20, 4, 50)), 20)
+    assert m.lora_A.abs().max() <= 50**-0.5
+    assert m.lora_A.std().item() == pytest.approx((50 * 3) ** -0.5, rel=0.05)
 
 
 def test_a_parameter_has_no_input() -> None:

@@ -89,7 +89,7 @@ class DoRA(nn.Module):
         low_rank, dtype = self.low_rank, self.compute_dtype
         weight: Tensor = host.weight  # type: ignore[assignment]  # a projection has one
         bias: Tensor | None = getattr(host, "bias", None)
-        factor = self._factor(weight.to(dtype))
+        factor = self._factor(weight)
         # A host may compute in a narrower dtype than it stores, under autocast: x decides.
         product = x.to(dtype)
         if bias is not None:
@@ -104,10 +104,8 @@ class DoRA(nn.Module):
 
     def adapted(self, weight: Tensor) -> Tensor:
         """The weight m * V / |V|, in the dtype of the one given. Shape: as the weight."""
-        wide = weight.to(torch.promote_types(weight.dtype, self.compute_dtype))
-        low_rank = self.low_rank
-        factor = 1 + low_rank.layout.spread(self._factor(wide) - 1)
-        return ((wide + self.weight_delta()) * low_rank.over_outputs(factor)).to(weight.dtype)
+        factor = 1 + self.low_rank.layout.spread(self._factor(weight) - 1)
+        return ((weight + self.weight_delta()) * self.low_rank.over_outputs(factor)).to(weight.dtype)
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The host's tensors that change if the adapter is merged into them: the weight."""
@@ -115,9 +113,10 @@ class DoRA(nn.Module):
 
     def _factor(self, weight: Tensor) -> Tensor:
         """The factor m / |V| of each output feature of the parts. Shape: weight as the host's, result (..., covered)."""
-        # Autocast would make B A narrow, and the norm another one than where the adapter is merged.
+        # In the dtype that m was taken in, so that it starts as the same bits. Autocast would make B A narrow, and the
+        # norm another one than where the adapter is merged.
         with torch.no_grad(), as_stored(weight):
-            norm = _norms(self.low_rank, weight + self.weight_delta())
+            norm = _norms(self.low_rank, weight.to(self.compute_dtype) + self.weight_delta())
             # A feature of zeros has no direction: it stays zeros.
             norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
         factor: Tensor = self.magnitude / norm
