@@ -39,6 +39,8 @@ def test_values_come_to_the_features_that_parts_cover(parts: Parts) -> None:
 
     whole = torch.randn(12, 5)
     assert torch.equal(layout.gather([whole[own] for own in rows]), whole[covered])
+    for found, own in zip(layout.split(whole[covered]), rows, strict=True):
+        assert torch.equal(found, whole[own])
     assert layout.sizes() == [len(own) for own in rows]
     assert layout.covered == len(covered)
 
@@ -46,6 +48,7 @@ def test_values_come_to_the_features_that_parts_cover(parts: Parts) -> None:
 def test_no_parts_are_the_whole() -> None:
     layout, values = PartsLayout(5), torch.randn(5, 2)
     assert (layout.count, layout.covered, layout.sizes()) == (1, 5, [5])
+    assert layout.split(values)[0] is values
     assert all(
         v is values
         for v in (layout.pick(values, 0), layout.spread(values, 0), layout.blocks(values), layout.gather([values]))

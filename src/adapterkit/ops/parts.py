@@ -99,6 +99,16 @@ class PartsLayout:
                 taken[owner] += size
         return torch.cat(pieces, 1).flatten(0, 1)
 
+    def split(self, values: Tensor) -> list[Tensor]:
+        """The rows of each part; undoes `gather`. Shape: values (covered, ...), result[p] (size of part p, ...)."""
+        if self.is_whole:
+            return [values]
+        pieces: list[list[Tensor]] = [[] for _ in range(self.count)]
+        for owner, piece in self._pieces(values, 0):
+            if owner >= 0:
+                pieces[owner].append(piece)
+        return [torch.cat(own, 1).flatten(0, 1) for own in pieces]
+
     def _pieces(self, values: Tensor, axis: int) -> Iterable[tuple[int, Tensor]]:
         """Run by run: its part and its values, with an axis of repeats before `axis`; zeros where no part is."""
         view = torch.unflatten(values, axis, (self._repeats, -1))
