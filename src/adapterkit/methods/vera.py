@@ -9,6 +9,7 @@ from torch import nn
 from ..config.vera import VeRAConfig
 from ..modules.vera import VeRA as VeRAModule
 from ..modules.vera import VeRABases
+from ..ops.parts import PartsLayout
 from ..sites import SiteSpec
 from ..spots import Placement
 from ..weights import projection_at
@@ -29,7 +30,8 @@ class VeRA:
 
     def shared(self, config: VeRAConfig, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> VeRABases:
         """Matrices as large as the largest site."""
-        most_in, most_out = max(site.input_width for site in sites), max(site.width for site in sites)
+        most_in = max(site.input_width for site in sites)
+        most_out = max(max(PartsLayout(site.width, site.parts).sizes() or [site.width]) for site in sites)
         return VeRABases(config.rank, most_in, most_out, dtype=dtype)
 
     def build(self, config: VeRAConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> VeRAModule:
