@@ -66,7 +66,7 @@ class AdapterKit:
 
         Args:
             name: Any printable name of at most 128 characters.
-            config: A config, a mapping with its method, or a path to such JSON.
+            config: A preset's name, a config, a mapping with its method, or a path to such JSON.
             heads: Names (patterns) of modules that the adapter owns a copy of, trained and saved with it.
             **overrides: Settings to change in the config.
 
