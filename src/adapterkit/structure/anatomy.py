@@ -7,10 +7,12 @@ from typing import Literal
 
 from ..values import Argument, Path
 
-__all__ = ["Anatomy", "Kind", "Norm", "Place", "Port", "Sublayer"]
+__all__ = ["Anatomy", "FusedProjection", "Kind", "Norm", "Place", "Port", "Slices", "Sublayer"]
 
 Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
+# Of "q", "k" and "v", those that a projection makes, each with its features: ranges (start, stop), rising and apart.
+Slices = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,26 @@ class Port:
 
 
 @dataclass(frozen=True)
+class FusedProjection:
+    """A module that projects to more than one of an attention's queries, keys and values; which features are whose.
+
+    Attributes:
+        path: The module.
+        weight: The name, in the module, of the parameter that it projects with inside; None where what the module returns
+            is what was projected.
+        axis: The axis of the features: of the module's output, from the end; or of that parameter, from the front.
+        slices: The features of each; () where they cannot be told apart.
+        problem: Why they cannot; empty where they can.
+    """
+
+    path: str
+    weight: str | None
+    axis: int
+    slices: Slices
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """A branch of the network that is added to the residual stream.
 
@@ -50,6 +72,7 @@ class Sublayer:
         first: The modules of its first projections.
         last: The modules of its last projections.
         query, key, value: The modules of an attention's projections; the same one in each for a fused projection.
+        fused: Of these, the fused ones, and which of their features are whose.
         scales: Operations between `out` and the addition that change values (LayerScale): () if what `out` returns is
             what is added.
         is_parallel: Whether another branch of the block starts from the same stream and is added with this one.
@@ -72,6 +95,7 @@ class Sublayer:
     query: tuple[str, ...]
     key: tuple[str, ...]
     value: tuple[str, ...]
+    fused: tuple[FusedProjection, ...]
     scales: tuple[str, ...]
     is_parallel: bool
     is_moe: bool

@@ -61,11 +61,11 @@ class Flow:
         self.graph, self.nodes, self.calls = graph, graph.nodes, graph.calls
         self.is_constant = self._from_parameters()
         self.ancestors, self.descendants = self._reach()
+        self.from_inputs = self._from_inputs()
         self.projections = self._mask(lambda node: node.op in MATMULS and self._reads_a_weight(node))
         # Products of activations, and softmax: what comes before them is not what a branch ends in.
         self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self._has_two(node)))
         self.attentions = self._mask(lambda node: _is_attention(node.op) or self.weights_of(node.index) is not None)
-        self.from_inputs = self._from_inputs()
         # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling.
         self.endings = self.projections | self.attentions | self._mask(lambda node: _is_mixing(node.op))
 
@@ -194,8 +194,12 @@ class Flow:
                 back = self.ancestors[softmax] | 1 << softmax
                 scores = self.nearest(softmax, self.products & ~(1 << softmax), back, stop=self.projections)
                 if scores:
-                    return next(bits(scores))
+                    return next(filter(self._compares_inputs, bits(scores)), next(bits(scores)))
         return None
+
+    def _compares_inputs(self, index: int) -> bool:
+        """Whether both factors of a product come of what the model was called with: one of positions alone is a bias."""
+        return all(self.from_inputs >> i & 1 for i in self.activations(self.nodes[index])[-2:])
 
 
 def _is_attention(op: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,9 @@ class Node:
             place, into memory that an argument shares.
         numbers: The integers among its arguments, such as the axes of a permutation.
         call: The innermost module call that it ran in.
+        operation: The operation and its arguments, as `(function, args, kwargs)`; None for what came from outside.
+        taken: The tensors among its arguments: those of the first `len(taken)` nodes in `inputs`.
+        made: The tensors that it returned, or that came from outside.
         addends: For an addition or a stack, copies of its operands, where they were asked for.
     """
 
@@ -69,6 +72,9 @@ class Node:
     is_floating: bool = False
     numbers: tuple[int, ...] = ()
     call: Call | None = None
+    operation: tuple[Callable[..., Any], Any, Any] | None = None
+    taken: tuple[Tensor, ...] = ()
+    made: tuple[Tensor, ...] = ()
     addends: tuple[Tensor, ...] = ()
 
 
@@ -105,7 +111,7 @@ def record(model: nn.Module, inputs: ExampleInputs, *, keep_addends: bool = Fals
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    """Builds the graph as operations go by. Tensors are told apart by identity, so it keeps each of them alive."""
+    """Builds the graph as operations go by. Tensors are told apart by identity, and nodes keep each alive."""
 
     def __init__(self, model: nn.Module, keep_addends: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -113,7 +119,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._keep_addends = keep_addends
         self._thread = threading.get_ident()  # operations are this thread's alone; hooks see those of all
         self._node_of: dict[int, int] = {}
-        self._alive: list[Tensor] = []
         self._written: dict[int, int] = {}  # storage -> the last node that wrote into it in place
         self._stack: list[Call] = []
         self._paths: dict[int, str] = {}
@@ -134,6 +139,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         node = Node(len(self.graph.nodes), name, (*reads, *sorted(written.difference(reads))), addends=addends)
         node.call = self._stack[-1] if self._stack else None
+        node.operation, node.taken = (func, args, kwargs), tuple(taken)
         node.numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
         self._add(node, *made)
         for argument, schema in zip(args, func._schema.arguments, strict=False):
@@ -167,13 +173,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def _add(self, node: Node, *tensors: Tensor) -> None:
         if tensors:
             node.shape, node.is_floating = tuple(tensors[0].shape), tensors[0].is_floating_point()
+        node.made = tensors
         self.graph.nodes.append(node)
         for tensor in tensors:
             self._point(tensor, node.index)
 
     def _point(self, tensor: Tensor, index: int) -> None:
         self._node_of[id(tensor)] = index
-        self._alive.append(tensor)
 
     def _index(self, tensor: Tensor) -> int:
         """The tensor's node; a new one if it came from outside."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from .anatomy import Kind
 from .axes import FeatureAxes
 from .flow import MATMULS, Flow, bits
 from .graph import Node
 
-__all__ = ["kind_of", "operands"]
+__all__ = ["Projected", "kind_of", "projected"]
 
 _ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
 _MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan", "lstm", "gru", "mkldnn_rnn_layer"))
@@ -31,22 +33,54 @@ def kind_of(flow: Flow, axes: FeatureAxes, stream: int, inside: int) -> tuple[Ki
     return ("mixer" if any("pool" in node.op for node in nodes) else "feedforward"), False
 
 
-def operands(flow: Flow, core: int) -> tuple[int | None, int | None, int | None]:
-    """The nodes of an attention's queries, keys and values."""
-    node = flow.nodes[core]
-    scores = flow.weights_of(core)
+def _operands(flow: Flow, core: int) -> tuple[tuple[int, int] | None, ...]:
+    """Where an attention's queries, keys and values are read: of each, the node that does, and at which of its inputs."""
+    node, scores = flow.nodes[core], flow.weights_of(core)
     if scores is None:
-        q, k, v = node.inputs[:3]
-        return q, k, v
-    value = [i for i in node.inputs if not flow.between(scores, i) and i != scores]
-    products = [i for i in flow.nodes[scores].inputs if not flow.is_constant[i]][-2:]  # baddbmm adds its first
-    return products[0], products[-1], value[0] if value else None
+        return (core, 0), (core, 1), (core, 2)
+    read = range(len(node.taken))  # behind them, `inputs` has what wrote into their memory
+    values = [(core, at) for at in read if not flow.between(scores, node.inputs[at]) and node.inputs[at] != scores]
+    product = flow.nodes[scores]
+    factors = [(scores, at) for at in range(len(product.taken)) if not flow.is_constant[product.inputs[at]]]
+    query, key = factors[-2:] if len(factors) > 1 else (None, None)  # baddbmm adds its first
+    return query, key, values[0] if values else None
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A projection that makes queries, keys or values of an attention.
+
+    Attributes:
+        part: "q", "k" or "v".
+        node: The projection.
+        operand: The node that enters the attention's product.
+        reader: The node of that product, and at which of its inputs the operand is.
+    """
+
+    part: str
+    node: int
+    operand: int
+    reader: tuple[int, int]
+
+
+def projected(flow: Flow, inside: int) -> Iterator[Projected]:
+    """The last projections before the products of the attentions among these nodes."""
+    for core in bits(inside & flow.attentions):
+        for part, reader in zip("qkv", _operands(flow, core), strict=True):
+            if reader is not None:
+                operand = flow.nodes[reader[0]].inputs[reader[1]]
+                before = flow.ancestors[operand] | 1 << operand
+                for i in bits(flow.nearest(operand, flow.projections, before)):
+                    yield Projected(part, i, operand, reader)
 
 
 def _is_cross(flow: Flow, stream: int, core: int) -> bool:
     """Whether an attention's keys come from another input than the stream."""
-    _, key, _ = operands(flow, core)
-    if key is None or key == stream or flow.leads_to(stream, key):
+    _, place, _ = _operands(flow, core)
+    if place is None:
+        return False
+    key = flow.nodes[place[0]].inputs[place[1]]
+    if key == stream or flow.leads_to(stream, key):
         return False
     return bool(flow.from_inputs >> key & 1)
 

@@ -16,7 +16,9 @@ from .blocks import find_blocks, template_of, within
 from .branches import Branch, BranchReader
 from .flow import SCALES, VIEWS, WHOLE_NORMS, Flow, bits
 from .graph import Call
-from .kinds import operands
+from .kinds import projected
+from .replay import Replays
+from .slices import fused_projections
 
 __all__ = ["dissect"]
 
@@ -44,6 +46,7 @@ class _Dissection:
 
     def __init__(self, reader: BranchReader) -> None:
         self.reader, self.flow, self.axes, self.additions = reader, reader.flow, reader.axes, reader.additions
+        self.replays = Replays(reader.flow)
 
     # --- sub-layers ---------------------------------------------------------------------------------------------------
 
@@ -73,7 +76,7 @@ class _Dissection:
             place = self._place(call, path)
             axis = self.axes.on_the_way(dict(call.outputs)[path], branch.end, self.axes.of(branch.addition.skip))
             place = place if axis is None else replace(place, axis=axis - len(place.shape))
-        query, key, value = self._projections_of_attention(branch)
+        attended = list(projected(flow, branch.inside))
         projections = branch.inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
         last = flow.nearest(branch.end, projections, branch.inside)
@@ -85,9 +88,10 @@ class _Dissection:
             out=place,
             first=self._modules_of(first),
             last=self._modules_of(bits(last)),
-            query=query,
-            key=key,
-            value=value,
+            query=self._modules_of(sorted({one.node for one in attended if one.part == "q"})),
+            key=self._modules_of(sorted({one.node for one in attended if one.part == "k"})),
+            value=self._modules_of(sorted({one.node for one in attended if one.part == "v"})),
+            fused=tuple(fused_projections(self.flow, self.axes, self.replays, attended)),
             scales=branch.scales,
             is_parallel=branch.is_parallel or self._has_sibling(branch),
             is_moe=branch.is_moe,
@@ -117,16 +121,6 @@ class _Dissection:
         """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
         source = self.flow.source(branch.addition.skip)
         return source != branch.addition.stream and any(other.node.index == source for other in self.additions)
-
-    def _projections_of_attention(self, branch: Branch) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """The modules that make queries, keys and values."""
-        found: tuple[set[int], set[int], set[int]] = (set(), set(), set())
-        for core in bits(branch.inside & self.flow.attentions):
-            for operand, nodes in zip(operands(self.flow, core), found, strict=True):
-                if operand is not None:
-                    back = self.flow.ancestors[operand] | 1 << operand
-                    nodes.update(bits(self.flow.nearest(operand, self.flow.projections, back)))
-        return tuple(self._modules_of(sorted(nodes)) for nodes in found)  # type: ignore[return-value]  # three of them
 
     def _modules_of(self, nodes: Iterable[int]) -> tuple[str, ...]:
         """The innermost modules that ran these nodes."""
@@ -262,13 +256,8 @@ class _Dissection:
 
     def embeddings(self, branches: list[Branch]) -> Iterator[Place]:
         """What yields the stream that enters the first block of each stack."""
-        flow, seen = self.flow, set()
-        added = sum(1 << branch.addition.node.index for branch in {id(b.addition): b for b in branches}.values())
-        for branch in branches:
-            stream = flow.source(branch.addition.stream)
-            if branch.block is None or flow.ancestors[stream] & added or added >> stream & 1 or stream in seen:
-                continue
-            seen.add(stream)
+        flow = self.flow
+        for stream, branch in self._entries(branches).items():
             for i in self._same(stream):
                 calls = [
                     (call, path)
@@ -280,6 +269,16 @@ class _Dissection:
                     call, path = min(calls, key=lambda found: len(list(found[0].around())))
                     yield self._place(call, path)
                     break
+
+    def _entries(self, branches: list[Branch]) -> dict[int, Branch]:
+        """The stream that enters the first block of each stack, and that block's first branch."""
+        flow, entries = self.flow, dict[int, Branch]()
+        added = sum(1 << branch.addition.node.index for branch in {id(b.addition): b for b in branches}.values())
+        for branch in branches:
+            stream = flow.source(branch.addition.stream)
+            if branch.block is not None and not flow.ancestors[stream] & added and not added >> stream & 1:
+                entries.setdefault(stream, branch)
+        return entries
 
     def _same(self, node: int) -> list[int]:
         """The node and its views."""
@@ -302,6 +301,12 @@ def _agreed(calls: list[Sublayer]) -> Sublayer:
         first,
         sum=first.sum if all(call.sum == first.sum for call in calls) else None,
         stream=first.stream if all(call.stream == first.stream for call in calls) else None,
+        fused=tuple(
+            fused
+            if all(fused in call.fused for call in calls)
+            else replace(fused, slices=(), problem="they differ between its calls")
+            for fused in first.fused
+        ),
     )
     return agreed if all(call.post_norm == first.post_norm for call in calls) else _without_post(agreed)
 
