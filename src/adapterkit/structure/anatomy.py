@@ -116,6 +116,7 @@ class Anatomy:
         sublayers: Those in repeated blocks, in the order that they run.
         others: Those outside of any repeated block.
         embeddings: What makes the residual stream that enters the first block, one for each stack of blocks.
+        output_embeddings: What maps hidden states to logits over the tokens that an embedding knows.
         blocks: What each repeated block returns as its stream.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
         idle: Modules that are built as the blocks beside them, but did not run.
@@ -124,6 +125,7 @@ class Anatomy:
     sublayers: tuple[Sublayer, ...]
     others: tuple[Sublayer, ...]
     embeddings: tuple[Place, ...]
+    output_embeddings: tuple[Place, ...]
     blocks: tuple[Place, ...]
     unexplained: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()

@@ -141,13 +141,14 @@ class BranchReader:
 
     def is_hookable(self, call: Call) -> bool:
         """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""
-        return self.repeats[call.path, id(call.parent)] == 1 and self._can_carry(call)
+        return self.repeats[call.path, id(call.parent)] == 1 and self.can_carry(call)
 
     def _is_shared(self, call: Call) -> bool:
         """Whether a module with weights runs several times in a call of the module around it."""
-        return any(True for _ in base_parameters(call.module)) and self._can_carry(call)
+        return any(True for _ in base_parameters(call.module)) and self.can_carry(call)
 
-    def _can_carry(self, call: Call) -> bool:
+    def can_carry(self, call: Call) -> bool:
+        """Whether a hook on the module would fire."""
         try:
             resolve_host(call.path or "", self.modules, at_input=False)
         except TargetError:

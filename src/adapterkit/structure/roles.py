@@ -27,7 +27,14 @@ ROLES = (
     "@block.last",
     "@block.out",
     "@embedding",
+    "@output_embedding",
 )
+# Of the whole model, not of its sub-layers.
+_PLACES: dict[str, Callable[[Anatomy], tuple[Place, ...]]] = {
+    "@block.out": lambda anatomy: anatomy.blocks,
+    "@embedding": lambda anatomy: anatomy.embeddings,
+    "@output_embedding": lambda anatomy: anatomy.output_embeddings,
+}
 
 
 def role_paths(role: str, anatomy: Anatomy) -> list[str]:
@@ -36,10 +43,8 @@ def role_paths(role: str, anatomy: Anatomy) -> list[str]:
     Raises:
         TargetError: there is no such role, or no hook can be where it lies.
     """
-    if role == "@embedding":
-        return list(dict.fromkeys(place.path for place in anatomy.embeddings))
-    if role == "@block.out":
-        return list(dict.fromkeys(place.path for place in anatomy.blocks))
+    if role in _PLACES:
+        return list(dict.fromkeys(place.path for place in _PLACES[role](anatomy)))
     sublayers, part = _sublayers(role, anatomy), role.partition(".")[2]
     if part in ("out", "last") and role in (*_OUTPUTS, "@block.last"):
         _check_found(role, sublayers)
@@ -49,8 +54,8 @@ def role_paths(role: str, anatomy: Anatomy) -> list[str]:
 
 def role_places(role: str, anatomy: Anatomy) -> tuple[Place, ...]:
     """Where in a module's output the tensor of a role lies, for roles that are outputs."""
-    if role in ("@embedding", "@block.out"):
-        return anatomy.embeddings if role == "@embedding" else anatomy.blocks
+    if role in _PLACES:
+        return _PLACES[role](anatomy)
     if role in (*_OUTPUTS, "@block.last"):
         return tuple(s.out for s in _sublayers(role, anatomy) if s.out is not None)
     return ()

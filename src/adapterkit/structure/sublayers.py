@@ -19,6 +19,7 @@ from .graph import Call
 from .kinds import projected
 from .replay import Replays
 from .slices import fused_projections
+from .vocabulary import output_calls
 
 __all__ = ["dissect"]
 
@@ -35,6 +36,7 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         sublayers=inside,
         others=tuple(s for s in sublayers if s.block is None),
         embeddings=tuple(dissection.embeddings(branches)),
+        output_embeddings=tuple(dissection.output_embeddings(branches)),
         blocks=tuple(dissection.blocks(inside)),
         unexplained=tuple(dissection.unexplained(branches)),
         idle=tuple(dissection.idle(inside)),
@@ -269,6 +271,13 @@ class _Dissection:
                     call, path = min(calls, key=lambda found: len(list(found[0].around())))
                     yield self._place(call, path)
                     break
+
+    def output_embeddings(self, branches: list[Branch]) -> Iterator[Place]:
+        """What maps the last hidden states to logits over tokens; nothing in a block does."""
+        blocks = {branch.block for branch in branches if branch.block}
+        for call in output_calls(self.flow, self._entries(branches)):
+            if self.reader.can_carry(call) and not any(within(call.path or "", block) for block in blocks):
+                yield self._place(call, call.outputs[0][0])
 
     def _entries(self, branches: list[Branch]) -> dict[int, Branch]:
         """The stream that enters the first block of each stack, and that block's first branch."""

@@ -49,6 +49,8 @@ def _roles(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
             yield from ((path, f"@{s.kind}.{part}") for path in paths)
     for place in anatomy.blocks:
         yield place.path, "@block.out"
+    for place in anatomy.output_embeddings:
+        yield place.path, "@output_embedding"
 
 
 def _notes(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
