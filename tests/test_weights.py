@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2Model
 
 import adapterkit as ak
 
@@ -334,3 +335,39 @@ def test_a_weight_normed_layer_is_adapted_at_its_output() -> None:
     torch.testing.assert_close(model(x), F.linear(x, model.weight + 4.0 * b @ a, model.bias))
     with pytest.raises(ak.TargetError, match="'weight' matches no module"):
         kit.add("b", "lora", targets=["weight"])
+
+
+def test_the_query_of_an_attention_with_other_widths_for_keys_is_a_parameter_of_its_own() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.MultiheadAttention(8, 2, kdim=5, vdim=5, batch_first=True) for _ in range(2))
+
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x, memory, memory)[0]
+            return x
+
+    kit = ak.wrap(Decoder(), (torch.randn(2, 3, 8), torch.randn(2, 4, 5)))
+    sites = kit.sites("lora", targets=["@crossattention.q"])
+    assert [(site.path, site.parameters, site.parts) for site in sites] == [
+        (f"layers.{i}", ("q_proj_weight",), ()) for i in range(2)
+    ]
+
+
+def test_a_slice_of_a_fused_projection_is_adapted_alone() -> None:
+    """GPT-2's: thirds of `c_attn`, and the change is that of B A in the query's and the value's columns of its weight."""
+    model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8)).eval()
+    ids = torch.randint(0, 20, (2, 5))
+    kit = ak.wrap(model)
+    kit.add("a", "lora", rank=2, alpha=6)
+    randomise(kit, "a")
+    (site,) = kit.sites("lora")
+    assert (site.path, site.parts) == ("h.0.attn.c_attn", (("q", ((0, 8),)), ("v", ((16, 24),))))
+    a, b = kit.parameters("a")
+    delta = torch.zeros(24, 8)
+    delta[:8], delta[16:] = 3.0 * b[:8] @ a[:2], 3.0 * b[8:] @ a[2:]
+    weight = {"h.0.attn.c_attn.weight": model.h[0].attn.c_attn.weight + delta.T}
+    expected = torch.func.functional_call(model, weight, (ids,))[0]
+    kit.activate("a")
+    torch.testing.assert_close(model(ids)[0], expected)

@@ -16,8 +16,10 @@ from .ops.projections import Projection, parameter_projection, projection_of
 from .patterns import ancestors, is_role, matching, nothing_matches
 from .sites import SiteSpec
 from .spots import Placement
+from .structure.anatomy import Anatomy, FusedProjection
 from .structure.discover import Discovery
 from .structure.roles import role_paths
+from .structure.slices import fused_slices
 from .structure.trace import ExampleInputs, observe, runs_around
 
 __all__ = ["projection_at", "weight_sites"]
@@ -30,8 +32,6 @@ _NEVER_CALLED = (
     nn.ParameterDict,
     nn.modules.linear.NonDynamicallyQuantizableLinear,
 )
-# Of nn.MultiheadAttention.
-_MHA_OUT, _MHA_FUSED = "out_proj.weight", "in_proj_weight"
 
 
 @dataclass
@@ -42,10 +42,11 @@ class _Wanted:
     parameters: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, path: str, module: nn.Module, part: str) -> None:
-        """Name a module, or the Parameters that an nn.MultiheadAttention reads itself, by its own name or its parts'."""
+        """Name a module, or the weights that an nn.MultiheadAttention reads itself."""
         if isinstance(module, nn.MultiheadAttention):
-            for name in _mha_parameters(module, part):
-                self.parameters.setdefault(f"{path}.{name}".lstrip("."), set()).add(part)
+            inner = ["in_proj_weight"] if module.in_proj_weight is not None else [f"{p}_proj_weight" for p in "qkv"]
+            for name in (*inner, "out_proj.weight"):
+                self.parameters.setdefault(f"{path}.{name}".lstrip("."), set()).add("")
         elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             self.parameters.setdefault(f"{path}.weight", set()).add("")
         else:
@@ -69,7 +70,7 @@ def weight_sites(
     excluded = _named(config.exclude, model, modules, owned, placement, discovery)
     wanted = _named(config.targets, model, modules, owned, placement, discovery)
     sites = [*_projection_sites(wanted, excluded, modules, placement, discovery)]
-    sites += _parameter_sites(wanted, excluded, modules, owned)
+    sites += _parameter_sites(wanted, excluded, modules, owned, discovery)
     if not sites:
         raise TargetError(
             f"everything that targets={list(config.targets)} name is excluded by exclude={list(config.exclude)}"
@@ -124,7 +125,11 @@ def _named(
             raise TargetError(_nothing(target, model, modules, owned, placement))
         part = str(target)[-1] if is_role(target) and str(target)[-2:] in (".q", ".k", ".v") else ""
         for path in of_modules:
-            wanted.add(first[id(modules[path])], modules[path], part)
+            inside = _read_inside(path, part, discovery.anatomy) if part and not projection_of(modules[path]) else ()
+            for name in inside:
+                wanted.parameters.setdefault(name, set()).add(part)
+            if not inside:
+                wanted.add(first[id(modules[path])], modules[path], part)
         for name in by_name if not of_modules else ():
             wanted.parameters.setdefault(name, set()).add("")
     return wanted
@@ -170,23 +175,15 @@ def _projection_sites(
             input_width=projection.in_features if placement.reads == "input" else width,
             axis=projection.channel_axis,
             layer=layer_of(path, modules),
-            parts=() if "" in parts else _slices(path, parts, projection, discovery),
+            parts=() if "" in parts else _chosen(fused_slices(discovery.anatomy, path), parts, projection.out_features),
         )
 
 
-def _slices(path: str, parts: set[str], projection: Projection, discovery: Discovery) -> Parts:
-    """The ranges of a fused projection's output that these parts are; () where it is no fused one."""
-    sublayers = (*discovery.anatomy.sublayers, *discovery.anatomy.others)
-    is_fused = any(sum(path in held for held in (s.query, s.key, s.value)) > 1 for s in sublayers)
-    if not is_fused:
-        return ()
-    raise TargetError(f"{path!r} is fused for query, key and value; target it as a whole, by its name")
-
-
-def _mha_parameters(module: nn.MultiheadAttention, part: str) -> list[str]:
-    """Its weights; of its query, key or value alone, the one that holds it."""
-    inner = [_MHA_FUSED] if module.in_proj_weight is not None else [f"{p}_proj_weight" for p in part or "qkv"]
-    return inner if part else [*inner, _MHA_OUT]
+def _chosen(slices: Parts, parts: set[str], width: int) -> Parts:
+    """Those of a fused projection's slices that these parts are; () where it is no fused one, or they are all of it."""
+    chosen = tuple((part, ranges) for part, ranges in slices if part in parts)
+    is_whole = len(chosen) == 1 and sum(stop - start for start, stop in chosen[0][1]) == width
+    return () if is_whole else chosen
 
 
 def _no_projection(path: str, module: nn.Module) -> str:
@@ -201,7 +198,7 @@ def _no_projection(path: str, module: nn.Module) -> str:
 
 
 def _parameter_sites(
-    wanted: _Wanted, excluded: _Wanted, modules: dict[str, nn.Module], owned: Mapping[str, str]
+    wanted: _Wanted, excluded: _Wanted, modules: dict[str, nn.Module], owned: Mapping[str, str], discovery: Discovery
 ) -> Iterator[SiteSpec]:
     """Sites at Parameters: the host is the innermost module around all that hold it that is called."""
     holders: dict[int, list[str]] = {}
@@ -225,14 +222,34 @@ def _parameter_sites(
             axis=0,
             layer=layer_of(owned[name], modules),
             parameters=tuple(n.removeprefix(f"{host}.") if host else n for n in names),
-            parts=_thirds(parts, parameter.shape[0] // 3) if name.endswith(_MHA_FUSED) and "" not in parts else (),
+            parts=() if "" in parts else _rows(name, owned[name], parts, parameter.shape[0], discovery.anatomy),
         )
 
 
-def _thirds(parts: set[str], size: int) -> Parts:
-    """The rows of a fused in-projection of nn.MultiheadAttention that are its query, key or value."""
-    starts = {part: "qkv".index(part) * size for part in sorted(parts, key="qkv".index)}
-    return tuple((part, ((start, start + size),)) for part, start in starts.items())
+def _rows(name: str, owner: str, parts: set[str], size: int, anatomy: Anatomy) -> Parts:
+    """The rows of a Parameter that a module projects with inside that are its query, key or value."""
+    for path in ancestors(owner):
+        weight = name.removeprefix(f"{path}.") if path else name
+        for fused in _fused_at(path, anatomy):
+            if fused.weight != weight:
+                continue
+            slices = fused_slices(anatomy, path, weight)
+            if slices and fused.axis != 0:
+                raise TargetError(
+                    f"the queries, keys and values of {name!r} are columns, not rows; target all of it: {name!r}"
+                )
+            return _chosen(slices, parts, size)
+    return ()
+
+
+def _read_inside(path: str, part: str, anatomy: Anatomy) -> list[str]:
+    """The Parameters that a module makes queries ("q"), keys or values with, without a layer of their own."""
+    fused = [f for f in _fused_at(path, anatomy) if f.weight and (f.problem or part in dict(f.slices))]
+    return list(dict.fromkeys(f"{path}.{f.weight}".lstrip(".") for f in fused))
+
+
+def _fused_at(path: str, anatomy: Anatomy) -> list[FusedProjection]:
+    return [fused for s in (*anatomy.sublayers, *anatomy.others) for fused in s.fused if fused.path == path]
 
 
 def _host_of(owners: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
