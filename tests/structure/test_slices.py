@@ -201,6 +201,23 @@ def test_channels_of_a_convolution_are_told_apart() -> None:
     assert [(fused.axis, fused.slices) for fused in first.fused] == [(-2, THIRDS)]
 
 
+def test_features_that_lie_otherwise_in_memory_are_told_apart() -> None:
+    class SequenceFirst(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    def split(qkv: Tensor) -> Any:
+        first = qkv.transpose(0, 1)
+        return nano_gpt(first.view(len(first), -1).view(first.shape).transpose(0, 1))
+
+    def attention() -> nn.Module:
+        fused = Fused(split)
+        fused.qkv = SequenceFirst(WIDTH, 3 * WIDTH)
+        return fused
+
+    assert found(model_with(attention), "blocks.0.attention.qkv") == THIRDS
+
+
 def test_separate_projections_have_no_slices() -> None:
     anatomy, _ = discover(randomised(Model(Pre)), IDS)
     assert all(sublayer.fused == () for sublayer in anatomy.sublayers)

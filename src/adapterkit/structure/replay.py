@@ -143,7 +143,8 @@ def _outside(tensor: Tensor, draw: torch.Generator) -> Tensor:
     shape = (*tensor.shape, 2) if tensor.is_complex() else tensor.shape
     drawn = torch.rand(shape, generator=draw, device="cpu") + 0.5
     drawn = torch.view_as_complex(drawn) if tensor.is_complex() else drawn
-    return drawn.to("cpu" if tensor.is_meta else tensor.device, tensor.dtype)
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
+    return torch.empty_like(tensor, device=device, requires_grad=False).copy_(drawn)  # laid out as it was, for views of it
 
 
 def _is_drawn(tensor: Tensor) -> bool:
