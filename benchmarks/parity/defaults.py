@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapterkit.config.bottleneck import DEFAULT_REDUCTION_FACTOR, BottleneckConfig
+from adapterkit.config.bottleneck import BottleneckConfig
 from adapterkit.methods.spellings import as_config
 
 from .peer import PRESETS, settings
@@ -30,4 +30,4 @@ def _ours(preset: str) -> dict[str, Any]:
     config = as_config(preset, {})
     if not isinstance(config, BottleneckConfig):
         raise TypeError(f"{preset!r} is no bottleneck preset")
-    return {**config.model_dump(), "reduction_factor": config.reduction_factor or DEFAULT_REDUCTION_FACTOR}
+    return {**config.model_dump(), "reduction_factor": config.reduction_factor or config.default_reduction_factor}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
+    from .config.compacter import CompacterConfig
     from .config.ia3 import IA3Config
     from .config.lora import LoRAConfig
     from .config.norm_tuning import NormTuningConfig
@@ -46,6 +47,7 @@ __all__ = [
     "BaseMismatchWarning",
     "BitFitConfig",
     "BottleneckConfig",
+    "CompacterConfig",
     "CompatibilityError",
     "ConfigError",
     "IA3Config",
@@ -69,6 +71,7 @@ _HOMES = {
     "BaseMismatchWarning": ".store.load",
     "BitFitConfig": ".config.bitfit",
     "BottleneckConfig": ".config.bottleneck",
+    "CompacterConfig": ".config.compacter",
     "IA3Config": ".config.ia3",
     "LoRAConfig": ".config.lora",
     "Metadata": ".store.manifest",

@@ -8,14 +8,48 @@ from ..modules.bottleneck import BottleneckInit
 from ..ops.activations import NonLinearity
 from .base import ActivationConfig, Probability, Size, check_map
 
-__all__ = ["BottleneckConfig"]
+__all__ = ["AnyBottleneckConfig", "BottleneckConfig"]
 
 Factor = Annotated[float, Field(gt=0)]
 
-DEFAULT_REDUCTION_FACTOR = 16.0
+
+class AnyBottleneckConfig(ActivationConfig):
+    """The settings of every method that is a bottleneck, whatever its projections are: see `BottleneckConfig`."""
+
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("reduction_factor", "bottleneck_size"),)
+    default_reduction_factor: ClassVar[float] = 16.0
+
+    reduction_factor: Factor | Annotated[dict[str, Factor], AfterValidator(check_map)] | None = None
+    bottleneck_size: Size | Annotated[dict[str, Size], AfterValidator(check_map)] | None = None
+    non_linearity: NonLinearity = "relu"
+    at: Literal["output", "input", "renormalised", "sum", "normalised"] = "output"
+    placement: Literal["sequential", "parallel"] = "sequential"
+    residual: str | None = None
+    layer_norm_before: bool = False
+    layer_norm_after: bool = False
+    residual_before_layer_norm: bool = False
+    scaling: float | Literal["learned", "channel"] = 1.0
+    batch_axis: int | None = None
+    gating: bool = False
+    dropout: Probability = 0.0
+    stochastic_depth: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "AnyBottleneckConfig":
+        if self.reduction_factor is not None and self.bottleneck_size is not None:
+            raise ValueError("give reduction_factor or bottleneck_size, not both")
+        if self.at != "output" and (self.placement == "parallel" or self.residual is not None):
+            raise ValueError(f"placement='parallel' and residual= need at='output'; found at={self.at!r}")
+        if self.input is not None and self.at == "output" and (self.placement == "sequential" or self.residual is not None):
+            raise ValueError("input= names what the adapter reads at its host's input; here it reads something else")
+        if self.output is not None and self.at != "output":
+            raise ValueError(f"output= names a tensor that the host returns; with at={self.at!r} none is adapted")
+        if self.residual_before_layer_norm and not self.layer_norm_after:
+            raise ValueError("residual_before_layer_norm needs layer_norm_after=True")
+        return self
 
 
-class BottleneckConfig(ActivationConfig):
+class BottleneckConfig(AnyBottleneckConfig):
     """A bottleneck at each target: project down, non-linearity, project up, add.
 
     With `x` the tensor at the site and `f` the bottleneck, the placements are
@@ -56,35 +90,5 @@ class BottleneckConfig(ActivationConfig):
     arXiv:2110.04366 (parallel).
     """
 
-    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("reduction_factor", "bottleneck_size"),)
-
     method: Literal["bottleneck"] = "bottleneck"
-    reduction_factor: Factor | Annotated[dict[str, Factor], AfterValidator(check_map)] | None = None
-    bottleneck_size: Size | Annotated[dict[str, Size], AfterValidator(check_map)] | None = None
-    non_linearity: NonLinearity = "relu"
-    at: Literal["output", "input", "renormalised", "sum", "normalised"] = "output"
-    placement: Literal["sequential", "parallel"] = "sequential"
-    residual: str | None = None
-    layer_norm_before: bool = False
-    layer_norm_after: bool = False
-    residual_before_layer_norm: bool = False
-    scaling: float | Literal["learned", "channel"] = 1.0
-    batch_axis: int | None = None
-    gating: bool = False
-    dropout: Probability = 0.0
-    stochastic_depth: Probability = 0.0
     init: BottleneckInit = "lora"
-
-    @model_validator(mode="after")
-    def _check(self) -> "BottleneckConfig":
-        if self.reduction_factor is not None and self.bottleneck_size is not None:
-            raise ValueError("give reduction_factor or bottleneck_size, not both")
-        if self.at != "output" and (self.placement == "parallel" or self.residual is not None):
-            raise ValueError(f"placement='parallel' and residual= need at='output'; found at={self.at!r}")
-        if self.input is not None and self.at == "output" and (self.placement == "sequential" or self.residual is not None):
-            raise ValueError("input= names what the adapter reads at its host's input; here it reads something else")
-        if self.output is not None and self.at != "output":
-            raise ValueError(f"output= names a tensor that the host returns; with at={self.at!r} none is adapted")
-        if self.residual_before_layer_norm and not self.layer_norm_after:
-            raise ValueError("residual_before_layer_norm needs layer_norm_after=True")
-        return self

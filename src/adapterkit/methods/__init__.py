@@ -18,6 +18,7 @@ from ..weights import projection_at
 from .base import Method, Sharing
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
+from .compacter import Compacter
 from .ia3 import IA3
 from .lora import LoRA
 from .norm_tuning import NormTuning
@@ -40,7 +41,7 @@ __all__ = [
     "setting_at",
 ]
 
-METHODS: tuple[Method[Any], ...] = (Bottleneck(), LoRA(), VeRA(), IA3(), BitFit(), NormTuning())
+METHODS: tuple[Method[Any], ...] = (Bottleneck(), Compacter(), LoRA(), VeRA(), IA3(), BitFit(), NormTuning())
 
 # Presets that are several presets at once.
 UNION_PRESETS: Mapping[str, tuple[str, ...]] = {}
