@@ -841,6 +841,7 @@ def test_reading_the_kind_of_a_weight_is_not_reading_it() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             w = self.layer.weight
+            self.layer.to(w.dtype)  # as routers do that compute in single precision
             x = x.to(w).to(w.dtype).to(device=w.device).type_as(w)
             return self.layer(x) + w.new_zeros(w.shape[0]) + torch.zeros_like(w)[:, 0]
 

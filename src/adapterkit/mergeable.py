@@ -63,6 +63,8 @@ def _not_plain(parameter: nn.Parameter, leaf: str) -> str | None:
     """Why a Parameter's values cannot be replaced by others, if so."""
     if parameter.is_meta:
         return f"its {leaf} is on the meta device: it has no values, or they are offloaded; load it first"
+    if not parameter.numel():
+        return f"its {leaf} is empty here (sharded, perhaps); gather it first"
     if type(parameter) is not nn.Parameter:
         return (
             f"its {leaf} is a {type(parameter).__name__} (packed, quantised or sharded), whose values are not plain numbers"

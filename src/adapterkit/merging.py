@@ -312,9 +312,10 @@ def _write(model: nn.Module, changes: Sequence[_Change]) -> None:
         for name, original in site.originals.items()
         if (parameter := parameter_at(host, name)) is not None and id(parameter) not in changing
     }
-    kept = {key: originals.get(key, change.parameter.detach()).clone() for key, change in changing.items()}
+    kept = {key: originals.get(key, _copy(change.parameter)) for key, change in changing.items()}
     writes = [(change.parameter, change.value) for change in changing.values()] + list(restored.values())
-    before = [(parameter, parameter.detach().clone()) for parameter, _ in writes]
+    # What is merged already would be there to compute anew, but not in the middle of an interrupt.
+    before = [(p, _copy(p) if id(p) in originals else kept[id(p)]) for p, _ in writes]
     try:
         for parameter, value in writes:
             _overwrite(parameter, value)
@@ -326,6 +327,11 @@ def _write(model: nn.Module, changes: Sequence[_Change]) -> None:
         site.originals.clear()
     for key, change in changing.items():
         change.site.originals[change.name] = Original(kept[key], digest(change.parameter))
+
+
+def _copy(parameter: nn.Parameter) -> Tensor:
+    """A tensor of its own, in memory, with the Parameter's values."""
+    return parameter.detach().clone()
 
 
 def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:

@@ -40,6 +40,8 @@ class _Reads(TorchFunctionMode):
         if isinstance(result, Tensor) and name not in _KIND_ONLY:
             for tensor in _tensors(values):
                 host = self._hosts.get(id(tensor))
+                if tensor is result:  # of a cast to the dtype that it has: who goes on to use it is seen then
+                    continue
                 if host is not None and not any(module is host for _, module in self._running):
                     self.found.setdefault(id(tensor), self._running[-1][0] if self._running else "")
         return result

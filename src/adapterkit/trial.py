@@ -64,8 +64,7 @@ def difference(
         host.eval()
         rest = {name: tensor.to(dtype) for name, tensor in _own_tensors(host) if tensor.is_floating_point()}
         before, after = ({**rest, **{n: t.to(dtype) for n, t in tensors.items()}} for tensors in (before, after))
-        z = _some_input(projection).to(before["weight"].device)
-        z = z.to(dtype) if z.is_floating_point() else z
+        z = _some_input(projection, before["weight"], after["weight"])
         try:
             plain, merged = (_run(host, tensors, (z,), {}) for tensors in (before, after))
             beside = _run_beside(host, site, held, before, z)
@@ -112,11 +111,14 @@ def _own_tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _some_input(projection: Projection) -> Tensor:
-    """Random input. Shape: (2, 3, in), (2, in, *spatial) or ids (2, 3)."""
+def _some_input(projection: Projection, before: Tensor, after: Tensor) -> Tensor:
+    """Input that shows a change of the weight. Shape: (2, 3, in), (2, in, *spatial) or ids (rows)."""
     if projection.kind == "embedding":
-        return torch.randint(projection.in_features, (2, 3))
-    if projection.kind != "conv":
-        return torch.randn(2, 3, projection.in_features)
-    steps = zip(projection.kernel, projection.dilation, projection.stride, strict=True)
-    return torch.randn(2, projection.in_features, *(step * (size - 1) + 1 + stride for size, step, stride in steps))
+        # The rows that change most: of an adapter that was trained on a few ids, no others change at all.
+        rows = (after - before).abs().amax(1)
+        return rows.topk(min(8, len(rows))).indices
+    shape: tuple[int, ...] = (2, 3, projection.in_features)
+    if projection.kind == "conv":
+        steps = zip(projection.kernel, projection.dilation, projection.stride, strict=True)
+        shape = (2, projection.in_features, *(step * (size - 1) + 1 + stride for size, step, stride in steps))
+    return torch.randn(shape, dtype=before.dtype, device=before.device)
