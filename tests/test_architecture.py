@@ -31,7 +31,8 @@ LAYERS = [
         "placement",
     },
     {"methods"},
-    {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"},
+    {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"}
+    | {"merging", "mergeable", "reads", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},
 ]

@@ -15,6 +15,7 @@ from .errors import AdapterNameError, CompatibilityError, ConfigError, TargetErr
 from .heads import copy_heads, find_heads
 from .hooks import InputHook, OutputHook, WeightEndHook, WeightHook, forget_compiled, set_hook, sync_site_hooks
 from .layers import check_maps
+from .merging import unmerge
 from .methods import method_of
 from .methods.base import Sharing
 from .names import check_name
@@ -156,9 +157,17 @@ def attach(model: nn.Module, name: str, config: Config, parts: Sequence[Part]) -
 
 
 def detach(model: nn.Module, name: str) -> None:
-    """Take an adapter out of the model, hooks and all, where no other adapter needs them."""
+    """Take an adapter out of the model, hooks and all, where no other adapter needs them; out of the weights, too.
+
+    Raises:
+        ActivationError: another thread is running the model with it.
+        CompatibilityError: it is merged, and the weights have changed since.
+    """
     record = shared_record(model)
     with ACTIVATION_LOCK:
+        if name in record.merged:
+            record.activation.check_forgettable(name)
+            unmerge(model, record, name)
         record.activation.forget(name)
         record.hosts.pop(name, None)
         for _, host, site in list(sites_of(model)):

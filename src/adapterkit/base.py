@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .patterns import SITE
+from .sites import originals_of
 
-__all__ = ["base_parameters", "base_tensors", "digest", "fingerprint"]
+__all__ = ["base_digests", "base_parameters", "base_tensors", "digest", "fingerprint"]
 
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 2**17  # words: small enough to stay in a processor's cache
@@ -43,7 +44,14 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(f"{head} {torch.stack(sums).tolist()}".encode()).hexdigest()
 
 
+def base_digests(model: nn.Module) -> dict[str, str]:
+    """The digest of each base tensor by name; of weights into which adapters are merged, that of the original."""
+    originals = originals_of(model)
+    return {name: digest(originals.get(id(tensor), tensor)) for name, tensor in base_tensors(model)}
+
+
 def fingerprint(model: nn.Module) -> str:
-    """A digest of all base parameters: which weights these are, whatever the model is called."""
-    lines = (f"{name} {digest(p)}" for name, p in base_parameters(model))
+    """A digest of all base parameters: which weights these are, whatever the model is called, merged or not."""
+    originals = originals_of(model)
+    lines = (f"{name} {digest(originals.get(id(p), p))}" for name, p in base_parameters(model))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

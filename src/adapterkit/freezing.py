@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .base import base_parameters, base_tensors, digest
+from .base import base_digests, base_parameters
+from .errors import ActivationError
 from .hooks import KitHook, forget_compiled, has_hook, remove_hooks, require_input_grad, set_hook
 from .patterns import ancestors, modules_by_path
 from .record import RECORD, Frozen, Record
 from .sites import open_parameters, sites_of
 
-__all__ = ["freeze", "set_training", "unfreeze"]
+__all__ = ["check_may_train", "freeze", "set_training", "unfreeze"]
 
 
 class FrozenNormHook(KitHook):
@@ -94,7 +95,7 @@ def freeze(model: nn.Module, record: Record) -> None:
     if record.frozen is None:
         record.frozen = Frozen(
             requires_grad={name: p.requires_grad for name, p in base_parameters(model)},
-            digests={name: digest(tensor) for name, tensor in base_tensors(model)},
+            digests=base_digests(model),
             own_mode={
                 path: module.training
                 for path, module in modules.items()
@@ -152,8 +153,21 @@ def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:
     return modules[path.rpartition(".")[0]].training if path else None
 
 
-def set_training(model: nn.Module, name: str, trains: bool) -> None:
-    """Open or close an adapter's parameters, its heads' too."""
+def check_may_train(record: Record, name: str) -> None:
+    """Raise ActivationError if the adapter is merged: its parameters do not run then."""
+    if name in record.merged:
+        raise ActivationError(
+            f"adapter {name!r} is merged into the weights, so that its parameters do not run and cannot train. Call "
+            f"kit.unmerge({name!r}) first"
+        )
+
+
+def set_training(model: nn.Module, record: Record, name: str, trains: bool) -> None:
+    """Open or close an adapter's parameters, its heads' too. Raises ActivationError if it is to train, yet merged."""
+    if trains:
+        check_may_train(record, name)
+    elif name in record.merged:
+        record.merged[name] = ()  # so that unmerging opens none of them
     for _, _, site in sites_of(model):
         for _, module in site.modules_of(name):
             open_parameters(module, trains)

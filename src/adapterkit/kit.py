@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from . import attach, freezing, plan, store
+from . import attach, freezing, merging, plan, store
 from .config.union import Config
 from .errors import ConfigError
 from .methods.spellings import as_config
@@ -78,7 +78,12 @@ class AdapterKit:
         attach.add(self.model, name, as_config(config, overrides), heads, self.example_inputs)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter; a host without any left is as it was before. Raises AdapterNameError."""
+        """Remove an adapter; a host without any left is as it was before. A merged one is unmerged first.
+
+        Raises:
+            AdapterNameError: no such adapter.
+            CompatibilityError: it is merged, and the weights have changed since; see `unmerge`.
+        """
         plan.check_known(self.model, name)
         attach.detach(self.model, name)
 
@@ -92,7 +97,8 @@ class AdapterKit:
         return attach.find_sites(self.model, as_config(config, overrides), self.example_inputs)
 
     def unwrap(self) -> nn.Module:
-        """Remove everything that adapterkit added or changed, and return the model."""
+        """Remove everything that adapterkit added or changed, and return the model. Raises as `remove` does."""
+        merging.unmerge_all(self.model, self._record())
         self.deactivate()
         freezing.unfreeze(self.model, self._record())
         for name in adapter_names(self.model):
@@ -107,12 +113,12 @@ class AdapterKit:
 
         Raises:
             AdapterNameError: no such adapter.
-            ActivationError: another thread is running the model with another adapter.
+            ActivationError: another thread is running the model with another adapter, or another adapter is merged.
         """
         plan.activate(self.model, self._record(), name)
 
     def deactivate(self) -> None:
-        """Run the base alone from now on."""
+        """Run the base alone from now on. Raises ActivationError while an adapter is merged."""
         plan.activate(self.model, self._record(), None)
 
     def active(self, name: str) -> AbstractContextManager[None]:
@@ -123,17 +129,44 @@ class AdapterKit:
         """`with kit.base():` runs the base alone within the block."""
         return plan.activated(self.model, self._record(), None)
 
+    def merge(self, name: str) -> None:
+        """Write the active adapter into the base's weights: the model computes what it did, without the adapter's cost.
+
+        Until `unmerge` what runs must contain it, and it cannot train; θ still means the weights without it.
+
+        Raises:
+            AdapterNameError: no such adapter.
+            ActivationError: it is not active, or only within a `with` block; or it is merged already.
+            CompatibilityError: its method, or a weight at its places, does not allow it; says which and why.
+        """
+        merging.merge(self.model, self._record(), name, self.example_inputs)
+
+    def unmerge(self, name: str, *, restore: bool = True) -> None:
+        """Take an adapter out of the weights again, to the bit; it stays active.
+
+        Args:
+            restore: Put the original weights back. If not, forget them, of all merged adapters, and leave the weights as
+                they are: for when others were loaded after merging.
+
+        Raises:
+            AdapterNameError: no such adapter.
+            ActivationError: it is not merged.
+            CompatibilityError: the weights have changed since they were merged; says which.
+        """
+        merging.unmerge(self.model, self._record(), name, restore=restore)
+
     # --- what trains --------------------------------------------------------------------------------------------------
 
     def train_adapter(self, name: str) -> None:
         """Freeze the base and all other adapters, open this one and its heads, and activate it.
 
-        Leaves train/eval mode alone. Raises AdapterNameError.
+        Leaves train/eval mode alone. Raises AdapterNameError; ActivationError if it, or another, is merged.
         """
-        self.activate(name)  # first: it alone can fail
+        freezing.check_may_train(self._record(), name)
+        self.activate(name)  # first: from here on nothing can fail
         freezing.freeze(self.model, self._record())
         for other in adapter_names(self.model):
-            freezing.set_training(self.model, other, other == name)
+            freezing.set_training(self.model, self._record(), other, other == name)
 
     def freeze(self, name: str | None = None) -> None:
         """Freeze the base, or the adapter of this name. Raises AdapterNameError."""
@@ -141,15 +174,18 @@ class AdapterKit:
             freezing.freeze(self.model, self._record())
         else:
             plan.check_known(self.model, name)
-            freezing.set_training(self.model, name, False)
+            freezing.set_training(self.model, self._record(), name, False)
 
     def unfreeze(self, name: str | None = None) -> None:
-        """Undo `freeze`: restore the base's flags as they were found, or open the adapter of this name."""
+        """Undo `freeze`: restore the base's flags as they were found, or open the adapter of this name.
+
+        Raises AdapterNameError; ActivationError if the adapter is merged.
+        """
         if name is None:
             freezing.unfreeze(self.model, self._record())
         else:
             plan.check_known(self.model, name)
-            freezing.set_training(self.model, name, True)
+            freezing.set_training(self.model, self._record(), name, True)
 
     def parameters(self, name: str, *, heads: bool = False) -> Iterator[nn.Parameter]:
         """The adapter's own parameters in a fixed order, frozen or not; with `heads`, those of its heads after them."""

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .errors import AdapterNameError
+from .errors import ActivationError, AdapterNameError
 from .record import ACTIVATION_LOCK, Record
 from .sites import Entry, Step, adapter_names, sites_of
 from .steps import AdaptWeight, AddDelta, AddProjected, Pass, UseHead
 
-__all__ = ["activate", "activated", "check_known"]
+__all__ = ["activate", "activated", "apply", "check_known", "step_of"]
 
 
 def activate(model: nn.Module, record: Record, name: str | None) -> None:
@@ -19,11 +19,12 @@ def activate(model: nn.Module, record: Record, name: str | None) -> None:
 
     Raises:
         AdapterNameError: no such adapter.
-        ActivationError: another thread is running the model with another adapter.
+        ActivationError: another thread is running the model with another adapter, or another one is merged.
     """
     if name is not None:
         check_known(model, name)
     with ACTIVATION_LOCK:
+        _check_merged(record, name)
         record.activation.switch(name)
         apply(model, record)
 
@@ -34,6 +35,7 @@ def activated(model: nn.Module, record: Record, name: str | None) -> Iterator[No
     if name is not None:
         check_known(model, name)
     with ACTIVATION_LOCK:
+        _check_merged(record, name)
         record.activation.enter(name)
         apply(model, record)
     try:
@@ -54,7 +56,10 @@ def apply(model: nn.Module, record: Record) -> None:
             for entry in entries:
                 if entry.handover is not None:
                     entry.handover.is_wanted = name == active
-        steps = [(_place(entry), _step(entry, active)) for entry in site.entries.get(active, ())] if active else []
+        entries = site.entries.get(active, ()) if active else ()
+        if active in record.merged:
+            entries = tuple(entry for entry in entries if entry.spec is None)  # heads are not in the weights
+        steps = [(_place(entry), step_of(entry, active)) for entry in entries] if active else []
         site.input_steps = tuple(step for place, step in steps if place == "input") or idle
         site.output_steps = tuple(step for place, step in steps if place == "output") or idle
         site.weight_steps = tuple(step for place, step in steps if place == "weight") or idle
@@ -69,12 +74,22 @@ def check_known(model: nn.Module, name: str) -> None:
         raise AdapterNameError(f"the model has no adapter {name!r}. {hint}")
 
 
+def _check_merged(record: Record, name: str | None) -> None:
+    """Raise ActivationError unless what is to be active contains all that is merged."""
+    others = [merged for merged in record.merged if merged != name]
+    if others:
+        raise ActivationError(
+            f"cannot run {'the base' if name is None else repr(name)} alone: {others[0]!r} is merged into the weights, and "
+            f"would run as well. Call kit.unmerge({others[0]!r}) first"
+        )
+
+
 def _place(entry: Entry) -> str:
     """Where at the host a module acts."""
     return entry.spec.at if entry.spec is not None else "output"
 
 
-def _step(entry: Entry, active: str) -> Step:
+def step_of(entry: Entry, active: str) -> Step:
     """What a module of the active adapter does."""
     spec = entry.spec
     if spec is None:

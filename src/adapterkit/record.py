@@ -59,8 +59,9 @@ class Activation:
         self._scopes: list[tuple[threading.Thread, str | None]] = []
         self._expected: WeakKeyDictionary[threading.Thread, str | None] = WeakKeyDictionary()
         self._crowded = False  # more than one thread has asked for an adapter
-        # (autograd's sequence number at the change, thread that changed it, adapter from then on)
-        self._history: deque[tuple[int, object, str | None]] = deque(maxlen=_HISTORY)
+        self._weights = 0  # how often adapters were merged into the weights, or taken out of them
+        # (autograd's sequence number at the change, thread that made it, adapter and count of weights from then on)
+        self._history: deque[tuple[int, object, tuple[str | None, int]]] = deque(maxlen=_HISTORY)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"active": self.active}  # a copy runs what the original ran at that moment, and is in no scope
@@ -88,14 +89,18 @@ class Activation:
         Raises:
             ActivationError: another thread is inside a scope with it.
         """
-        if any(held == name for _, held in self._scopes):
-            self._refuse_under_others(None)
+        self.check_forgettable(name)
         self._scopes = [(thread, None if held == name else held) for thread, held in self._scopes]
         self._default = None if self._default == name else self._default
         for thread, expected in list(self._expected.items()):
             self._expected[thread] = None if expected == name else expected
         if self.active == name:
             self._set(None, expected=None)
+
+    def check_forgettable(self, name: str) -> None:
+        """Raise ActivationError if another thread is inside a scope with this adapter."""
+        if any(held == name for _, held in self._scopes):
+            self._refuse_under_others(None)
 
     def enter(self, name: str | None) -> None:
         """Open a scope of this thread in which an adapter is active.
@@ -117,6 +122,14 @@ class Activation:
         mine = next((name for thread, name in reversed(self._scopes) if thread is me), self._default)
         self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
 
+    def stays(self, name: str) -> bool:
+        """Whether this adapter is active, and still will be when every scope that is open has ended."""
+        return all(held == name for held in (self.active, self._default, *(held for _, held in self._scopes)))
+
+    def change_weights(self) -> None:
+        """Say that the base's weights are others from now on, though the same adapter is active."""
+        self._change(self.active, self._weights + 1)
+
     @property
     def was_used(self) -> bool:
         """Whether an adapter has been active, so that running without one may be a mistake, too."""
@@ -137,7 +150,7 @@ class Activation:
             return True
         if getattr(_thread, "silences", 0):
             return False
-        _thread.ran = id(self), running
+        _thread.ran = id(self), (running, self._weights)
         if self._crowded:
             expected = self._expected.get(threading.current_thread(), self.active)
             if not expected == self.active == running:
@@ -159,10 +172,13 @@ class Activation:
         self._expected[threading.current_thread()] = expected
         self._crowded = len(self._expected) > 1
         if name != self.active:
-            if not self._history:
-                self._history.append((-1, _this_thread(), self.active))
-            self._history.append((_sequence_number(), _this_thread(), name))
-            self.active = name
+            self._change(name, self._weights)
+
+    def _change(self, name: str | None, weights: int) -> None:
+        if not self._history:
+            self._history.append((-1, _this_thread(), (self.active, self._weights)))
+        self._history.append((_sequence_number(), _this_thread(), (name, weights)))
+        self.active, self._weights = name, weights
 
     def _check_recomputation(self) -> None:
         """Compare with the adapter that was active when the forward being recomputed first ran.
@@ -176,13 +192,19 @@ class Activation:
             return
         me = _this_thread()
         started_by_python = not isinstance(threading.current_thread(), threading._DummyThread)
-        changes = [(n, name) for n, thread, name in self._history if thread is me or not started_by_python]
-        then = [name for number, name in changes if number <= node._sequence_nr()]
+        changes = [(n, state) for n, thread, state in self._history if thread is me or not started_by_python]
+        then = [state for number, state in changes if number <= node._sequence_nr()]
+        now = self.active, self._weights
         if not changes:  # only other threads have changed it: compare with what this one ran last
-            whose, ran = getattr(_thread, "ran", (id(self), self.active))
-            then = [ran if whose == id(self) else self.active]
-        if not then or then[-1] != self.active:
-            was = repr(then[-1]) if then else "another adapter"
+            whose, ran = getattr(_thread, "ran", (id(self), now))
+            then = [ran if whose == id(self) else now]
+        if then and then[-1][0] == self.active and then[-1] != now:
+            raise ActivationError(
+                "an adapter was merged or unmerged between forward and backward: a checkpointed forward would be "
+                "recomputed with other weights. Call backward first."
+            )
+        if not then or then[-1] != now:
+            was = repr(then[-1][0]) if then else "another adapter"
             raise ActivationError(
                 f"the active adapter changed between forward and backward: a checkpointed forward ran with {was}, its "
                 f"recomputation would run with {self.active!r}. Call backward before you activate another adapter."
@@ -271,6 +293,8 @@ class Record:
         omit_adapters: `state_dict()` leaves adapters out.
         last_hook_id: The highest id among hooks registered here.
         hosts: Where each adapter was attached.
+        merged: The adapters that are merged into the weights, in order, each with the flags `requires_grad` that its
+            parameters had before; the original weights lie in the sites.
     """
 
     def __init__(self) -> None:
@@ -279,6 +303,7 @@ class Record:
         self.omit_adapters = False
         self.last_hook_id = -1
         self.hosts: dict[str, tuple[str, ...]] = {}
+        self.merged: dict[str, tuple[bool, ...]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, omit_adapters=False)

@@ -23,12 +23,15 @@ from .values import Path
 __all__ = [
     "AdapterSite",
     "Entry",
+    "Original",
     "SiteSpec",
     "Step",
     "adapter_names",
     "located",
     "named_parameters",
     "open_parameters",
+    "originals_of",
+    "parameter_at",
     "record_of",
     "site_key",
     "sites_of",
@@ -99,6 +102,19 @@ class Entry:
     handover: Handover | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True)
+class Original:
+    """What a Parameter was before adapters were merged into it.
+
+    Attributes:
+        value: A copy of it.
+        merged: The digest of what merging made of it.
+    """
+
+    value: Tensor
+    merged: str
+
+
 class Step:
     """One thing that a hook does to the tensors of a call. Immutable; finds its module through the site.
 
@@ -130,6 +146,8 @@ class AdapterSite(nn.Module):
         self.output_steps: tuple[Step, ...] = ()
         self.input_steps: tuple[Step, ...] = ()
         self.weight_steps: tuple[Step, ...] = ()
+        # Of the Parameters into which adapters are merged, by their names from the host on.
+        self.originals: dict[str, Original] = {}
         self.host_path = host_path
         self.register_load_state_dict_post_hook(_forgive_absent_adapters)  # type: ignore[no-untyped-call]  # torch's
 
@@ -167,6 +185,12 @@ class AdapterSite(nn.Module):
         """As of any module, but nothing inside `kit.base_checkpoint()`."""
         if self.record.omit_adapters:
             return kwargs.get("destination", {})
+        if self.originals:
+            warnings.warn(
+                f"state_dict holds weights with {list(self.record.merged)} merged into them, and the adapters as well: in "
+                "another model they would act twice. Take it inside `with kit.base_checkpoint():`, or unmerge first.",
+                stacklevel=2,
+            )
         _warn_if_saved_as_base()
         return super().state_dict(*args, **kwargs)
 
@@ -191,7 +215,7 @@ class AdapterSite(nn.Module):
 
 
 _RESERVED = frozenset(dir(AdapterSite)) | {
-    "record", "entries", "output_steps", "input_steps", "weight_steps", "host_path", "training",
+    "record", "entries", "output_steps", "input_steps", "weight_steps", "originals", "host_path", "training",
 }  # fmt: skip
 
 
@@ -279,6 +303,27 @@ def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tu
             for entry, module in site.modules_of(name):
                 if (entry.spec is None) == is_head:
                     yield from module.named_parameters(prefix=f"{path}.{SITE}.{entry.key}".lstrip("."))
+
+
+def parameter_at(host: nn.Module, name: str) -> nn.Parameter | None:
+    """A Parameter by its name from the host on; None if there is none (any more)."""
+    way, _, leaf = name.rpartition(".")
+    owner: Any = host
+    for part in way.split(".") if way else ():
+        owner = owner._modules.get(part)
+        if owner is None:
+            return None
+    parameters: Mapping[str, nn.Parameter | None] = owner._parameters
+    return parameters[leaf] if leaf in parameters else None  # noqa: SIM401  # TorchScript's has no get
+
+
+def originals_of(model: nn.Module) -> dict[int, Tensor]:
+    """What the Parameters were into which adapters are merged, by the `id` of the Parameter."""
+    return {
+        id(parameter_at(host, name)): original.value
+        for _, host, site in sites_of(model)
+        for name, original in site.originals.items()
+    }
 
 
 def specs_of(model: nn.Module, name: str) -> Iterator[tuple[str, SiteSpec]]:

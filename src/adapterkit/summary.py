@@ -25,6 +25,7 @@ class AdapterRow:
     percent: float
     is_active: bool
     is_training: bool
+    is_merged: bool
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Summary:
     adapters: tuple[AdapterRow, ...]
 
     def __str__(self) -> str:
-        head = ("adapter", "method", "sites", "parameters", "head", "bytes", "% of base", "active", "training")
+        head = ("adapter", "method", "sites", "parameters", "head", "bytes", "% of base", "active", "training", "merged")
         rows = [tuple(_text(value) for value in astuple(row)) for row in self.adapters]
-        base = ("(base)", "", "", _text(self.base_parameters), "", _text(self.base_bytes), "100.00", "", "")
+        base = ("(base)", "", "", _text(self.base_parameters), "", _text(self.base_bytes), "100.00", "", "", "")
         return table([head, *rows, base])
 
 
@@ -62,6 +63,7 @@ def summarise(model: nn.Module, record: Record) -> Summary:
                 percent=100 * sum(p.numel() for p in own) / max(1, total),
                 is_active=record.activation.active == name,
                 is_training=any(p.requires_grad for p in own),
+                is_merged=name in record.merged,
             )
         )
     return Summary(total, sum(p.numel() * p.element_size() for p in base), tuple(rows))

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .attach import find_sites, needs_structure
-from .base import base_parameters, base_tensors, digest
+from .base import base_digests, base_parameters
 from .errors import AdapterKitError, CompatibilityError, TargetError
 from .hooks import InputHook, OutputHook, WeightHook, has_hook
+from .merging import changed_since_merging
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
 from .record import RECORD, Record, silenced
@@ -90,6 +91,9 @@ def verify(
     moved = moved_tensors(model, record)
     if moved:
         problems.append(f"the base moved since it was frozen: {', '.join(moved)}")
+    changed = changed_since_merging(model)
+    if changed:
+        problems.append(f"weights changed since {list(record.merged)} were merged into them: {', '.join(changed)}")
     if record.frozen is not None:
         problems += [f"{name!r} is frozen, yet requires grad" for name, p in base_parameters(model) if p.requires_grad]
     if optimizer is not None:
@@ -98,11 +102,13 @@ def verify(
 
 
 def moved_tensors(model: nn.Module, record: Record) -> list[str] | None:
-    """The names of base tensors that differ from when they were frozen, or are gone; None if the base is not frozen."""
+    """The names of base tensors that differ from when they were frozen, or are gone; None if the base is not frozen.
+
+    Of weights into which adapters are merged, the originals are compared.
+    """
     if record.frozen is None:
         return None
-    now = {name: digest(tensor) for name, tensor in base_tensors(model)}
-    then = record.frozen.digests
+    now, then = base_digests(model), record.frozen.digests
     return [name for name in then | now if now.get(name) != then.get(name)]
 
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.base import AdapterConfig
 from ..sites import SiteSpec
 from ..spots import Placement
 
-__all__ = ["Method", "Sharing"]
+__all__ = ["Adapting", "Mergeable", "Method", "Sharing"]
 
 C = TypeVar("C", bound=AdapterConfig)
 
@@ -41,9 +41,43 @@ class Method(Protocol[C]):
             module(z, x, host) -> delta        z what the host takes, x and delta what it returns; for `level="projection"`
             module.adapted(weight) -> weight   the host's Parameter with its change; for sites with `parameters`
 
-        and, where the host's weights can take its change for good, `merged(tensors) -> tensors`: of the host's tensors by
-        name (`site.parameters`, else "weight" and "bias") those that change.
+        and, where the host's weights can take its change for good, `Mergeable.merged`; `adapted` alone is enough for that.
         """
+        ...
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """A module whose change the host's weights can take for good."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the module computes in."""
+        ...
+
+    def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the host's tensors those that change, so that it returns in eval mode what it does with the module.
+
+        Args:
+            tensors: In `compute_dtype`. At a Parameter that alone, as "weight"; else "weight" and "bias", if it has one.
+
+        Raises:
+            CompatibilityError: there are no such tensors; says why.
+        """
+        ...
+
+
+@runtime_checkable
+class Adapting(Protocol):
+    """A module at a Parameter."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the module computes in."""
+        ...
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """The Parameter with its change. Shape: as the Parameter."""
         ...
 
 
