@@ -371,3 +371,34 @@ def test_a_slice_of_a_fused_projection_is_adapted_alone() -> None:
     expected = torch.func.functional_call(model, weight, (ids,))[0]
     kit.activate("a")
     torch.testing.assert_close(model(ids)[0], expected)
+
+
+class Scaled(nn.Embedding):
+    """An embedding that scales what it looks up, as Gemma's and BART's do."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 4.0
+
+
+class Plain(nn.Linear):
+    """A linear layer that spells out what it does, as Falcon's does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_dora_is_refused_where_the_output_is_not_the_product_with_the_weight() -> None:
+    model = nn.Sequential(Scaled(7, 4), Plain(4, 4))
+    kit = ak.wrap(model)
+    with pytest.raises(ak.TargetError, match=r"'0' \(Scaled\) has a forward of its own .* use LoRA there"):
+        kit.add("a", "dora", targets=["0"])
+    kit.add("a", "dora", targets=["1"])
+    kit.add("b", "lora", targets=["0"])
+
+
+def test_dora_comes_first_among_the_members_of_a_union_at_one_host() -> None:
+    kit = ak.wrap(nn.Linear(4, 4))
+    lora, dora = ak.LoRAConfig(targets=[""]), ak.LoRAConfig(targets=[""], use_dora=True)
+    with pytest.raises(ak.TargetError, match=r"members 0 and 1 of a union, and the latter \(DoRA\) must come first"):
+        kit.add("a", ak.Union(lora, dora))
+    kit.add("a", ak.Union(dora, lora))

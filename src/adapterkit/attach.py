@@ -104,11 +104,26 @@ def build_parts(
             if member.seed is not None:
                 torch.manual_seed(member.seed)
             parts += _build(model, member, [site for site in sites if site.member == index])
+    _check_order(parts)
     if not meta:
         for part in parts:
             part.module.to(device_near(model, part.path))
     copies = copy_heads([model.get_submodule(path) for path in heads])
     return parts + [Part(path, head, None) for path, head in zip(heads, copies, strict=True)]
+
+
+def _check_order(parts: Sequence[Part]) -> None:
+    """Raise TargetError where a module that needs what the host itself returned would get it from another module."""
+    hosts: dict[str, SiteSpec] = {}
+    for part in parts:
+        if part.spec is None or part.spec.at != "output":
+            continue
+        before = hosts.setdefault(part.path, part.spec)
+        if before is not part.spec and getattr(part.module, "reads_bare_output", False):
+            raise TargetError(
+                f"{part.path!r} is adapted by members {before.member} and {part.spec.member} of a union, and the latter "
+                f"({type(part.module).__name__}) must come first there; change their order"
+            )
 
 
 def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -> list[Part]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .ops.projections import Projection, projection_of
+from .ops.projections import Projection, projection_of, random_input
 from .patterns import SITE
 from .plan import step_of
 from .record import silenced
@@ -117,8 +117,4 @@ def _some_input(projection: Projection, before: Tensor, after: Tensor) -> Tensor
         # The rows that change most: of an adapter that was trained on a few ids, no others change at all.
         rows = (after - before).abs().amax(1)
         return rows.topk(min(8, len(rows))).indices
-    shape: tuple[int, ...] = (2, 3, projection.in_features)
-    if projection.kind == "conv":
-        steps = zip(projection.kernel, projection.dilation, projection.stride, strict=True)
-        shape = (2, projection.in_features, *(step * (size - 1) + 1 + stride for size, step, stride in steps))
-    return torch.randn(shape, dtype=before.dtype, device=before.device)
+    return random_input(projection, before)

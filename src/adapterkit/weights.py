@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .config.base import AdapterConfig, Predicate
 from .errors import TargetError
 from .hosts import host_type
 from .layers import check_layers, in_layers, layer_of
 from .ops.parts import Parts
-from .ops.projections import Projection, parameter_projection, projection_of
+from .ops.projections import Projection, parameter_projection, project, projection_of, random_input
 from .patterns import ancestors, is_role, matching, nothing_matches
 from .sites import SiteSpec
 from .spots import Placement
@@ -22,7 +24,7 @@ from .structure.roles import role_paths
 from .structure.slices import fused_slices
 from .structure.trace import ExampleInputs, observe, runs_around
 
-__all__ = ["projection_at", "weight_sites"]
+__all__ = ["check_multiplies", "projection_at", "weight_sites"]
 
 # Modules that hold others' Parameters and are not called themselves.
 _NEVER_CALLED = (
@@ -99,6 +101,21 @@ def projection_at(site: SiteSpec, host: nn.Module) -> Projection:
             "or more axes. Bias-like Parameters are trained by 'bitfit', those of norms by 'norm_tuning'"
         )
     return parameter_projection(shape)
+
+
+@torch.no_grad()
+def check_multiplies(site: SiteSpec, host: nn.Module, projection: Projection) -> None:
+    """Raise TargetError if a host with a forward of its own does more than multiply by its weight and add its bias."""
+    if not projection.has_own_forward or site.parameters:
+        return
+    module: Any = host
+    z = random_input(projection, module.weight)
+    found, expected = module.forward(z), project(projection, z, module.weight, getattr(module, "bias", None))
+    if not isinstance(found, Tensor) or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise TargetError(
+            f"{site.path!r} ({type(host).__name__}) has a forward of its own that does more than multiply by its weight "
+            "(it scales, say), so that the change of its weight's length cannot be told from its output; use LoRA there"
+        )
 
 
 def _named(

@@ -13,7 +13,7 @@ from ..modules.dora import DoRA, magnitude_of
 from ..modules.lora import LoRA as LoRAModule
 from ..sites import SiteSpec
 from ..spots import Placement
-from ..weights import projection_at
+from ..weights import check_multiplies, projection_at
 
 __all__ = ["LoRA"]
 
@@ -40,6 +40,7 @@ class LoRA:
             "dtype": dtype,
         }
         if config.use_dora:
+            check_multiplies(site, host, projection)
             weight = host.get_parameter(site.parameters[0]) if site.parameters else host.weight
             magnitude = magnitude_of(projection, weight.detach().to(dtype), parts=site.parts)  # type: ignore[operator]  # a Tensor
             return DoRA(projection, rank, magnitude=magnitude, **both)

@@ -47,6 +47,8 @@ class DoRA(nn.Module):
     Reference: Liu et al. 2024, arXiv:2402.09353.
     """
 
+    reads_bare_output = True  # for attaching: nothing of the same adapter may come before it at its host
+
     def __init__(
         self,
         projection: Projection,

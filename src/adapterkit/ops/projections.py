@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -148,6 +149,21 @@ def project(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | No
     if projection.kind == "embedding":
         return F.embedding(z, weight)
     return F.linear(z, weight if projection.out_axis in (0, -2) else weight.t(), bias)
+
+
+def random_input(projection: Projection, like: Tensor) -> Tensor:
+    """Some input of the host, the same each time, without drawing from torch's generator.
+
+    Shape: (2, 3, in), (2, in, *spatial) or ids (6,).
+    """
+    draw = torch.Generator().manual_seed(0)
+    if projection.kind == "embedding":
+        return torch.randint(0, projection.in_features, (6,), generator=draw).to(like.device)
+    shape: tuple[int, ...] = (2, 3, projection.in_features)
+    if projection.kind == "conv":
+        steps = zip(projection.kernel, projection.dilation, projection.stride, strict=True)
+        shape = (2, projection.in_features, *(step * (size - 1) + 1 + stride for size, step, stride in steps))
+    return torch.randn(shape, generator=draw).to(like)
 
 
 def convolve(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
