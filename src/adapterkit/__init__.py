@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .config.bottleneck import BottleneckConfig
     from .config.compacter import CompacterConfig
     from .config.ia3 import IA3Config
+    from .config.invertible import InvertibleConfig
     from .config.lora import LoRAConfig
     from .config.norm_tuning import NormTuningConfig
     from .config.union import Union
@@ -51,6 +52,7 @@ __all__ = [
     "CompatibilityError",
     "ConfigError",
     "IA3Config",
+    "InvertibleConfig",
     "LoRAConfig",
     "Metadata",
     "MissingExtraError",
@@ -73,6 +75,7 @@ _HOMES = {
     "BottleneckConfig": ".config.bottleneck",
     "CompacterConfig": ".config.compacter",
     "IA3Config": ".config.ia3",
+    "InvertibleConfig": ".config.invertible",
     "LoRAConfig": ".config.lora",
     "Metadata": ".store.manifest",
     "NormTuningConfig": ".config.norm_tuning",

@@ -20,6 +20,7 @@ from .bitfit import BitFit
 from .bottleneck import Bottleneck
 from .compacter import Compacter
 from .ia3 import IA3
+from .invertible import Invertible
 from .lora import LoRA
 from .norm_tuning import NormTuning
 from .vera import VeRA
@@ -41,10 +42,11 @@ __all__ = [
     "setting_at",
 ]
 
-METHODS: tuple[Method[Any], ...] = (Bottleneck(), Compacter(), LoRA(), VeRA(), IA3(), BitFit(), NormTuning())
+METHODS: tuple[Method[Any], ...] = (Bottleneck(), Compacter(), Invertible(), LoRA(), VeRA(), IA3(), BitFit(), NormTuning())
 
 # Presets that are several presets at once.
-UNION_PRESETS: Mapping[str, tuple[str, ...]] = {}
+_MADX = ("invertible", "pfeiffer")  # Pfeiffer et al. 2020, arXiv:2005.00052
+UNION_PRESETS: Mapping[str, tuple[str, ...]] = {"madx": _MADX, "seq_bn_inv": _MADX}
 
 _GROUP = "adapterkit.methods"
 
