@@ -36,7 +36,7 @@ class SharedFactors(nn.Module):
         init: As of `CompacterAdapter`.
         dtype: What the parameters are.
 
-    Reference: Mahabadi et al. 2021, arXiv:2106.04647, section 4.
+    Reference: Mahabadi et al. 2021, arXiv:2106.04647.
     """
 
     def __init__(

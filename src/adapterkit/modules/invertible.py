@@ -44,8 +44,8 @@ class Coupling(nn.Module):
     Raises:
         ConfigError: width is below 2: there are no halves.
 
-    Reference: Pfeiffer et al. 2020, arXiv:2005.00052, section 4.1 (MAD-X); NICE: Dinh et al. 2015, arXiv:1410.8516; GLOW:
-    Kingma and Dhariwal 2018, arXiv:1807.03039, whose scale is sigmoid(s + 2).
+    Reference: Pfeiffer et al. 2020, arXiv:2005.00052, section 4 (MAD-X); NICE: Dinh et al. 2015, arXiv:1410.8516; GLOW:
+    Kingma and Dhariwal 2018, arXiv:1807.03039, whose scale is exp(s), without bounds.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class InvertibleAdapter(nn.Module):
     Shape:
         z, x and the result: (..., width)
 
-    Reference: Pfeiffer et al. 2020, arXiv:2005.00052, section 4.1.
+    Reference: Pfeiffer et al. 2020, arXiv:2005.00052, section 4.
     """
 
     shared: Coupling
