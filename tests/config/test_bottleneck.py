@@ -33,7 +33,6 @@ def test_a_map_by_layer_is_equal_whatever_its_order() -> None:
         ({"targets": ["x"], "reduction_factor": -3.5}, "found '-3.5'"),
         ({"targets": ["x"], "bottleneck_size": 0}, "bottleneck_size.*found '0'"),
         ({"targets": ["x"], "bottleneck_size": {"1": 3}}, "needs a 'default'"),
-        ({"targets": ["x"], "bottleneck_size": {"default": 3, "first": 2}}, "layer indices"),
         ({"targets": ["x"], "bottleneck_size": 3, "reduction_factor": 2}, "not both"),
         ({"targets": ["x"], "non_linearity": "rellu"}, "non_linearity.*found 'rellu'"),
         ({"targets": ["x"], "dropout": 1.0}, "dropout.*found '1.0'"),
