@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 from adapterkit.hooks import KitHook
+from adapterkit.sites import originals_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from .modules.hosts import Conv1D
@@ -380,14 +381,16 @@ def test_heads_are_no_weights_and_go_on_running(ids: Tensor) -> None:
     assert torch.equal(kit.model.classifier.weight, own)
 
 
-def test_a_compiled_model_notices(kit: ak.AdapterKit, ids: Tensor) -> None:
-    compiled = torch.compile(kit.model, backend="eager")
+def test_a_compiled_model_notices(kit: ak.AdapterKit, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, resets, reset = torch.compile(kit.model, backend="eager"), [], torch._dynamo.reset
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: (resets.append(1), reset()))
     expected = kit.model(ids)
     close(compiled(ids), expected)
     kit.merge("a")
     close(compiled(ids), expected)
     kit.unmerge("a")
     close(compiled(ids), expected)
+    assert len(resets) == 2, "weights may be folded into a graph"
 
 
 # --- what trains --------------------------------------------------------------------------------------------------------
@@ -595,6 +598,15 @@ def test_an_adapter_acts_on_the_weights_that_were_loaded(kit: ak.AdapterKit, ids
     kit.merge("a")
 
 
+def test_a_second_merge_does_not_build_on_weights_that_changed(kit: ak.AdapterKit, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit.merge("a")
+    monkeypatch.setattr(kit._record().activation, "stays", lambda name: True)  # as a composition of both will
+    with torch.no_grad():
+        kit.model.blocks[0].up.weight.add_(1)
+    with pytest.raises(ak.CompatibilityError, match=r"'blocks.0.up.weight' changed since"):
+        kit.merge("b")
+
+
 def test_moving_a_merged_model_to_another_place_is_no_change(kit: ak.AdapterKit) -> None:
     before = weights(kit.model)
     kit.merge("a")
@@ -653,14 +665,15 @@ class StrangelyCalled(nn.Module):
 class ReadAround(nn.Module):
     """A language model whose output layer is its embedding, by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.read = read
         self.embedding, self.layer = nn.Embedding(11, 6), nn.Linear(6, 6)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.layer(self.embedding(ids).to(self.embedding.weight))
         assert x.dtype == self.embedding.weight.dtype
-        return x @ self.embedding.weight.T
+        return x @ self.read(self.embedding.weight)
 
 
 class MyTensor(Tensor):
@@ -783,6 +796,57 @@ def test_a_forward_that_was_put_on_the_instance_is_tried_too() -> None:
     kit.merge("a")
 
 
+def test_a_trial_looks_at_the_rows_of_a_vocabulary_that_change() -> None:
+    model = nn.Sequential(ScaledEmbedding(5000, 6))
+    kit = adapted(model, inputs=torch.randint(0, 11, (3, 5)), config=LAYER)
+    with torch.no_grad():
+        a = next(p for name, p in kit.named_parameters("a") if name.endswith("lora_A"))
+        a[:, torch.arange(5000) != 1234] = 0.0
+    with pytest.raises(ak.CompatibilityError, match="does more than multiply"):
+        kit.merge("a")
+
+
+def test_a_trial_is_without_dropout_and_leaves_the_mode_alone() -> None:
+    class Dropping(nn.Linear):
+        def forward(self, z: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(z, 0.5, self.training))
+
+    model = nn.Sequential(Dropping(6, 4))
+    kit = adapted(model, inputs=rows(), config=LAYER.override({"dropout": 0.5}))
+    model.train()
+    kit.merge("a")
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.usefixtures("scaling")
+def test_modules_at_one_host_that_depend_on_one_another_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that scales by what it reads of the host's own weight, not of the changed one."""
+    monkeypatch.setattr(Scaled, "forward", lambda self, z, x: x * self.l.mean() - x * 0.5)
+    monkeypatch.setattr(Scaled, "merged", lambda self, tensors: {"weight": tensors["weight"] * self.l.mean()})
+    kit = adapted(nn.Sequential(nn.Linear(6, 4)), inputs=rows(), config=ak.Union(LAYER, ScalingConfig(targets=["0"])))
+    with pytest.raises(ak.CompatibilityError, match="the modules at it depend on one another"):
+        kit.merge("a")
+
+
+def test_an_embedding_that_shortens_its_rows_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(11, 6))
+    kit = adapted(model, config=LAYER)
+    model[0].max_norm = 1.0
+    with pytest.raises(ak.CompatibilityError, match=r"max_norm=1.0 it changes its weight as it looks rows up"):
+        kit.merge("a")
+
+
+def test_weights_that_lie_side_by_side_in_one_memory_are_not_shared() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)), rows()
+    flat = torch.randn(72)
+    model[0].weight.data, model[1].weight.data = flat[:36].view(6, 6), flat[36:].view(6, 6)
+    kit = adapted(model, inputs=x, config=LAYER)
+    expected, other = model(x), flat[36:].clone()
+    kit.merge("a")
+    close(model(x), expected)
+    assert torch.equal(flat[36:], other)
+
+
 def test_a_small_delta_at_a_host_of_its_own_kind_is_not_drowned_in_rounding() -> None:
     for scale, merges in ((1.0, True), (1.01, False)):
         model = nn.Sequential(ScaledEmbedding(11, 6)).bfloat16()
@@ -818,9 +882,22 @@ def test_a_parameter_that_was_tied_after_it_was_adapted_is_refused() -> None:
         kit.merge("a")
 
 
-def test_a_weight_that_the_model_also_reads_around_its_module_is_refused() -> None:
+def test_a_bias_that_is_shared_matters_only_where_it_is_changed() -> None:
+    for bias in (False, True):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        model[1].bias = model[0].bias
+        kit = adapted(model, inputs=rows(), config=ak.LoRAConfig(targets=["0"], bias=bias))
+        if bias:
+            with pytest.raises(ak.CompatibilityError, match=r"its bias is shared with '1.bias'"):
+                kit.merge("a")
+        else:
+            kit.merge("a")
+
+
+@pytest.mark.parametrize("read", [lambda w: w.T, lambda w: torch.cat([w, w]).T, lambda w: w.data.T, lambda w: w.float().T])
+def test_a_weight_that_the_model_also_reads_around_its_module_is_refused(read: Callable[[Tensor], Tensor]) -> None:
     ids = torch.randint(0, 11, (3, 5))
-    model = ReadAround()
+    model = ReadAround(read)
     kit = adapted(model, inputs=ids, config=ak.LoRAConfig(targets=["embedding"]))
     before = weights(model)
     with pytest.raises(ak.CompatibilityError, match=r"'embedding': 'ReadAround' reads its weight as well, around it"):
@@ -871,14 +948,15 @@ def test_a_product_that_overflows_is_refused() -> None:
     kit = adapted(model, inputs=rows(), config=LAYER)
     for parameter in kit.parameters("a"):
         parameter.data.fill_(1e30)
-    with pytest.raises(ak.CompatibilityError, match="the merged weight would have values that are not finite"):
+    with pytest.raises(ak.CompatibilityError, match=r"in torch.float32 the merged weight would have values that are not"):
         kit.merge("a")
 
 
 def test_quantised_and_offloaded_weights_are_refused() -> None:
     for change, reason in (
-        (lambda w: nn.Parameter(w.to(torch.int8), requires_grad=False), "int8, so quantised"),
-        (lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False), "float8_e4m3fn, so quantised"),
+        (lambda w: nn.Parameter(w.to(torch.int32), requires_grad=False), r"int32 \(quantised"),
+        (lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False), r"float8_e4m3fn \(quantised"),
+        (lambda w: nn.Parameter(w.new_empty(0)), "is empty here"),
         (lambda w: nn.Parameter(w.to("meta")), "on the meta device"),
         (lambda w: nn.Parameter(w.to_sparse()), "not a dense tensor"),
     ):
@@ -926,6 +1004,7 @@ def test_in_inference_mode(kit: ak.AdapterKit, ids: Tensor) -> None:
     with torch.inference_mode():
         kit.merge("a")
         close(kit.model(ids), expected)
+    assert not any(original.is_inference() for original in originals_of(kit.model).values())
     twin = copy.deepcopy(kit.model)
     kit.unmerge("a")
     with torch.inference_mode():
@@ -1003,11 +1082,14 @@ def test_of_several_in_the_weights_any_can_be_taken_out(order: list[str], out: l
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)).double()
-    kit = adapted(model, "a", "b", "c", inputs=rows().double(), config=ak.LoRAConfig(targets=["0", "1"]))
-    before, record, deltas = weights(model), kit._record(), {}
-    for name in "abc":
-        b, a = (kit.state_dict(name)[f"0._adapterkit.{name}.lora_{x}"] for x in "BA")
-        deltas[name] = b @ a
+    for name, targets in {"a": ["0"], "b": ["1"], "c": ["0", "1"]}.items():
+        kit = adapted(model, name, inputs=rows().double(), config=ak.LoRAConfig(targets=targets))
+    before, record = weights(model), kit._record()
+
+    def delta(name: str, path: str) -> Tensor | float:
+        pair = [kit.state_dict(name).get(f"{path}._adapterkit.{name}.lora_{x}") for x in "BA"]
+        return 0.0 if pair[0] is None else pair[0] @ pair[1]
+
     for name in order:
         merging._write(model, merging._changes(model, [*record.merged, name]))
         record.merged[name] = ()
@@ -1015,6 +1097,8 @@ def test_of_several_in_the_weights_any_can_be_taken_out(order: list[str], out: l
         kit.unmerge(name)
     rest = [name for name in order if name not in out[:count]]
     assert list(record.merged) == rest
-    close(model[0].weight, before["0.weight"] + sum(deltas[name] for name in rest))
+    for path in "01":
+        close(model.get_submodule(path).weight, before[f"{path}.weight"] + sum(delta(name, path) for name in rest))
+    assert not any("changed since" in problem for problem in kit.verify().problems)
     kit.unwrap()
     assert same(weights(model), before)

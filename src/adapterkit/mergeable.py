@@ -70,7 +70,7 @@ def _not_plain(parameter: nn.Parameter, leaf: str) -> str | None:
             f"its {leaf} is a {type(parameter).__name__} (packed, quantised or sharded), whose values are not plain numbers"
         )
     if not parameter.is_floating_point() or parameter.element_size() == 1:
-        return f"its {leaf} is {parameter.dtype}, so quantised; load the model in a floating-point dtype to merge"
+        return f"its {leaf} is {parameter.dtype} (quantised, perhaps); load the model in float32, bfloat16 or float16 first"
     if parameter.layout != torch.strided or parameter.is_quantized:
         return f"its {leaf} is not a dense tensor (layout {parameter.layout})"
     if any(size > 1 and step == 0 for size, step in zip(parameter.shape, parameter.stride(), strict=True)):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +201,7 @@ class _HostWeights:
     def __init__(self, path: str, host: nn.Module, site: AdapterSite, ties: Ties, originals: Mapping[int, Tensor]) -> None:
         self._path, self._host, self._site, self._ties, self._originals = path, host, site, ties, originals
         self._wide: dict[str, Tensor] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
+        self._refused: dict[str, str] = {}
 
     def merged(self, held: Sequence[tuple[str, Entry, nn.Module]]) -> Iterator[_Change]:
         """Merge adapters' modules, in order, and return what changes."""
@@ -212,6 +213,8 @@ class _HostWeights:
                 before = {key: self._wide[name] for key, name in names.items()}
             given = {key: self._wide[own] for key, own in names.items()}
             for key, value in self._merge(name, entry, module, given).items():
+                if names[key] in self._refused:
+                    raise self._refusal(name, self._refused[names[key]])
                 self._wide[names[key]] = value
                 changed.add(names[key])
         entries = [entry for _, entry, _ in held]
@@ -223,20 +226,23 @@ class _HostWeights:
         return (self._change(held[0][0], name) for name in self._wide if name in changed)
 
     def _load(self, adapter: str, spec: SiteSpec, dtype: torch.dtype) -> dict[str, str]:
-        """Copy the tensors that a module changes, if they may be; their names by those that the module knows them by."""
+        """Copy the tensors that a module may change; their names by those that the module knows them by.
+
+        A weight is changed by all of them, so that one that must not be is an error here; a bias only if it is changed.
+        """
         names = {"weight": spec.parameters} if spec.parameters else {"weight": ("weight",)}
         if not spec.parameters and isinstance(getattr(self._host, "bias", None), Tensor):
             names["bias"] = ("bias",)
-        for all_names in names.values():
+        for key, all_names in names.items():
             name = all_names[0]
             reason = refusal(self._host, all_names, self._ties)
-            if reason is not None:
+            if reason is not None and key == "weight":
                 raise self._refusal(adapter, reason)
+            if reason is not None:
+                self._refused[name] = reason
             if name not in self._wide:
-                parameter = self._host.get_parameter(name)
-                self._parameters[name] = parameter
-                original = self._originals.get(id(parameter), parameter.detach())
-                self._wide[name] = original.to(parameter.device, dtype)
+                tensor: Tensor = attrgetter(name)(self._host)
+                self._wide[name] = self._originals.get(id(tensor), tensor.detach()).to(tensor.device, dtype)
         return {key: all_names[0] for key, all_names in names.items()}
 
     def _merge(self, adapter: str, entry: Entry, module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -258,12 +264,11 @@ class _HostWeights:
                 raise self._refusal(
                     adapter, f"its module returned {key!r} of shape {tuple(value.shape)}, for {list(given)}"
                 )
-        self._check_finite(adapter, "the merged weight would have", merged.values())
         return merged
 
     def _change(self, adapter: str, name: str) -> _Change:
         """The final value of one Parameter, in its own dtype."""
-        parameter = self._parameters[name]
+        parameter = self._host.get_parameter(name)
         value = self._wide[name].detach().to(parameter.dtype)
         self._check_finite(adapter, f"in {parameter.dtype} the merged {name} would have", [value])
         return _Change(self._site, self._host, self._path, name, parameter, value)
@@ -351,5 +356,5 @@ def _reopen(model: nn.Module, record: Record, names: Sequence[str]) -> None:
 def _settle(model: nn.Module, record: Record) -> None:
     """Have hooks run what is not in the weights."""
     record.activation.change_weights()
-    forget_compiled()
+    forget_compiled()  # a compiler may have folded the weights into its graph
     apply(model, record)

@@ -66,7 +66,7 @@ def reads_around(model: nn.Module, hosts: Mapping[int, nn.Module], inputs: Examp
             def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
                 running.pop()
 
-            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         reads = _Reads(hosts, running)
         forward(model, inputs, within=reads)
