@@ -28,11 +28,13 @@ LAYERS = [
         "hooks",
         "spots",
         "weights",
+        "reads",
+        "running",
         "placement",
     },
     {"methods"},
     {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"}
-    | {"merging", "mergeable", "reads", "trial"},
+    | {"merging", "mergeable", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from .layers import check_layers, in_layers, layer_of
 from .ops.parts import Parts
 from .ops.projections import Projection, parameter_projection, project, projection_of, random_input
 from .patterns import ancestors, is_role, matching, nothing_matches
+from .running import at_running_hosts
 from .sites import SiteSpec
 from .spots import Placement
 from .structure.anatomy import Anatomy, FusedProjection
 from .structure.discover import Discovery
 from .structure.roles import role_paths
 from .structure.slices import fused_slices
-from .structure.trace import ExampleInputs, observe, runs_around
+from .structure.trace import ExampleInputs
 
 __all__ = ["check_multiplies", "projection_at", "weight_sites"]
 
@@ -80,7 +81,7 @@ def weight_sites(
     check_layers((site.layer for site in sites), config.layers)
     kept = [site for site in sites if in_layers(site.layer, config.layers)]
     inputs = discovery.inputs if discovery.was_needed else example_inputs
-    return kept if inputs is None else _at_running_hosts(model, kept, inputs)
+    return kept if inputs is None else at_running_hosts(model, kept, config, inputs)
 
 
 def projection_at(site: SiteSpec, host: nn.Module) -> Projection:
@@ -273,32 +274,6 @@ def _host_of(owners: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
     """The innermost module around all owners of a Parameter that is called when they compute."""
     around = [path for path in ancestors(owners[0]) if all(path in ancestors(other) for other in owners)]
     return next((path for path in around if not isinstance(modules[path], _NEVER_CALLED)), "")
-
-
-def _at_running_hosts(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> list[SiteSpec]:
-    """The sites, those at Parameters with the innermost module around that runs for their host.
-
-    Raises:
-        TargetError: a projection never runs: it is skipped, or others read its weight.
-    """
-    calls = observe(model, inputs, dict.fromkeys(site.path for site in sites), lambda *_: None)
-    never = [path for path, seen in calls.items() if not seen]
-    around = runs_around(model, inputs, never) if never else {}
-    idle = [site.path for site in sites if site.path in never and site.at != "weight"]
-    if idle:
-        raise TargetError(
-            f"{idle} never ran on the example inputs: skipped, or their weights are read around them. If "
-            f"{around[idle[0]]!r} reads them, name the Parameters ({idle[0] + '.weight'!r}), which are adapted wherever "
-            "they are read; else exclude them"
-        )
-    return [_moved(site, around[site.path], model) if site.path in never else site for site in sites]
-
-
-def _moved(site: SiteSpec, host: str, model: nn.Module) -> SiteSpec:
-    """The site with a module further out for its host."""
-    below = site.path.removeprefix(host).lstrip(".")
-    names = tuple(f"{below}.{name}".lstrip(".") for name in site.parameters)
-    return replace(site, path=host, host=host_type(model.get_submodule(host)), parameters=names)
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
