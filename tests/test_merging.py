@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -546,6 +547,27 @@ def test_removing_unmerges_first(kit: ak.AdapterKit, ids: Tensor, way: str) -> N
         kit.unwrap()
     assert same(weights(kit.model), before)
     assert torch.equal(kit.model(ids), plain)
+
+
+def test_an_adapter_that_another_thread_runs_is_neither_removed_nor_unmerged(kit: ak.AdapterKit) -> None:
+    kit.merge("a")
+    running, done = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with kit.active("a"):
+            running.set()
+            done.wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    running.wait()
+    now = weights(kit.model)
+    with pytest.raises(ak.ActivationError, match="is running this model with 'a'"):
+        kit.remove("a")
+    done.set()
+    thread.join()
+    assert same(weights(kit.model), now)
+    assert kit.summary().adapters[0].is_merged
 
 
 def test_other_adapters_can_be_added_while_one_is_merged(kit: ak.AdapterKit, ids: Tensor) -> None:
