@@ -32,7 +32,7 @@ LAYERS = [
     },
     {"methods"},
     {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"}
-    | {"merging", "mergeable", "reads", "trial"},
+    | {"merging", "merged", "mergeable", "reads", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},
 ]
