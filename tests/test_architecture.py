@@ -34,7 +34,11 @@ LAYERS = [
     },
     {"methods"},
     {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"}
+<<<<<<< HEAD
     | {"merging", "mergeable", "trial"},
+=======
+    | {"merging", "merged", "mergeable", "reads", "trial"},
+>>>>>>> merging
     {"kit"},
     {"__init__", "cli", "__main__"},
 ]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 from adapterkit.hooks import KitHook
+from adapterkit.merged import merged_weights
 from adapterkit.sites import originals_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
@@ -1113,7 +1114,7 @@ def test_of_several_in_the_weights_any_can_be_taken_out(order: list[str], out: l
         return 0.0 if pair[0] is None else pair[0] @ pair[1]
 
     for name in order:
-        merging._write(model, merging._changes(model, [*record.merged, name]))
+        merging._write(model, merged_weights(model, [*record.merged, name]))
         record.merged[name] = ()
     for name in out[:count]:
         kit.unmerge(name)

@@ -244,6 +244,31 @@ def test_generation_with_a_cache_equals_generation_without(ids: Tensor, preset: 
     assert torch.equal(cached, uncached)
 
 
+@pytest.mark.parametrize("preset", ["lora", "dora", "vera", "ia3", "bitfit", "norm_tuning"])
+def test_merged_equals_unmerged_and_unmerging_restores_every_bit(model: nn.Module, ids: Tensor, preset: str) -> None:
+    kit = added(model, ids, preset, **({"alpha": 3.0} if preset in ("lora", "dora") else {}))
+    before = {name: p.clone() for name, p in model.named_parameters() if "_adapterkit" not in name}
+    randomise(kit, "a")
+    kit.activate("a")
+    expected = first(model(ids))
+    kit.merge("a")
+    torch.testing.assert_close(first(model(ids)), expected, atol=1e-5, rtol=1e-5)
+    kit.unmerge("a")
+    assert torch.equal(first(model(ids)), expected)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("preset", ["pfeiffer", "houlsby", "parallel", "compacter", "invertible", "madx"])
+def test_what_is_no_change_of_a_weight_is_not_merged(ids: Tensor, preset: str) -> None:
+    model = Tiny(PreNormBlock).eval()
+    kit = added(model, ids, preset)
+    kit.activate("a")
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ak.CompatibilityError, match="is no change of a weight; only methods that are can be merged"):
+        kit.merge("a")
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_unwrap_leaves_no_trace(model: nn.Module, ids: Tensor, preset: str) -> None:
     base, keys = first(model(ids)), list(model.state_dict())
