@@ -34,11 +34,7 @@ LAYERS = [
     },
     {"methods"},
     {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"}
-<<<<<<< HEAD
-    | {"merging", "mergeable", "trial"},
-=======
-    | {"merging", "merged", "mergeable", "reads", "trial"},
->>>>>>> merging
+    | {"merging", "merged", "mergeable", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},
 ]

@@ -72,6 +72,9 @@ class _HostWeights:
         changed: set[str] = set()
         before: dict[str, Tensor] | None = None
         for name, entry, module in held:
+            if not (isinstance(module, Mergeable) or (isinstance(module, Adapting) and _spec(entry).at == "weight")):
+                method = members(entry.config)[_spec(entry).member].method
+                raise self._refusal(name, f"{method!r} is no change of a weight; only methods that are can be merged")
             names = self._load(name, _spec(entry), _dtype_of(held, self._host))
             if before is None and _spec(entry).at != "weight":
                 before = {key: self._wide[name] for key, name in names.items()}
@@ -116,11 +119,8 @@ class _HostWeights:
         try:
             if isinstance(module, Mergeable):
                 merged = module.merged(given)
-            elif isinstance(module, Adapting) and _spec(entry).at == "weight":
+            elif isinstance(module, Adapting):
                 merged = {"weight": module.adapted(given["weight"])}
-            else:
-                method = members(entry.config)[_spec(entry).member].method
-                raise CompatibilityError(f"{method!r} is no change of a weight; only methods that are can be merged")
         except CompatibilityError as error:
             raise self._refusal(adapter, str(error)) from error
         for key, value in merged.items():
