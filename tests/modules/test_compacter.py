@@ -241,6 +241,16 @@ def test_it_compiles_as_one_graph(options: dict[str, Any], width: int) -> None:
     torch.testing.assert_close(torch.compile(both, fullgraph=True, backend="eager")(z), both(z))
 
 
+@pytest.mark.parametrize("options", KINDS)
+def test_a_site_may_be_of_another_device_and_dtype_than_what_is_shared(options: dict[str, Any]) -> None:
+    _, other = compacters(64, 64, phm_dim=4, **options)
+    shared = other.__dict__.pop("shared", None)
+    other.to("meta", torch.float16)
+    other.__dict__["shared"] = shared
+    delta = other(torch.empty(2, 64, device="meta", dtype=torch.float16), torch.empty(0))
+    assert (delta.device.type, delta.dtype) == ("meta", torch.float16)
+
+
 @pytest.mark.parametrize("wrong", [{"phm_dim": 0}, {"rank": 0}])
 def test_sizes_that_are_not_positive_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"found .*=0"):

@@ -190,6 +190,11 @@ def test_it_computes_in_bfloat16_and_under_autocast(block: Block) -> None:
         torch.testing.assert_close(single(z.float()).double(), exact, **tolerance)
 
 
+def test_a_place_may_lie_on_another_device_than_the_coupling() -> None:
+    _, back = pair(random_coupling(6, "glow", dtype=torch.float32))
+    assert back(torch.empty(3, 6, device="meta"), torch.empty(0)).device.type == "meta"
+
+
 def test_one_feature_has_no_halves() -> None:
     with pytest.raises(ConfigError, match="found a width of 1"):
         Coupling(1)
