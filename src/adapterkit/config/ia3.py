@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import model_validator
 
 from .base import AdapterConfig, Targets
 
@@ -14,7 +14,7 @@ class IA3Config(AdapterConfig):
 
     Args:
         targets: Projections whose output is scaled; the papers': the attention's key and value. Of a projection that is
-            fused for query, key and value, the role names a slice.
+            fused for query, key and value, the role names a slice. () for none.
         feedforward_targets: Projections whose input is scaled: the last of each feed-forward. () for none.
 
     Every other setting: see `AdapterConfig`.
@@ -23,5 +23,11 @@ class IA3Config(AdapterConfig):
     """
 
     method: Literal["ia3"] = "ia3"
-    targets: Targets = Field(default=("@attention.k", "@attention.v"), min_length=1)
+    targets: Targets = ("@attention.k", "@attention.v")
     feedforward_targets: Targets = ("@feedforward.last",)
+
+    @model_validator(mode="after")
+    def _check(self) -> "IA3Config":
+        if not self.targets and not self.feedforward_targets:
+            raise ValueError("targets=() and feedforward_targets=() leave nothing to scale; name some in either")
+        return self

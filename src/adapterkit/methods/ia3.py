@@ -27,7 +27,7 @@ class IA3:
         """On the output of targets, and on the input of feed-forward targets."""
         outputs = Placement(level="projection", tag="output")
         inputs = Placement(at="input", level="projection", targets=tuple(config.feedforward_targets), tag="input")
-        return (outputs, inputs) if config.feedforward_targets else (outputs,)
+        return (outputs,) * bool(config.targets) + (inputs,) * bool(config.feedforward_targets)
 
     def build(self, config: IA3Config, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> scaling.IA3:
         """A vector of the site's width, or of that of the parts."""
