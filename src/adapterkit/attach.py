@@ -243,7 +243,10 @@ def _member_with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig
             for path in ([target] if isinstance(target, str) else [f"re:{re.escape(p)}" for p in match(model, [target])])
         ]
 
-    return config.override({"targets": paths(config.targets), "exclude": paths(config.exclude)})
+    # A method may have lists of targets of its own.
+    named = {name: getattr(config, name) for name in type(config).model_fields}
+    lists = {name: value for name, value in named.items() if isinstance(value, tuple) and any(map(callable, value))}
+    return config.override({name: paths(value) for name, value in lists.items()})
 
 
 def parameter_near(model: nn.Module, path: str) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Where IA3 sits: outputs, inputs, or either alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,3 +41,20 @@ def test_outputs_can_be_scaled_alone() -> None:
 def test_nothing_to_scale_is_refused() -> None:
     with pytest.raises(ak.ConfigError, match=r"targets=\(\) and feedforward_targets=\(\) leave nothing to scale"):
         ak.IA3Config(targets=(), feedforward_targets=())
+
+
+def test_a_predicate_names_inputs_and_the_adapter_can_be_saved(tmp_path: Path) -> None:
+    """What a predicate found is saved as paths, in whichever list of targets it stands."""
+    model, x = host(), torch.randn(5, 4).double()
+    kit = ak.wrap(model)
+    kit.add("a", ak.IA3Config(targets=["0"], feedforward_targets=[lambda _module, path: path == "2"]))
+    kit.activate("a")
+    for factors in kit.parameters("a"):
+        factors.data.uniform_(0.5, 2)
+    expected = model(x)
+    kit.save("a", tmp_path / "a")
+    other = host()
+    other.load_state_dict(kit.unwrap().state_dict())
+    again = ak.wrap(other)
+    again.activate(again.load(tmp_path / "a"))
+    assert torch.equal(other(x), expected)
