@@ -168,6 +168,40 @@ def test_features_in_any_order_are_found(order: list[str]) -> None:
         assert all(stop < start for (_, stop), (start, _) in pairwise(ranges))
 
 
+class Rotary(Model):
+    """Rotary angles are a product of positions, given or counted, with frequencies that the model holds."""
+
+    def __init__(self) -> None:
+        super().__init__(Turning)
+        self.register_buffer("frequencies", torch.ones(1, HEAD // 2))
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        positions = torch.arange(ids.shape[1]) if positions is None else positions
+        angles = positions[:, None].float() @ self.frequencies
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x, angles)
+        return self.head(x)
+
+
+class Turning(Pre):
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        a, z = self.attention, self.norm1(x)
+        q, k = (
+            torch.cat([h[..., : HEAD // 2] * angles.cos(), h[..., HEAD // 2 :]], -1) for h in map(heads, (a.q(z), a.k(z)))
+        )
+        y = F.scaled_dot_product_attention(q, k, heads(a.v(z)))
+        x = x + a.o(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("inputs", [(IDS,), (IDS, torch.arange(5))])
+def test_the_angles_of_rotary_positions_are_no_queries(inputs: tuple[Tensor, ...]) -> None:
+    kit = ak.wrap(Rotary(), example_inputs=inputs)
+    paths = [site.path for site in kit.sites("lora", targets=["@attention.q", "@attention.k"])]
+    assert paths == [f"blocks.{i}.attention.{part}" for i in (0, 1) for part in "qk"]
+
+
 def test_features_of_none_are_left_out() -> None:
     def gated(qkvg: Tensor) -> Any:
         q, _gate, k, v = map(heads, qkvg.split(WIDTH, dim=-1))

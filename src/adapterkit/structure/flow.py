@@ -36,6 +36,7 @@ MATMULS = _ops(
     "mm addmm bmm baddbmm addbmm mv dot linear matmul einsum mkldnn_linear _grouped_mm "
     "convolution _convolution convolution_overrideable mkldnn_convolution"
 )
+LOOKUPS = _ops("embedding embedding_bag _embedding_bag index index_select gather")
 SOFTMAX = _ops("_softmax _safe_softmax softmax")
 WHOLE_NORMS = _ops("native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm")
 NORMS = WHOLE_NORMS | _ops(
@@ -92,6 +93,17 @@ class Flow:
         """The calls of modules that normalise and do nothing else."""
         with_norm = {id(call) for node in self.nodes if node.op in NORMS and node.call for call in [node.call]}
         return [call for call in self.calls if id(call) in with_norm and call.end is not None and _is_small(call)]
+
+    @cached_property
+    def features(self) -> int:
+        """The nodes made of features: of floating inputs and of what is looked up, not of positions that were cast."""
+        mask = 0
+        for node in self.nodes:
+            inputs = self.activations(node)
+            starts = node.op == "input" or (node.op in LOOKUPS and len(inputs) < len(node.inputs))
+            if node.is_floating and (starts or any(mask >> i & 1 for i in inputs)):
+                mask |= 1 << node.index
+        return mask
 
     def between(self, start: int, end: int) -> int:
         """The nodes on any way from `start` (not itself) to `end` (itself included)."""

@@ -70,7 +70,9 @@ def projected(flow: Flow, inside: int) -> Iterator[Projected]:
             if reader is not None:
                 operand = flow.nodes[reader[0]].inputs[reader[1]]
                 before = flow.ancestors[operand] | 1 << operand
-                for i in bits(flow.nearest(operand, flow.projections, before)):
+                found = flow.nearest(operand, flow.projections, before)
+                # The angles of rotary positions may be a product with frequencies, which are constant, as weights are.
+                for i in bits(found & flow.features or found):
                     yield Projected(part, i, operand, reader)
 
 
