@@ -1,6 +1,7 @@
 """Methods that change weights: which places targets name, and what a changed weight does there."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -421,3 +422,17 @@ def test_parts_that_do_not_run_on_the_inputs_are_adapted_where_they_are_if_every
         kit.add("a", "bitfit", targets=["vision.0.bias"])
     with pytest.raises(ak.TargetError, match=r"'vision.0' never ran on the example inputs"):
         kit.add("a", "lora", targets=["vision.0"])
+
+
+def test_shared_tensors_load_whatever_the_order_of_the_targets(tmp_path: Path) -> None:
+    """A config's sites are layers, then Parameters; those of a file are in the model's order."""
+    model, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval(), torch.randn(2, 3, 8)
+    kit = ak.wrap(model, x)
+    kit.add("a", "vera", targets=["linear2", "self_attn.in_proj_weight"], rank=4)
+    randomise(kit, "a")
+    kit.save("a", tmp_path)
+    kit.load(tmp_path, "b")
+    with kit.active("a"):
+        expected = model(x)
+    with kit.active("b"):
+        assert torch.equal(model(x), expected)

@@ -140,9 +140,13 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
                 f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
             )
         parts.append(Part(site.path, module, site))
-    for part in parts if shared is not None else ():
-        # A child of the first alone, so that it trains, moves and is saved once.
-        (part.module._modules if part is parts[0] else part.module.__dict__)["shared"] = shared
+    if shared is not None:
+        # A child of the first in the model alone, so that it trains, moves and is saved once; the sites of a file are in
+        # the model's order, those of a config need not be.
+        order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+        owner = min(parts, key=lambda part: order[part.path])
+        for part in parts:
+            (part.module._modules if part is owner else part.module.__dict__)["shared"] = shared
     return parts
 
 
