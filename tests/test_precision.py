@@ -180,8 +180,7 @@ def test_a_pickled_model_keeps_its_hooks_in_a_new_process(post_norm: Tiny, ids: 
         "import sys, torch; import adapterkit\n"
         "model, ids, expected = torch.load(sys.argv[1], weights_only=False)\n"
         "host = model.blocks[0].down\n"
-        "assert max(host._forward_hooks) < 30000\n"
-        "for _ in range(30000): host.register_forward_hook(lambda *_: None)\n"
+        "for _ in range(max(host._forward_hooks) + 10): host.register_forward_hook(lambda *_: None)\n"
         "assert torch.equal(model(ids), expected)\n"
     )
     root = Path(__file__).parents[1]
