@@ -28,6 +28,7 @@ LAYERS = [
         "hooks",
         "spots",
         "weights",
+        "host_weight",
         "reads",
         "running",
         "placement",

@@ -436,3 +436,105 @@ def test_shared_tensors_load_whatever_the_order_of_the_targets(tmp_path: Path) -
         expected = model(x)
     with kit.active("b"):
         assert torch.equal(model(x), expected)
+
+
+class Keywords(nn.Linear):
+    """A layer with a second argument, which some call first."""
+
+    def forward(self, input: Tensor, scale: Tensor | None = None) -> Tensor:  # noqa: A002  # torch's name
+        return super().forward(input)
+
+
+class Caller(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Keywords(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(scale=torch.ones(6) * 9, input=x)
+
+
+def test_the_input_is_told_by_its_keyword_whatever_the_order() -> None:
+    model, x = Caller(), torch.randn(2, 6)
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["layer"], rank=2)
+    randomise(kit, "a")
+    kit.activate("a")
+    a, b = kit.parameters("a")
+    torch.testing.assert_close(model(x), F.linear(x, model.layer.weight + 4.0 * b @ a, model.layer.bias))
+
+
+class OwnParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks at it
+def test_a_compiled_root_that_ran_the_base_first_runs_its_adapter_afterwards() -> None:
+    model, x = OwnParameter(), torch.randn(2, 6)
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["w"])
+    randomise(kit, "a")
+    kit.activate("a")
+    adapted = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with kit.base():
+        torch.testing.assert_close(compiled(x), x @ model.w)
+    torch.testing.assert_close(compiled(x), adapted)
+
+
+def test_dora_and_a_changed_bias_at_one_layer_follow_the_formula_and_merge() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6).double()
+    kit = ak.wrap(model)
+    kit.add("a", ak.Union(ak.LoRAConfig(targets=["0"], use_dora=True, rank=2), ak.BitFitConfig(targets=["0"])))
+    randomise(kit, "a")
+    kit.activate("a")
+    dora, delta = (module for _, module in model[0]._adapterkit.modules_of("a"))
+    v = model[0].weight + 4.0 * dora.lora_B @ dora.lora_A
+    weight = dora.magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
+    expected = F.linear(x, weight, model[0].bias + delta.delta)
+    torch.testing.assert_close(model(x), expected)
+    kit.merge("a")
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_dora_measures_the_base_and_not_what_is_merged_into_it() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(3, 6)
+    base, kit = model(x), ak.wrap(model)
+    kit.add("a", "lora", targets=["0"])
+    randomise(kit, "a")
+    kit.activate("a")
+    kit.merge("a")
+    kit.add("d", "dora", targets=["0"])
+    kit.unmerge("a")
+    kit.activate("d")
+    assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_dora_is_refused_where_a_weight_cannot_be_measured_and_nothing_moves(norm: Any) -> None:
+    model = nn.Sequential(norm(nn.Linear(6, 6)))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    kit = ak.wrap(model)
+    with pytest.raises(ak.TargetError, match=r"computed before each forward.*use LoRA there"):
+        kit.add("a", "dora", targets=["0"])
+    kit.add("a", "lora", targets=["0"])
+    kit.sites("ia3", targets=["0"], feedforward_targets=[])
+    kit.unwrap()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_dora_can_be_built_on_the_meta_device_and_says_why_not_on_quantised_weights() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 6))
+    ak.wrap(model).add("a", "dora", targets=["0"])
+    assert model[0]._adapterkit.held("a").magnitude.shape == (6,)
+    packed = nn.Sequential(nn.Linear(6, 6, bias=False))
+    packed[0].weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ak.TargetError, match=r"is torch\.int8, quantised: it has no length"):
+        ak.wrap(packed).add("a", "dora", targets=["0"])

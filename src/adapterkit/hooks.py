@@ -108,7 +108,10 @@ class WeightHook(KitHook):
 
 
 class WeightEndHook(KitHook):
-    """Take away what `WeightHook` put there, after an exception, too."""
+    """Take away what `WeightHook` put there, after an exception, too.
+
+    After `OutputHook`, whose steps see the weights that the host ran with; before the hooks of others, which see its own.
+    """
 
     is_first = True
     always = True
@@ -233,6 +236,9 @@ def sync_site_hooks(model: nn.Module, record: Record) -> None:
         set_hook(host, InputHook, any(s is not None and s.at == "input" for s in specs), record)
         set_hook(host, WeightHook, any(s is not None and s.at == "weight" for s in specs), record)
         set_hook(host, WeightEndHook, has_hook(host, WeightHook), record)
+        if has_hook(host, WeightEndHook) and has_hook(host, OutputHook):
+            remove_hooks(host, OutputHook)  # so that it comes first again
+            set_hook(host, OutputHook, True, record)
         encoders |= {above for above in ancestors(path) if isinstance(modules.get(above), nn.TransformerEncoder)}
         for entry in entries:
             spec = located(entry.spec, path) if entry.spec else None

@@ -177,6 +177,7 @@ def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
     """Change a Parameter in place, so that autograd notices."""
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
         parameter.copy_(value)
+    torch.clear_autocast_cache()  # inside an autocast region it holds the weight as it was
 
 
 def _reopen(model: nn.Module, record: Record, names: Sequence[str]) -> None:

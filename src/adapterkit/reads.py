@@ -37,7 +37,7 @@ class _Reads(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         values = args[:1] if name == "to" else (*args, *(kwargs or {}).values())
-        if isinstance(result, Tensor) and name not in _KIND_ONLY:
+        if next(_tensors([result]), None) is not None and name not in _KIND_ONLY:
             for tensor in _tensors(values):
                 host = self._hosts.get(id(tensor))
                 if tensor is result:  # of a cast to the dtype that it has: who goes on to use it is seen then

@@ -19,7 +19,7 @@ from .structure.discover import Discovery
 from .structure.roles import check_whole, role_paths, role_places
 from .values import Argument, Path
 
-__all__ = ["STREAM", "Placement", "Spot", "asks_for_structure", "find_spots"]
+__all__ = ["STREAM", "Placement", "Spot", "argument_of", "asks_for_structure", "find_spots"]
 
 # As a `residual`: the stream that enters the target's sub-layer, wherever the model keeps it.
 STREAM = "@stream"
@@ -159,8 +159,8 @@ def _at_module(
     host = resolve_host(path, modules, at_input=at_input)
     if placement.reads == "input":
         beside = resolve_host(path, modules, at_input=True)  # a Sequential's input is its first layer's
-        return Spot(host, "output", "residual", output, _argument(modules[host], config.input), beside, True)
-    argument, residual = _argument(modules[host], config.input), None
+        return Spot(host, "output", "residual", output, argument_of(modules[host], config.input), beside, True)
+    argument, residual = argument_of(modules[host], config.input), None
     if placement.residual == STREAM:
         port = _sublayer_of(path, modules, discovery).stream
         if port is None:
@@ -235,7 +235,7 @@ def _nearest(path: str, pattern: str, model: nn.Module, modules: dict[str, nn.Mo
     return resolve_host(near[0], modules, at_input=True)
 
 
-def _argument(host: nn.Module, which: int | str | None) -> Argument | None:
+def argument_of(host: nn.Module, which: int | str | None) -> Argument | None:
     """An argument of the host by position and keyword both, as far as its signature tells."""
     if which is None:
         return None

@@ -128,7 +128,7 @@ class AddProjected(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output with its tensor x, shape (..., width), replaced by x + delta."""
         module: Any = site._modules[self.key]
-        z = args[0] if args else next(iter(kwargs.values()), None)
+        z = args[0] if args else self._by_keyword(kwargs)
         path = () if isinstance(value, Tensor) else values.find(value)
         if not isinstance(z, Tensor) or path is None:
             raise CompatibilityError(
@@ -141,6 +141,11 @@ class AddProjected(Step):
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
         rows = [self._add(module, a, b, host) for a, b in zip(z.unbind(), x.unbind(), strict=True)]
         return values.put(value, path, torch.nested.as_nested_tensor(rows))
+
+    def _by_keyword(self, kwargs: Any) -> Any:
+        """The host's first argument where it is called by keyword; None if it is not there."""
+        name = self.spec.input[1] if self.spec.input else None
+        return kwargs.get(name) if name in kwargs else next(iter(kwargs.values()), None)
 
     def _add(self, module: Any, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
         """Return x + delta, in x's dtype. Shape: z as the host takes, x as it returns."""
@@ -176,7 +181,8 @@ class AdaptWeight(Step):
         module: Any = site._modules[self.key]
         for owner, leaf in self.places(host):
             weight: Any = value.get((owner, leaf))
-            weight = owner._parameters[leaf] if weight is None else weight
+            if weight is None:  # not by getattr, which may find what another thread runs with
+                weight = owner._parameters[leaf] if leaf in owner._parameters else owner.__dict__[leaf]
             changed = module.adapted(weight)
             value[owner, leaf] = changed if changed.dtype is weight.dtype else changed.to(weight.dtype)
         return value

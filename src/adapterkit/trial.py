@@ -15,6 +15,7 @@ from .plan import step_of
 from .record import silenced
 from .sites import AdapterSite, Entry
 from .structure.trace import untouched
+from .swap import put_weights, take_weights
 
 __all__ = ["difference", "needs_trial"]
 
@@ -89,9 +90,15 @@ def _run_beside(
         if entry.spec is not None and entry.spec.at == "input":
             args, kwargs = step_of(entry, name)(site, host, args, kwargs, (args, kwargs))
     output = _run(host, tensors, args, kwargs)
-    for name, entry in held:
-        if entry.spec is not None and entry.spec.at == "output":
-            output = step_of(entry, name)(site, host, args, kwargs, output)
+    put_weights(
+        host, {(host, name): tensors[name] for name in tensors if name in host._parameters}
+    )  # for those that read them
+    try:
+        for name, entry in held:
+            if entry.spec is not None and entry.spec.at == "output":
+                output = step_of(entry, name)(site, host, args, kwargs, output)
+    finally:
+        take_weights(host)
     return output
 
 

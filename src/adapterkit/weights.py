@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config.base import AdapterConfig, Predicate
 from .errors import TargetError
 from .hosts import host_type
 from .layers import check_layers, in_layers, layer_of
 from .ops.parts import Parts
-from .ops.projections import Projection, parameter_projection, project, projection_of, random_input
+from .ops.projections import Projection, parameter_projection, projection_of
 from .patterns import ancestors, is_role, matching, nothing_matches
 from .running import at_running_hosts
 from .sites import SiteSpec
-from .spots import Placement
+from .spots import Placement, argument_of
 from .structure.anatomy import Anatomy, FusedProjection
 from .structure.discover import Discovery
 from .structure.roles import role_paths
 from .structure.slices import fused_slices
 from .structure.trace import ExampleInputs
 
-__all__ = ["check_multiplies", "projection_at", "weight_sites"]
+__all__ = ["projection_at", "weight_sites"]
 
 # Modules that hold others' Parameters and are not called themselves.
 _NEVER_CALLED = (
@@ -104,21 +102,6 @@ def projection_at(site: SiteSpec, host: nn.Module) -> Projection:
     return parameter_projection(shape)
 
 
-@torch.no_grad()
-def check_multiplies(site: SiteSpec, host: nn.Module, projection: Projection) -> None:
-    """Raise TargetError if a host with a forward of its own does more than multiply by its weight and add its bias."""
-    if not projection.has_own_forward or site.parameters:
-        return
-    module: Any = host
-    z = random_input(projection, module.weight)
-    found, expected = module.forward(z), project(projection, z, module.weight, getattr(module, "bias", None))
-    if not isinstance(found, Tensor) or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-        raise TargetError(
-            f"{site.path!r} ({type(host).__name__}) has a forward of its own that does more than multiply by its weight "
-            "(it scales, say), so that the change of its weight's length cannot be told from its output; use LoRA there"
-        )
-
-
 def _named(
     targets: Sequence[str | Predicate],
     model: nn.Module,
@@ -193,6 +176,7 @@ def _projection_sites(
             input_width=projection.in_features if placement.reads == "input" else width,
             axis=projection.channel_axis,
             layer=layer_of(path, modules),
+            input=argument_of(module, 0),
             parts=() if "" in parts else _chosen(fused_slices(discovery.anatomy, path), parts, projection.out_features),
         )
 

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from ..config.lora import LoRAConfig
+from ..host_weight import base_weight, check_multiplies
 from ..layers import setting_at
 from ..modules.dora import DoRA, magnitude_of
 from ..modules.lora import LoRA as LoRAModule
 from ..sites import SiteSpec
 from ..spots import Placement
-from ..weights import check_multiplies, projection_at
+from ..weights import projection_at
 
 __all__ = ["LoRA"]
 
@@ -40,9 +41,9 @@ class LoRA:
             "dtype": dtype,
         }
         if config.use_dora:
+            weight = base_weight(site, host)
             check_multiplies(site, host, projection)
-            weight = host.get_parameter(site.parameters[0]) if site.parameters else host.weight
-            magnitude = magnitude_of(projection, weight.detach().to(dtype), parts=site.parts)  # type: ignore[operator]  # a Tensor
+            magnitude = None if weight.is_meta else magnitude_of(projection, weight.to(dtype), parts=site.parts)
             return DoRA(projection, rank, magnitude=magnitude, **both)
         both |= {"bias": config.bias, "gating": config.gating, "batch_axis": config.batch_axis}
         return LoRAModule(projection, rank, **both)

@@ -134,7 +134,7 @@ class AnyBottleneck(nn.Module):
 
     def _full_forward(self, z: Tensor, x: Tensor) -> Tensor:
         """The delta, with every option. Shape: z (..., input); x and result (..., output)."""
-        p, h = self._parameters, z
+        p, h = self._parameters or vars(self), z
         if self.norm_before:
             h = F.layer_norm(h, (self.input_size,), p["norm_before_weight"], p["norm_before_bias"])
         branch = self._up(self._activation(self._down(h)))
@@ -219,14 +219,16 @@ class BottleneckAdapter(AnyBottleneck):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        return self._parameters["up_weight"].dtype  # type: ignore[union-attr]  # never None here
+        held: Any = self._parameters or vars(self)  # replicas of nn.DataParallel hold tensors, not Parameters
+        dtype: torch.dtype = held["up_weight"].dtype
+        return dtype
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
         if not self._is_plain:
             return self._full_forward(z, x)
         # Straight from the dict: four attribute look-ups on a module cost more than a small kernel.
-        p: Any = self._parameters
+        p: Any = self._parameters or vars(self)
         h = self._activation(F.linear(z, p["down_weight"], p["down_bias"]))
         return F.linear(h, p["up_weight"], p["up_bias"])
 

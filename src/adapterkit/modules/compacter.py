@@ -130,7 +130,9 @@ class CompacterAdapter(AnyBottleneck):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        return self._parameters["up_bias"].dtype  # type: ignore[union-attr]  # never None here
+        held: Any = self._parameters or vars(self)  # replicas of nn.DataParallel hold tensors, not Parameters
+        dtype: torch.dtype = held["up_bias"].dtype
+        return dtype
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
@@ -146,8 +148,8 @@ class CompacterAdapter(AnyBottleneck):
 
     def _project(self, h: Tensor, which: Literal["down", "up"]) -> Tensor:
         """The down- or the up-projection. Shape: (..., input) to (..., output), of the projection."""
-        own: Any = self._parameters
-        shared: Any = self.shared._parameters if self.shared_rule or self.shared_factors else own
+        own: Any = self._parameters or vars(self)
+        shared: Any = (self.shared._parameters or vars(self.shared)) if self.shared_rule or self.shared_factors else own
         factors = shared if self.shared_factors else own
         rule = shared["rule"] if self.shared_rule else own[f"{which}_rule"]
         parts = ("blocks",) if self.rank is None else ("left", "right")

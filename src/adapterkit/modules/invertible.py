@@ -82,7 +82,9 @@ class Coupling(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the coupling computes in."""
-        return self._parameters["f_up_bias"].dtype  # type: ignore[union-attr]  # never None here
+        held: Any = self._parameters or vars(self)  # replicas of nn.DataParallel hold tensors, not Parameters
+        dtype: torch.dtype = held["f_up_bias"].dtype
+        return dtype
 
     def forward(self, z: Tensor, *, inverse: bool = False) -> Tensor:
         """Return what the coupling, or its inverse, adds to z. Shape: (..., width)."""
@@ -98,7 +100,7 @@ class Coupling(nn.Module):
 
     def _network(self, name: Literal["f", "g"], half: Tensor) -> tuple[Tensor | None, Tensor]:
         """Log-scale (None: there is none) and shift of the other half. Shape: (..., half) to (..., other half), each."""
-        p: Any = self._parameters
+        p: Any = self._parameters or vars(self)
         # The second site may lie on another device than the first one, where the parameters are.
         weights = (p[f"{name}_{part}"].to(half.device) for part in ("down_weight", "down_bias", "up_weight", "up_bias"))
         down_weight, down_bias, up_weight, up_bias = weights

@@ -90,11 +90,13 @@ class LoRA(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        return self._parameters["lora_B"].dtype  # type: ignore[union-attr]  # never None here
+        held: Any = self._parameters or vars(self)  # replicas of nn.DataParallel hold tensors, not Parameters
+        dtype: torch.dtype = held["lora_B"].dtype
+        return dtype
 
     def forward(self, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
         """Return the delta for the host's output. Shape: as x."""
-        p: Any = self._parameters
+        p: Any = self._parameters or vars(self)
         low_rank = self.low_rank
         h = low_rank.down(z, p["lora_A"], dropout=self.dropout if self.training else 0.0)
         # On the thin tensor in the middle: the output is many times as large.

@@ -95,17 +95,19 @@ def projection_of(module: nn.Module) -> Projection | None:
     transformers, which is a linear layer with its weight transposed (known by its name: transformers is not imported).
     """
     host: Any = module
-    if isinstance(getattr(host, "weight", None), nn.UninitializedParameter):
+    # A weight that is computed (parametrised, say) is not read here: that may move what it is computed from.
+    weight = module._parameters.get("weight")
+    if isinstance(weight, nn.UninitializedParameter):
         return None
     if isinstance(module, nn.Linear):
         # The weight of a quantised layer is packed: its shape says nothing.
-        packed = not host.weight.is_floating_point() or host.weight.dim() != 2
-        shape = (host.out_features, host.in_features) if packed else tuple(host.weight.shape)
+        plain = weight is not None and weight.is_floating_point() and weight.dim() == 2  # axes
+        shape = tuple(weight.shape) if weight is not None and plain else (host.out_features, host.in_features)
         return Projection("linear", shape, 0, 1, has_own_forward=_has_own_forward(module, nn.Linear))
     if isinstance(module, nn.Embedding):
         return Projection(
             "embedding",
-            tuple(host.weight.shape),
+            (host.num_embeddings, host.embedding_dim) if weight is None else tuple(weight.shape),
             1,
             0,
             padding_idx=host.padding_idx,
@@ -119,7 +121,9 @@ def projection_of(module: nn.Module) -> Projection | None:
     if conv is not None:
         return Projection(
             "conv",
-            tuple(host.weight.shape),
+            (host.out_channels, host.in_channels // host.groups, *host.kernel_size)
+            if weight is None
+            else tuple(weight.shape),
             0,
             1,
             stride=host.stride,
@@ -132,6 +136,10 @@ def projection_of(module: nn.Module) -> Projection | None:
     if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
         return Projection("linear", tuple(host.weight.shape), 1, 0)
     return None
+
+
+def _conv_shape(conv: Any) -> tuple[int, ...]:
+    return (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
 
 
 def parameter_projection(shape: tuple[int, ...]) -> Projection:
