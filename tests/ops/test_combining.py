@@ -105,3 +105,6 @@ def test_a_relative_error_of_nothing_is_none_or_infinite() -> None:
     assert relative_error(low_rank, (a, 0 * b), (a, 0 * b)) == 0
     assert relative_error(low_rank, (a, b), (a, 0 * b)) == float("inf")
     assert relative_error(low_rank, (a, 0 * b), (a, b)) == pytest.approx(1.0)
+    nothing = concatenated(low_rank, [(a, b), (3 * a, -b / 3)])  # but for rounding
+    assert relative_error(low_rank, (a, 0 * b), nothing) == 0
+    assert relative_error(low_rank, (a, b), nothing) == float("inf")

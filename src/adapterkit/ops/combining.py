@@ -82,7 +82,7 @@ def refitted(low_rank: LowRank, wanted: LowRank, a: Tensor, b: Tensor) -> Pair:
         return a, b
     axis = b.dim() - 2 - len(low_rank.projection.kernel)  # of B's rows, and of A's
     if new.is_whole:
-        return a, old.blocks(b.flatten(axis + 1)).unflatten(-1, (-1, *b.shape[axis + 2 :]))
+        return a, torch.unflatten(old.blocks(b.flatten(axis + 1)), -1, (-1, *b.shape[axis + 2 :]))
     rows = torch.unflatten(a, axis, (old.count, -1)).unbind(axis)
     of_part = dict(zip([name for name, _ in old.parts], rows, strict=True))
     grown = [of_part.get(name, torch.zeros_like(rows[0])) for name, _ in new.parts]
@@ -92,7 +92,11 @@ def refitted(low_rank: LowRank, wanted: LowRank, a: Tensor, b: Tensor) -> Pair:
 def relative_error(low_rank: LowRank, found: Pair, wanted: Pair) -> float:
     """The distance of two pairs' deltas in parts of the length of the wanted one (Frobenius norms)."""
     distance, length = _norm(low_rank, *concatenated(low_rank, [found, (wanted[0], -wanted[1])])), _norm(low_rank, *wanted)
-    return distance / length if length else math.inf if distance else 0.0
+    # Of terms that cancel each other nothing but rounding is left: no error in parts of that.
+    rounding = 16 * torch.finfo(wanted[0].dtype).eps * float(wanted[0].norm() * wanted[1].norm())
+    if distance <= rounding:
+        return 0.0
+    return distance / length if length > rounding else math.inf
 
 
 def _norm(low_rank: LowRank, a: Tensor, b: Tensor) -> float:
