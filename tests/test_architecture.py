@@ -35,7 +35,7 @@ LAYERS = [
     },
     {"methods"},
     {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"}
-    | {"merging", "merged", "mergeable", "trial"},
+    | {"combining", "merging", "merged", "mergeable", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},
 ]

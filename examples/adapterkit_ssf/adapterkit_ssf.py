@@ -66,6 +66,7 @@ class ScaleAndShift:
     name = "ssf"
     config_type = SSFConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ssf": {}}
+    neutral = 0.0  # what a parameter that changes nothing is: adapters are combined by sums
 
     def placements(self, config: SSFConfig) -> tuple[Placement, ...]:
         """On what the targets return."""

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from . import attach, freezing, merging, plan, store
+from . import attach, combining, freezing, merging, plan, store
 from .config.union import Config
 from .errors import ConfigError
 from .methods.spellings import as_config
@@ -86,6 +86,39 @@ class AdapterKit:
         """
         plan.check_known(self.model, name)
         attach.detach(self.model, name)
+
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        how: combining.How = "concatenate",
+        rank: int | None = None,
+        heads: bool = True,
+    ) -> dict[str, float]:
+        """Make a new adapter of others of the same method, which stay: a weighted sum. It is not active yet.
+
+        Args:
+            name: Of the new adapter.
+            weights: A number, of any sign, for each adapter that goes into it. One adapter at weight 1 is copied.
+            how: How low-rank changes of weights are summed: "concatenate" is exact, its rank the sum of the ranks; "svd"
+                is the nearest sum of the given rank; "linear" adds factor by factor, with cross terms between different
+                adapters that may be as large as the sum: prefer "concatenate". Methods that are linear in their
+                parameters (IA3, BitFit, norm tuning) are summed exactly by each of them; of all others "linear" takes the
+                weighted mean, for weights that sum to 1.
+            rank: Of the result of "svd"; the largest of the ranks if not given.
+            heads: Combine heads, too: the model's own plus the weighted differences to it.
+
+        Returns:
+            For "svd" and "linear", by site, how far the change of the weight is from the weighted sum, in parts of it.
+
+        Raises:
+            AdapterNameError: the name is taken, or one of the others is no adapter.
+            ConfigError: the adapters cannot be combined, or not so; says why.
+            TargetError: they sit at places that no one config names, or, for a mean, at different ones.
+            CompatibilityError: a value is not finite.
+        """
+        return combining.combine(self.model, name, weights, how=how, rank=rank, heads=heads)
 
     @property
     def adapters(self) -> Mapping[str, Config]:

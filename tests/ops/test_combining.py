@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterkit.ops.combining import concatenated, factored
+from adapterkit.ops.combining import concatenated, factored, reduced, refitted, relative_error
 from adapterkit.ops.low_rank import LowRank
 from adapterkit.ops.parts import Parts
 from adapterkit.ops.projections import Projection, parameter_projection
@@ -40,9 +40,11 @@ def test_a_concatenation_is_the_sum_and_a_factoring_with_enough_rank_exact(name:
     pairs = [pair(low_rank) for low_rank in each]
     total = sum(low_rank.delta(a, b) for low_rank, (a, b) in zip(each, pairs, strict=True))
     whole = LowRank(projection, sum(ranks), parts)
-    for found in (concatenated(whole, pairs), factored(whole, total)):
+    wide = concatenated(whole, pairs)
+    for found in (wide, factored(whole, total), reduced(whole, *wide)):
         assert (found[0].shape, found[1].shape) == (whole.a_shape, whole.b_shape)
         exact(whole.delta(*found), total)
+        assert relative_error(whole, found, wide) < 1e-12
 
 
 @given(convs(), st.integers(1, 3))
@@ -53,6 +55,12 @@ def test_every_conv_can_be_combined(host: Any, rank: int) -> None:
     total = sum(single.delta(*one) for one in pairs)
     exact(double.delta(*concatenated(double, pairs)), total)
     exact(double.delta(*factored(double, total)), total)
+    wide = concatenated(double, pairs)
+    exact(double.delta(*reduced(double, *wide)), total)
+    # With too low a rank, what is nearest may be found either way.
+    nearest = single.delta(*factored(single, total))
+    exact((single.delta(*reduced(single, *wide)) - total).norm(), (nearest - total).norm())
+    exact(relative_error(single, reduced(single, *wide), wide) * total.norm(), (nearest - total).norm())
 
 
 @given(parts_of(9), st.integers(1, 4))
@@ -64,3 +72,39 @@ def test_a_factoring_is_as_near_as_its_rank_allows(parts: Parts, rank: int) -> N
         rows = sorted(row for r in ranges for row in range(*r))
         left_out = torch.linalg.svdvals(weight[rows])[rank:]
         exact((weight - found)[rows].square().sum(), left_out.square().sum())
+
+
+WIDER: dict[str, Parts] = {"more parts": (("k", ((10, 13),)), *QV, ("rest", ((15, 16), (19, 20)))), "whole": ()}
+
+
+@pytest.mark.parametrize("wider", WIDER)
+@pytest.mark.parametrize(
+    "projection",
+    [
+        geometry(torch.nn.Linear(6, 20)),
+        geometry(torch.nn.Conv2d(4, 20, 3)),
+        geometry(torch.nn.Embedding(11, 20)),
+        parameter_projection((20, 4)),
+        parameter_projection((2, 3, 20, 4)),
+    ],
+    ids=["linear", "conv", "embedding", "parameter", "experts"],
+)
+def test_a_pair_of_some_parts_is_one_of_more_parts_or_of_the_whole(projection: Projection, wider: str) -> None:
+    low_rank = LowRank(projection, 2, QV)
+    wanted = LowRank(projection, 2 if WIDER[wider] else 4, WIDER[wider])
+    a, b = pair(low_rank)
+    found = refitted(low_rank, wanted, a, b)
+    assert (found[0].shape, found[1].shape) == (wanted.a_shape, wanted.b_shape)
+    exact(wanted.delta(*found), low_rank.delta(a, b))
+    assert refitted(low_rank, low_rank, a, b) == (a, b)
+
+
+def test_a_relative_error_of_nothing_is_none_or_infinite() -> None:
+    low_rank = LowRank(geometry(torch.nn.Linear(6, 9)), 2)
+    a, b = pair(low_rank)
+    assert relative_error(low_rank, (a, 0 * b), (a, 0 * b)) == 0
+    assert relative_error(low_rank, (a, b), (a, 0 * b)) == float("inf")
+    assert relative_error(low_rank, (a, 0 * b), (a, b)) == pytest.approx(1.0)
+    nothing = concatenated(low_rank, [(a, b), (3 * a, -b / 3)])  # but for rounding
+    assert relative_error(low_rank, (a, 0 * b), nothing) == 0
+    assert relative_error(low_rank, (a, b), nothing) == float("inf")

@@ -15,7 +15,7 @@ from ..layers import setting_at
 from ..sites import SiteSpec
 from ..spots import Placement
 from ..weights import projection_at
-from .base import Method, Sharing
+from .base import Additive, Method, Sharing
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
 from .compacter import Compacter
@@ -30,6 +30,7 @@ __all__ = [
     "UNION_PRESETS",
     "ActivationConfig",
     "AdapterConfig",
+    "Additive",
     "Method",
     "Placement",
     "Sharing",

@@ -10,7 +10,7 @@ from ..config.base import AdapterConfig
 from ..sites import SiteSpec
 from ..spots import Placement
 
-__all__ = ["Adapting", "Mergeable", "Method", "Sharing"]
+__all__ = ["Adapting", "Additive", "Mergeable", "Method", "Sharing"]
 
 C = TypeVar("C", bound=AdapterConfig)
 
@@ -88,3 +88,14 @@ class Sharing(Protocol):
     def shared(self, config: Any, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module:
         """The module that holds them, built once for each adapter, before the modules of its sites."""
         ...
+
+
+@runtime_checkable
+class Additive(Protocol):
+    """A method whose change is linear in its parameters, so that sums of adapters are sums of parameters.
+
+    Attributes:
+        neutral: What every parameter of an adapter that changes nothing is; sums are of differences to it.
+    """
+
+    neutral: float

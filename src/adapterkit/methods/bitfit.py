@@ -23,6 +23,7 @@ class BitFit:
     name = "bitfit"
     config_type = BitFitConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"bitfit": {}}
+    neutral = 0.0
 
     def placements(self, config: BitFitConfig) -> tuple[Placement, ...]:
         """At the targets' biases."""

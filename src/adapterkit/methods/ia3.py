@@ -22,6 +22,7 @@ class IA3:
     name = "ia3"
     config_type = IA3Config
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ia3": {}}
+    neutral = 1.0
 
     def placements(self, config: IA3Config) -> tuple[Placement, ...]:
         """On the output of targets, and on the input of feed-forward targets."""

@@ -21,6 +21,7 @@ class NormTuning:
     name = "norm_tuning"
     config_type = NormTuningConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"norm_tuning": {}}
+    neutral = 0.0
 
     def placements(self, config: NormTuningConfig) -> tuple[Placement, ...]:
         """At the Parameters of the targets that are norms."""

@@ -121,6 +121,10 @@ class LoRA(nn.Module):
         """What is added to the host's bias. Shape: (out,)."""
         return self.low_rank.layout.spread(self.lora_bias * self.scaling)
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B whose product is added to the host's weight: B is scaled. Shape: as `lora_A` and `lora_B`."""
+        return self.lora_A, self.lora_B * self.scaling
+
     def weight_delta(self) -> Tensor:
         """What is added to the host's weight. Shape: as the weight."""
         return self.low_rank.delta(self.lora_A, self.lora_B) * self.scaling

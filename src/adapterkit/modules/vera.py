@@ -120,10 +120,14 @@ class VeRA(nn.Module):
         h = (h.unsqueeze(-2) * self.lambda_d).flatten(-2)  # (..., parts * rank)
         return F.linear(h, self._b())
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The scaled A and B, as a LoRA's with these parts. Shape: (parts * rank, in) and (covered, rank)."""
+        return (self.lambda_d.unsqueeze(-1) * self._a()).flatten(0, 1), self._rows()
+
     def weight_delta(self) -> Tensor:
         """What is added to the host's weight. Shape: as the weight."""
-        a = (self.lambda_d.unsqueeze(-1) * self._a()).flatten(0, 1)  # (parts * rank, in)
-        delta = self._b() @ a
+        a, b = self.pair()
+        delta = self.layout.blocks(b) @ a
         return delta.t() if self.projection.out_axis == 1 else delta
 
     def adapted(self, weight: Tensor) -> Tensor:
@@ -139,10 +143,14 @@ class VeRA(nn.Module):
         return self.shared.vera_A[:, : self.projection.in_features].to(self.lambda_d)
 
     def _b(self) -> Tensor:
-        """B of this site, scaled by `lambda_b`. Shape: (out, parts * rank)."""
+        """B of this site, scaled by `lambda_b`, each part in its own columns. Shape: (out, parts * rank)."""
+        return self.layout.blocks(self._rows())
+
+    def _rows(self) -> Tensor:
+        """B of the features that the parts cover, scaled by `lambda_b`. Shape: (covered, rank)."""
         b = self.shared.vera_B.to(self.lambda_b)
         rows = self.layout.gather([b[:size] for size in self.layout.sizes()])
-        return self.layout.blocks(rows * self.lambda_b.unsqueeze(-1))
+        return rows * self.lambda_b.unsqueeze(-1)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

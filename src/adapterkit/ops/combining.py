@@ -1,5 +1,6 @@
-"""Low-rank pairs of one geometry made into one pair: the exact sum, and the nearest pair of a given rank."""
+"""Low-rank pairs made into one pair: the exact sum, the nearest pair of a given rank, and how far apart two are."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,10 +9,12 @@ from torch.nn import functional as F
 
 from .low_rank import LowRank
 
-__all__ = ["concatenated", "factored"]
+__all__ = ["concatenated", "factored", "reduced", "refitted", "relative_error"]
+
+Pair = tuple[Tensor, Tensor]
 
 
-def concatenated(low_rank: LowRank, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def concatenated(low_rank: LowRank, pairs: Sequence[Pair]) -> Pair:
     """One pair whose delta is the sum of the deltas of the given ones. Weights of a sum belong on the Bs.
 
     Args:
@@ -29,7 +32,7 @@ def concatenated(low_rank: LowRank, pairs: Sequence[tuple[Tensor, Tensor]]) -> t
     return torch.cat(rows, axis + 1).flatten(axis, axis + 1), torch.cat([b for _, b in pairs], axis + 1)
 
 
-def factored(low_rank: LowRank, delta: Tensor) -> tuple[Tensor, Tensor]:
+def factored(low_rank: LowRank, delta: Tensor) -> Pair:
     """The pair nearest to a delta (least squares), by singular values: of each part, group or leading index its own.
 
     It is exact where the delta has no greater rank. Where a matrix is smaller than the rank, the rest is zeros. The
@@ -37,20 +40,97 @@ def factored(low_rank: LowRank, delta: Tensor) -> tuple[Tensor, Tensor]:
 
     Shape: delta as the host's weight; A and B as `low_rank.a_shape` and `b_shape`.
     """
-    p, rank = low_rank.projection, low_rank.rank_of_each
+    p = low_rank.projection
     if p.groups > 1:
-        a, b = _truncated(torch.unflatten(delta.flatten(1), 0, (p.groups, -1)), rank)
+        matrices = [torch.unflatten(delta.flatten(1), 0, (p.groups, -1))]
     else:
         rows = delta.t() if p.kind != "parameter" and p.out_axis == 1 else delta
         rows = rows.flatten(1) if p.kind == "conv" else rows
         rows = low_rank.layout.pick(rows, -2).movedim(-2, 0)  # (covered, ..., in)
-        found = [_truncated(own.movedim(0, -2), rank) for own in low_rank.layout.split(rows)]
-        a = torch.cat([one for one, _ in found], -2)
-        b = low_rank.layout.gather([one.movedim(-2, 0) for _, one in found]).movedim(0, -2)
+        matrices = [own.movedim(0, -2) for own in low_rank.layout.split(rows)]
+    return _joined(low_rank, [_truncated(matrix, low_rank.rank_of_each) for matrix in matrices])
+
+
+def reduced(low_rank: LowRank, a: Tensor, b: Tensor) -> Pair:
+    """The pair nearest to the delta of another one: as `factored`, without making the delta.
+
+    With Q R decompositions B = Q S and A^T = P T, the delta is Q (S T^T) P^T: what is to be decomposed is as small as the
+    pair is thin.
+
+    Shape: a and b at any rank; A and B as `low_rank.a_shape` and `b_shape`.
+    """
+    found = []
+    for rows, columns in _matrices(low_rank, a, b):
+        p, t = torch.linalg.qr(rows.mT)
+        q, s = torch.linalg.qr(columns)
+        inner = _truncated(s @ t.mT, low_rank.rank_of_each)
+        found.append((inner[0] @ p.mT, q @ inner[1]))
+    return _joined(low_rank, found)
+
+
+def refitted(low_rank: LowRank, wanted: LowRank, a: Tensor, b: Tensor) -> Pair:
+    """A pair of some parts as one of other parts with the same delta.
+
+    Args:
+        low_rank: The geometry that the pair has, at any rank.
+        wanted: The geometry that it is to have: the whole, or parts of which the pair's are some.
+
+    Shape: a and b at any rank; A and B at that rank; for the whole, at the rank of all parts together.
+    """
+    old, new = low_rank.layout, wanted.layout
+    if old.parts == new.parts:
+        return a, b
+    axis = b.dim() - 2 - len(low_rank.projection.kernel)  # of B's rows, and of A's
+    if new.is_whole:
+        return a, torch.unflatten(old.blocks(b.flatten(axis + 1)), -1, (-1, *b.shape[axis + 2 :]))
+    rows = torch.unflatten(a, axis, (old.count, -1)).unbind(axis)
+    of_part = dict(zip([name for name, _ in old.parts], rows, strict=True))
+    grown = [of_part.get(name, torch.zeros_like(rows[0])) for name, _ in new.parts]
+    return torch.cat(grown, axis), new.pick(old.spread(b, axis), axis)
+
+
+def relative_error(low_rank: LowRank, found: Pair, wanted: Pair) -> float:
+    """The distance of two pairs' deltas in parts of the length of the wanted one (Frobenius norms)."""
+    distance, length = _norm(low_rank, *concatenated(low_rank, [found, (wanted[0], -wanted[1])])), _norm(low_rank, *wanted)
+    # Of terms that cancel each other nothing but rounding is left: no error in parts of that.
+    rounding = 16 * torch.finfo(wanted[0].dtype).eps * float(wanted[0].norm() * wanted[1].norm())
+    if distance <= rounding:
+        return 0.0
+    return distance / length if length > rounding else math.inf
+
+
+def _norm(low_rank: LowRank, a: Tensor, b: Tensor) -> float:
+    """The Frobenius norm of a pair's delta. Shape: a and b at any rank."""
+    squares = 0.0
+    for rows, columns in _matrices(low_rank, a, b):
+        s, t = (torch.linalg.qr(matrix, mode="r")[1] for matrix in (columns, rows.mT))
+        squares += float((s @ t.mT).square().sum())
+    return math.sqrt(squares)
+
+
+def _matrices(low_rank: LowRank, a: Tensor, b: Tensor) -> list[Pair]:
+    """The matrices A (..., rank, in) and B (..., out, rank) of each part; groups and leading indices are leading axes."""
+    p, layout = low_rank.projection, low_rank.layout
+    if p.kind == "conv":
+        a, b = a.flatten(1), b.flatten(1)
+    if p.groups > 1:
+        return [(torch.unflatten(a, 0, (p.groups, -1)), torch.unflatten(b, 0, (p.groups, -1)))]
+    rows = torch.unflatten(a, -2, (layout.count, -1)).unbind(-3)
+    columns = [own.movedim(0, -2) for own in layout.split(b.movedim(-2, 0))]
+    return list(zip(rows, columns, strict=True))
+
+
+def _joined(low_rank: LowRank, pairs: Sequence[Pair]) -> Pair:
+    """The pair of which these are the matrices: undoes `_matrices`."""
+    if low_rank.projection.groups > 1:
+        ((a, b),) = pairs
+    else:
+        a = torch.cat([one for one, _ in pairs], -2)
+        b = low_rank.layout.gather([one.movedim(-2, 0) for _, one in pairs]).movedim(0, -2)
     return a.reshape(low_rank.a_shape), b.reshape(low_rank.b_shape)
 
 
-def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated(matrix: Tensor, rank: int) -> Pair:
     """The nearest product B A of this rank. Shape: matrix (..., out, in), A (..., rank, in), B (..., out, rank)."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = s[..., :rank].sqrt()
