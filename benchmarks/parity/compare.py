@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import adapterkit as ak
 
 from .explained import Explanation, explanation
 from .families import make_inputs
+from .measure import default_dtype, float_tensors, furthest, gradients_of, in_dtype, relative
 from .peer import LEAVES, Factor, Peer
 
 __all__ = ["TOLERANCE", "Case", "Difference", "Outcome", "compare"]
@@ -86,7 +86,7 @@ def compare(case: Case, model: PreTrainedModel) -> Outcome:
     known = explanation(case.family, case.preset)
     if known is None:
         return Outcome(case, base, difference, "differs", message=message)
-    with _default_dtype(known.dtype):
+    with default_dtype(known.dtype):
         check = _difference(case, copy.deepcopy(model).to(known.dtype), known)
     verdict = "explained" if check.within(_TOLERANCES[known.dtype]) else "differs"
     dtype = str(known.dtype).removeprefix("torch.")
@@ -97,7 +97,7 @@ def _base_difference(model: PreTrainedModel) -> float:
     """How far the other library moves the outputs of a model that has no adapter yet."""
     inputs, peer = _inputs(model), Peer(model)
     with torch.no_grad():
-        return _furthest(_tensors(peer.model(**inputs)), _tensors(model(**inputs)))
+        return furthest(float_tensors(peer.model(**inputs)), float_tensors(model(**inputs)))
 
 
 def _difference(case: Case, model: PreTrainedModel, known: Explanation | None = None) -> Difference:
@@ -121,13 +121,13 @@ def _difference(case: Case, model: PreTrainedModel, known: Explanation | None = 
     there = _run(peer.model, inputs, [theirs for theirs, _ in pairs])
     here = _run(kit.model, inputs, [ours for _, ours in pairs])
     _check_that_adapters_act(kit, inputs, here[0])
-    return Difference(_furthest(there[0], here[0]), _relative(there[1], here[1]))
+    return Difference(furthest(there[0], here[0]), relative(there[1], here[1]))
 
 
 def _check_that_adapters_act(kit: ak.AdapterKit, inputs: Mapping[str, Any], adapted: list[Tensor]) -> None:
     """Raise unless the adapters change the outputs by far more than the tolerance: else equality would say nothing."""
     with kit.base(), torch.no_grad():
-        effect = _furthest(_tensors(kit.model(**inputs)), adapted)
+        effect = furthest(float_tensors(kit.model(**inputs)), adapted)
     if not effect > 1000 * TOLERANCE:
         raise RuntimeError(f"the adapters change the outputs by {effect:.1e} only")
 
@@ -163,49 +163,10 @@ def _pairs(peer: Peer, kit: ak.AdapterKit) -> list[tuple[Tensor, Tensor]]:
 
 def _run(model: nn.Module, inputs: Mapping[str, Any], leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs, and the gradients of a random projection of them."""
-    outputs = _tensors(model(**inputs))
-    draw = torch.Generator().manual_seed(3)
-    weights = [torch.randn(output.shape, generator=draw, dtype=output.dtype) for output in outputs]
-    total = sum((output * weight).mean() for output, weight in zip(outputs, weights, strict=True))
-    return outputs, list(torch.autograd.grad(total, leaves))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """All float tensors in a model's output, in order."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _furthest(these: list[Tensor], those: list[Tensor], scale: Callable[[Tensor], Any] = lambda _: 1.0) -> float:
-    """The greatest absolute difference, in parts of a scale; infinite where shapes differ, NaN where there is one."""
-    if [tensor.shape for tensor in these] != [tensor.shape for tensor in those]:
-        return float("inf")
-    return float(torch.stack([(a - b).abs().max() / scale(b) for a, b in zip(these, those, strict=True)]).max())
-
-
-def _relative(these: list[Tensor], those: list[Tensor]) -> float:
-    """The greatest difference of gradients, each tensor's in parts of its own largest entry."""
-    return _furthest(these, those, lambda tensor: tensor.abs().max().clamp(min=torch.finfo(tensor.dtype).tiny))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, new tensors have this dtype: both libraries' parameters, and masks that a model makes."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    outputs = float_tensors(model(**inputs))
+    return outputs, gradients_of(outputs, leaves)
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Inputs in the model's dtype."""
-    dtype = next(model.parameters()).dtype
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: cast(value) for name, value in make_inputs(model).items()}
+    return in_dtype(make_inputs(model), next(model.parameters()).dtype)

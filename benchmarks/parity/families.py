@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-__all__ = ["build", "families", "make_inputs"]
+__all__ = ["build", "families", "make_inputs", "randomise_", "tiny_config"]
 
 VOCABULARY, TOKENS, ENCODER_LAYERS, DECODER_LAYERS = 101, 7, 3, 2
 # What configs call their sizes; every config takes those that its signature names. Encoders and decoders differ in depth.
@@ -62,13 +62,13 @@ def families() -> list[str]:
 def build(family: str, *, seed: int = 0) -> PreTrainedModel:
     """A tiny model in eval mode, every parameter random."""
     if family == "encoder_decoder":
-        encoder = BertModel(_config(BertConfig))
-        decoder = _config(BertConfig, num_hidden_layers=DECODER_LAYERS, is_decoder=True, add_cross_attention=True)
+        encoder = BertModel(tiny_config(BertConfig))
+        decoder = tiny_config(BertConfig, num_hidden_layers=DECODER_LAYERS, is_decoder=True, add_cross_attention=True)
         model: PreTrainedModel = EncoderDecoderModel(encoder=encoder, decoder=BertLMHeadModel(decoder))
     else:
         kind = next(key for key in (family, family.replace("_", "-")) if key in CONFIG_MAPPING)
-        model = AutoModel.from_config(_config(CONFIG_MAPPING[kind], **_ALSO.get(family, {})))
-    _randomise_(model, seed)
+        model = AutoModel.from_config(tiny_config(CONFIG_MAPPING[kind], **_ALSO.get(family, {})))
+    randomise_(model, seed)
     if hasattr(model, "set_default_language"):  # X-MOD has an adapter for each language, and wants to be told which
         model.set_default_language(model.config.languages[0])
     return model.eval()
@@ -99,15 +99,15 @@ def make_inputs(model: PreTrainedModel) -> dict[str, Any]:
     return inputs
 
 
-def _config(kind: type[PretrainedConfig], **also: Any) -> PretrainedConfig:
+def tiny_config(kind: type[PretrainedConfig], **also: Any) -> PretrainedConfig:
     """A config of this kind with tiny sizes, its parts too."""
     takes = inspect.signature(kind.__init__).parameters
     settings = {name: value for name, value in (_SIZES | _TOKENS).items() if name in takes}
-    parts = {name: _config(part).to_dict() for name, part in kind.sub_configs.items() if name in takes}
+    parts = {name: tiny_config(part).to_dict() for name, part in kind.sub_configs.items() if name in takes}
     return kind(**settings | parts | also)
 
 
-def _randomise_(model: nn.Module, seed: int) -> None:
+def randomise_(model: nn.Module, seed: int) -> None:
     """Draw every parameter anew, of a size that keeps activations near 1; norms and biases, too."""
     draw = torch.Generator().manual_seed(seed)
     for module in model.modules():
