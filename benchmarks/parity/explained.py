@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .peer import NAME, PRESETS, Peer
 
-__all__ = ["Explanation", "explanation"]
+__all__ = ["Explanation", "explanation", "without_languages"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _scaled(forward: Callable[..., Tensor], scale: Tensor, x: Tensor, r: Tensor,
     return scale * (forward(x / scale, r, norm) - r) + r
 
 
-def _without_languages(model: nn.Module) -> None:
+def without_languages(model: nn.Module) -> None:
     """X-MOD: let its language adapters add nothing."""
     for name, parameter in model.named_parameters():
         if ".adapter_modules." in name:
@@ -137,7 +137,7 @@ _XMOD = Explanation(
     "their place; ours keeps them as sub-layers of the model: a sequential adapter goes after them, as in MAD-X, and a "
     "parallel one is refused. Compared at that library's place (`targets=` set), with language adapters that add nothing "
     "(and `adapter_layer_norm=True`: by default X-MOD runs one norm twice in each block, a place that ours refuses)",
-    prepare=_without_languages,
+    prepare=without_languages,
     targets={
         "double_seq_bn": ["attention.output.dense", _FEEDFORWARD],
         **{preset: [_FEEDFORWARD] for preset in PRESETS if preset != "double_seq_bn"},

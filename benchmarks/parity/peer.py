@@ -13,7 +13,7 @@ from adapters import AdapterConfig, AdapterPlusConfig
 from adapters.methods.bottleneck import BottleneckLayer
 from torch import nn
 
-__all__ = ["LEAVES", "PRESETS", "Factor", "Peer", "PeerSite", "settings"]
+__all__ = ["LEAVES", "PRESETS", "Factor", "Peer", "PeerSite", "find_sites", "settings"]
 
 Factor = float | Mapping[str, float]
 
@@ -65,14 +65,7 @@ class Peer:
 
     def sites(self) -> list[PeerSite]:
         """Its adapters, block by block."""
-        paths = {id(module): path for path, module in self.model.named_modules()}
-        found = []
-        for _, block in self.model.iter_layers():
-            for module in block.modules():
-                if isinstance(module, BottleneckLayer) and NAME in module.adapters:
-                    path, kind = paths[id(module)], _KINDS[module.location_key]
-                    found.append(PeerSite(path, paths[id(block)], kind, module.adapters[NAME]))
-        return found
+        return find_sites(self.model, NAME)
 
     def _by_its_count(self, factor: Factor) -> Factor:
         """A map by layer in that library's count, which goes on from one stack of blocks to the next; ours starts anew."""
@@ -84,6 +77,18 @@ class Peer:
             for index, block in self.model.iter_layers()
         }
         return {"default": factor["default"]} | {str(i): factor[own] for i, own in ours.items() if own in factor}
+
+
+def find_sites(model: nn.Module, name: str) -> list[PeerSite]:
+    """The bottleneck adapters of this name in a model, block by block."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = []
+    for _, block in model.iter_layers():
+        for module in block.modules():
+            if isinstance(module, BottleneckLayer) and name in module.adapters:
+                path, kind = paths[id(module)], _KINDS[module.location_key]
+                found.append(PeerSite(path, paths[id(block)], kind, module.adapters[name]))
+    return found
 
 
 def preset_config(preset: str, factor: Factor) -> AdapterConfig:
