@@ -51,8 +51,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """Numbers against the `adapters` library, in all of its model families; `-- --quick` for three of them."""
-    session.install("-c", "constraints-parity.txt", "-e", ".", "adapters", "torch", "tqdm", "transformers")
+    """Numbers against the `adapters` and `peft` libraries, in all model families of the former; `-- --quick` for some."""
+    session.install("-c", "constraints-parity.txt", "-e", ".", "adapters", "peft", "torch", "tqdm", "transformers")
     session.run("python", "-m", "benchmarks.parity", *session.posargs, env=OFFLINE)
 
 

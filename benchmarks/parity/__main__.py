@@ -1,4 +1,4 @@
-"""Compare adapterkit with the `adapters` library: `nox -s parity`, or `python -m benchmarks.parity --help`.
+"""Compare adapterkit with the `adapters` and `peft` libraries: `nox -s parity`, or `python -m benchmarks.parity --help`.
 
 Exits with 1 if any case differs for a reason that is not known.
 """
@@ -21,6 +21,10 @@ from ..report import write_json
 from .compare import TOLERANCE, Case, Outcome, compare
 from .defaults import differing_defaults
 from .families import build, families
+from .methods.cases import QUICK as QUICK_FAMILIES
+from .methods.cases import cases
+from .methods.run import run
+from .methods.table import table as methods_table
 from .peer import PRESETS, Factor
 from .table import page, table
 
@@ -34,10 +38,12 @@ def main() -> int:
     arguments = _arguments()
     _quiet()
     torch.set_num_threads(1)
+    if arguments.methods:
+        return _run_methods(arguments.families or (QUICK_FAMILIES if arguments.quick else families()))
     chosen = arguments.families or (QUICK if arguments.quick else families())
     outcomes = _run(list(chosen))
-    cases = [_as_json(outcome) for outcome in outcomes]
-    print(table(cases))
+    told = [_as_json(outcome) for outcome in outcomes]
+    print(table(told))
     for outcome in outcomes:
         if outcome.verdict == "differs":
             print(f"{outcome.case}: {outcome.message or outcome.difference}; {outcome.reason}: {outcome.check}")
@@ -47,7 +53,7 @@ def main() -> int:
         "peer": {name: version(name) for name in ("adapters", "transformers")},
         "tolerance": TOLERANCE,
         "defaults": differing_defaults(),
-        "cases": cases,
+        "cases": told,
     }
     is_whole = list(chosen) == families()
     write_json("parity", result, quick=not is_whole)
@@ -61,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--families", nargs="+", choices=families(), metavar="FAMILY", help="only these: %(choices)s")
+    parser.add_argument("--methods", action="store_true", help="every method, the peers against the papers' formulas")
     return parser.parse_args()
 
 
@@ -69,6 +76,16 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("adapters").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
+
+
+def _run_methods(chosen: list[str]) -> int:
+    """Every method: what the peers get right."""
+    found = [run(case) for case in tqdm(cases(list(chosen)), unit="case")]
+    print(methods_table([outcome.as_json() for outcome in found]))
+    unknown = [outcome for outcome in found if outcome.verdict() == "unknown"]
+    for outcome in unknown:
+        print(f"{outcome.case}: {outcome.peer} {outcome.proven}")
+    return 1 if unknown else 0
 
 
 def _run(chosen: list[str]) -> list[Outcome]:

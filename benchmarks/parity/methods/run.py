@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,26 @@ class Outcome:
     def wrong(self) -> list[str]:
         """In which aspects the peer differs from the formula."""
         return [name for name in ASPECTS if name in self.peer and not self.peer[name] <= self.tolerance]
+
+    def verdict(self) -> str:
+        """How the peer did: "right", "wrong" for reasons that are known and proven, "refused", or "unknown"."""
+        reasons = [known(self.case, aspect) for aspect in self.wrong()]
+        if None in reasons or not all(value <= self.tolerance for value in self.proven.values()):
+            return "unknown"
+        return "wrong" if reasons else "refused" if "all" in self.refused else "right"
+
+    def as_json(self) -> dict[str, Any]:
+        """The outcome in plain values."""
+        reasons = {aspect: known(self.case, aspect) for aspect in self.wrong()}
+        return {
+            **{name: getattr(self.case, name) for name in ("peer", "method", "host", "setting")},
+            "tolerance": self.tolerance,
+            "verdict": self.verdict(),
+            "peer_differs": self.peer,
+            "proven": self.proven,
+            "refused": self.refused,
+            "reasons": {aspect: entry and entry.reason for aspect, entry in reasons.items()},
+        }
 
 
 def run(case: Case) -> Outcome:
