@@ -1,14 +1,18 @@
 """Compare adapterkit with the `adapters` and `peft` libraries: `nox -s parity`, or `python -m benchmarks.parity --help`.
 
+It has two parts, the presets of bottlenecks in all families of models, and every other method; the page is of both.
+
 Exits with 1 if any case differs for a reason that is not known.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,13 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from ..report import write_json
+from ..report import RESULTS, write_json
 from .compare import TOLERANCE, Case, Outcome, compare
 from .defaults import differing_defaults
 from .families import build, families
 from .methods.cases import QUICK as QUICK_FAMILIES
 from .methods.cases import cases
+from .methods.places import default_places
 from .methods.run import run
 from .methods.table import table as methods_table
 from .peer import PRESETS, Factor
@@ -38,36 +43,66 @@ def main() -> int:
     arguments = _arguments()
     _quiet()
     torch.set_num_threads(1)
-    if arguments.methods:
-        return _run_methods(arguments.families or (QUICK_FAMILIES if arguments.quick else families()))
-    chosen = arguments.families or (QUICK if arguments.quick else families())
+    do_all = not (arguments.presets or arguments.methods)
+    found = []
+    if do_all or arguments.presets:
+        found += _presets(arguments.families or (QUICK if arguments.quick else families()))
+    if do_all or arguments.methods:
+        found += _methods(arguments.families or (QUICK_FAMILIES if arguments.quick else families()))
+    if not arguments.quick and not arguments.families:
+        parts = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("parity", "parity_methods")]
+        PAGE.write_text(page(*parts))
+        print(f"wrote {PAGE}")
+    return 1 if "differs" in found else 0
+
+
+def _presets(chosen: Sequence[str]) -> list[str]:
+    """Every preset of bottlenecks in these families; the verdicts."""
     outcomes = _run(list(chosen))
     told = [_as_json(outcome) for outcome in outcomes]
     print(table(told))
     for outcome in outcomes:
         if outcome.verdict == "differs":
             print(f"{outcome.case}: {outcome.message or outcome.difference}; {outcome.reason}: {outcome.check}")
-    verdicts = [outcome.verdict for outcome in outcomes]
-    print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("equal", "explained", "differs")))
     result = {
         "peer": {name: version(name) for name in ("adapters", "transformers")},
         "tolerance": TOLERANCE,
         "defaults": differing_defaults(),
         "cases": told,
     }
-    is_whole = list(chosen) == families()
-    write_json("parity", result, quick=not is_whole)
-    if is_whole:
-        PAGE.write_text(page(result))
-        print(f"wrote {PAGE}")
-    return 1 if "differs" in verdicts else 0
+    write_json("parity", result, quick=list(chosen) != families())
+    return _counted([outcome.verdict for outcome in outcomes], ("equal", "explained", "differs"))
+
+
+def _methods(chosen: Sequence[str]) -> list[str]:
+    """Every other method, in these families and in the layers of plain torch; the verdicts."""
+    outcomes = [run(case) for case in tqdm(cases(list(chosen)), unit="case")]
+    told = [outcome.as_json() for outcome in outcomes]
+    print(methods_table(told))
+    for outcome in outcomes:
+        if outcome.verdict() == "differs":
+            print(f"{outcome.case}: {outcome.as_json()}")
+    result = {
+        "peers": {name: version(name) for name in ("adapters", "peft", "transformers")},
+        "cases": told,
+        "places": default_places(list(chosen)),
+    }
+    write_json("parity_methods", result, quick=list(chosen) != families())
+    return _counted([outcome.verdict() for outcome in outcomes], ("equal", "explained", "n.a.", "differs"))
+
+
+def _counted(verdicts: list[str], kinds: Sequence[str]) -> list[str]:
+    """Print how many there are of each verdict, and return them."""
+    print(", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds))
+    return verdicts
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK_FAMILIES)}")
     parser.add_argument("--families", nargs="+", choices=families(), metavar="FAMILY", help="only these: %(choices)s")
-    parser.add_argument("--methods", action="store_true", help="every method, the peers against the papers' formulas")
+    parser.add_argument("--presets", action="store_true", help="only the presets of bottlenecks")
+    parser.add_argument("--methods", action="store_true", help="only the other methods")
     return parser.parse_args()
 
 
@@ -76,16 +111,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("adapters").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
-
-
-def _run_methods(chosen: list[str]) -> int:
-    """Every method: what the peers get right."""
-    found = [run(case) for case in tqdm(cases(list(chosen)), unit="case")]
-    print(methods_table([outcome.as_json() for outcome in found]))
-    unknown = [outcome for outcome in found if outcome.verdict() == "unknown"]
-    for outcome in unknown:
-        print(f"{outcome.case}: {outcome.peer} {outcome.proven}")
-    return 1 if unknown else 0
 
 
 def _run(chosen: list[str]) -> list[Outcome]:

@@ -6,18 +6,25 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .methods import table as methods
+
 __all__ = ["page", "table"]
 
 Cases = Sequence[Mapping[str, Any]]
 
-_HEAD = """# Parity with the `adapters` library
+_HEAD = """# Parity with the `adapters` and `peft` libraries
 
-`nox -s parity` compares, number by number, with `adapters` {adapters} on transformers {transformers}: all of its
-{families} families of models, each with {presets} presets and {factors} reduction factors (one for all layers, and maps by
-layer). Each model is tiny, every weight random, norms and biases too. That library adapts one copy, adapterkit another;
-the adapters' weights are copied over; both run in float32 in eval mode on the same inputs, with padding where the family
-takes a mask. Compared are all floating-point outputs, and the gradients of every adapter tensor for a random projection of
-the outputs. The run writes `benchmarks/results/parity.json` and, from it, this page.
+`nox -s parity` compares, number by number, with the libraries that people use today: bottlenecks with `adapters`, and
+[every other method](#every-other-method) with both.
+
+## Bottlenecks
+
+Compared with `adapters` {adapters} on transformers {transformers}: all of its {families} families of models, each with
+{presets} presets and {factors} reduction factors (one for all layers, and maps by layer). Each model is tiny, every
+weight random, norms and biases too. That library adapts one copy, adapterkit another; the adapters' weights are copied
+over; both run in float32 in eval mode on the same inputs, with padding where the family takes a mask. Compared are all
+floating-point outputs, and the gradients of every adapter tensor for a random projection of the outputs. The run writes
+`benchmarks/results/parity.json`.
 
 **{equal} of {cases} cases are equal within {tolerance:g}; {explained} differ for a known reason, {differ} for an unknown.**
 A reason counts as known if the two agree once it, and nothing else, is put right.
@@ -27,7 +34,7 @@ tensor. A number in brackets names the reason below.
 
 """
 _DEFAULTS = """
-## Default settings that differ
+### Default settings that differ
 
 Each preset was used as such; only the reduction factor was set (and in that library AdapterPlus' stochastic depth, which
 needs torchvision and acts in training alone, was off). Of the other default settings, these differ:
@@ -38,13 +45,52 @@ Maps of reduction factors count layers from 0 in each stack of blocks; that libr
 decoder (BART, T5, Whisper) and from CLIP's text to its vision blocks, but not in `EncoderDecoderModel`.
 """
 _REASONS = """
-## Differences explained
+### Differences explained
+
+"""
+_METHODS = """
+## Every other method
+
+Compared with `adapters` {adapters} and `peft` {peft}, in float64: on tiny models of the former's families, and on layers of
+every geometry (linear, Conv1D, convolutions of 1 to 3 dimensions with any padding, dilation and groups, embeddings, torch's
+attention, stacked experts). A peer adapts one copy of a model, adapterkit another, and the peer's tensors, drawn at random,
+are copied over to its places. Compared are outputs, the gradient of every tensor, outputs when merged, and outputs when
+unmerged again; ours have to be what they were, bit for bit.
+
+A peer is no judge of itself: both are also compared with the papers' formulas, written out by hand
+(`benchmarks/parity/methods/formula.py`). The run writes `benchmarks/results/parity_methods.json`, and this page from both.
+
+**Of {cases} cases {equal} are equal to the peer; in {explained} the peer is wrong in something, or refuses it, for a known
+reason, and ours equals the formula; {absent} ours does not do; {differ} differ for an unknown reason.** Equal is within
+1e-09, or within 1e-05 in models that compute in float32 whatever their dtype is (DeBERTa, Llama, Mistral, T5 and mT5).
+
+The number after a semicolon is the largest difference from the peer, where that is right, of outputs, merged outputs and
+gradients (in parts of the largest entry of their tensor). Numbers in brackets name the reasons below.
+
+"""
+_METHOD_REASONS = """
+### Where a peer differs, and why
+
+"""
+_LIMITS = """
+### What ours does not do
+
+"""
+_PLACES = """
+### Where the presets go
+
+Above, ours was put where the peer had adapted. By themselves, the presets `lora` and `ia3` of `adapters` and ours go to the
+same places but for these. The paper of IA3 scales what enters the feed-forward's last projection, behind the non-linearity.
 
 """
 
 
-def page(result: Mapping[str, Any]) -> str:
-    """The docs page."""
+def page(result: Mapping[str, Any], of_methods: Mapping[str, Any]) -> str:
+    """The docs page, of the presets of bottlenecks and of every other method."""
+    return _bottlenecks(result) + _methods(of_methods)
+
+
+def _bottlenecks(result: Mapping[str, Any]) -> str:
     cases: Cases = result["cases"]
     verdicts = [case["verdict"] for case in cases]
     head = _HEAD.format(
@@ -59,6 +105,29 @@ def page(result: Mapping[str, Any]) -> str:
         tolerance=result["tolerance"],
     )
     return head + table(cases) + _REASONS + _reasons(cases) + _DEFAULTS + _defaults(result["defaults"]) + _MAPS
+
+
+def _methods(result: Mapping[str, Any]) -> str:
+    cases: Cases = result["cases"]
+    verdicts = [case["verdict"] for case in cases]
+    head = _METHODS.format(
+        **result["peers"],
+        cases=len(cases),
+        equal=verdicts.count("equal"),
+        explained=verdicts.count("explained"),
+        absent=verdicts.count("n.a."),
+        differ=verdicts.count("differs"),
+    )
+    return (
+        head
+        + methods.table(cases)
+        + _METHOD_REASONS
+        + methods.reasons(cases)
+        + _LIMITS
+        + methods.limits(cases)
+        + _PLACES
+        + methods.places(result["places"])
+    )
 
 
 def table(cases: Cases) -> str:

@@ -81,7 +81,8 @@ def _dora() -> Iterator[Case]:
     for host in ("bert", "llama", "vit"):
         yield Case("adapters", "dora", host, "rank 4, alpha 4", {"rank": 4, "alpha": 4, "use_dora": True})
     yield Case("adapters", "dora", "bert", "rank 4, alpha 8", {"rank": 4, "alpha": 8, "use_dora": True})
-    yield Case("adapters", "dora", "gpt2", "rank 4, alpha 4", {"rank": 4, "alpha": 4, "use_dora": True})
+    here = {"targets": ["@attention.q", "@attention.v"]}
+    yield Case("adapters", "dora", "gpt2", "rank 4, alpha 4", {"rank": 4, "alpha": 4, "use_dora": True}, here=here)
 
     def peft(host: str, setting: str, targets: list[str], **config: Any) -> Case:
         return Case("peft", "dora", host, setting, {"rank": 4, "alpha": 8, "use_dora": True, **config}, _to(targets))
@@ -98,8 +99,9 @@ def _dora() -> Iterator[Case]:
 
 
 def _vera() -> Iterator[Case]:
+    here = {"targets": ["@attention.q", "@attention.v"]}
     for host in ("bert", "llama", "vit"):
-        yield Case("adapters", "vera", host, "rank 8, diagonal matrices", {"rank": 8})
+        yield Case("adapters", "vera", host, "rank 8, diagonal matrices", {"rank": 8}, here=here)
     yield Case("peft", "vera", "bert", "rank 8", {"rank": 8}, _to(["query", "value"]))
     yield Case("peft", "vera", "bert", "layers of several shapes", {"rank": 4}, _to(["query", "intermediate.dense"]))
     yield Case("peft", "vera", "gpt2", "c_attn, whole", {"rank": 8}, _to(["c_attn"]))
@@ -162,6 +164,10 @@ def _combining() -> Iterator[Case]:
         for how in ("linear", "negate_b", "svd"):
             config = {"rank": 3, "alpha": 7, "weights": mix, "how": how}
             yield Case("adapters", "combine", "bert", f"{how}: {told}", config)
+
+    mix = {"parity": 0.7, "other": 0.3}
+    config = {"rank": 3, "alpha": 7, "weights": mix, "how": "factors"}
+    yield Case("peft", "combine", "bert", "factor by factor: 0.7 a + 0.3 b", config, _QV)
 
 
 def _to(targets: list[str]) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 Whatever changes weights is computed as the changed weight, W' (`torch.func.functional_call` runs the host with it): LoRA
 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, VeRA 2310.11454, IA3 2205.05638 (scaled activations are scaled rows or
 columns), BitFit 2106.10199 and norms as differences. Whatever is no weight is a hook: Compacter 2106.04647 at the places
-of `adapters`, and MAD-X' coupling (2005.00052; NICE 1410.8516).
+of `adapters`, and MAD-X' coupling (2005.00052; NICE 1410.8516; GLOW 1807.03039, its log-scale bounded as Real NVP's is,
+1605.08803).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +25,11 @@ from ..measure import float_tensors
 from .case import SHARED, Case, Key, Place, by_pattern
 from .hosts import Host, rows_of
 
-__all__ = ["adapted", "outputs"]
+__all__ = ["adapted", "by_factor", "combined", "outputs"]
 
 Tensors = Mapping[Key, Tensor]
 Grouped = dict[Place, dict[str, Tensor]]
+Change = tuple[Tensor, Tensor]
 
 
 def outputs(case: Case, host: Host, *adapters: tuple[float, Tensors]) -> list[Tensor]:
@@ -46,6 +50,27 @@ def outputs(case: Case, host: Host, *adapters: tuple[float, Tensors]) -> list[Te
                     _change(case, host, place, own | shared, weight, changed)
                     hooks.enter_context(_bias_of_no_bias(case, host.model, place, own))
         return float_tensors(functional_call(host.model, changed, (), dict(host.inputs), tie_weights=False))
+
+
+def combined(case: Case, host: Host, adapters: Mapping[str, Tensors]) -> list[Tensor]:
+    """The outputs with the weighted sum of several LoRAs, or, where that is asked for, with that of their factors."""
+    weights = case.config["weights"]
+    if case.config["how"] != "factors":
+        return outputs(case, host, *((weight, adapters[name]) for name, weight in weights.items()))
+    sides = {name: (math.sqrt(abs(w)), math.copysign(math.sqrt(abs(w)), w)) for name, w in weights.items()}
+    return by_factor(case, host, adapters, sides, case.config["alpha"] / case.config["rank"])
+
+
+def by_factor(
+    case: Case, host: Host, adapters: Mapping[str, Tensors], sides: Mapping[str, tuple[float, float]], scaling: float
+) -> list[Tensor]:
+    """A and B each summed with weights of their own, and their product with this scaling."""
+    summed: dict[Key, Tensor] = {}
+    for name, (of_a, of_b) in sides.items():
+        for key, tensor in adapters[name].items():
+            summed[key] = summed.get(key, 0) + (of_a if key.name == "lora_A" else of_b) * tensor
+    settings = {**case.config, "alpha": scaling * case.config["rank"], "use_rslora": False}
+    return outputs(replace(case, config=settings), host, (1.0, summed))
 
 
 def adapted(case: Case, host: Host, tensors: Tensors) -> dict[str, Tensor]:
@@ -73,7 +98,8 @@ def _change(
     current = parameters | changed
     if place.path in parameters:
         delta = own["lora_B"] @ own["lora_A"]  # (..., a, b)
-        changed[place.path] = current[place.path] + weight * _scaling(case, place, own["lora_A"].shape[-2]) * delta
+        new = current[place.path] + weight * _scaling(case, place, own["lora_A"].shape[-2]) * delta
+        changed[place.path] = _in_length(new, own["magnitude"]) if "magnitude" in own else new
         return
     module = host.model.get_submodule(place.path)
     weight_name, bias_name = f"{place.path}.weight", f"{place.path}.bias"
@@ -100,11 +126,15 @@ def _new(
     if "lora_A" in own:
         scaling = weight * _scaling(case, place, own["lora_A"].shape[0])
         rows = rows + scaling * _delta(own["lora_A"], own["lora_B"], getattr(module, "groups", 1))
-        if "magnitude" in own:  # the norm is a constant for the gradient (section 4.3)
-            rows = own["magnitude"][:, None] * rows / rows.norm(dim=1, keepdim=True).detach()
+        rows = _in_length(rows, own["magnitude"]) if "magnitude" in own else rows
         return rows, bias + scaling * own["lora_bias"] if bias is not None and "lora_bias" in own else bias
     rows = rows + own["weight"][:, None] if "weight" in own else rows  # of a norm
     return rows, bias + own["bias"] if bias is not None and "bias" in own else bias
+
+
+def _in_length(rows: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA: each row in a length of its own; its norm is a constant for the gradient (section 4.3)."""
+    return magnitude.unsqueeze(-1) * rows / rows.norm(dim=-1, keepdim=True).detach()
 
 
 def _delta(a: Tensor, b: Tensor, groups: int) -> Tensor:
@@ -206,11 +236,10 @@ def _coupling(case: Case, host: Host, own: dict[str, Tensor]) -> Iterator[None]:
     model = host.model
     first = model.bert.embeddings if hasattr(model, "bert") else model.transformer.drop
     last = model.get_output_embeddings()
-    nets = [partial(_net, own, name) for name in ("F", "G")]
     with ExitStack() as hooks:
-        hooks.enter_context(_hooked(first, partial(_nice, *nets)))
+        hooks.enter_context(_hooked(first, partial(_coupled, own)))
         if case.config.get("inverse", True):
-            hooks.enter_context(_hooked(last, partial(_nice_inverse, *nets), before=True))
+            hooks.enter_context(_hooked(last, partial(_uncoupled, own), before=True))
         yield
 
 
@@ -219,16 +248,29 @@ def _net(own: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return F.linear(hidden, own[f"{name}.2.weight"], own[f"{name}.2.bias"])
 
 
-def _nice(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _change_by(own: dict[str, Tensor], name: str, x: Tensor, width: int) -> Change:
+    """Log-scale and shift of the other half: NICE only shifts it, GLOW scales it, too, by e to at most 1."""
+    out = _net(own, name, x)
+    if out.shape[-1] == width:
+        return torch.zeros_like(out), out
+    log_scale, shift = out.split(width, dim=-1)
+    return torch.tanh(log_scale), shift
+
+
+def _coupled(own: dict[str, Tensor], x: Tensor) -> Tensor:
     x1, x2 = x.split([x.shape[-1] // 2, x.shape[-1] - x.shape[-1] // 2], dim=-1)
-    y1 = x1 + f(x2)
-    return torch.cat([y1, x2 + g(y1)], dim=-1)
+    log_scale, shift = _change_by(own, "F", x2, x1.shape[-1])
+    y1 = x1 * log_scale.exp() + shift
+    log_scale, shift = _change_by(own, "G", y1, x2.shape[-1])
+    return torch.cat([y1, x2 * log_scale.exp() + shift], dim=-1)
 
 
-def _nice_inverse(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+def _uncoupled(own: dict[str, Tensor], y: Tensor) -> Tensor:
     y1, y2 = y.split([y.shape[-1] // 2, y.shape[-1] - y.shape[-1] // 2], dim=-1)
-    x2 = y2 - g(y1)
-    return torch.cat([y1 - f(x2), x2], dim=-1)
+    log_scale, shift = _change_by(own, "G", y1, y2.shape[-1])
+    x2 = (y2 - shift) / log_scale.exp()
+    log_scale, shift = _change_by(own, "F", x2, y1.shape[-1])
+    return torch.cat([(y1 - shift) / log_scale.exp(), x2], dim=-1)
 
 
 @contextmanager

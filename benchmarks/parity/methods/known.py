@@ -1,9 +1,9 @@
-"""Where a peer is known to differ from the papers, or to refuse, and why."""
+"""Where a peer is known to differ from the papers, or to refuse, and why; and what ours does not do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from . import theirs
 from .case import Case, Key
 from .hosts import Host
 
-__all__ = ["Known", "known"]
+__all__ = ["Known", "known", "limit"]
 
 Theirs = Callable[[Case, Host, Mapping[Key, Tensor]], list[Tensor]]
 
@@ -23,19 +23,24 @@ class Known:
     Attributes:
         reason: What differs and why, for the docs.
         applies: To which cases.
-        aspects: In which aspects.
+        aspects: In which aspects; "all" where the peer cannot run the adapted model at all.
         theirs: By aspect, what the peer computes instead, so that the reason can be proven.
     """
 
     reason: str
     applies: Callable[[Case], bool]
     aspects: tuple[str, ...]
-    theirs: Mapping[str, Theirs]
+    theirs: Mapping[str, Theirs] = field(default_factory=dict)
 
 
 def known(case: Case, aspect: str) -> Known | None:
     """What is known of a case in an aspect."""
     return next((entry for entry in _KNOWN if aspect in entry.aspects and entry.applies(case)), None)
+
+
+def limit(case: Case, aspect: str) -> Known | None:
+    """What is known of a case that ours refuses in an aspect, or in "all"."""
+    return next((entry for entry in _LIMITS if aspect in entry.aspects and entry.applies(case)), None)
 
 
 def _of(peer: str, *methods: str, host: str = "", setting: str = "") -> Callable[[Case], bool]:
@@ -123,7 +128,8 @@ _KNOWN = (
     ),
     Known("unmerging IA3 divides by l + 1e-8", _of("peft", "ia3"), ("restored",), {}),
     Known(
-        "the factors A and B are summed, each on its own: the product of sums is not the sum of products",
+        "the factors A and B are summed, each on its own: the product of sums is not the sum of products. (Ours does so "
+        'where `how="linear"` asks for it; compared is its exact sum, `how="concatenate"`)',
         _summed_factors,
         ("outputs",),
         {},
@@ -140,5 +146,50 @@ _KNOWN = (
         lambda case: _of("adapters", "combine")(case) and case.config["how"] == "svd",
         ("outputs",),
         {},
+    ),
+    Known(
+        "LoRA and DoRA at a convolution drop its dilation, so that sizes no longer fit and the forward fails",
+        _of("peft", "lora", "dora", host="conv2d_dilation"),
+        ("all",),
+    ),
+    Known(
+        "nothing is merged into a convolution with groups", _of("peft", "lora", "dora", host="conv2d_groups"), ("merged",)
+    ),
+    Known("there is no DoRA at torch's attention", _of("peft", "dora", host="attention"), ("all",)),
+    Known("there is no IA3 at one-dimensional convolutions", _of("peft", "ia3", host="conv1d"), ("all",)),
+    Known("there is no IA3 at embeddings", _of("peft", "ia3", host="embedding"), ("all",)),
+    Known(
+        "DoRA fails at GPT-2's fused projection of queries, keys and values",
+        _of("adapters", "dora", host="gpt2"),
+        ("all",),
+    ),
+    Known(
+        "VeRA fails where the projections that it adapts have several widths, as with Llama's grouped queries",
+        _of("adapters", "vera", host="llama"),
+        ("all",),
+    ),
+    Known(
+        "a GLOW coupling cuts tokens apart, not features, and fails",
+        _of("adapters", "invertible", setting="GLOW"),
+        ("all",),
+    ),
+)
+# What ours refuses, by design.
+_LIMITS = (
+    Known(
+        "DoRA and LoRA's trained bias are not to be had together",
+        lambda case: case.method == "dora" and bool(case.config.get("bias")),
+        ("all",),
+    ),
+    Known(
+        "BitFit trains the biases that there are, and adds none to a layer without one",
+        _of("peft", "bitfit", host="dense"),
+        ("all",),
+    ),
+    Known("a gated LoRA depends on its input and cannot be merged", _of("adapters", "lora", setting="gated"), ("merged",)),
+    Known(
+        "a trained bias cannot be merged into a layer that has none",
+        _of("peft", "lora", host="dense", setting="with a bias"),
+        ("merged",),
     ),
 )

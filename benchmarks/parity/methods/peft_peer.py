@@ -52,7 +52,7 @@ class PeftPeer:
 
     def combine(self, weights: Mapping[str, float], how: str) -> None:
         """Activate a combination of the adapters "parity" and "other", made anew."""
-        kind = {"linear": "linear", "concatenate": "cat", "svd": "svd"}[how]
+        kind = {"linear": "linear", "factors": "linear", "concatenate": "cat", "svd": "svd"}[how]
         options = {"svd_rank": 2 * self._case.config["rank"]} if kind == "svd" else {}
         self._wrapper.add_weighted_adapter(list(weights), list(weights.values()), "combined", kind, **options)
         self._wrapper.set_adapter("combined")

@@ -1,69 +1,51 @@
-"""One case: the peer against the formula, and ours against both."""
+"""One case: the peer and ours, with the same tensors, against the formula and against each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+import adapterkit as ak
+
 from ..measure import default_dtype, float_tensors, furthest, gradients_of, relative
 from . import formula, theirs
 from .adapters_peer import AdaptersPeer
-from .case import ASPECTS, Case, Key, Leaf
+from .case import Case, Key, Leaf, Peer
 from .hosts import Host, host
 from .known import known
+from .ours import Ours, PlacesDifferError
+from .outcome import Outcome
 from .peft_peer import PeftPeer
 
-__all__ = ["Outcome", "run"]
+__all__ = ["run"]
 
-_PEERS: dict[str, Callable[[Case, nn.Module], AdaptersPeer | PeftPeer]] = {"adapters": AdaptersPeer, "peft": PeftPeer}
-# Methods whose change is no change of weights.
+_PEERS: dict[str, Callable[[Case, nn.Module], Peer]] = {"adapters": AdaptersPeer, "peft": PeftPeer}
+# Methods whose change is no change of weights, or of which one aspect is compared.
 _NO_MERGE = {"compacter", "compacter++", "invertible", "union", "combine"}
+# Of ours: what a peer cannot do is a result, whatever it raises.
+_REFUSALS = (ak.AdapterKitError, PlacesDifferError)
+Tensors = Mapping[Key, Tensor]
+Outputs = list[Tensor]
+T = TypeVar("T")
 
 
 @dataclass
-class Outcome:
-    """What a case gave.
+class _Found:
+    """What one side computes: by aspect, outputs, or gradients in the order of the leaves that train."""
 
-    Attributes:
-        tolerance: Below which a difference is rounding.
-        peer: By aspect, how far the peer lies from the formula.
-        refused: By aspect, with what words the peer refuses; "all" where it cannot even adapt the model.
-        proven: By aspect, how far a wrong peer lies from what its known fault makes of the formula.
-    """
+    outputs: Outputs | None = None
+    gradients: Outputs | None = None
+    merged: Outputs | None = None
+    before: Outputs | None = None
+    restored: Outputs | None = None
 
-    case: Case
-    tolerance: float
-    peer: dict[str, float] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    proven: dict[str, float] = field(default_factory=dict)
-
-    def wrong(self) -> list[str]:
-        """In which aspects the peer differs from the formula."""
-        return [name for name in ASPECTS if name in self.peer and not self.peer[name] <= self.tolerance]
-
-    def verdict(self) -> str:
-        """How the peer did: "right", "wrong" for reasons that are known and proven, "refused", or "unknown"."""
-        reasons = [known(self.case, aspect) for aspect in self.wrong()]
-        if None in reasons or not all(value <= self.tolerance for value in self.proven.values()):
-            return "unknown"
-        return "wrong" if reasons else "refused" if "all" in self.refused else "right"
-
-    def as_json(self) -> dict[str, Any]:
-        """The outcome in plain values."""
-        reasons = {aspect: known(self.case, aspect) for aspect in self.wrong()}
-        return {
-            **{name: getattr(self.case, name) for name in ("peer", "method", "host", "setting")},
-            "tolerance": self.tolerance,
-            "verdict": self.verdict(),
-            "peer_differs": self.peer,
-            "proven": self.proven,
-            "refused": self.refused,
-            "reasons": {aspect: entry and entry.reason for aspect, entry in reasons.items()},
-        }
+    def moved(self) -> dict[str, float]:
+        """How far the outputs after merging and unmerging are from those before, if both went."""
+        return {} if self.before is None or self.restored is None else {"restored": furthest(self.restored, self.before)}
 
 
 def run(case: Case) -> Outcome:
@@ -71,100 +53,107 @@ def run(case: Case) -> Outcome:
     with default_dtype(torch.float64):
         it = host(case.host)
         outcome = Outcome(case, it.tolerance)
-        try:  # whatever a peer cannot do is a result
-            peer = _PEERS[case.peer](case, it.model)
-        except Exception as error:
-            outcome.refused["all"] = _told(error)
-            return outcome
-        if case.method == "combine":
-            _measure_combining(case, it, peer, outcome)
-        else:
-            _measure(case, it, peer, outcome)
+        measure = _combining if case.method == "combine" else _adapting
+        measure(case, it, outcome)
         return outcome
 
 
-def _measure(case: Case, it: Host, peer: AdaptersPeer | PeftPeer, outcome: Outcome) -> None:
+def _adapting(case: Case, it: Host, outcome: Outcome) -> None:
     """All aspects of one adapter."""
-    try:
-        found = _outputs(it, peer)
-    except Exception as error:
-        outcome.refused["all"] = _told(error)
-        return
-    tensors = _tensors(peer.leaves)
-    trained = [key for key, leaf in peer.leaves.items() if leaf.is_trained]
-    expected = formula.outputs(case, it, (1.0, tensors))
-    slopes = dict(zip(trained, gradients_of(expected, [tensors[key] for key in trained]), strict=True))
-    _check_that_it_acts(case, it, expected)
-    outcome.peer["outputs"] = furthest(found, expected)
-    _prove("outputs", case, it, tensors, found, outcome)
-    leaves = [peer.leaves[key] for key in trained]
-    own = dict(zip(trained, gradients_of(found, [leaf.parameter for leaf in leaves]), strict=True))
-    views = [leaf.view(own[key]) for key, leaf in zip(trained, leaves, strict=True)]
-    outcome.peer["gradients"] = relative(views, [slopes[key] for key in trained])
+    peer = _attempt(lambda: _PEERS[case.peer](case, it.model), outcome.refused, Exception)
+    there = _Found() if peer is None else _found(case, it, peer, outcome.refused, Exception)
+    tensors = None if peer is None or "all" in outcome.refused else _tensors(peer.leaves)
+    ours = _attempt(lambda: Ours(case, it, tensors), outcome.refused_here, *_REFUSALS)
+    here = _Found() if ours is None else _found(case, it, ours, outcome.refused_here, *_REFUSALS)
+    if tensors is None and ours is not None:
+        tensors = _tensors(ours.leaves)
+    if tensors is not None:
+        expected = _expected(case, it, tensors)
+        outcome.peer = _differences(there, expected) | there.moved()
+        outcome.ours = _differences(here, expected) | here.moved()
+        outcome.apart = _differences(here, there)
+        _prove(case, it, tensors, there, outcome)
+
+
+def _found(case: Case, it: Host, side: Peer, refused: dict[str, str], *refusals: type[Exception]) -> _Found:
+    """What a side computes."""
+    found = _Found()
+    found.outputs = _attempt(lambda: _outputs(it, side), refused, *refusals)
+    if found.outputs is None:
+        return found
+    leaves = [leaf for leaf in side.leaves.values() if leaf.is_trained]
+    gradients = gradients_of(found.outputs, [leaf.parameter for leaf in leaves])
+    found.gradients = [leaf.view(gradient) for leaf, gradient in zip(leaves, gradients, strict=True)]
     if case.method not in _NO_MERGE:
-        _measure_merging(case, it, peer, outcome, tensors, expected)
+        with torch.no_grad():
+            found.before = _outputs(it, side)
+            found.merged = _attempt(lambda: (side.merge(), _outputs(it, side))[1], refused, *refusals, key="merged")
+            if found.merged is not None:
+                side.unmerge()
+                found.restored = _outputs(it, side)
+    return found
 
 
-def _measure_merging(
-    case: Case,
-    it: Host,
-    peer: AdaptersPeer | PeftPeer,
-    outcome: Outcome,
-    tensors: Mapping[Key, Tensor],
-    expected: list[Tensor],
-) -> None:
-    """The outputs when merged, and those when unmerged again, against the ones before."""
+def _expected(case: Case, it: Host, tensors: Tensors) -> _Found:
+    """What the formula gives; merging changes nothing."""
+    outputs = formula.outputs(case, it, (1.0, tensors))
     with torch.no_grad():
-        before = _outputs(it, peer)
-        try:
-            peer.merge()
-            merged = _outputs(it, peer)
-            outcome.peer["merged"] = furthest(merged, expected)
-            _prove("merged", case, it, tensors, merged, outcome)
-            peer.unmerge()
-            outcome.peer["restored"] = furthest(_outputs(it, peer), before)
-        except Exception as error:
-            outcome.refused["merged"] = _told(error)
+        effect = furthest(float_tensors(it.model(**it.inputs)), outputs)
+    if not effect > 1e-2:
+        raise RuntimeError(f"{case}: the adapter changes the outputs by {effect:.1e} only: equality would say nothing")
+    slopes = gradients_of(outputs, [tensor for tensor in tensors.values() if tensor.requires_grad])
+    return _Found(outputs, slopes, outputs)
 
 
-def _measure_combining(case: Case, it: Host, peer: AdaptersPeer | PeftPeer, outcome: Outcome) -> None:
+def _differences(these: _Found, those: _Found) -> dict[str, float]:
+    """By aspect, how far apart two sides are, where both have something to say."""
+    found = {}
+    if these.outputs is not None and those.outputs is not None:
+        found["outputs"] = furthest(these.outputs, those.outputs)
+    if these.gradients is not None and those.gradients is not None:
+        found["gradients"] = relative(these.gradients, those.gradients)
+    if these.merged is not None and those.merged is not None:
+        found["merged"] = furthest(these.merged, those.merged)
+    return found
+
+
+def _combining(case: Case, it: Host, outcome: Outcome) -> None:
     """The outputs of a combination of two adapters: that of the weighted sum of their changes."""
+    peer, weights, how = _PEERS[case.peer](case, it.model), case.config["weights"], case.config["how"]
     adapters = {"parity": _tensors(peer.leaves), "other": _tensors(peer.add_other())}
-    weights = case.config["weights"]
+    ours = Ours(case, it, adapters["parity"])
+    ours.add_other(adapters["other"])
     with torch.no_grad():
-        expected = formula.outputs(case, it, *((weight, adapters[name]) for name, weight in weights.items()))
-        try:
-            peer.combine(weights, case.config["how"])
-            found = _outputs(it, peer)
-            outcome.peer["outputs"] = furthest(found, expected)
-            if outcome.wrong():
-                outcome.proven["outputs"] = furthest(found, theirs.combined(case, it, adapters))
-        except Exception as error:
-            outcome.refused["all"] = _told(error)
+        there = _attempt(lambda: (peer.combine(weights, how), _outputs(it, peer))[1], outcome.refused, Exception)
+        expected = formula.combined(case, it, adapters)
+        here = _attempt(lambda: (ours.combine(weights, how), _outputs(it, ours))[1], outcome.refused_here, *_REFUSALS)
+        outcome.peer = _differences(_Found(there), _Found(expected))
+        outcome.ours = _differences(_Found(here), _Found(expected))
+        outcome.apart = _differences(_Found(here), _Found(there))
+        if outcome.of_peer() in ("wrong", "unknown") and there is not None:
+            outcome.proven["outputs"] = furthest(there, theirs.combined(case, it, adapters))
 
 
-def _prove(aspect: str, case: Case, it: Host, tensors: Mapping[Key, Tensor], found: list[Tensor], outcome: Outcome) -> None:
+def _prove(case: Case, it: Host, tensors: Tensors, there: _Found, outcome: Outcome) -> None:
     """Where the peer is wrong for a known reason, compare it with what that makes of the formula."""
-    entry = known(case, aspect)
-    if aspect in outcome.wrong() and entry is not None and aspect in entry.theirs:
-        outcome.proven[aspect] = furthest(found, entry.theirs[aspect](case, it, tensors))
+    for aspect, found in (("outputs", there.outputs), ("merged", there.merged)):
+        entry = known(case, aspect)
+        if entry is not None and found is not None and aspect in entry.theirs and outcome.is_wrong(aspect):
+            outcome.proven[aspect] = furthest(found, entry.theirs[aspect](case, it, tensors))
+
+
+def _attempt(act: Callable[[], T], refused: dict[str, str], *refusals: type[Exception], key: str = "all") -> T | None:
+    """What an act gives, or None after noting how it was refused."""
+    try:
+        return act()
+    except refusals as error:
+        refused[key] = f"{type(error).__name__}: {error}".split("\n")[0]
+        return None
 
 
 def _tensors(leaves: Mapping[Key, Leaf]) -> dict[Key, Tensor]:
     return {key: leaf.value().requires_grad_(leaf.is_trained) for key, leaf in leaves.items()}
 
 
-def _outputs(it: Host, peer: AdaptersPeer | PeftPeer) -> list[Tensor]:
-    return float_tensors(peer.model(**it.inputs))
-
-
-def _check_that_it_acts(case: Case, it: Host, adapted: list[Tensor]) -> None:
-    """Raise unless the adapter changes the outputs by far more than rounding: else equality would say nothing."""
-    with torch.no_grad():
-        effect = furthest(float_tensors(it.model(**it.inputs)), adapted)
-    if not effect > 1e-2:
-        raise RuntimeError(f"{case}: the adapter changes the outputs by {effect:.1e} only")
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0]
+def _outputs(it: Host, side: Peer) -> Outputs:
+    return float_tensors(side.model(**it.inputs))

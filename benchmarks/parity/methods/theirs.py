@@ -126,25 +126,14 @@ def combined(case: Case, host: Host, adapters: Mapping[str, Tensors]) -> list[Te
             name: (math.copysign(math.sqrt(abs(w * scaling)), w), math.sqrt(abs(w * scaling)))
             for name, w in weights.items()
         }
-        return _sum_of_factors(case, host, adapters, sides, again)
+        return formula.by_factor(case, host, adapters, sides, again)
     if case.peer == "peft":
         new_rank = 2 * rank if how == "svd" else rank * len(weights)
         return formula.outputs(case, host, *((w * math.sqrt(new_rank), adapters[name]) for name, w in weights.items()))
     if how == "svd":  # the rank changes, alpha stays, and the scaling is left out of the sum
         return formula.outputs(case, host, *((w * rank / (2 * rank), adapters[name]) for name, w in weights.items()))
     sides = {name: (abs(w) if how == "negate_b" else w, w) for name, w in weights.items()}
-    return _sum_of_factors(case, host, adapters, sides, scaling)
-
-
-def _sum_of_factors(
-    case: Case, host: Host, adapters: Mapping[str, Tensors], sides: Mapping[str, tuple[float, float]], scaling: float
-) -> list[Tensor]:
-    """A and B each summed with weights of their own, and their product with this scaling."""
-    summed: dict[Key, Tensor] = {}
-    for name, (of_a, of_b) in sides.items():
-        for key, tensor in adapters[name].items():
-            summed[key] = summed.get(key, 0) + (of_a if key.name == "lora_A" else of_b) * tensor
-    return formula.outputs(_with(case, alpha=scaling * case.config["rank"], use_rslora=False), host, (1.0, summed))
+    return formula.by_factor(case, host, adapters, sides, scaling)
 
 
 def _outputs(host: Host, changed: Mapping[str, Tensor]) -> list[Tensor]:
