@@ -17,8 +17,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
+from adapterkit.attach import shared_record
 from adapterkit.hooks import KitHook
 from adapterkit.merged import merged_weights
+from adapterkit.merging import merge
 from adapterkit.sites import originals_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
@@ -57,6 +59,18 @@ class KeywordCalled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.layer(input=x))
+
+
+class TwoWeights(nn.Module):
+    """Holds one Parameter under two names and reads it under both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 6))
+        self.w2 = self.w
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w.T) @ self.w2
 
 
 class TwoNames(nn.Module):
@@ -888,13 +902,63 @@ def test_a_small_delta_at_a_host_of_its_own_kind_is_not_drowned_in_rounding() ->
 def test_a_tied_weight_is_merged_where_the_parameter_itself_is_adapted() -> None:
     model, x = Bound("Parameter"), rows()
     kit = adapted(model, inputs=x, config=ak.LoRAConfig(targets=["one.weight"]))
-    assert kit.sites(ak.LoRAConfig(targets=["one.weight"]))[0].parameters == ("one.weight", "two.weight")
+    assert [site.path for site in kit.sites(ak.LoRAConfig(targets=["one.weight"]))] == ["one", "two"]
     before, expected = weights(model), model(x)
     kit.merge("a")
     close(model(x), expected)
     assert model.one.weight is model.two.weight
     kit.unmerge("a")
     assert same(weights(model), before)
+
+
+def test_a_parameter_under_two_names_of_one_module_is_merged_once() -> None:
+    model, x = nn.Sequential(TwoWeights()), rows()
+    kit = adapted(model, inputs=x, config=ak.LoRAConfig(targets=["0.w"], rank=2))
+    before, expected = weights(model), model(x)
+    kit.merge("a")
+    close(model(x), expected)
+    kit.unmerge("a")
+    assert same(weights(model), before)
+    assert torch.equal(model(x), expected)
+    model[0].w2 = nn.Parameter(torch.randn(6, 6))
+    with pytest.raises(ak.CompatibilityError, match="w, w2 were one Parameter when the adapter was added"):
+        kit.merge("a")
+
+
+def test_a_weight_that_is_read_around_its_module_is_merged_if_the_parameter_is_adapted_and_the_inputs_are_known() -> None:
+    ids = torch.randint(0, 11, (3, 5))
+    model, config = ReadAround(lambda w: w.T), ak.LoRAConfig(targets=["embedding.weight"])
+    kit = adapted(model, config=config)
+    with pytest.raises(ak.CompatibilityError, match=r"around it.*'embedding.weight', by this name.*example_inputs=batch"):
+        merge(model, shared_record(model), "a", ids)
+    kit.remove("a")
+    kit = adapted(model, inputs=ids, config=config)
+    before, expected = weights(model), model(ids)
+    kit.merge("a")
+    close(model(ids), expected)
+    kit.unmerge("a")
+    assert same(weights(model), before)
+
+
+def test_a_tied_weight_is_not_merged_where_one_of_its_modules_is_changed_further() -> None:
+    """W + B A in one module and W + B A + B' A' in the other cannot both be written into one W."""
+    model = Bound("Parameter")
+    both = ak.Union(ak.LoRAConfig(targets=["one.weight"]), ak.LoRAConfig(targets=["two"]))
+    kit = adapted(model, inputs=rows(), config=both)
+    before = weights(model)
+    with pytest.raises(ak.CompatibilityError, match=r"weight is shared with 'two.weight'"):
+        kit.merge("a")
+    assert same(weights(model), before)
+    model.two.bias = model.one.bias
+    both = ak.Union(ak.BitFitConfig(targets=["one.bias"]), ak.LoRAConfig(targets=["three"], bias=True))
+    model.three, model.forward = nn.Linear(6, 6), lambda x: model.three(model.two(model.one(x)))
+    model.three.bias = model.one.bias
+    kit.remove("a")
+    kit = adapted(model, inputs=rows(), config=both)
+    with pytest.raises(
+        ak.CompatibilityError, match="'one' reads the same bias, which the adapter changes differently there"
+    ):
+        kit.merge("a")
 
 
 def test_a_parameter_that_was_tied_after_it_was_adapted_is_refused() -> None:

@@ -14,16 +14,17 @@ from .config.union import Config, Union, members
 from .errors import AdapterNameError, CompatibilityError, ConfigError, TargetError
 from .heads import copy_heads, find_heads
 from .hooks import InputHook, OutputHook, WeightEndHook, WeightHook, forget_compiled, set_hook, sync_site_hooks
-from .layers import check_maps
+from .layers import check_maps, settings_site
 from .merging import unmerge
 from .methods import method_of
 from .methods.base import Sharing
+from .modules.twin import Twin
 from .names import check_name
 from .patterns import SITE, ancestors, match
 from .placement import resolve
 from .plan import apply
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
-from .sites import AdapterSite, SiteSpec, adapter_names, open_parameters, record_of, sites_of
+from .sites import AdapterSite, SiteSpec, adapter_names, open_parameters, parameter_at, record_of, sites_of
 from .spots import asks_for_structure
 from .structure.trace import ExampleInputs, outside_inference_mode
 
@@ -61,15 +62,20 @@ def add(
     check_free(model, name)
     sites = find_sites(model, config, example_inputs)
     if heads:
-        sites = _outside_heads(sites, config, find_heads(model, heads, [], example_inputs))
+        sites = _outside_heads(model, sites, config, find_heads(model, heads, [], example_inputs))
     head_paths = find_heads(model, heads, [site.path for site in sites], example_inputs)
     attach(model, name, _with_paths(model, config), build_parts(model, config, sites, head_paths))
 
 
-def _outside_heads(sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
-    """The sites without those in heads that a method named by itself (every bias, say): the copies train whole."""
+def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
+    """The sites without those in heads that a method named by itself (every bias, say): the copies train whole.
+
+    Without those, too, at a Parameter that is tied to one outside of the heads, which is what is adapted then.
+    """
     named = [index for index, member in enumerate(members(config)) if "targets" in member.model_fields_set]
-    kept = [site for site in sites if site.member in named or not {*heads} & {*ancestors(site.path)}]
+    outside = [site for site in sites if not {*heads} & {*ancestors(site.path)}]
+    tied = {site for group in _tied(model, sites) if any(site in outside for site in group) for site in group}
+    kept = [site for site in sites if site in outside or (site.member in named and site not in tied)]
     if not kept:
         raise TargetError(f"all {len(sites)} sites of the adapter lie in its heads {list(heads)}, which train whole anyway")
     return kept
@@ -127,27 +133,42 @@ def _check_order(parts: Sequence[Part]) -> None:
 
 
 def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -> list[Part]:
-    """The modules of one config, with what they share reachable from each."""
+    """The modules of one config, with what they share reachable from each.
+
+    What several sites share is held by the first in the model alone, so that it trains, moves and is saved once; the
+    sites of a file are in the model's order, those of a config need not be.
+    """
     method = method_of(config)
-    dtypes = [getattr(torch, config.dtype or "", None) or _compute_dtype(parameter_near(model, s.path)) for s in sites]
-    shared = method.shared(config, sites, dtype=dtypes[0]) if isinstance(method, Sharing) and sites else None
-    parts = []
-    for site, dtype in zip(sites, dtypes, strict=True):
-        module = method.build(config, site, host=model.get_submodule(site.path), dtype=dtype)
+    order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    own = getattr(torch, config.dtype or "", None)
+    dtypes = {id(site): own or _compute_dtype(parameter_near(model, site.path)) for site in sites}
+    shared = method.shared(config, sites, dtype=dtypes[id(sites[0])]) if isinstance(method, Sharing) and sites else None
+    built: dict[int, nn.Module] = {}
+    for tied in _tied(model, sites):
+        site, first = settings_site(config, tied), min(tied, key=lambda site: order[site.path])
+        module = method.build(config, site, host=model.get_submodule(site.path), dtype=dtypes[id(first)])
         if site.parameters and not hasattr(module, "adapted"):
             raise TargetError(
                 f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
                 f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
             )
-        parts.append(Part(site.path, module, site))
+        built |= {id(site): module if site is first else Twin(module) for site in tied}
+    parts = [Part(site.path, built[id(site)], site) for site in sites]
     if shared is not None:
-        # A child of the first in the model alone, so that it trains, moves and is saved once; the sites of a file are in
-        # the model's order, those of a config need not be.
-        order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-        owner = min(parts, key=lambda part: order[part.path])
-        for part in parts:
+        holding = [part for part in parts if not isinstance(part.module, Twin)]
+        owner = min(holding, key=lambda part: order[part.path])
+        for part in holding:
             (part.module._modules if part is owner else part.module.__dict__)["shared"] = shared
     return parts
+
+
+def _tied(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSpec]]:
+    """The sites, those at the same Parameter together."""
+    groups: dict[object, list[SiteSpec]] = {}
+    for site in sites:
+        parameter = parameter_at(model.get_submodule(site.path), site.parameters[0]) if site.parameters else None
+        groups.setdefault(site if parameter is None else (id(parameter), site.tag, site.parts), []).append(site)
+    return list(groups.values())
 
 
 def attach(model: nn.Module, name: str, config: Config, parts: Sequence[Part]) -> None:

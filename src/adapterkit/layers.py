@@ -10,7 +10,7 @@ from .errors import TargetError
 from .patterns import matching
 from .sites import SiteSpec
 
-__all__ = ["check_layers", "check_maps", "in_layers", "layer_of", "setting_at"]
+__all__ = ["check_layers", "check_maps", "in_layers", "layer_of", "setting_at", "settings_site"]
 
 Layer = tuple[int, int]
 
@@ -62,6 +62,24 @@ def check_maps(config: AdapterConfig, sites: Sequence[SiteSpec]) -> None:
                 f"{name} has values for {idle}, which fit none of the {len(sites)} sites, such as "
                 f"{[site.path for site in sites[:3]]}"
             )
+
+
+def settings_site(config: AdapterConfig, sites: Sequence[SiteSpec]) -> SiteSpec:
+    """Of the sites of one tied Parameter that at which its settings are looked up: the first that a pattern names.
+
+    Raises:
+        TargetError: patterns name several, with other values.
+    """
+    values = [getattr(config, name) for name in type(config).model_fields]
+    maps = [value for value in values if isinstance(value, Mapping)]
+    keys = [key for value in maps for key in value if key != "default" and not key.isdecimal()]
+    named = [site for site in sites if any(_fits(key, site) for key in keys)]
+    if any(setting_at(value, site) != setting_at(value, named[0]) for site in named for value in maps):
+        raise TargetError(
+            f"{[site.path for site in named]} hold one Parameter, which has one change, but settings differ between them; "
+            "give them the same"
+        )
+    return (named or sites)[0]
 
 
 def _fits(key: str, site: SiteSpec) -> bool:

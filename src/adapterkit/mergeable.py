@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .patterns import SITE
+from .sites import owner_at, parameter_at
 
 __all__ = ["Ties", "refusal"]
 
@@ -45,18 +46,27 @@ class Ties:
         return same + [name for a, b, other, name in beside if other != id(parameter) and a < stop and start < b]
 
 
-def refusal(host: nn.Module, names: Collection[str], ties: Ties) -> str | None:
-    """Why nothing can be merged into a Parameter, by its names from the host on; None if something can."""
-    owners = [_owner(host, name) for name in names]
+def refusal(
+    host: nn.Module, names: Collection[str], ties: Ties, elsewhere: Mapping[int, Collection[tuple[int, str]]]
+) -> str | None:
+    """Why nothing can be merged into a Parameter, by its names from the host on; None if something can.
+
+    Args:
+        elsewhere: By the `id` of a Parameter: where it is changed in the same way, as in `Ties.others`.
+    """
+    owners = [owner_at(host, name) for name in names]
     owner, leaf = owners[0]
-    parameter = owner._parameters.get(leaf) if owner is not None else None
+    parameter = owner._parameters[leaf] if owner is not None and leaf in owner._parameters else None
     if owner is None or (parameter is None and not isinstance(getattr(owner, leaf, None), Tensor)):
         return f"it has no {leaf!r}"
     if parameter is None:
         return f"its {leaf} is no Parameter: {_computed_from(owner, leaf)}"
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.max_norm is not None:
         return f"with max_norm={owner.max_norm} it changes its {leaf} as it looks rows up; set max_norm to None first"
-    return _not_plain(parameter, leaf) or _shared(parameter, leaf, ties, owners)
+    if any(parameter_at(host, name) is not parameter for name in names):
+        return f"its {', '.join(names)} were one Parameter when the adapter was added, and are not any more; add it anew"
+    own = {(id(owner), name) for owner, name in owners} | set(elsewhere.get(id(parameter), ()))
+    return _not_plain(parameter, leaf) or _shared(parameter, leaf, ties, own)
 
 
 def _not_plain(parameter: nn.Parameter, leaf: str) -> str | None:
@@ -78,9 +88,9 @@ def _not_plain(parameter: nn.Parameter, leaf: str) -> str | None:
     return None
 
 
-def _shared(parameter: nn.Parameter, leaf: str, ties: Ties, owners: Collection[tuple[nn.Module | None, str]]) -> str | None:
+def _shared(parameter: nn.Parameter, leaf: str, ties: Ties, own: Collection[tuple[int, str]]) -> str | None:
     """Which other tensors would change with a Parameter, if any."""
-    others = ties.others(parameter, {(id(owner), name) for owner, name in owners})
+    others = ties.others(parameter, own)
     if not others:
         return None
     return (
@@ -106,15 +116,6 @@ def _computed_from(owner: nn.Module, leaf: str) -> str:
 
 def _parametrizations(owner: Any, leaf: str) -> Iterator[nn.Module]:
     return iter(owner.parametrizations[leaf])
-
-
-def _owner(host: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """The module that holds a Parameter, by its name from the host on, and its name there."""
-    way, _, leaf = name.rpartition(".")
-    owner: nn.Module | None = host
-    for part in way.split(".") if way else ():
-        owner = None if owner is None else owner._modules.get(part)
-    return owner, leaf
 
 
 def _has_memory(tensor: Tensor) -> bool:

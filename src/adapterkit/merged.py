@@ -14,7 +14,8 @@ from .config.union import members
 from .errors import CompatibilityError
 from .mergeable import Ties, refusal
 from .methods.base import Adapting, Mergeable
-from .sites import AdapterSite, Entry, SiteSpec, originals_of, sites_of
+from .modules.twin import trained
+from .sites import AdapterSite, Entry, SiteSpec, originals_of, owner_at, parameter_at, sites_of
 from .trial import difference, needs_trial
 
 __all__ = ["Change", "merged_weights"]
@@ -31,47 +32,88 @@ class Change:
         site: The site that keeps its original.
         host: The host that reads it.
         path: The host's path.
-        name: Its name from the host on.
+        names: Its names from the host on.
         value: In the Parameter's dtype.
+        made_by: The `id`s of the modules that change it, in order.
     """
 
     site: AdapterSite
     host: nn.Module
     path: str
-    name: str
+    names: tuple[str, ...]
     parameter: nn.Parameter
     value: Tensor
+    made_by: tuple[int, ...]
 
 
 def merged_weights(model: nn.Module, names: Sequence[str]) -> list[Change]:
-    """What these adapters, in order, make of the original weights.
+    """What these adapters, in order, make of the original weights; of a tied one the same at each host that reads it.
 
     Raises:
         CompatibilityError: one of them cannot be merged; says where and why.
     """
-    ties, originals = Ties(model), originals_of(model)
+    ties, originals, covered = Ties(model), originals_of(model), _covered(model, names)
     changes: list[Change] = []
     for path, host, site in sites_of(model):
         held = [(name, *pair) for name in names for pair in site.modules_of(name) if pair[0].spec is not None]
         if held:
             held.sort(key=lambda item: _ORDER.index(_spec(item[1]).at))
-            changes += _HostWeights(path, host, site, ties, originals).merged(held)
+            changes += _HostWeights(path, host, site, ties, originals, covered).merged(held)
+    _check_agree(changes, names)
     return changes
+
+
+def _covered(model: nn.Module, names: Sequence[str]) -> dict[int, set[tuple[int, str]]]:
+    """By the `id` of each Parameter that the same modules change wherever any does: its holders there, and its names."""
+    holders: dict[int, set[tuple[int, str]]] = {}
+    acting: dict[int, dict[str, list[int]]] = {}
+    for path, host, site in sites_of(model):
+        for entry, module in (pair for name in names for pair in site.modules_of(name) if pair[0].spec is not None):
+            for owner, leaf in (owner_at(host, own) for own in _spec(entry).parameters or ("weight",)):
+                parameter = None if owner is None else parameter_at(owner, leaf)
+                if parameter is not None:
+                    holders.setdefault(id(parameter), set()).add((id(owner), leaf))
+                    acts = acting.setdefault(id(parameter), {}).setdefault(path, [])
+                    acts += [id(trained(module))] if id(trained(module)) not in acts else []
+    return {key: held for key, held in holders.items() if len({tuple(acts) for acts in acting[key].values()}) == 1}
+
+
+def _check_agree(changes: Sequence[Change], names: Sequence[str]) -> None:
+    """Raise CompatibilityError where hosts that read one Parameter would have it changed differently."""
+    first: dict[int, Change] = {}
+    for change in changes:
+        other = first.setdefault(id(change.parameter), change)
+        if other.made_by != change.made_by:
+            raise CompatibilityError(
+                f"adapter {names[-1]!r} cannot be merged into {change.path!r}: {other.path!r} reads the same "
+                f"{change.names[0]}, which the adapter changes differently there. Nothing was changed"
+            )
 
 
 class _HostWeights:
     """Copies of one host's tensors, wide, into which adapters are merged."""
 
-    def __init__(self, path: str, host: nn.Module, site: AdapterSite, ties: Ties, originals: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        path: str,
+        host: nn.Module,
+        site: AdapterSite,
+        ties: Ties,
+        originals: Mapping[int, Tensor],
+        covered: Mapping[int, set[tuple[int, str]]],
+    ) -> None:
         self._path, self._host, self._site, self._ties, self._originals = path, host, site, ties, originals
+        self._covered = covered
         self._wide: dict[str, Tensor] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
         self._refused: dict[str, str] = {}
 
     def merged(self, held: Sequence[tuple[str, Entry, nn.Module]]) -> Iterator[Change]:
         """Merge adapters' modules, in order, and return what changes."""
-        changed: set[str] = set()
+        changed: dict[str, list[int]] = {}
         before: dict[str, Tensor] | None = None
-        for name, entry, module in held:
+        for name, entry, held_module in held:
+            module = trained(held_module)
             if not (isinstance(module, Mergeable) or (isinstance(module, Adapting) and _spec(entry).at == "weight")):
                 method = members(entry.config)[_spec(entry).member].method
                 raise self._refusal(name, f"{method!r} is no change of a weight; only methods that are can be merged")
@@ -83,14 +125,14 @@ class _HostWeights:
                 if names[key] in self._refused:
                     raise self._refusal(name, self._refused[names[key]])
                 self._wide[names[key]] = value
-                changed.add(names[key])
+                changed.setdefault(names[key], []).append(id(module))
         entries = [entry for _, entry, _ in held]
         if before is not None and needs_trial(self._host, entries):
             beside = [(name, entry) for name, entry, _ in held if _spec(entry).at != "weight"]
             wrong = difference(self._host, self._site, beside, before, {name: self._wide[name] for name in before})
             if wrong is not None:
                 raise self._refusal(held[0][0], wrong)
-        return (self._change(held[0][0], name) for name in self._wide if name in changed)
+        return (self._change(held[0][0], name, changed[name]) for name in self._wide if name in changed)
 
     def _load(self, adapter: str, spec: SiteSpec, dtype: torch.dtype) -> dict[str, str]:
         """Copy the tensors that a module may change; their names by those that the module knows them by.
@@ -102,11 +144,12 @@ class _HostWeights:
             names["bias"] = ("bias",)
         for key, all_names in names.items():
             name = all_names[0]
-            reason = refusal(self._host, all_names, self._ties)
+            reason = refusal(self._host, all_names, self._ties, self._covered)
             if reason is not None and key == "weight":
                 raise self._refusal(adapter, reason)
             if reason is not None:
                 self._refused[name] = reason
+            self._names[name] = all_names
             if name not in self._wide:
                 tensor: Tensor = attrgetter(name)(self._host)
                 self._wide[name] = self._originals.get(id(tensor), tensor.detach()).to(tensor.device, dtype)
@@ -130,12 +173,12 @@ class _HostWeights:
                 )
         return merged
 
-    def _change(self, adapter: str, name: str) -> Change:
+    def _change(self, adapter: str, name: str, made_by: Sequence[int]) -> Change:
         """The final value of one Parameter, in its own dtype."""
         parameter = self._host.get_parameter(name)
         value = self._wide[name].detach().to(parameter.dtype)
         self._check_finite(adapter, f"in {parameter.dtype} the merged {name} would have", [value])
-        return Change(self._site, self._host, self._path, name, parameter, value)
+        return Change(self._site, self._host, self._path, self._names[name], parameter, value, tuple(made_by))
 
     def _check_finite(self, adapter: str, what: str, tensors: Iterable[Tensor]) -> None:
         if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()):

@@ -13,9 +13,9 @@ from .errors import ActivationError, CompatibilityError
 from .hooks import forget_compiled
 from .merged import Change, merged_weights
 from .plan import apply, check_known
-from .reads import reads_around
+from .reads import Holder, reads_around
 from .record import ACTIVATION_LOCK, Record, silenced
-from .sites import Original, named_parameters, originals_of, parameter_at, sites_of
+from .sites import Original, named_parameters, originals_of, owner_at, parameter_at, sites_of
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, outside_inference_mode
 
@@ -126,18 +126,26 @@ def _check_unchanged(model: nn.Module) -> None:
 
 def _check_reads(model: nn.Module, name: str, changes: Sequence[Change], inputs: ExampleInputs | None) -> None:
     """Raise CompatibilityError if the model reads a weight around its host, where the adapter does not act."""
+    held = [
+        (change, Holder(owner, leaf, change.host))
+        for change in changes
+        for owner, leaf in (owner_at(change.host, own) for own in change.names)
+        if owner is not None
+    ]
     try:
         with silenced():
             inputs = tiny_inputs(model) if inputs is None else inputs
-        around = reads_around(model, {id(change.parameter): change.host for change in changes}, inputs)
+        around = reads_around(model, [holder for _, holder in held], inputs)
     except CompatibilityError:  # a model that runs on nothing that is known here: nothing can be seen
         return
-    for change in changes:
-        if id(change.parameter) in around:
-            where = around[id(change.parameter)]
+    for (change, _), stacks in zip(held, around, strict=True):
+        if stacks:
+            where, full = stacks[0][-1][0] if stacks[0] else "", f"{change.path}.{change.names[0]}".lstrip(".")
             raise CompatibilityError(
                 f"adapter {name!r} cannot be merged into {change.path!r}: {where or type(model).__name__!r} reads its "
-                f"{change.name} as well, around it, where the adapter does nothing, but a merged weight would"
+                f"{change.names[0]} as well, around it, where the adapter does nothing, but a merged weight would. Adapt "
+                f"the Parameter {full!r}, by this name, in a model that is wrapped with example inputs: "
+                "ak.wrap(model, example_inputs=batch)"
             )
 
 
@@ -165,7 +173,7 @@ def _write(model: nn.Module, changes: Sequence[Change]) -> None:
     for _, _, site in sites_of(model):
         site.originals.clear()
     for key, change in changing.items():
-        change.site.originals[change.name] = Original(kept[key], digest(change.parameter))
+        change.site.originals[change.names[0]] = Original(kept[key], digest(change.parameter))
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:

@@ -9,8 +9,8 @@ from .config.base import AdapterConfig
 from .errors import TargetError
 from .hosts import host_type
 from .patterns import ancestors
-from .reads import reads_around
-from .sites import SiteSpec
+from .reads import Holder, Stack, reads_around
+from .sites import SiteSpec, owner_at
 from .structure.trace import ExampleInputs, observe, runs_around
 
 __all__ = ["at_running_hosts"]
@@ -25,20 +25,34 @@ def at_running_hosts(
         TargetError: a projection never runs, or a Parameter that targets name is never read, on the inputs.
     """
     calls = observe(model, inputs, dict.fromkeys(site.path for site in sites), lambda *_: None)
-    idle = {site.path: site for site in sites if not calls[site.path]}
-    if not idle:
-        return list(sites)
-    held = {id(_parameter(model, site)): model.get_submodule(path) for path, site in idle.items() if site.parameters}
-    readers = reads_around(model, held, inputs)
-    kept = []
+    readers = _readers(model, sites, inputs)
+    read = {id(_parameter(model, site)) for site in sites if site.parameters and (calls[site.path] or readers[site])}
+    kept: dict[object, SiteSpec] = {}
     for site in sites:
-        reader = readers.get(id(_parameter(model, site))) if site.path in idle and site.parameters else None
-        if reader is not None:
-            site = _moved(site, reader, model)  # noqa: PLW2901  # the same site, elsewhere
-        elif site.path in idle and (not site.parameters or "targets" in config.model_fields_set):
+        is_idle = not calls[site.path] and not readers[site]
+        # One that does not run on these inputs, but holds a Parameter that others read, may run on other inputs.
+        is_asked_for = not site.parameters or "targets" in config.model_fields_set
+        if is_idle and is_asked_for and id(_parameter(model, site)) not in read:
             raise TargetError(_never(site, model, inputs))
-        kept.append(site)
-    return kept
+        moved = _moved(site, readers[site], model) if readers[site] else site
+        key = (moved.path, id(_parameter(model, site)) if site.parameters else site)
+        there = kept.get(key)
+        kept[key] = replace(there, parameters=there.parameters + moved.parameters) if there else moved
+    return list(kept.values())
+
+
+def _readers(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> dict[SiteSpec, list[Stack]]:
+    """What runs when the Parameter of a site is read, with the names that it has there, while the site's host does not."""
+    held: list[tuple[SiteSpec, Holder]] = []
+    for site in sites:
+        host = model.get_submodule(site.path)
+        owners = (owner_at(host, name) for name in site.parameters)
+        held += [(site, Holder(owner, leaf, host)) for owner, leaf in owners if owner is not None]
+    readers: dict[SiteSpec, list[Stack]] = {site: [] for site in sites}
+    found = reads_around(model, [holder for _, holder in held], inputs) if held else []
+    for (site, _), stacks in zip(held, found, strict=True):
+        readers[site] += stacks
+    return readers
 
 
 def _never(site: SiteSpec, model: nn.Module, inputs: ExampleInputs) -> str:
@@ -60,9 +74,10 @@ def _parameter(model: nn.Module, site: SiteSpec) -> nn.Parameter | None:
     return model.get_submodule(site.path).get_parameter(site.parameters[0]) if site.parameters else None
 
 
-def _moved(site: SiteSpec, reader: str, model: nn.Module) -> SiteSpec:
-    """The site with the innermost module around both its host and a reader for its host."""
-    host = next(path for path in ancestors(reader) if path in ancestors(site.path))
+def _moved(site: SiteSpec, readers: Sequence[Stack], model: nn.Module) -> SiteSpec:
+    """The site with the innermost module around its host that runs whenever the Parameter is read for its host."""
+    running = set.intersection(*({id(module) for _, module in stack} for stack in readers))
+    host = next((path for path in ancestors(site.path) if id(model.get_submodule(path)) in running), "")
     below = site.path.removeprefix(host).lstrip(".")
     names = tuple(f"{below}.{name}".lstrip(".") for name in site.parameters)
     return replace(site, path=host, host=host_type(model.get_submodule(host)), parameters=names)

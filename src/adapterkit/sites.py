@@ -31,6 +31,7 @@ __all__ = [
     "named_parameters",
     "open_parameters",
     "originals_of",
+    "owner_at",
     "parameter_at",
     "record_of",
     "site_key",
@@ -61,7 +62,8 @@ class SiteSpec:
         residual: Path of the module whose input the adapter reads: the residual stream or, beside the host, its own.
         norm: Where a block normalises around the branch that the host yields, as `Sublayer.norm`; None where the host
             yields none, or the config did not need the model's structure.
-        parameters: Names, from the host on, of the Parameter that is adapted; several where it is tied.
+        parameters: Names, from the host on, of the Parameter that is adapted; several where the host reads it under
+            several. Of a tied Parameter each host that reads it is a site; one module serves them all.
         parts: Which features of the output (rows of the Parameter) are adapted; () for all of them.
         tag: Which of a method's placements it came of.
         member: Which config of a union it came of.
@@ -305,16 +307,21 @@ def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tu
                     yield from module.named_parameters(prefix=f"{path}.{SITE}.{entry.key}".lstrip("."))
 
 
+def owner_at(host: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The module that holds a Parameter, by the Parameter's name from the host on, and the name there; None if gone."""
+    way, _, leaf = name.rpartition(".")
+    owner: nn.Module | None = host
+    for part in way.split(".") if way else ():
+        owner = None if owner is None or part not in owner._modules else owner._modules[part]
+    return owner, leaf
+
+
 def parameter_at(host: nn.Module, name: str) -> nn.Parameter | None:
     """A Parameter by its name from the host on; None if there is none (any more)."""
-    way, _, leaf = name.rpartition(".")
-    owner: Any = host
-    for part in way.split(".") if way else ():
-        owner = owner._modules.get(part)
-        if owner is None:
-            return None
-    parameters: Mapping[str, nn.Parameter | None] = owner._parameters
-    return parameters[leaf] if leaf in parameters else None  # noqa: SIM401  # TorchScript's has no get
+    owner, leaf = owner_at(host, name)
+    if owner is None or leaf not in owner._parameters:  # TorchScript's has no get
+        return None
+    return owner._parameters[leaf]
 
 
 def originals_of(model: nn.Module) -> dict[int, Tensor]:

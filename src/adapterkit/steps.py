@@ -179,12 +179,15 @@ class AdaptWeight(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Put the Parameter plus its change in the way of the Parameter; `value` holds what is put there by owner."""
         module: Any = site._modules[self.key]
+        before: Any = None
         for owner, leaf in self.places(host):
             weight: Any = value.get((owner, leaf))
             if weight is None:  # not by getattr, which may find what another thread runs with
                 weight = owner._parameters[leaf] if leaf in owner._parameters else owner.__dict__[leaf]
-            changed = module.adapted(weight)
-            value[owner, leaf] = changed if changed.dtype is weight.dtype else changed.to(weight.dtype)
+            if weight is not before:  # under another name it is the same one
+                before, changed = weight, module.adapted(weight)
+                changed = changed if changed.dtype is weight.dtype else changed.to(weight.dtype)
+            value[owner, leaf] = changed
         return value
 
     def places(self, host: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -15,7 +15,7 @@ from .merging import changed_since_merging
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
 from .record import RECORD, Record, silenced
-from .sites import AdapterSite, SiteSpec, located, sites_of, specs_of
+from .sites import AdapterSite, SiteSpec, located, parameter_at, sites_of, specs_of
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, runs_around
 
@@ -84,7 +84,10 @@ def verify(
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if active is not None and inputs is not None:
         sites = tuple(prove_sites(model, active, inputs))
-        problems += [*_site_problems(model, sites, inputs), *([] if lost else _elsewhere_now(model, active, inputs))]
+        problems += [
+            *_site_problems(model, active, sites, inputs),
+            *([] if lost else _elsewhere_now(model, active, inputs)),
+        ]
         problems += _dead(model, active, inputs)
     elif active is None and hosts:
         problems.append("no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter")
@@ -183,10 +186,18 @@ def _inputs(model: nn.Module) -> ExampleInputs | None:
         return None
 
 
-def _site_problems(model: nn.Module, sites: tuple[SiteProof, ...], inputs: ExampleInputs) -> Iterator[str]:
+def _site_problems(model: nn.Module, name: str, sites: tuple[SiteProof, ...], inputs: ExampleInputs) -> Iterator[str]:
     never = [proof.path for proof in sites if not proof.fired_in_eval]
     instead = runs_around(model, inputs, never) if never else {}
-    for proof in sites:
+    # A tied Parameter is adapted wherever it is read; not all that hold it need to run.
+    held = [
+        parameter_at(model.get_submodule(path), spec.parameters[0]) if spec.parameters else None
+        for path, spec in specs_of(model, name)
+    ]
+    read = {id(p) for p, proof in zip(held, sites, strict=True) if p is not None and proof.fired_in_eval}
+    for parameter, proof in zip(held, sites, strict=True):
+        if not proof.fired_in_eval and id(parameter) in read:
+            continue
         if not proof.fired_in_eval:
             yield (
                 f"{proof.path!r} never ran on the example inputs (skipped, or its weights are read around it); adapt "

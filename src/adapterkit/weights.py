@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -202,30 +202,33 @@ def _no_projection(path: str, module: nn.Module) -> str:
 def _parameter_sites(
     wanted: _Wanted, excluded: _Wanted, modules: dict[str, nn.Module], owned: Mapping[str, str], discovery: Discovery
 ) -> Iterator[SiteSpec]:
-    """Sites at Parameters: the host is the innermost module around all that hold it that is called."""
-    holders: dict[int, list[str]] = {}
+    """Sites at Parameters: one at each host, the innermost module around one that holds it that is called."""
+    holders: dict[int, dict[tuple[int, str], str]] = {}
     for name, path in owned.items():
-        holders.setdefault(id(modules[path]._parameters[name.rpartition(".")[2]]), []).append(name)
+        leaf = name.rpartition(".")[2]
+        held = holders.setdefault(id(modules[path]._parameters[leaf]), {})
+        held.setdefault((id(modules[path]), leaf), name)
     done: set[int] = set()
     for name, parts in wanted.parameters.items():
         parameter = modules[owned[name]].get_parameter(name.rpartition(".")[2])
         if id(parameter) in done or name in excluded.parameters or owned[name] in excluded.modules:
             continue
         done.add(id(parameter))
-        names = list({id(modules[owned[n]]): n for n in reversed(holders[id(parameter)])}.values())[::-1]
-        host = _host_of([owned[n] for n in names], modules)
-        yield SiteSpec(
-            path=host,
-            host=host_type(modules[host]),
-            at="weight",
-            reads="weight",
-            width=parameter.shape[0] if parameter.dim() else 1,
-            input_width=parameter.shape[-1] if parameter.dim() else 1,
-            axis=0,
-            layer=layer_of(owned[name], modules),
-            parameters=tuple(n.removeprefix(f"{host}.") if host else n for n in names),
-            parts=() if "" in parts else _rows(name, owned[name], parts, parameter.shape[0], discovery.anatomy),
-        )
+        rows = () if "" in parts else _rows(name, owned[name], parts, parameter.shape[0], discovery.anatomy)
+        layer = layer_of(owned[name], modules)  # one for all of its hosts, which are adapted or left out together
+        for host, names in _by_host(holders[id(parameter)].values(), modules, owned).items():
+            yield SiteSpec(
+                path=host,
+                host=host_type(modules[host]),
+                at="weight",
+                reads="weight",
+                width=parameter.shape[0] if parameter.dim() else 1,
+                input_width=parameter.shape[-1] if parameter.dim() else 1,
+                axis=0,
+                layer=layer,
+                parameters=tuple(n.removeprefix(f"{host}.") if host else n for n in names),
+                parts=rows,
+            )
 
 
 def _rows(name: str, owner: str, parts: set[str], size: int, anatomy: Anatomy) -> Parts:
@@ -254,10 +257,13 @@ def _fused_at(path: str, anatomy: Anatomy) -> list[FusedProjection]:
     return [fused for s in (*anatomy.sublayers, *anatomy.others) for fused in s.fused if fused.path == path]
 
 
-def _host_of(owners: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
-    """The innermost module around all owners of a Parameter that is called when they compute."""
-    around = [path for path in ancestors(owners[0]) if all(path in ancestors(other) for other in owners)]
-    return next((path for path in around if not isinstance(modules[path], _NEVER_CALLED)), "")
+def _by_host(names: Iterable[str], modules: Mapping[str, nn.Module], owned: Mapping[str, str]) -> dict[str, list[str]]:
+    """A Parameter's names by the innermost module that is called when the one that holds it so computes."""
+    by_host: dict[str, list[str]] = {}
+    for name in names:
+        called = (path for path in ancestors(owned[name]) if not isinstance(modules[path], _NEVER_CALLED))
+        by_host.setdefault(next(called, ""), []).append(name)
+    return by_host
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config.base import describe
 from ..errors import StoreError
 from ..hosts import host_type
+from ..modules.twin import trained
 from ..sites import Entry, SiteSpec, located, sites_of
 from .files import CARD_MARK, replace_adapter
 from .identity import base_identity, structure_of
@@ -106,8 +107,13 @@ def dtype_name(tensor: Tensor) -> str:
 
 def _tensors(held: list[_Held]) -> dict[str, Tensor]:
     tensors = {}
+    saved: set[int] = set()
     for path, _, entry, module in held:
-        for tensor, value in module.state_dict().items():
+        source = trained(module)
+        if id(source) in saved:
+            continue
+        saved.add(id(source))  # with its first site: in a part of the model that may be a twin
+        for tensor, value in source.state_dict().items():
             # A clone: the format has no tensors that share memory, and a head may tie two of its own.
             tensors[tensor_key(entry.spec, path, tensor)] = value.detach().cpu().contiguous().clone()
     return tensors
