@@ -16,6 +16,7 @@ from adapterkit.methods import METHODS, UNION_PRESETS, presets
 
 from ..conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 
+
 def one_spelling_of_each() -> list[str]:
     """The presets, each once: several names may lead to the same settings."""
     plain = {(method.name, repr(settings)): name for name, (method, settings) in reversed(presets().items())}
