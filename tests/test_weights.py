@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2Model
 
 import adapterkit as ak
@@ -145,7 +146,12 @@ def test_a_weight_that_is_read_around_its_module_is_adapted_by_its_name_alone() 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ["nothing"]}, "'nothing' matches no module of Tiny"),
+        ({"targets": ["nothing"]}, "'nothing' matches no module of Tiny, which has 28 modules and 35 Parameters"),
+        (
+            {"targets": ["query"], "exclude": ["kwery"]},
+            "^exclude: 'kwery' matches no module of Tiny.* Nearest: 'key', 'query'",
+        ),
+        ({"targets": ["query"], "exclude": ["norm_1.wait"]}, "^exclude: 'norm_1.wait' .* Nearest: 'norm_1.weight'"),
         (
             {"targets": ["norm_1"]},
             r"'blocks.0.norm_1' \(LayerNorm\) applies no weight .* holds the Parameters .*norm_1.weight",
@@ -332,7 +338,7 @@ def test_a_weight_normed_layer_is_adapted_at_its_output() -> None:
     kit.activate("a")
     a, b = kit.parameters("a")
     torch.testing.assert_close(model(x), F.linear(x, model.weight + 4.0 * b @ a, model.bias))
-    with pytest.raises(ak.TargetError, match="'weight' matches no module"):
+    with pytest.raises(ak.TargetError, match=r"'weight' is no Parameter: WeightNorm of '' computes it.* the module '' "):
         kit.add("b", "lora", targets=["weight"])
 
 
@@ -436,3 +442,57 @@ def test_shared_tensors_load_whatever_the_order_of_the_targets(tmp_path: Path) -
         expected = model(x)
     with kit.active("b"):
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("config", [ak.LoRAConfig(), ak.VeRAConfig(), ak.IA3Config()])
+def test_a_role_in_what_is_no_transformer_says_which_modules_there_are(config: Any) -> None:
+    kit = ak.wrap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(2, 4))
+    with pytest.raises(
+        ak.TargetError, match=r"tracing Sequential finds no such place.* name modules, e.g. targets=\['0', '2'\]"
+    ):
+        kit.sites(config)
+    with pytest.raises(
+        ak.TargetError, match=r"^exclude: '@block.in': .* name modules, e.g. \['0', '2'\]|^exclude: '@block.in'"
+    ):
+        kit.sites(config, targets=["0"], exclude=["@block.in"])
+
+
+def test_a_parameter_of_multihead_attention_that_is_computed_is_refused() -> None:
+    model = nn.utils.parametrizations.orthogonal(nn.MultiheadAttention(4, 2), "in_proj_weight")
+    with pytest.raises(ak.TargetError, match="'in_proj_weight' is no Parameter: Orthogonal of '' computes it"):
+        ak.wrap(model).sites("lora", targets=[""])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("computed", "sources", "way_out"),
+    [
+        (nn.utils.weight_norm, ["weight_g", "weight_v"], "remove_weight_norm"),
+        (nn.utils.spectral_norm, ["weight_orig"], "remove_spectral_norm"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), ["weight_orig"], "prune.remove"),
+    ],
+)
+def test_what_a_hook_of_the_module_itself_computes_its_weight_from_is_refused(
+    computed: Any, sources: list[str], way_out: str
+) -> None:
+    model, x = nn.Sequential(computed(nn.Linear(4, 3))).eval(), torch.randn(5, 4)
+    model(x)
+    kit = ak.wrap(model)
+    for source in sources:
+        with pytest.raises(ak.TargetError, match=rf"'0.{source}' would do nothing: .* Target the module '0' .*{way_out}"):
+            kit.add("a", "lora", targets=[f"0.{source}"])
+    with pytest.raises(ak.TargetError, match=rf"'0.weight' is no Parameter: .* Target the module '0' .*{way_out}"):
+        kit.add("a", "lora", targets=["0.weight"])
+    kit.add("a", "lora", targets=["0"], rank=2)
+    randomise(kit, "a")
+    kit.activate("a")
+    a, b = kit.parameters("a")
+    torch.testing.assert_close(model(x), F.linear(x, model[0].weight + 4.0 * b @ a, model[0].bias))
+
+
+def test_a_pruned_bias_is_refused() -> None:
+    kit = ak.wrap(prune.l1_unstructured(nn.Linear(4, 3), "bias", 1))
+    with pytest.raises(
+        ak.TargetError, match=r"'bias_orig' would do nothing: .*\(L1Unstructured\).* Exclude it, or end that"
+    ):
+        kit.sites("bitfit")
