@@ -496,3 +496,26 @@ def test_a_pruned_bias_is_refused() -> None:
         ak.TargetError, match=r"'bias_orig' would do nothing: .*\(L1Unstructured\).* Exclude it, or end that"
     ):
         kit.sites("bitfit")
+
+
+def test_verify_says_who_reads_a_parameter_around_its_module() -> None:
+    model, x = ReadsAround(), torch.randn(2, 4)
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["proj.weight"])
+    kit.activate("a")
+    (problem,) = [p for p in kit.verify(x).problems if "never ran" in p]
+    assert "'proj' never ran on the example inputs: ReadsAround reads its 'weight' around it" in problem
+    assert "example_inputs=batch" in problem
+
+
+def test_verify_says_that_nothing_reads_a_parameter() -> None:
+    model = Skips()
+    kit = ak.wrap(model)
+    kit.add("a", "bitfit")
+    kit.activate("a")
+    problems = [p for p in kit.verify(torch.randn(2, 4)).problems if "never ran" in p]
+    assert [p.partition(",")[0] for p in problems] == [
+        "'vision.0' never ran on the example inputs",
+        "'vision.1' never ran on the example inputs",
+    ]
+    assert all("nothing else read its 'bias'" in p and "verify with inputs that run it" in p for p in problems)

@@ -1,6 +1,6 @@
 """Proof that a model is adapted as its sites say: hooks there and firing, base unmoved, adapter trainable."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from .hooks import InputHook, OutputHook, WeightHook, has_hook
 from .merging import changed_since_merging
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
+from .reads import reads_around
 from .record import RECORD, Record, silenced
-from .sites import AdapterSite, SiteSpec, located, sites_of, specs_of
+from .sites import AdapterSite, SiteSpec, located, parameter_at, sites_of, specs_of
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, runs_around
 
@@ -84,7 +85,8 @@ def verify(
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if active is not None and inputs is not None:
         sites = tuple(prove_sites(model, active, inputs))
-        problems += [*_site_problems(model, sites, inputs), *([] if lost else _elsewhere_now(model, active, inputs))]
+        specs = [spec for _, spec in specs_of(model, active)]
+        problems += [*_site_problems(model, sites, specs, inputs), *([] if lost else _elsewhere_now(model, active, inputs))]
         problems += _dead(model, active, inputs)
     elif active is None and hosts:
         problems.append("no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter")
@@ -183,19 +185,47 @@ def _inputs(model: nn.Module) -> ExampleInputs | None:
         return None
 
 
-def _site_problems(model: nn.Module, sites: tuple[SiteProof, ...], inputs: ExampleInputs) -> Iterator[str]:
-    never = [proof.path for proof in sites if not proof.fired_in_eval]
-    instead = runs_around(model, inputs, never) if never else {}
+def _site_problems(
+    model: nn.Module, sites: Sequence[SiteProof], specs: Sequence[SiteSpec], inputs: ExampleInputs
+) -> Iterator[str]:
+    """What is wrong at the sites, each with its spec."""
+    idle = [(proof.path, spec) for proof, spec in zip(sites, specs, strict=True) if not proof.fired_in_eval]
+    yield from _idle_parameters(model, [(path, spec) for path, spec in idle if spec.parameters], inputs)
+    modules = [path for path, spec in idle if not spec.parameters]
+    for path, around in (runs_around(model, inputs, modules) if modules else {}).items():
+        yield (
+            f"{path!r} never ran on the example inputs (skipped, or its weights are read around it); adapt "
+            f"{repr(around) if around else 'the model itself'}, which does"
+        )
     for proof in sites:
         if not proof.fired_in_eval:
-            yield (
-                f"{proof.path!r} never ran on the example inputs (skipped, or its weights are read around it); adapt "
-                f"{instead.get(proof.path, '')!r}, which does"
-            )
-        elif not proof.fired_in_training:
+            continue
+        if not proof.fired_in_training:
             yield f"{proof.path!r} ran in eval mode, but never in training mode (does the model run in it on these inputs?)"
-        if proof.fired_in_eval and not proof.agrees:
+        if not proof.agrees:
             yield f"the \N{GREEK SMALL LETTER EPSILON}-test of {proof.path!r} ({proof.place}) fails: {proof.moved}"
+
+
+def _idle_parameters(model: nn.Module, idle: Sequence[tuple[str, SiteSpec]], inputs: ExampleInputs) -> Iterator[str]:
+    """What is wrong where a Parameter is adapted whose host never runs, so that nobody reads the changed one."""
+    parameters = {
+        (path, spec.parameters[0]): parameter_at(model.get_submodule(path), spec.parameters[0]) for path, spec in idle
+    }
+    held = {id(parameter): model.get_submodule(path) for (path, _), parameter in parameters.items()}
+    readers = reads_around(model, held, inputs) if held else {}
+    for (path, name), parameter in parameters.items():
+        reader = readers.get(id(parameter))
+        if reader is None:
+            yield (
+                f"{path!r} never ran on the example inputs, and nothing else read its {name!r}, which is adapted there: "
+                "verify with inputs that run it, or exclude it"
+            )
+        else:
+            who = repr(reader) if reader else type(model).__name__
+            yield (
+                f"{path!r} never ran on the example inputs: {who} reads its {name!r} around it, as it was before the "
+                "adapter. Wrap the model with the inputs, ak.wrap(model, example_inputs=batch), and add it anew"
+            )
 
 
 def _row(proof: SiteProof) -> tuple[str, str, str, str, str, str, str]:
