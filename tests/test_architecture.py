@@ -27,6 +27,7 @@ LAYERS = [
         "steps",
         "hooks",
         "spots",
+        "computed",
         "weights",
         "host_weight",
         "reads",

@@ -504,3 +504,13 @@ def test_the_summary_counts_parameters_bytes_and_shares(post_norm: Tiny) -> None
     text = str(kit.summary())
     assert "a        bottleneck  4      236         27" in text
     assert f"{theta:,}" in text
+
+
+def test_none_is_no_adapter(post_norm: Tiny) -> None:
+    kit = ak.wrap(post_norm)
+    kit.add("a", CONFIG)
+    kit.activate("a")
+    for switch in (kit.activate, kit.active):
+        with pytest.raises(ak.AdapterNameError, match=r"no adapter None.*kit.deactivate\(\).*kit.base\(\)"):
+            switch(None)  # type: ignore[arg-type]  # wrong on purpose
+    assert kit.summary().adapters[0].is_active

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2Model, T5Config, T5ForConditionalGeneration
 
@@ -150,7 +151,12 @@ def test_a_weight_that_is_read_around_its_module_is_adapted_by_its_name_alone() 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ["nothing"]}, "'nothing' matches no module of Tiny"),
+        ({"targets": ["nothing"]}, "'nothing' matches no module of Tiny, which has 28 modules and 35 Parameters"),
+        (
+            {"targets": ["query"], "exclude": ["kwery"]},
+            "^exclude: 'kwery' matches no module of Tiny.* Nearest: 'key', 'query'",
+        ),
+        ({"targets": ["query"], "exclude": ["norm_1.wait"]}, "^exclude: 'norm_1.wait' .* Nearest: 'norm_1.weight'"),
         (
             {"targets": ["norm_1"]},
             r"'blocks.0.norm_1' \(LayerNorm\) applies no weight .* holds the Parameters .*norm_1.weight",
@@ -337,7 +343,7 @@ def test_a_weight_normed_layer_is_adapted_at_its_output() -> None:
     kit.activate("a")
     a, b = kit.parameters("a")
     torch.testing.assert_close(model(x), F.linear(x, model.weight + 4.0 * b @ a, model.bias))
-    with pytest.raises(ak.TargetError, match="'weight' matches no module"):
+    with pytest.raises(ak.TargetError, match=r"'weight' is no Parameter: WeightNorm of '' computes it.* the module '' "):
         kit.add("b", "lora", targets=["weight"])
 
 
@@ -763,3 +769,80 @@ def test_a_compiled_model_adapts_a_tied_parameter() -> None:
     kit.activate("a")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids), model(ids))
+
+
+@pytest.mark.parametrize("config", [ak.LoRAConfig(), ak.VeRAConfig(), ak.IA3Config()])
+def test_a_role_in_what_is_no_transformer_says_which_modules_there_are(config: Any) -> None:
+    kit = ak.wrap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(2, 4))
+    with pytest.raises(
+        ak.TargetError, match=r"tracing Sequential finds no such place.* name modules, e.g. targets=\['0', '2'\]"
+    ):
+        kit.sites(config)
+    with pytest.raises(
+        ak.TargetError, match=r"^exclude: '@block.in': .* name modules, e.g. \['0', '2'\]|^exclude: '@block.in'"
+    ):
+        kit.sites(config, targets=["0"], exclude=["@block.in"])
+
+
+def test_a_parameter_of_multihead_attention_that_is_computed_is_refused() -> None:
+    model = nn.utils.parametrizations.orthogonal(nn.MultiheadAttention(4, 2), "in_proj_weight")
+    with pytest.raises(ak.TargetError, match="'in_proj_weight' is no Parameter: Orthogonal of '' computes it"):
+        ak.wrap(model).sites("lora", targets=[""])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("computed", "sources", "way_out"),
+    [
+        (nn.utils.weight_norm, ["weight_g", "weight_v"], "remove_weight_norm"),
+        (nn.utils.spectral_norm, ["weight_orig"], "remove_spectral_norm"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), ["weight_orig"], "prune.remove"),
+    ],
+)
+def test_what_a_hook_of_the_module_itself_computes_its_weight_from_is_refused(
+    computed: Any, sources: list[str], way_out: str
+) -> None:
+    model, x = nn.Sequential(computed(nn.Linear(4, 3))).eval(), torch.randn(5, 4)
+    model(x)
+    kit = ak.wrap(model)
+    for source in sources:
+        with pytest.raises(ak.TargetError, match=rf"'0.{source}' would do nothing: .* Target the module '0' .*{way_out}"):
+            kit.add("a", "lora", targets=[f"0.{source}"])
+    with pytest.raises(ak.TargetError, match=rf"'0.weight' is no Parameter: .* Target the module '0' .*{way_out}"):
+        kit.add("a", "lora", targets=["0.weight"])
+    kit.add("a", "lora", targets=["0"], rank=2)
+    randomise(kit, "a")
+    kit.activate("a")
+    a, b = kit.parameters("a")
+    torch.testing.assert_close(model(x), F.linear(x, model[0].weight + 4.0 * b @ a, model[0].bias))
+
+
+def test_a_pruned_bias_is_refused() -> None:
+    kit = ak.wrap(prune.l1_unstructured(nn.Linear(4, 3), "bias", 1))
+    with pytest.raises(
+        ak.TargetError, match=r"'bias_orig' would do nothing: .*\(L1Unstructured\).* Exclude it, or end that"
+    ):
+        kit.sites("bitfit")
+
+
+def test_verify_says_who_reads_a_parameter_around_its_module() -> None:
+    model, x = ReadsAround(), torch.randn(2, 4)
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["proj.weight"])
+    kit.activate("a")
+    (problem,) = [p for p in kit.verify(x).problems if "never ran" in p]
+    assert "'proj' never ran on the example inputs: ReadsAround reads its 'weight' around it" in problem
+    assert "example_inputs=batch" in problem
+
+
+def test_verify_says_that_nothing_reads_a_parameter() -> None:
+    model = Skips()
+    kit = ak.wrap(model)
+    kit.add("a", "bitfit")
+    kit.activate("a")
+    problems = [p for p in kit.verify(torch.randn(2, 4)).problems if "never ran" in p]
+    assert [p.partition(",")[0] for p in problems] == [
+        "'vision.0' never ran on the example inputs",
+        "'vision.1' never ran on the example inputs",
+    ]
+    assert all("nothing else read its 'bias'" in p and "verify with inputs that run it" in p for p in problems)

@@ -148,6 +148,7 @@ class AdapterKit:
             AdapterNameError: no such adapter.
             ActivationError: another thread is running the model with another adapter, or another adapter is merged.
         """
+        plan.check_known(self.model, name)
         plan.activate(self.model, self._record(), name)
 
     def deactivate(self) -> None:
@@ -156,6 +157,7 @@ class AdapterKit:
 
     def active(self, name: str) -> AbstractContextManager[None]:
         """`with kit.active("a"):` runs adapter a within the block, and what was active before after it."""
+        plan.check_known(self.model, name)
         return plan.activated(self.model, self._record(), name)
 
     def base(self) -> AbstractContextManager[None]:

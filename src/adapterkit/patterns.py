@@ -139,17 +139,34 @@ def _translate(target: str) -> str:
     return r"(?:.*\.)?" + "".join(pieces) + re.escape(target[end:])
 
 
-def nothing_matches(target: str | Predicate, model: nn.Module, paths: list[str]) -> str:
-    """The message for a target without a match, with the names that come nearest."""
+def _count(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
+
+
+def nothing_matches(
+    target: str | Predicate, model: nn.Module, paths: Sequence[str], parameters: Sequence[str] = (), such_as: str = ""
+) -> str:
+    """The message for a target without a match, with the names that come nearest.
+
+    Args:
+        paths: The modules that there are.
+        parameters: The names of Parameters, where those can be targets as well.
+        such_as: What could stand for a role in a model that does not have it.
+    """
     name = type(model).__name__
     if is_role(target):
-        return f"{target!r}: tracing {name} finds no such place; `kit.tree()` shows what there is"
+        example = f", e.g. {such_as}" if such_as else ""
+        return (
+            f"{target!r}: tracing {name} finds no such place; `kit.tree()` shows what there is. In what is no transformer, "
+            f"name modules{example}"
+        )
     if not isinstance(target, str):
         return f"the predicate {getattr(target, '__name__', target)!r} is true for no module of {name}"
-    tails = {".".join(path.split(".")[-n:]): None for path in paths if path for n in (1, 2, 3)}
+    there = " and ".join([_count(paths, "module"), *([_count(parameters, "Parameter")] if parameters else [])])
+    tails = {".".join(path.split(".")[-n:]): None for path in (*paths, *parameters) if path for n in (1, 2, 3)}
     near = difflib.get_close_matches(target, list(tails), n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(map(repr, near))}. " if near else ""
     return (
-        f"{target!r} matches no module of {name}, which has {len(paths)}. {hint}"
+        f"{target!r} matches no module of {name}, which has {there}. {hint}"
         "Change it, or call kit.sites(config) to list what would match."
     )

@@ -73,12 +73,14 @@ def apply(model: nn.Module, record: Record) -> None:
         forget_compiled()
 
 
-def check_known(model: nn.Module, name: str) -> None:
+def check_known(model: nn.Module, name: object) -> None:
     """Raise AdapterNameError, with the nearest names, unless the model has this adapter."""
     names = adapter_names(model)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=3)
         hint = f"Did you mean {', '.join(map(repr, near))}?" if near else f"It has: {names or 'none'}."
+        if name is None:
+            hint += " The base alone runs after kit.deactivate(), or inside `with kit.base():`."
         raise AdapterNameError(f"the model has no adapter {name!r}. {hint}")
 
 

@@ -1,6 +1,6 @@
 """Proof that a model is adapted as its sites say: hooks there and firing, base unmoved, adapter trainable."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from .hooks import InputHook, OutputHook, WeightHook, has_hook
 from .merging import changed_since_merging
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
+from .reads import Holder, reads_around
 from .record import RECORD, Record, silenced
-from .sites import AdapterSite, SiteSpec, located, parameter_at, sites_of, specs_of
+from .sites import AdapterSite, SiteSpec, located, owner_at, parameter_at, sites_of, specs_of
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, runs_around
 
@@ -84,10 +85,8 @@ def verify(
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if active is not None and inputs is not None:
         sites = tuple(prove_sites(model, active, inputs))
-        problems += [
-            *_site_problems(model, active, sites, inputs),
-            *([] if lost else _elsewhere_now(model, active, inputs)),
-        ]
+        specs = list(specs_of(model, active))
+        problems += [*_site_problems(model, sites, specs, inputs), *([] if lost else _elsewhere_now(model, active, inputs))]
         problems += _dead(model, active, inputs)
     elif active is None and hosts:
         problems.append("no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter")
@@ -186,27 +185,58 @@ def _inputs(model: nn.Module) -> ExampleInputs | None:
         return None
 
 
-def _site_problems(model: nn.Module, name: str, sites: tuple[SiteProof, ...], inputs: ExampleInputs) -> Iterator[str]:
-    never = [proof.path for proof in sites if not proof.fired_in_eval]
-    instead = runs_around(model, inputs, never) if never else {}
+def _site_problems(
+    model: nn.Module, sites: Sequence[SiteProof], specs: Sequence[tuple[str, SiteSpec]], inputs: ExampleInputs
+) -> Iterator[str]:
+    """What is wrong at the sites, each with its path and spec."""
     # A tied Parameter is adapted wherever it is read; not all that hold it need to run.
     held = [
-        parameter_at(model.get_submodule(path), spec.parameters[0]) if spec.parameters else None
-        for path, spec in specs_of(model, name)
+        parameter_at(model.get_submodule(path), spec.parameters[0]) if spec.parameters else None for path, spec in specs
     ]
     read = {id(p) for p, proof in zip(held, sites, strict=True) if p is not None and proof.fired_in_eval}
-    for parameter, proof in zip(held, sites, strict=True):
-        if not proof.fired_in_eval and id(parameter) in read:
-            continue
+    idle = [
+        (proof.path, spec)
+        for proof, (_, spec), parameter in zip(sites, specs, held, strict=True)
+        if not proof.fired_in_eval and id(parameter) not in read
+    ]
+    yield from _idle_parameters(model, [(path, spec) for path, spec in idle if spec.parameters], inputs)
+    modules = [path for path, spec in idle if not spec.parameters]
+    for path, around in (runs_around(model, inputs, modules) if modules else {}).items():
+        yield (
+            f"{path!r} never ran on the example inputs (skipped, or its weights are read around it); adapt "
+            f"{repr(around) if around else 'the model itself'}, which does"
+        )
+    for proof in sites:
         if not proof.fired_in_eval:
-            yield (
-                f"{proof.path!r} never ran on the example inputs (skipped, or its weights are read around it); adapt "
-                f"{instead.get(proof.path, '')!r}, which does"
-            )
-        elif not proof.fired_in_training:
+            continue
+        if not proof.fired_in_training:
             yield f"{proof.path!r} ran in eval mode, but never in training mode (does the model run in it on these inputs?)"
-        if proof.fired_in_eval and not proof.agrees:
+        if not proof.agrees:
             yield f"the \N{GREEK SMALL LETTER EPSILON}-test of {proof.path!r} ({proof.place}) fails: {proof.moved}"
+
+
+def _idle_parameters(model: nn.Module, idle: Sequence[tuple[str, SiteSpec]], inputs: ExampleInputs) -> Iterator[str]:
+    """What is wrong where a Parameter is adapted whose host never runs, so that nobody reads the changed one."""
+    owners = [owner_at(model.get_submodule(path), spec.parameters[0]) for path, spec in idle]
+    held = [
+        (path, spec.parameters[0], Holder(owner, leaf, model.get_submodule(path)))
+        for (path, spec), (owner, leaf) in zip(idle, owners, strict=True)
+        if owner is not None
+    ]
+    reads = reads_around(model, [holder for _, _, holder in held], inputs) if held else []
+    for (path, name, _), stacks in zip(held, reads, strict=True):
+        reader = None if not stacks else stacks[0][-1][0] if stacks[0] else ""
+        if reader is None:
+            yield (
+                f"{path!r} never ran on the example inputs, and nothing else read its {name!r}, which is adapted there: "
+                "verify with inputs that run it, or exclude it"
+            )
+        else:
+            who = repr(reader) if reader else type(model).__name__
+            yield (
+                f"{path!r} never ran on the example inputs: {who} reads its {name!r} around it, as it was before the "
+                "adapter. Wrap the model with the inputs, ak.wrap(model, example_inputs=batch), and add it anew"
+            )
 
 
 def _row(proof: SiteProof) -> tuple[str, str, str, str, str, str, str]:

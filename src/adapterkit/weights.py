@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from .computed import no_parameter, why_no_effect
 from .config.base import AdapterConfig, Predicate
 from .errors import TargetError
 from .hosts import host_type
@@ -68,7 +69,10 @@ def weight_sites(
         TargetError: a target names nothing, or nothing with a weight; a host never runs on the example inputs.
     """
     owned = {f"{path}.{leaf}".lstrip("."): path for path, m in modules.items() for leaf, p in _own_parameters(m)}
-    excluded = _named(config.exclude, model, modules, owned, placement, discovery)
+    try:
+        excluded = _named(config.exclude, model, modules, owned, replace(placement, targets=()), discovery)
+    except TargetError as error:
+        raise TargetError(f"exclude: {error}") from None
     wanted = _named(config.targets, model, modules, owned, placement, discovery)
     sites = [*_projection_sites(wanted, excluded, modules, placement, discovery)]
     sites += _parameter_sites(wanted, excluded, modules, owned, discovery)
@@ -140,6 +144,10 @@ def _nothing(
     target: str | Predicate, model: nn.Module, modules: dict[str, nn.Module], owned: Mapping[str, str], placement: Placement
 ) -> str:
     """The message for a target without a match."""
+    computed = no_parameter(modules)
+    names = [] if is_role(target) or not isinstance(target, str) else matching(target, computed)
+    if names:
+        return computed[names[0]]
     if placement.level == "parameter" and not is_role(target):
         accepted = [name for name in owned if _is_accepted(name, modules[owned[name]], placement)]
         kind = placement.accepts.__name__.removeprefix("is_").replace("_", " ")
@@ -147,7 +155,9 @@ def _nothing(
             f"{target!r} names no {kind} of {type(model).__name__}, which has {len(owned)} Parameters and {len(accepted)}"
             f" of that kind{f', such as {accepted[:4]}' if accepted else ''}; name others, or choose another method"
         )
-    return nothing_matches(target, model, [*modules, *owned])
+    fits = [path for path, module in modules.items() if projection_of(module)][:3]
+    setting = "targets=" if placement.targets is None else ""
+    return nothing_matches(target, model, list(modules), list(owned), f"{setting}{fits}" if fits else "")
 
 
 def _is_accepted(name: str, owner: nn.Module, placement: Placement) -> bool:
@@ -210,12 +220,17 @@ def _parameter_sites(
         held.setdefault((id(modules[path]), leaf), name)
     done: set[int] = set()
     for name, parts in wanted.parameters.items():
+        if name not in owned:  # of an nn.MultiheadAttention
+            raise TargetError(no_parameter(modules)[name])
         parameter = modules[owned[name]].get_parameter(name.rpartition(".")[2])
         if id(parameter) in done or name in excluded.parameters or owned[name] in excluded.modules:
             continue
         done.add(id(parameter))
         rows = () if "" in parts else _rows(name, owned[name], parts, parameter.shape[0], discovery.anatomy)
         layer = layer_of(owned[name], modules)  # one for all of its hosts, which are adapted or left out together
+        nothing = why_no_effect(owned[name], modules[owned[name]], name.rpartition(".")[2])
+        if nothing is not None:
+            raise TargetError(nothing)
         for host, names in _by_host(holders[id(parameter)].values(), modules, owned).items():
             yield SiteSpec(
                 path=host,

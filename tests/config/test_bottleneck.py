@@ -1,6 +1,7 @@
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -28,7 +29,18 @@ def test_a_map_by_layer_is_equal_whatever_its_order() -> None:
     ("settings", "message"),
     [
         ({}, "targets: Field required"),
-        ({"targets": []}, "targets: .*at least 1"),
+        ({"targets": []}, "targets: an empty list adapts nothing; name at least 1 module"),
+        (
+            {"targets": ["x"], "bottleneck_size": "8"},
+            "bottleneck_size: found '8', a str; the setting may be a whole number",
+        ),
+        ({"targets": ["x"], "bottleneck_size": True}, "bottleneck_size: found 'True', a bool; the setting may be"),
+        ({"targets": ["x"], "bottleneck_size": {"default": 8, "1": "2"}}, r"bottleneck_size\['1'\]: found '2', a str; "),
+        ({"targets": ["x"], "scaling": "double"}, "scaling: found 'double'; .* a finite number, 'learned' or 'channel'$"),
+        ({"targets": ["x"], "output": 1.5}, "output: found '1.5'; .* an index .*, a key .*, or a list of them$"),
+        ({"targets": ["x"], "layers": ["0"]}, "layers: found '0', a str; .* a list of whole numbers$"),
+        ({"targets": ["x"], "seed": "0"}, r"seed: .*\(found '0', a str\)"),
+        ({"targets": [3]}, "targets: found '3'; .* names .*, roles .*, and predicates"),
         ({"targets": ["x"], "reduction_factor": 0}, "reduction_factor.*found '0'"),
         ({"targets": ["x"], "reduction_factor": -3.5}, "found '-3.5'"),
         ({"targets": ["x"], "bottleneck_size": 0}, "bottleneck_size.*found '0'"),
@@ -46,7 +58,7 @@ def test_a_map_by_layer_is_equal_whatever_its_order() -> None:
         ({"targets": ["x"], "seed": 2**70}, "seed"),
         ({"targets": ["x"], "layers": []}, "layers: an empty list"),
         ({"targets": ["x"], "dtype": "int8"}, "dtype.*found 'int8'"),
-        ({"targets": ["x"], "reduction": 2}, "reduction: Extra inputs"),
+        ({"targets": ["x"], "reduction": 2}, "no setting reduction; did you mean reduction_factor"),
         ({"targets": ["x"], "method": "lora"}, "method.*found 'lora'"),
     ],
 )
@@ -77,3 +89,10 @@ def test_a_config_cannot_be_changed() -> None:
     config = ak.BottleneckConfig(targets=["x"])
     with pytest.raises(ValueError, match="frozen"):
         config.dropout = 0.5  # type: ignore[misc]  # frozen, on purpose
+
+
+@pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3)])
+def test_integers_of_other_libraries_are_integers(number: Any) -> None:
+    config = ak.BottleneckConfig(targets=["x"], bottleneck_size=number)
+    assert config == ak.BottleneckConfig(targets=["x"], bottleneck_size=3)
+    assert type(config.bottleneck_size) is int

@@ -58,3 +58,27 @@ def test_a_predicate_names_inputs_and_the_adapter_can_be_saved(tmp_path: Path) -
     again = ak.wrap(other)
     again.activate(again.load(tmp_path / "a"))
     assert torch.equal(other(x), expected)
+
+
+def test_outside_of_transformers_targets_are_enough(tmp_path: Path) -> None:
+    model, x = host(), torch.randn(5, 4).double()
+    kit = ak.wrap(model)
+    kit.add("a", ak.IA3Config(targets=["2"]))
+    before = model(x)
+    factors = scale_(kit)
+    torch.testing.assert_close(model(x), before * factors)
+    expected = model(x)
+    kit.save("a", tmp_path)
+    kit.load(tmp_path, "b")
+    kit.activate("b")
+    assert torch.equal(model(x), expected)
+    with pytest.raises(
+        ak.TargetError, match=r"'@feedforward.first': tracing Sequential finds .* name modules, e.g. \['0', '2'\]"
+    ):
+        kit.sites(ak.IA3Config(targets=["2"], feedforward_targets=["@feedforward.first"]))
+
+
+def test_beside_targets_the_feedforward_is_scaled_where_there_is_one() -> None:
+    kit = ak.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8))
+    sites = kit.sites(ak.IA3Config(targets=["linear1"]))
+    assert [(site.path, site.at) for site in sites] == [("linear1", "output"), ("linear2", "input")]

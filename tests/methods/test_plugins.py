@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from adapterkit.methods import METHODS, UNION_PRESETS
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "adapterkit_ssf"
 
 # What a user would do with it, in a process where the package is installed.
@@ -75,7 +77,10 @@ def test_a_file_of_a_method_that_is_not_installed_names_what_is_missing(tmp_path
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("x = no_such_module:X", "the entry point 'no_such_module:X' in 'adapterkit.methods' cannot be loaded"),
+        (
+            "x = no_such_module:X",
+            "the entry point 'no_such_module:X' in 'adapterkit.methods' of the package 'a-method' cannot be loaded",
+        ),
         ("x = json:loads", r"leads to no method: it has no \['name', 'config_type', 'presets', 'placements', 'build'\]"),
         ("x = adapterkit.methods.lora:LoRA", "brings a method 'lora', which exists"),
     ],
@@ -85,3 +90,41 @@ def test_a_package_with_a_bad_entry_point_is_named(tmp_path: Path, entry: str, m
     done = run("from adapterkit.methods import all_methods; all_methods()", path=[tmp_path])
     assert "ConfigError" in done.stderr
     assert re.search(message, done.stderr), done.stderr
+
+
+def test_packages_with_bad_entry_points_are_in_the_way_of_nothing_else(tmp_path: Path) -> None:
+    (found,) = re.findall(r'^ssf = "(.+)"$', (EXAMPLE / "pyproject.toml").read_text(), re.MULTILINE)
+    bad = "x = no_such_module:X\ny = json:loads\nz = adapterkit.methods.lora:LoRA"
+    install(tmp_path, f"{bad}\nssf = {found}")
+    code = """
+import adapterkit as ak
+from torch import nn
+kit = ak.wrap(nn.Linear(4, 4))
+for number, config in enumerate(["lora", ak.BitFitConfig(targets=[""]), {"method": "vera"}, {"method": "ssf"}, "ssf"]):
+    kit.add(str(number), config, targets=[""])
+for config in ["sff", {"method": "sff"}, {"method": ["sff"]}]:
+    try:
+        kit.sites(config)
+    except ak.ConfigError as error:
+        assert "sff" in str(error)
+        assert "'no_such_module:X' in 'adapterkit.methods' of the package 'a-method' cannot be loaded" in str(error), error
+    else:
+        raise AssertionError(config)
+"""
+    done = run(code, path=[tmp_path, EXAMPLE])
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_package_is_loaded_for_what_is_here(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text("raise SystemExit('loaded')")
+    install(tmp_path, "x = loud:X")
+    code = "import adapterkit as ak; from torch import nn; ak.wrap(nn.Linear(4, 4)).add('a', 'lora', targets=[''])"
+    done = run(code, path=[tmp_path])
+    assert done.returncode == 0, done.stderr
+    assert "loaded" in run("from adapterkit.methods import all_methods; all_methods()", path=[tmp_path]).stderr
+
+
+def test_each_name_is_one_methods_or_presets() -> None:
+    assert len({method.name for method in METHODS}) == len(METHODS)
+    names = [name for method in METHODS for name in method.presets] + [*UNION_PRESETS]
+    assert len(set(names)) == len(names)

@@ -306,7 +306,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing key": (lambda f: edit(f, lambda m: m.pop("sites")), "sites: Field required"),
     "no sites": (lambda f: edit(f, lambda m: m.update(sites=[])), "sites"),
     "unknown method": (lambda f: edit(f, lambda m: m["config"].update(method="exec")), "found 'exec'"),
-    "unknown setting": (lambda f: edit(f, lambda m: m["config"].update(code="x")), "code: Extra inputs"),
+    "unknown setting": (lambda f: edit(f, lambda m: m["config"].update(code="x")), "no setting code"),
     "bad setting": (lambda f: edit(f, lambda m: m["config"].update(dropout=7)), "dropout"),
     "huge bottleneck": (
         lambda f: edit(f, lambda m: m["config"].update(bottleneck_size=10**9)),

@@ -1,5 +1,6 @@
 """What the configs of all methods share: which places, which layers, which seed, which dtype."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -16,10 +17,11 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from ..errors import ConfigError
+from .problems import describe
 
 __all__ = [
-    "ActivationConfig", "AdapterConfig", "DType", "Predicate", "Probability", "Settings", "Size",
-    "Target", "Targets", "check_map", "describe",
+    "ActivationConfig", "AdapterConfig", "DType", "Int", "Predicate", "Probability", "Settings", "Size",
+    "Target", "Targets", "check_map", "describe", "number_by_place",
 ]  # fmt: skip
 
 Predicate = Callable[[torch.nn.Module, str], bool]
@@ -55,10 +57,22 @@ def _dtype_name(value: object) -> object:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-Size = Annotated[int, Field(ge=1, lt=2**31)]
+def _index(value: object) -> object:
+    """The integers of other libraries (numpy's) as Python's."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
+
+
+# Strict: rank="8" and rank=True are mistakes.
+Int = Annotated[int, BeforeValidator(_index), Field(strict=True)]
+Size = Annotated[Int, Field(ge=1, lt=2**31)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Targets = Annotated[Sequence[Target], BeforeValidator(_as_tuple)]
-Layers = Annotated[Sequence[int] | None, BeforeValidator(_as_tuple)]
+# The description of a field that may be one of several things is what an error says of it.
+Targets = Annotated[
+    Sequence[Target],
+    BeforeValidator(_as_tuple),
+    Field(description="a list of names (patterns), roles such as '@attention.q', and predicates (module, path) -> bool"),
+]
+Layers = Annotated[Sequence[Int] | None, BeforeValidator(_as_tuple), Field(description="a list of whole numbers")]
 
 
 class Settings(BaseModel):
@@ -79,7 +93,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise ConfigError(f"{type(self).__name__} cannot be built: {describe(error)}") from error
+            raise ConfigError(f"{type(self).__name__} cannot be built: {describe(error, type(self))}") from error
 
     def override(self: S, settings: Mapping[str, Any]) -> S:
         """The same config with these settings changed, validated anew."""
@@ -113,7 +127,7 @@ class AdapterConfig(Settings):
     targets: Targets = Field(min_length=1)
     exclude: Targets = ()
     layers: Layers = None
-    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] | None = None
     dtype: Annotated[DType | None, BeforeValidator(_dtype_name)] = None
 
     @field_validator("layers")
@@ -136,9 +150,13 @@ class ActivationConfig(AdapterConfig):
     Every other setting: see `AdapterConfig`.
     """
 
-    output: Annotated[int | str | Sequence[int | str] | None, BeforeValidator(_list_to_tuple)] = None
-    input: int | str | None = None
-    channel_axis: int | None = None
+    output: Annotated[
+        Int | str | Sequence[Int | str] | None,
+        BeforeValidator(_list_to_tuple),
+        Field(description="an index (a whole number), a key (a string), or a list of them"),
+    ] = None
+    input: Annotated[Int | str | None, Field(description="a position (a whole number) or a keyword (a string)")] = None
+    channel_axis: Int | None = None
 
 
 def check_map(values: dict[str, V]) -> dict[str, V]:
@@ -148,11 +166,6 @@ def check_map(values: dict[str, V]) -> dict[str, V]:
     return dict(sorted(values.items()))
 
 
-def describe(error: ValidationError) -> str:
-    """A pydantic error in one line: each bad field, what was found, what is wanted."""
-    parts = []
-    for item in error.errors(include_url=False):
-        field = ".".join(str(part) for part in item["loc"]) or "config"
-        found = "" if item["type"] == "missing" else f" (found {str(item['input'])[:80]!r})"
-        parts.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{found}")
-    return "; ".join(parts)
+def number_by_place(number: str, example: str) -> str:
+    """The description of a setting that is a number, or a map of them by place."""
+    return f"{number}, or a map of them by layer or pattern, which needs a 'default': {{'default': {example}}}"

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..modules.bottleneck import BottleneckInit
 from ..ops.activations import NonLinearity
-from .base import ActivationConfig, Probability, Size, check_map
+from .base import ActivationConfig, Int, Probability, Size, check_map, number_by_place
 
 __all__ = ["AnyBottleneckConfig", "BottleneckConfig"]
 
@@ -19,8 +19,14 @@ class AnyBottleneckConfig(ActivationConfig):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("reduction_factor", "bottleneck_size"),)
     default_reduction_factor: ClassVar[float] = 16.0
 
-    reduction_factor: Factor | Annotated[dict[str, Factor], AfterValidator(check_map)] | None = None
-    bottleneck_size: Size | Annotated[dict[str, Size], AfterValidator(check_map)] | None = None
+    reduction_factor: Annotated[
+        Factor | Annotated[dict[str, Factor], AfterValidator(check_map)] | None,
+        Field(description=number_by_place("a number above 0", "16")),
+    ] = None
+    bottleneck_size: Annotated[
+        Size | Annotated[dict[str, Size], AfterValidator(check_map)] | None,
+        Field(description=number_by_place("a whole number of 1 or more", "64")),
+    ] = None
     non_linearity: NonLinearity = "relu"
     at: Literal["output", "input", "renormalised", "sum", "normalised"] = "output"
     placement: Literal["sequential", "parallel"] = "sequential"
@@ -28,8 +34,10 @@ class AnyBottleneckConfig(ActivationConfig):
     layer_norm_before: bool = False
     layer_norm_after: bool = False
     residual_before_layer_norm: bool = False
-    scaling: float | Literal["learned", "channel"] = 1.0
-    batch_axis: int | None = None
+    scaling: Annotated[
+        float | Literal["learned", "channel"], Field(description="a finite number, 'learned' or 'channel'")
+    ] = 1.0
+    batch_axis: Int | None = None
     gating: bool = False
     dropout: Probability = 0.0
     stochastic_depth: Probability = 0.0

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ..modules.compacter import CompacterInit
 from ..ops.activations import NonLinearity
-from .base import Size
+from .base import Int, Size
 from .bottleneck import AnyBottleneckConfig
 
 __all__ = ["CompacterConfig"]
@@ -39,7 +39,7 @@ class CompacterConfig(AnyBottleneckConfig):
 
     method: Literal["compacter"] = "compacter"
     non_linearity: NonLinearity = "gelu"
-    phm_dim: Annotated[int, Field(ge=1, le=256)] = 4
+    phm_dim: Annotated[Int, Field(ge=1, le=256)] = 4
     phm_rank: Size | None = 1
     shared_rule: bool = True
     shared_factors: bool = False

@@ -15,7 +15,8 @@ class IA3Config(AdapterConfig):
     Args:
         targets: Projections whose output is scaled; the papers': the attention's key and value. Of a projection that is
             fused for query, key and value, the role names a slice. () for none.
-        feedforward_targets: Projections whose input is scaled: the last of each feed-forward. () for none.
+        feedforward_targets: Projections whose input is scaled: the last of each feed-forward. () for none. Beside
+            targets of your own the default may match nothing: outside of transformers it does.
 
     Every other setting: see `AdapterConfig`.
 
@@ -25,6 +26,13 @@ class IA3Config(AdapterConfig):
     method: Literal["ia3"] = "ia3"
     targets: Targets = ("@attention.k", "@attention.v")
     feedforward_targets: Targets = ("@feedforward.last",)
+
+    @property
+    def names_targets_alone(self) -> bool:
+        """Whether the targets are others than the papers', and the feed-forward's are not."""
+        # By value: which settings were given is not in a file.
+        is_default = {name: getattr(self, name) == field.default for name, field in type(self).model_fields.items()}
+        return is_default["feedforward_targets"] and not is_default["targets"]
 
     @model_validator(mode="after")
     def _check(self) -> "IA3Config":

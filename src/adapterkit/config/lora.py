@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from ..modules.lora import LoRAInit
-from .base import AdapterConfig, Probability, Size, Targets, check_map
+from .base import AdapterConfig, Int, Probability, Size, Targets, check_map, number_by_place
 
 __all__ = ["LoRAConfig"]
 
@@ -39,14 +39,20 @@ class LoRAConfig(AdapterConfig):
 
     method: Literal["lora"] = "lora"
     targets: Targets = Field(default=("@attention.q", "@attention.v"), min_length=1)
-    rank: Size | Annotated[dict[str, Size], AfterValidator(check_map)] = 8
-    alpha: Alpha | Annotated[dict[str, Alpha], AfterValidator(check_map)] = 8.0
+    rank: Annotated[
+        Size | Annotated[dict[str, Size], AfterValidator(check_map)],
+        Field(description=number_by_place("a whole number of 1 or more", "8")),
+    ] = 8
+    alpha: Annotated[
+        Alpha | Annotated[dict[str, Alpha], AfterValidator(check_map)],
+        Field(description=number_by_place("a number above 0", "8")),
+    ] = 8.0
     use_rslora: bool = False
     use_dora: bool = False
     dropout: Probability = 0.0
     bias: bool = False
     gating: bool = False
-    batch_axis: Annotated[int, Field(ge=0)] = 0
+    batch_axis: Annotated[Int, Field(ge=0)] = 0
     init: LoRAInit = "lora"
 
     @model_validator(mode="after")

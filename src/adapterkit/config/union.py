@@ -7,6 +7,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from ..errors import ConfigError
 from .base import AdapterConfig, Settings
+from .problems import no_setting
 
 __all__ = ["Config", "Union", "members"]
 
@@ -49,7 +50,11 @@ class Union(Settings):
         fields = [type(config).model_fields for config in self.configs]
         unknown = [name for name in settings if not any(name in known for known in fields)]
         if unknown:
-            raise ConfigError(f"no member of the union of {[c.method for c in self.configs]} has a setting {unknown}")
+            every = list(dict.fromkeys(name for known in fields for name in known))
+            raise ConfigError(
+                f"no member of the union of {[c.method for c in self.configs]} has a setting {unknown}: "
+                + "; ".join(no_setting(name, every) for name in unknown).replace("?; ", "? ")
+            )
         pairs = zip(self.configs, fields, strict=True)
         return Union(*(config.override({k: v for k, v in settings.items() if k in known}) for config, known in pairs))
 

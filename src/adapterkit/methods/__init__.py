@@ -6,7 +6,7 @@ What such a package needs is exported here.
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..config.base import ActivationConfig, AdapterConfig, Targets
@@ -37,7 +37,10 @@ __all__ = [
     "SiteSpec",
     "Targets",
     "all_methods",
+    "method_named",
     "method_of",
+    "preset_named",
+    "preset_names",
     "presets",
     "projection_at",
     "setting_at",
@@ -52,38 +55,49 @@ UNION_PRESETS: Mapping[str, tuple[str, ...]] = {"madx": _MADX, "seq_bn_inv": _MA
 _GROUP = "adapterkit.methods"
 
 
-@cache
 def all_methods() -> Mapping[str, Method[Any]]:
     """Every method by its name: those here, then those of installed packages.
 
     Raises:
         ConfigError: a package's method cannot be loaded, or takes a name that is taken.
     """
-    methods = {method.name: method for method in METHODS}
-    for point in entry_points(group=_GROUP):
-        method = _load(point)
-        if method.name in methods:
-            raise ConfigError(
-                f"the entry point {point.value!r} in {_GROUP!r} brings a method {method.name!r}, which exists"
-            )
-        methods[method.name] = method
-    return methods
+    brought, problems = _brought()
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return {**_OURS, **brought}
 
 
-@cache
 def presets() -> Mapping[str, tuple[Method[Any], Mapping[str, Any]]]:
-    """Every preset by its name, as a method and its settings.
+    """Every preset by its name, as a method and its settings. Raises as `all_methods`."""
+    return {name: found for method in all_methods().values() for name, found in _presets_of(method).items()}
+
+
+def method_named(name: object) -> Method[Any]:
+    """The method of this name. Packages are asked only if none here has it, so that a broken one is in nobody's way.
 
     Raises:
-        ConfigError: as `all_methods`, or two methods have a preset of one name.
+        ConfigError: none has this name; says which packages could not be asked.
     """
-    found: dict[str, tuple[Method[Any], Mapping[str, Any]]] = {}
-    for method in all_methods().values():
-        for name, settings in method.presets.items():
-            if name in found or name in UNION_PRESETS:
-                raise ConfigError(f"the method {method.name!r} brings a preset {name!r}, which exists")
-            found[name] = method, settings
-    return found
+    if isinstance(name, str) and name in _OURS:
+        return _OURS[name]
+    brought, problems = _brought()
+    if isinstance(name, str) and name in brought:
+        return brought[name]
+    names = sorted([*_OURS, *brought, "union"])
+    raise ConfigError("; ".join([f"'method' must be one of {names}; found {name!r}", *problems]))
+
+
+def preset_named(name: str) -> tuple[Method[Any], Mapping[str, Any]] | None:
+    """The preset of this name, as a method and its settings; None if there is none. Packages: see `method_named`."""
+    if name in _OUR_PRESETS:
+        return _OUR_PRESETS[name]
+    return next((_presets_of(m)[name] for m in _brought()[0].values() if name in m.presets), None)
+
+
+def preset_names() -> tuple[list[str], list[str]]:
+    """The names of all presets that there are, and a sentence for each package that could not be asked for its own."""
+    brought, problems = _brought()
+    return [*_OUR_PRESETS, *(name for method in brought.values() for name in method.presets), *UNION_PRESETS], problems
 
 
 def method_of(config: AdapterConfig) -> Method[Any]:
@@ -93,22 +107,63 @@ def method_of(config: AdapterConfig) -> Method[Any]:
         ConfigError: none has its name; the package that brought it is not installed here.
     """
     try:
-        return all_methods()[config.method]
-    except KeyError:
+        return method_named(config.method)
+    except ConfigError as error:
         raise ConfigError(
-            f"no method is called {config.method!r}; there are {', '.join(all_methods())}. Install the package that "
-            f"has it, or register it as an entry point in the group {_GROUP!r}"
+            f"no method is called {config.method!r}: {error}. Install the package that has it, or register it as an entry "
+            f"point in the group {_GROUP!r}"
         ) from None
 
 
-def _load(point: Any) -> Method[Any]:
+def _presets_of(method: Method[Any]) -> dict[str, tuple[Method[Any], Mapping[str, Any]]]:
+    return {name: (method, settings) for name, settings in method.presets.items()}
+
+
+def _brought() -> tuple[dict[str, Method[Any]], list[str]]:
+    """The methods of installed packages by name, and a sentence for each entry point that brings none."""
+    brought: dict[str, Method[Any]] = {}
+    problems = []
+    for point in entry_points(group=_GROUP):
+        try:
+            method = _load(point)
+            _check_free(point, method, {**_OURS, **brought})
+        except ConfigError as error:
+            problems.append(str(error))
+        else:
+            brought[method.name] = method
+    return brought, problems
+
+
+def _check_free(point: EntryPoint, method: Method[Any], known: Mapping[str, Method[Any]]) -> None:
+    """Raise ConfigError if a name that a package's method brings is taken."""
+    if method.name in known or method.name == "union":
+        raise ConfigError(f"{_described(point)} brings a method {method.name!r}, which exists")
+    names = {name for other in known.values() for name in other.presets} | set(UNION_PRESETS)
+    taken = sorted(names & set(method.presets))
+    if taken:
+        raise ConfigError(f"{_described(point)} brings a preset {taken[0]!r}, which exists")
+
+
+@cache
+def _load(point: EntryPoint) -> Method[Any]:
     """The method that an entry point leads to; a class is called."""
     try:
         found = point.load()
         method: Method[Any] = found() if isinstance(found, type) else found
         missing = [name for name in ("name", "config_type", "presets", "placements", "build") if not hasattr(method, name)]
+        _ = missing or dict(method.presets)
     except Exception as error:
-        raise ConfigError(f"the entry point {point.value!r} in {_GROUP!r} cannot be loaded: {error!r}") from error
+        raise ConfigError(f"{_described(point)} cannot be loaded: {error!r}") from error
     if missing:
-        raise ConfigError(f"the entry point {point.value!r} in {_GROUP!r} leads to no method: it has no {missing}")
+        raise ConfigError(f"{_described(point)} leads to no method: it has no {missing}")
     return method
+
+
+def _described(point: EntryPoint) -> str:
+    """An entry point, and the package to mend or uninstall."""
+    owner = f" of the package {point.dist.name!r}" if point.dist is not None else ""
+    return f"the entry point {point.value!r} in {_GROUP!r}{owner}"
+
+
+_OURS: Mapping[str, Method[Any]] = {method.name: method for method in METHODS}
+_OUR_PRESETS = {name: found for method in METHODS for name, found in _presets_of(method).items()}

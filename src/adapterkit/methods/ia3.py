@@ -27,7 +27,14 @@ class IA3:
     def placements(self, config: IA3Config) -> tuple[Placement, ...]:
         """On the output of targets, and on the input of feed-forward targets."""
         outputs = Placement(level="projection", tag="output")
-        inputs = Placement(at="input", level="projection", targets=tuple(config.feedforward_targets), tag="input")
+        # Whoever names targets need not have a transformer: then the default finds no feed-forward, and that is no error.
+        inputs = Placement(
+            at="input",
+            level="projection",
+            targets=tuple(config.feedforward_targets),
+            is_optional=config.names_targets_alone,
+            tag="input",
+        )
         return (outputs,) * bool(config.targets) + (inputs,) * bool(config.feedforward_targets)
 
     def build(self, config: IA3Config, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> scaling.IA3:

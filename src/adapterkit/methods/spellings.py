@@ -9,7 +9,7 @@ from typing import Any
 from ..config.base import AdapterConfig, Settings
 from ..config.union import Config, Union
 from ..errors import ConfigError
-from . import UNION_PRESETS, all_methods, presets
+from . import UNION_PRESETS, method_named, preset_named, preset_names
 
 __all__ = ["as_config", "config_from"]
 
@@ -26,9 +26,7 @@ def config_from(settings: Mapping[str, Any]) -> Config:
     name = settings.get("method")
     if name == "union":
         return _union_from(settings)
-    if not isinstance(name, str) or name not in all_methods():
-        raise ConfigError(f"'method' must be one of {sorted([*all_methods(), 'union'])}; found {name!r}")
-    config: AdapterConfig = all_methods()[name].config_type(**settings)
+    config: AdapterConfig = method_named(name).config_type(**settings)
     return config
 
 
@@ -43,14 +41,17 @@ def as_config(config: Settings | Mapping[str, Any] | str | Path, overrides: Mapp
     if isinstance(config, Mapping):
         return config_from(config).override(overrides)
     if isinstance(config, str) and config in UNION_PRESETS:
-        return Union(*(_preset(name) for name in UNION_PRESETS[config])).override(overrides)
-    if isinstance(config, str) and config in presets():
-        return _preset(config).override(overrides)
-    return config_from(_read_json(config)).override(overrides)
+        return Union(*filter(None, map(_preset, UNION_PRESETS[config]))).override(overrides)
+    preset = _preset(config) if isinstance(config, str) else None
+    return (config_from(_read_json(config)) if preset is None else preset).override(overrides)
 
 
-def _preset(name: str) -> AdapterConfig:
-    method, settings = presets()[name]
+def _preset(name: str) -> AdapterConfig | None:
+    """The config of a preset; None if there is none of this name."""
+    found = preset_named(name)
+    if found is None:
+        return None
+    method, settings = found
     config: AdapterConfig = method.config_type(**settings)
     return config
 
@@ -72,10 +73,11 @@ def _read_json(config: object) -> Mapping[str, Any]:
     except (TypeError, ValueError, OSError):
         is_file = False
     if not is_file:
-        names = [*presets(), *UNION_PRESETS]
+        names, problems = preset_names()
         near = difflib.get_close_matches(str(config), names, n=3)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the presets are {', '.join(names)}"
-        raise ConfigError(f"{str(config)[:80]!r} is neither a preset nor a config nor a JSON file with one; {hint}")
+        nothing = f"{str(config)[:80]!r} is neither a preset nor a config nor a JSON file with one; {hint}"
+        raise ConfigError("; ".join([nothing, *problems]))
     try:
         settings = json.loads(path.read_bytes())
     except ValueError as error:
