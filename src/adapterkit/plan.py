@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .errors import ActivationError, AdapterNameError
-from .hooks import forget_compiled
+from .hooks import WeightHook, forget_compiled, has_hook
 from .record import ACTIVATION_LOCK, Record
 from .sites import Entry, Step, adapter_names, sites_of
 from .steps import AdaptWeight, AddDelta, AddProjected, Pass, UseHead
@@ -53,7 +53,7 @@ def apply(model: nn.Module, record: Record) -> None:
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
     idle = (Pass(active),) if record.activation.was_used else ()
     is_stale = False
-    for _, _, site in sites_of(model):
+    for _, host, site in sites_of(model):
         for name, entries in site.entries.items():
             for entry in entries:
                 if entry.handover is not None:
@@ -67,7 +67,7 @@ def apply(model: nn.Module, record: Record) -> None:
         weight_steps = tuple(step for place, step in steps if place == "weight") or idle
         # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
         # the way of its Parameters.
-        is_stale |= weight_steps != site.weight_steps
+        is_stale |= weight_steps != site.weight_steps and has_hook(host, WeightHook)
         site.weight_steps = weight_steps
     if is_stale:
         forget_compiled()
