@@ -88,11 +88,14 @@ def test_they_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Stack(), r"Stack takes at least 1 children; found \[\]"),
+        (Stack, r"Stack takes at least 1 children; found \[\]"),
         (lambda: Fuse("a"), r"Fuse takes at least 2 children; found \['a'\]"),
         (lambda: Stack("a", None), "non-empty string; found None"),
         (lambda: Stack(["a", "b"]), r"non-empty string; found \['a', 'b'\]"),
-        (lambda: Average("a", Parallel("b", "c")), r"Average cannot hold Parallel\('b', 'c'\): Parallel multiplies the batch"),
+        (
+            lambda: Average("a", Parallel("b", "c")),
+            r"Average cannot hold Parallel\('b', 'c'\): Parallel multiplies the batch",
+        ),
         (lambda: Parallel("a", Stack(Parallel("b"))), "the batch can be multiplied once only"),
         (lambda: Rows(["a", BatchSplit("b", "c")]), "a row is one row"),
         (lambda: Rows("ab"), "Rows takes one sequence with a name .* found 'ab'"),

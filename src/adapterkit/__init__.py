@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .composition import Average, BatchSplit, Rows, Split, Stack
     from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
     from .config.compacter import CompacterConfig
@@ -45,7 +46,9 @@ __all__ = [
     "AdapterKit",
     "AdapterKitError",
     "AdapterNameError",
+    "Average",
     "BaseMismatchWarning",
+    "BatchSplit",
     "BitFitConfig",
     "BottleneckConfig",
     "CompacterConfig",
@@ -58,7 +61,10 @@ __all__ = [
     "MissingExtraError",
     "NormTuningConfig",
     "PlacesNotCheckedWarning",
+    "Rows",
     "SiteSpec",
+    "Split",
+    "Stack",
     "StoreError",
     "TargetError",
     "Union",
@@ -69,6 +75,7 @@ __all__ = [
 
 # Where each public name lives; the others are errors.
 _HOMES = {
+    **dict.fromkeys(("Average", "BatchSplit", "Rows", "Split", "Stack"), ".composition"),
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",
     "BitFitConfig": ".config.bitfit",

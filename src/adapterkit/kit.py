@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attach, combining, freezing, merging, plan, store
+from .composition import Composition
 from .config.union import Config
 from .errors import ConfigError
 from .methods.spellings import as_config
@@ -141,24 +142,23 @@ class AdapterKit:
 
     # --- what runs ----------------------------------------------------------------------------------------------------
 
-    def activate(self, name: str) -> None:
-        """Run this adapter from now on. What trains does not change.
+    def activate(self, composition: Composition) -> None:
+        """Run this adapter or composition of adapters from now on. What trains does not change.
 
         Raises:
             AdapterNameError: no such adapter.
+            CompatibilityError: adapters that cannot act together as the composition says, with the place and the reason.
             ActivationError: another thread is running the model with another adapter, or another adapter is merged.
         """
-        plan.check_known(self.model, name)
-        plan.activate(self.model, self._record(), name)
+        plan.activate(self.model, self._record(), plan.check_active(self.model, composition))
 
     def deactivate(self) -> None:
         """Run the base alone from now on. Raises ActivationError while an adapter is merged."""
         plan.activate(self.model, self._record(), None)
 
-    def active(self, name: str) -> AbstractContextManager[None]:
+    def active(self, composition: Composition) -> AbstractContextManager[None]:
         """`with kit.active("a"):` runs adapter a within the block, and what was active before after it."""
-        plan.check_known(self.model, name)
-        return plan.activated(self.model, self._record(), name)
+        return plan.activated(self.model, self._record(), plan.check_active(self.model, composition))
 
     def base(self) -> AbstractContextManager[None]:
         """`with kit.base():` runs the base alone within the block."""

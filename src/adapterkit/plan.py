@@ -1,44 +1,47 @@
-"""What runs: the active adapter, compiled into the steps of each site."""
+"""What runs: the active adapter or composition, compiled into the steps of each site."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
-from .errors import ActivationError, AdapterNameError
+from .composition import Block, Composition, names_always, names_in
+from .errors import ActivationError, AdapterNameError, ConfigError
 from .hooks import WeightHook, forget_compiled, has_hook
+from .patterns import modules_by_path
 from .record import ACTIVATION_LOCK, Record
-from .sites import Entry, Step, adapter_names, sites_of
-from .steps import AdaptWeight, AddDelta, AddProjected, Pass, UseHead
+from .site_plan import SitePlan, plan_at
+from .sites import adapter_names, sites_of
+from .steps import Pass
 
-__all__ = ["activate", "activated", "apply", "check_known", "step_of"]
+__all__ = ["activate", "activated", "apply", "check_active", "check_known"]
 
 
-def activate(model: nn.Module, record: Record, name: str | None) -> None:
-    """Make an adapter active; None is the base alone.
+def activate(model: nn.Module, record: Record, composition: Composition | None) -> None:
+    """Make an adapter or a composition active; None is the base alone.
 
     Raises:
         AdapterNameError: no such adapter.
+        ConfigError: neither a name nor a composition.
+        CompatibilityError: adapters that cannot act together as it says, with the place and the reason.
         ActivationError: another thread is running the model with another adapter, or another one is merged.
     """
-    if name is not None:
-        check_known(model, name)
+    plans = _plans(model, record, composition)
     with ACTIVATION_LOCK:
-        _check_merged(record, name)
-        record.activation.switch(name)
-        apply(model, record)
+        _check_merged(record, composition)
+        record.activation.switch(composition)
+        _put(model, record, plans)
 
 
 @contextmanager
-def activated(model: nn.Module, record: Record, name: str | None) -> Iterator[None]:
-    """Make an adapter active within a `with` block; see `activate`."""
-    if name is not None:
-        check_known(model, name)
+def activated(model: nn.Module, record: Record, composition: Composition | None) -> Iterator[None]:
+    """Make an adapter or a composition active within a `with` block; see `activate`."""
+    plans = _plans(model, record, composition)
     with ACTIVATION_LOCK:
-        _check_merged(record, name)
-        record.activation.enter(name)
-        apply(model, record)
+        _check_merged(record, composition)
+        record.activation.enter(composition)
+        _put(model, record, plans)
     try:
         yield
     finally:
@@ -49,26 +52,45 @@ def activated(model: nn.Module, record: Record, name: str | None) -> Iterator[No
 
 def apply(model: nn.Module, record: Record) -> None:
     """Put the steps of what is active at every site."""
+    _put(model, record, _plans(model, record, record.activation.active))
+
+
+def check_active(model: nn.Module, composition: Composition) -> Composition:
+    """The composition, if it is one, and the model has all of its adapters.
+
+    Raises:
+        AdapterNameError: no adapter has such a name.
+        ConfigError: a composition of another kind of thing.
+    """
+    if isinstance(composition, (list, tuple, set)):
+        raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition!r}")
+    for name in dict.fromkeys(names_in(composition)) if isinstance(composition, Block) else (composition,):
+        check_known(model, name)
+    return composition
+
+
+def _plans(model: nn.Module, record: Record, composition: Composition | None) -> list[SitePlan]:
+    """What a composition becomes at each site, in the model's order."""
+    modules = modules_by_path(model)
+    return [plan_at(path, modules, site, composition, record.merged) for path, _, site in sites_of(model)]
+
+
+def _put(model: nn.Module, record: Record, plans: Sequence[SitePlan]) -> None:
+    """Have the sites run these plans."""
     active = record.activation.active
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
     idle = (Pass(active),) if record.activation.was_used else ()
-    is_stale = False
-    for _, host, site in sites_of(model):
+    wanted, is_stale = set(names_in(active)), False
+    for (_, host, site), plan in zip(sites_of(model), plans, strict=True):
         for name, entries in site.entries.items():
             for entry in entries:
                 if entry.handover is not None:
-                    entry.handover.is_wanted = name == active
-        entries = site.entries.get(active, ()) if active else ()
-        if active in record.merged:
-            entries = tuple(entry for entry in entries if entry.spec is None)  # heads are not in the weights
-        steps = [(_place(entry), step_of(entry, active)) for entry in entries] if active else []
-        site.input_steps = tuple(step for place, step in steps if place == "input") or idle
-        site.output_steps = tuple(step for place, step in steps if place == "output") or idle
-        weight_steps = tuple(step for place, step in steps if place == "weight") or idle
+                    entry.handover.is_wanted = name in wanted
+        site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
         # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
         # the way of its Parameters.
-        is_stale |= weight_steps != site.weight_steps and has_hook(host, WeightHook)
-        site.weight_steps = weight_steps
+        is_stale |= (plan.weight or idle) != site.weight_steps and has_hook(host, WeightHook)
+        site.weight_steps = plan.weight or idle
     if is_stale:
         forget_compiled()
 
@@ -84,29 +106,12 @@ def check_known(model: nn.Module, name: object) -> None:
         raise AdapterNameError(f"the model has no adapter {name!r}. {hint}")
 
 
-def _check_merged(record: Record, name: str | None) -> None:
-    """Raise ActivationError unless what is to be active contains all that is merged."""
-    others = [merged for merged in record.merged if merged != name]
+def _check_merged(record: Record, composition: Composition | None) -> None:
+    """Raise ActivationError unless what is to be active runs all that is merged on every row."""
+    always = names_always(composition)
+    others = [merged for merged in record.merged if merged not in always]
     if others:
         raise ActivationError(
-            f"cannot run {'the base' if name is None else repr(name)} alone: {others[0]!r} is merged into the weights, and "
-            f"would run as well. Call kit.unmerge({others[0]!r}) first"
+            f"cannot run {'the base' if composition is None else repr(composition)} alone: {others[0]!r} is merged into "
+            f"the weights, and would run as well. Call kit.unmerge({others[0]!r}) first"
         )
-
-
-def _place(entry: Entry) -> str:
-    """Where at the host a module acts."""
-    return entry.spec.at if entry.spec is not None else "output"
-
-
-def step_of(entry: Entry, active: str) -> Step:
-    """What a module of the active adapter does."""
-    spec = entry.spec
-    if spec is None:
-        return UseHead(entry.key, active)
-    if spec.at == "weight":
-        owners = [name.split(".") for name in spec.parameters]
-        return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
-    if spec.reads == "input":
-        return AddProjected(entry.key, active, spec)
-    return AddDelta(entry.key, active, spec, entry.handover)

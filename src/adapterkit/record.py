@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .composition import Composition, names_always, names_in
 from .errors import ActivationError, CompatibilityError
 
 __all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Handover", "Record", "silenced"]
@@ -44,7 +45,7 @@ def _sequence_number() -> int:
 
 
 class Activation:
-    """Which adapter is active in a model, who asked for it, and since when.
+    """Which adapter or composition is active in a model, who asked for it, and since when.
 
     Activation belongs to the model, not to a thread. What is kept here beside the name lets two mistakes be errors that
     would otherwise give wrong numbers: another thread changed the adapter under a running one, and the adapter changed
@@ -53,15 +54,15 @@ class Activation:
     Its changes are made under ACTIVATION_LOCK.
     """
 
-    def __init__(self, active: str | None = None) -> None:
+    def __init__(self, active: Composition | None = None) -> None:
         self.active = active
         self._default = active  # what is active outside of every scope
-        self._scopes: list[tuple[threading.Thread, str | None]] = []
-        self._expected: WeakKeyDictionary[threading.Thread, str | None] = WeakKeyDictionary()
+        self._scopes: list[tuple[threading.Thread, Composition | None]] = []
+        self._expected: WeakKeyDictionary[threading.Thread, Composition | None] = WeakKeyDictionary()
         self._crowded = False  # more than one thread has asked for an adapter
         self._weights = 0  # how often adapters were merged into the weights, or taken out of them
         # (autograd's sequence number at the change, thread that made it, adapter and count of weights from then on)
-        self._history: deque[tuple[int, object, tuple[str | None, int]]] = deque(maxlen=_HISTORY)
+        self._history: deque[tuple[int, object, tuple[Composition | None, int]]] = deque(maxlen=_HISTORY)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"active": self.active}  # a copy runs what the original ran at that moment, and is in no scope
@@ -69,7 +70,7 @@ class Activation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # fresh locks and scopes, on purpose
 
-    def switch(self, name: str | None) -> None:
+    def switch(self, name: Composition | None) -> None:
         """Make an adapter active (None: the base alone) until the next switch, or the end of the scope it is in.
 
         Raises:
@@ -90,19 +91,19 @@ class Activation:
             ActivationError: another thread is inside a scope with it.
         """
         self.check_forgettable(name)
-        self._scopes = [(thread, None if held == name else held) for thread, held in self._scopes]
-        self._default = None if self._default == name else self._default
+        self._scopes = [(thread, None if name in names_in(held) else held) for thread, held in self._scopes]
+        self._default = None if name in names_in(self._default) else self._default
         for thread, expected in list(self._expected.items()):
-            self._expected[thread] = None if expected == name else expected
-        if self.active == name:
+            self._expected[thread] = None if name in names_in(expected) else expected
+        if name in names_in(self.active):
             self._set(None, expected=None)
 
     def check_forgettable(self, name: str) -> None:
         """Raise ActivationError if another thread is inside a scope with this adapter."""
-        if any(held == name for _, held in self._scopes):
+        if any(name in names_in(held) for _, held in self._scopes):
             self._refuse_under_others(None)
 
-    def enter(self, name: str | None) -> None:
+    def enter(self, name: Composition | None) -> None:
         """Open a scope of this thread in which an adapter is active.
 
         Raises:
@@ -124,7 +125,8 @@ class Activation:
 
     def stays(self, name: str) -> bool:
         """Whether this adapter is active, and still will be when every scope that is open has ended."""
-        return all(held == name for held in (self.active, self._default, *(held for _, held in self._scopes)))
+        held = (self.active, self._default, *(held for _, held in self._scopes))
+        return all(name in names_always(composition) for composition in held)
 
     def change_weights(self) -> None:
         """Say that the base's weights are others from now on, though the same adapter is active."""
@@ -135,8 +137,10 @@ class Activation:
         """Whether an adapter has been active, so that running without one may be a mistake, too."""
         return self.active is not None or bool(self._history)
 
-    def check(self, running: str | None) -> bool:
-        """Whether to run the steps of this adapter (None: the base alone) now: not while this thread looks at the base.
+    def check(self, running: Composition | None) -> bool:
+        """Whether to run the steps of this adapter or composition (None: the base alone) now.
+
+        Not while this thread looks at the base.
 
         Raises if that would give numbers that the caller did not ask for.
 
@@ -160,7 +164,7 @@ class Activation:
                 )
         return True
 
-    def _refuse_under_others(self, name: str | None) -> None:
+    def _refuse_under_others(self, name: Composition | None) -> None:
         for thread, held in self._scopes:
             if thread is not threading.current_thread() and held != name:
                 raise ActivationError(
@@ -168,13 +172,13 @@ class Activation:
                     "Hold a lock around activation and forward, or give each thread its own copy."
                 )
 
-    def _set(self, name: str | None, *, expected: str | None) -> None:
+    def _set(self, name: Composition | None, *, expected: Composition | None) -> None:
         self._expected[threading.current_thread()] = expected
         self._crowded = len(self._expected) > 1
         if name != self.active:
             self._change(name, self._weights)
 
-    def _change(self, name: str | None, weights: int) -> None:
+    def _change(self, name: Composition | None, weights: int) -> None:
         if not self._history:
             self._history.append((-1, _this_thread(), (self.active, self._weights)))
         self._history.append((_sequence_number(), _this_thread(), (name, weights)))

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
+from .composition import Composition
 from .config.union import Config
 from .errors import AdapterKitError
 from .names import module_key
@@ -121,10 +122,10 @@ class Step:
     """One thing that a hook does to the tensors of a call. Immutable; finds its module through the site.
 
     Attributes:
-        adapter: The adapter that was active when the step was made.
+        adapter: The adapter or composition that was active when the step was made.
     """
 
-    adapter: str | None
+    adapter: Composition | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` (the host's output, or its `(args, kwargs)`) with tensors of shape (..., width) replaced."""

@@ -1,18 +1,61 @@
-"""The steps that hooks run: add a delta to a tensor, change a weight, or put an adapter's head in place of the host's."""
+"""The steps that hooks run: add a delta to a tensor, change a weight, or put an adapter's head in place of the host's.
 
-from collections.abc import Iterator
+A step acts on what a hook is given, a whole output or call. Those that add to one tensor of it can also act on that tensor
+alone, or on some of its rows or tokens (a `View`): compositions make use of that.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from . import values
+from .composition import Composition
 from .errors import CompatibilityError
 from .record import Handover
 from .sites import AdapterSite, SiteSpec, Step
 
-__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Pass", "UseHead"]
+__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Adding", "Pass", "UseHead", "View"]
+
+
+class View(NamedTuple):
+    """The tensors that adapters at one site read and change: all of their rows and tokens, or some.
+
+    Attributes:
+        x: The site's tensor, as the adapters before have left it.
+        bare: The site's tensor, as the host made it.
+        taken: What the host takes; None where no adapter reads that.
+        streams: What each adapter that reads a residual stream reads, by its name among the site's children.
+    """
+
+    x: Tensor
+    bare: Tensor
+    taken: Tensor | None
+    streams: dict[str, Tensor]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "View":
+        """The view with a function of each tensor in its place."""
+        streams = {key: function(stream) for key, stream in self.streams.items()}
+        taken = None if self.taken is None else function(self.taken)
+        return View(function(self.x), function(self.bare), taken, streams)
+
+
+@runtime_checkable
+class Adding(Protocol):
+    """A step that adds to one tensor of what a hook is given."""
+
+    key: str
+    spec: SiteSpec
+
+    def locate(self, value: Any, *, in_call: bool) -> values.Path:
+        """Where the tensor lies."""
+        ...
+
+    def add(self, module: Any, host: nn.Module, view: View) -> Tensor:
+        """The tensor with what `module` adds. Shape: as `view.x`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -21,13 +64,13 @@ class AddDelta(Step):
 
     Args:
         key: The adapter's name among the site's children.
-        adapter: The adapter's name, for messages.
+        adapter: The active adapter or composition.
         spec: The place.
         handover: Where the residual stream is left, if the adapter reads it.
     """
 
     key: str
-    adapter: str | None
+    adapter: Composition | None
     spec: SiteSpec
     handover: Handover | None = None
 
@@ -35,14 +78,19 @@ class AddDelta(Step):
         """Return the output (or the arguments) with its tensor x, shape (..., width), replaced by x + delta."""
         if isinstance(value, Tensor) and self.spec.output is None:
             return self._adapt(site, host, value)
-        path = self._locate(value, in_call=self.spec.at == "input")
+        path = self.locate(value, in_call=self.spec.at == "input")
         return values.put(value, path, self._adapt(site, host, values.get(value, path)))
+
+    def add(self, module: Any, host: nn.Module, view: View) -> Tensor:
+        """Return x + module(z, x), of a view. Shape: as `view.x`."""
+        z = view.x if self.spec.reads == "site" else self._read(host, view.x, view.streams.get(self.key))
+        return self._add(module, z, view.x)
 
     def _adapt(self, site: AdapterSite, host: nn.Module, x: Tensor) -> Tensor:
         """Return x + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
         spec = self.spec
         module: Any = site._modules[self.key]
-        z = x if spec.reads == "site" else self._read(host, x)
+        z = x if spec.reads == "site" else self._read(host, x, self.handover.take() if self.handover else None)
         if not x.is_nested:
             return self._add(module, z, x)
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
@@ -67,12 +115,11 @@ class AddDelta(Step):
             raise self._wrong_shape(z, x)
         return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
 
-    def _read(self, host: nn.Module, x: Tensor) -> Tensor:
+    def _read(self, host: nn.Module, x: Tensor, stream: Tensor | None) -> Tensor:
         """What the adapter reads, where that is not the tensor at the site. Shape: (..., input_width)."""
         reads = self.spec.reads
         if reads == "norm":
             return host.forward(x)  # type: ignore[no-any-return]  # not __call__: that would run this hook again
-        stream = self.handover.take() if self.handover else None
         if stream is None:
             raise CompatibilityError(
                 f"adapter {self.adapter!r} at {self.spec.path!r} reads what enters {self.spec.residual!r}, which has not "
@@ -84,7 +131,7 @@ class AddDelta(Step):
             raise self._wrong_shape(stream, x)
         return x + stream
 
-    def _locate(self, value: Any, *, in_call: bool) -> values.Path:
+    def locate(self, value: Any, *, in_call: bool) -> values.Path:
         """The path of the tensor to adapt or read, in `(args, kwargs)` or in an output."""
         spec = self.spec
         try:
@@ -117,29 +164,23 @@ class AddProjected(Step):
 
     Args:
         key: The adapter's name among the site's children.
-        adapter: The adapter's name, for messages.
+        adapter: The active adapter or composition.
         spec: The place.
     """
 
     key: str
-    adapter: str | None
+    adapter: Composition | None
     spec: SiteSpec
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output with its tensor x, shape (..., width), replaced by x + delta."""
         module: Any = site._modules[self.key]
-        z = args[0] if args else self._by_keyword(kwargs)
-        path = () if isinstance(value, Tensor) else values.find(value)
-        if not isinstance(z, Tensor) or path is None:
-            raise CompatibilityError(
-                f"adapter {self.adapter!r} at {self.spec.path!r} changes a weight that is applied to the first argument, "
-                f"but found {type(z).__name__} there, and {type(value).__name__} for an output; exclude this host"
-            )
+        path, z = self.locate(value, in_call=False), self.taken(args, kwargs)
         x: Tensor = values.get(value, path)
         if not x.is_nested:
-            return values.put(value, path, self._add(module, z, x, host))
+            return values.put(value, path, x + self._delta(module, z, x, host))
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
-        rows = [self._add(module, a, b, host) for a, b in zip(z.unbind(), x.unbind(), strict=True)]
+        rows = [b + self._delta(module, a, b, host) for a, b in zip(z.unbind(), x.unbind(), strict=True)]
         return values.put(value, path, torch.nested.as_nested_tensor(rows))
 
     def _by_keyword(self, kwargs: Any) -> Any:
@@ -147,8 +188,34 @@ class AddProjected(Step):
         name = self.spec.input[1] if self.spec.input else None
         return kwargs.get(name) if name in kwargs else next(iter(kwargs.values()), None)
 
-    def _add(self, module: Any, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
-        """Return x + delta, in x's dtype. Shape: z as the host takes, x as it returns."""
+    def locate(self, value: Any, *, in_call: bool) -> values.Path:
+        """Where the output's first floating-point tensor lies."""
+        path = () if isinstance(value, Tensor) else values.find(value)
+        if path is None:
+            raise CompatibilityError(
+                f"adapter {self.adapter!r} at {self.spec.path!r} adds to what a weight makes, but the host returned "
+                f"{type(value).__name__}; exclude this host"
+            )
+        return path
+
+    def taken(self, args: Any, kwargs: Any) -> Tensor:
+        """What the host takes: its first argument. Shape: any."""
+        z = args[0] if args else self._by_keyword(kwargs)
+        if not isinstance(z, Tensor):
+            raise CompatibilityError(
+                f"adapter {self.adapter!r} at {self.spec.path!r} changes a weight that is applied to the first argument, "
+                f"but found {type(z).__name__} there; exclude this host"
+            )
+        return z
+
+    def add(self, module: Any, host: nn.Module, view: View) -> Tensor:
+        """Return x + delta, of a view: the change is that of the host's own output. Shape: as `view.x`."""
+        if view.taken is None:
+            raise CompatibilityError(f"what {self.spec.path!r} takes was not kept for adapter {self.adapter!r}")
+        return view.x + self._delta(module, view.taken, view.bare, host)
+
+    def _delta(self, module: Any, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
+        """What is added to x, in its dtype. Shape: z as the host takes, x as it returns."""
         spec, dtype = self.spec, module.compute_dtype
         if x.shape[spec.axis] != spec.width:
             raise CompatibilityError(
@@ -159,7 +226,7 @@ class AddProjected(Step):
             z = z.to(dtype)
         run = module if module._forward_hooks or module._forward_pre_hooks else module.forward
         delta: Tensor = run(z, x, host)
-        return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
+        return delta if delta.dtype is x.dtype else delta.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -168,12 +235,12 @@ class AdaptWeight(Step):
 
     Args:
         key: The adapter's name among the site's children.
-        adapter: The adapter's name, for messages.
+        adapter: The active adapter or composition.
         owners: Where the Parameter lies: for each module that holds it, the way there from the host, and its name there.
     """
 
     key: str
-    adapter: str | None
+    adapter: Composition | None
     owners: tuple[tuple[tuple[str, ...], str], ...]
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
@@ -203,7 +270,7 @@ class AdaptWeight(Step):
 class Pass(Step):
     """Change nothing where the active adapter has no module; there for the checks that come before every step."""
 
-    adapter: str | None
+    adapter: Composition | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the value. Shape: any."""
@@ -216,11 +283,11 @@ class UseHead(Step):
 
     Args:
         key: The adapter's name among the site's children.
-        adapter: The adapter's name.
+        adapter: The active adapter or composition.
     """
 
     key: str
-    adapter: str | None
+    adapter: Composition | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the copy's output. Shape: as the host's."""

@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass
 from torch import nn
 
 from .base import base_parameters
+from .composition import names_in
 from .record import Record
 from .sites import adapter_names, sites_of
 
@@ -61,7 +62,7 @@ def summarise(model: nn.Module, record: Record) -> Summary:
                 head_parameters=sum(p.numel() for p in heads),
                 size_bytes=sum(p.numel() * p.element_size() for p in own + heads),
                 percent=100 * sum(p.numel() for p in own) / max(1, total),
-                is_active=record.activation.active == name,
+                is_active=name in names_in(record.activation.active),
                 is_training=any(p.requires_grad for p in own),
                 is_merged=name in record.merged,
             )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from . import values
 from .ops.projections import Projection, projection_of, random_input
 from .patterns import SITE
-from .plan import step_of
 from .record import silenced
+from .site_plan import step_of
 from .sites import AdapterSite, Entry
 from .structure.trace import untouched
 from .swap import put_weights, take_weights

@@ -9,6 +9,7 @@ from torch import nn
 
 from .attach import find_sites, needs_structure
 from .base import base_digests, base_parameters
+from .composition import names_in
 from .errors import AdapterKitError, CompatibilityError, TargetError
 from .hooks import InputHook, OutputHook, WeightHook, has_hook
 from .merging import changed_since_merging
@@ -84,10 +85,12 @@ def verify(
     inputs = _inputs(model) if example_inputs is None and active is not None else example_inputs
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if active is not None and inputs is not None:
-        sites = tuple(prove_sites(model, active, inputs))
-        specs = list(specs_of(model, active))
-        problems += [*_site_problems(model, sites, specs, inputs), *([] if lost else _elsewhere_now(model, active, inputs))]
-        problems += _dead(model, active, inputs)
+        names = list(dict.fromkeys(names_in(active)))
+        sites = tuple(proof for name in names for proof in prove_sites(model, name, inputs))
+        specs = [pair for name in names for pair in specs_of(model, name)]
+        problems += _site_problems(model, sites, specs, inputs)
+        for name in names:
+            problems += [*([] if lost else _elsewhere_now(model, name, inputs)), *_dead(model, name, inputs)]
     elif active is None and hosts:
         problems.append("no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter")
     moved = moved_tensors(model, record)

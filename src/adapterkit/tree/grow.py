@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import values
 from ..base import base_parameters
+from ..composition import names_in
 from ..errors import CompatibilityError
 from ..hosts import channel_axis, known_shape
 from ..patterns import SITE, modules_by_path
@@ -99,7 +100,7 @@ class _Grower:
         for path, module in self.modules.items():
             self.first.setdefault(id(module), path)
         record = record_of(model)
-        self.active = record.activation.active if record is not None else None
+        self.active = set(names_in(record.activation.active)) if record is not None else set()
 
     def root(self) -> Node:
         """The node of the whole model."""
@@ -165,4 +166,4 @@ class _Grower:
         site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         for name, entries in site.entries.items() if isinstance(site, AdapterSite) else ():
             for entry in entries:
-                yield Mark(name, entry.spec.at if entry.spec else "head", name == self.active)
+                yield Mark(name, entry.spec.at if entry.spec else "head", name in self.active)

@@ -1,0 +1,219 @@
+"""How several adapters change one tensor together: what a composition becomes at a site.
+
+A node takes a `View` and returns the tensor x as its adapters leave it. Nodes are values, made once when a composition is
+activated; they hold no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import values
+from .composition import Composition, rows_of, sizes_of
+from .errors import CompatibilityError
+from .sites import AdapterSite, Step
+from .stacked import run_each
+from .steps import Adding, AddProjected, View
+
+__all__ = ["Chain", "Leaf", "Mean", "Mix", "Node", "RowMix", "TokenMix", "chain"]
+
+
+class Node:
+    """Something that changes a site's tensor."""
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The adapters' modules in it."""
+        raise NotImplementedError
+
+    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """The tensor as these adapters leave it. Shape: as `view.x`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Leaf(Node):
+    """One module of one adapter, and what others of its kind have in common with it."""
+
+    step: Adding
+    kind: Hashable = field(default=None, compare=False)
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Itself."""
+        return (self,)
+
+    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """X and what the module adds. Shape: as `view.x`."""
+        return self.step.add(site.get_submodule(self.step.key), host, view)
+
+
+@dataclass(frozen=True)
+class Chain(Node):
+    """One after the other; () changes nothing."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Those of all, in order."""
+        return tuple(leaf for node in self.nodes for leaf in node.leaves)
+
+    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """What the last leaves. Shape: as `view.x`."""
+        for node in self.nodes:
+            view = view._replace(x=node.run(site, host, view))
+        return view.x
+
+
+@dataclass(frozen=True)
+class Mean(Node):
+    """The weighted sum of what the nodes add. Weights sum to 1."""
+
+    nodes: tuple[Node, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Those of all, in order."""
+        return tuple(leaf for node in self.nodes for leaf in node.leaves)
+
+    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """X and the sum. Shape: as `view.x`."""
+        total = view.x
+        for node, weight in zip(self.nodes, self.weights, strict=True):
+            if node.leaves:
+                total = total + weight * (node.run(site, host, view) - view.x)
+        return total
+
+
+@dataclass(frozen=True)
+class TokenMix(Node):
+    """Each node on its part of the sequence. Sizes are of the parts, equal ones if None; `axis` is that of the tokens."""
+
+    nodes: tuple[Node, ...]
+    sizes: tuple[int, ...] | None
+    axis: int
+    path: str
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Those of all, in order."""
+        return tuple(leaf for node in self.nodes for leaf in node.leaves)
+
+    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """The parts, each changed by its node. Shape: as `view.x`."""
+        if view.x.dim() < 3:  # rows, tokens, features
+            raise CompatibilityError(
+                f"Split divides a sequence, and {self.path!r} has a tensor of shape {tuple(view.x.shape)}"
+            )
+        sizes = sizes_of(self.sizes, len(self.nodes), view.x.shape[self.axis], f"the sequence at {self.path!r}")
+        parts, start = [], 0
+        for node, size in zip(self.nodes, sizes, strict=True):
+            part = view.map(lambda tensor, start=start, size=size: tensor.narrow(self.axis, start, size))  # type: ignore[misc]
+            parts.append(node.run(site, host, part) if node.leaves and size else part.x)
+            start += size
+        return torch.cat(parts, self.axis)
+
+
+@dataclass(frozen=True)
+class RowMix(Node):
+    """Each row of the batch its own chain of modules, or another node.
+
+    Attributes:
+        nodes: What each of `kinds` is at this site.
+        kinds: The different compositions that rows run.
+        composition: All of it.
+        axis: The axis of the rows.
+        path: The host, for messages.
+    """
+
+    nodes: tuple[Node, ...]
+    kinds: tuple[Composition | None, ...]
+    composition: Composition
+    axis: int
+    path: str
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Those of all, in order."""
+        return tuple(leaf for node in self.nodes for leaf in node.leaves)
+
+    def assign(self, x: Tensor) -> list[int]:
+        """Which node each row has. Raises CompatibilityError: the tensor does not have as many rows."""
+        count = x.shape[self.axis] if x.dim() > self.axis else 0
+        try:
+            rows = rows_of(self.composition, count)
+        except CompatibilityError as error:
+            raise CompatibilityError(f"at {self.path!r}, a tensor of shape {tuple(x.shape)}: {error}") from error
+        number = {kind: i for i, kind in enumerate(self.kinds)}
+        return [number[row] for row in rows]
+
+    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """Every row, changed by its node. Shape: as `view.x`.
+
+        Chains go level by level, all rows at once; at each level, modules that differ in their weights alone are one
+        stacked computation.
+        """
+        rows = self.assign(view.x)
+        used = sorted(set(rows))
+        if len(used) == 1:
+            node = self.nodes[used[0]]
+            return node.run(site, host, view) if node.leaves else view.x
+        chains = {i: node.leaves for i in used if (node := self.nodes[i]) and _is_chain(node)}
+        for level in range(max(map(len, chains.values()), default=0)):
+            here = {i: leaves[level] for i, leaves in chains.items() if len(leaves) > level}
+            at = [(row, here[i].step, here[i].kind) for row, i in enumerate(rows) if i in here]
+            view = view._replace(x=run_each(site, host, view, at, self.axis))
+        for i in used:
+            if i not in chains:
+                where = torch.tensor([row for row, j in enumerate(rows) if j == i], device=view.x.device)
+                part = view.map(lambda tensor, where=where: tensor.index_select(self.axis, where))  # type: ignore[misc]
+                view = view._replace(x=view.x.index_copy(self.axis, where, self.nodes[i].run(site, host, part)))
+        return view.x
+
+
+@dataclass(frozen=True)
+class Mix(Step):
+    """Run a node on the tensor that all of its modules change.
+
+    Args:
+        node: What a composition is at this site.
+    """
+
+    node: Node
+    adapter: Composition | None
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Return `value` with that tensor replaced. Shape: as it was."""
+        steps: list[Any] = [leaf.step for leaf in self.node.leaves]
+        path = steps[0].locate(value, in_call=steps[0].spec.at == "input")
+        x: Tensor = values.get(value, path)
+        if x.is_nested:
+            raise CompatibilityError(
+                f"the rows of {steps[0].spec.path!r} are a nested tensor, which compositions cannot take apart; set "
+                "enable_nested_tensor=False in the nn.TransformerEncoder around it"
+            )
+        taken = next((step.taken(args, kwargs) for step in steps if isinstance(step, AddProjected)), None)
+        streams = {}
+        for step in steps:
+            stream = step.handover.take() if getattr(step, "handover", None) else None
+            if stream is not None:
+                streams[step.key] = stream
+        return values.put(value, path, self.node.run(site, host, View(x, x, taken, streams)))
+
+
+def chain(nodes: Sequence[Node]) -> Node:
+    """The nodes one after the other, those that do nothing left out."""
+    kept = tuple(node for node in nodes if node.leaves)
+    return kept[0] if len(kept) == 1 else Chain(kept)
+
+
+def _is_chain(node: Node) -> bool:
+    """Whether a node is modules one after the other, and nothing else."""
+    return isinstance(node, Leaf) or (isinstance(node, Chain) and all(isinstance(inner, Leaf) for inner in node.nodes))

@@ -1,0 +1,185 @@
+"""What a composition becomes at one site: the steps of its hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .composition import Average, Composition, Split, Stack, divides_rows, names_in, row_kinds
+from .errors import CompatibilityError
+from .mixing import Chain, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
+from .patterns import ancestors
+from .sites import AdapterSite, Entry, Step
+from .stacked import kind_of
+from .steps import AdaptWeight, AddDelta, Adding, AddProjected, UseHead
+
+__all__ = ["SitePlan", "plan_at", "step_of"]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The steps of one site, by where they act."""
+
+    input: tuple[Step, ...]
+    output: tuple[Step, ...]
+    weight: tuple[Step, ...]
+
+
+def plan_at(
+    path: str,
+    modules: Mapping[str, nn.Module],
+    site: AdapterSite,
+    composition: Composition | None,
+    merged: Collection[str] = (),
+) -> SitePlan:
+    """The plan of a composition at the site of this host, without what is merged into its weights.
+
+    Raises:
+        CompatibilityError: its adapters cannot act together here as it says.
+    """
+    here = [name for name in names_in(composition) if name in site.entries]
+    if not here:
+        return SitePlan((), (), ())
+    row_axis = 0 if _is_batch_first(path, modules) else 1
+    steps = {at: _steps(_Place(path, site, at, row_axis, merged), composition) for at in ("input", "output", "weight")}
+    heads = _head_steps(path, site, composition)
+    return SitePlan(steps["input"], (*steps["output"], *heads), steps["weight"])
+
+
+def step_of(entry: Entry, active: Composition) -> Step:
+    """What a module of an active adapter does."""
+    spec: Any = entry.spec
+    if spec is None:
+        return UseHead(entry.key, active)
+    if spec.at == "weight":
+        owners = [name.split(".") for name in spec.parameters]
+        return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
+    if spec.reads == "input":
+        return AddProjected(entry.key, active, spec)
+    return AddDelta(entry.key, active, spec, entry.handover)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where at a site steps act, and what the tensor there looks like."""
+
+    path: str
+    site: AdapterSite
+    at: str
+    row_axis: int
+    merged: Collection[str]
+
+    def entries(self, name: str) -> list[Entry]:
+        """The modules of an adapter that act here."""
+        held = self.site.entries.get(name, ()) if name not in self.merged else ()
+        return [entry for entry in held if entry.spec is not None and entry.spec.at == self.at]
+
+
+def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
+    """The steps at one place. A name, and names one after the other, need none of the machinery for parts of tensors."""
+    if composition is None or not any(place.entries(name) for name in names_in(composition)):
+        return ()
+    names = _one_after_the_other(composition)
+    if names is None and place.at == "weight":
+        raise CompatibilityError(
+            f"{composition!r} cannot act on {place.path!r}: an adapter there changes the Parameter "
+            f"{_parameters(place, composition)}, which all rows and tokens share. Stack such adapters, or adapt a layer"
+        )
+    if names is not None:
+        steps = tuple(step_of(entry, composition) for name in names for entry in place.entries(name))
+        if sum(isinstance(step, AddProjected) for step in steps) < 2:  # two read the host's own output
+            return steps
+    node = _node(place, composition, composition)
+    _check_one_tensor(place, node, composition)
+    return (Mix(node, composition),)
+
+
+def _one_after_the_other(composition: Composition | None) -> list[str] | None:
+    """The names of a composition that runs them all in order on everything; None for any other."""
+    if composition is None or isinstance(composition, str):
+        return [] if composition is None else [composition]
+    if not isinstance(composition, Stack):
+        return None
+    below = [_one_after_the_other(child) for child in composition.children]
+    return None if any(names is None for names in below) else [name for names in below for name in names or ()]
+
+
+def _node(place: _Place, composition: Composition | None, whole: Composition) -> Node:
+    """What a composition is at a place. `whole` is all of it, for messages."""
+    if composition is None:
+        return Chain(())
+    if isinstance(composition, str):
+        return chain([_leaf(place, entry, whole) for entry in place.entries(composition)])
+    if divides_rows(composition):
+        kinds = row_kinds(composition)
+        return RowMix(tuple(_node(place, kind, whole) for kind in kinds), kinds, composition, place.row_axis, place.path)
+    nodes = [_node(place, child, whole) for child in composition.children]
+    if not any(node.leaves for node in nodes):
+        return Chain(())
+    if isinstance(composition, Stack):
+        return chain(nodes)
+    if isinstance(composition, Average):
+        weights = composition.weights or (1.0,) * len(nodes)
+        return Mean(tuple(nodes), tuple(weight / sum(weights) for weight in weights))
+    if isinstance(composition, Split):
+        _check_tokens(place, nodes, whole)
+        return TokenMix(tuple(nodes), composition.sizes, 1 - place.row_axis, place.path)
+    raise CompatibilityError(
+        f"{type(composition).__name__} needs a trained fusion of {list(names_in(composition))}; found none"
+    )
+
+
+def _leaf(place: _Place, entry: Entry, whole: Composition) -> Leaf:
+    step = step_of(entry, whole)
+    if not isinstance(step, Adding):
+        raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
+    return Leaf(step, kind_of(step, place.site.get_submodule(entry.key)))
+
+
+def _check_tokens(place: _Place, nodes: Sequence[Node], whole: Composition) -> None:
+    """Raise CompatibilityError where what an adapter adds to a token depends on others, as in a convolution."""
+    for leaf in (leaf for node in nodes for leaf in node.leaves):
+        if leaf.step.spec.axis != -1:
+            raise CompatibilityError(
+                f"{whole!r} divides the sequence, and {place.path!r} ({leaf.step.spec.host}) has its features on axis "
+                f"{leaf.step.spec.axis}: no sequence of tokens"
+            )
+
+
+def _check_one_tensor(place: _Place, node: Node, whole: Composition) -> None:
+    """Raise CompatibilityError where adapters change different tensors of one host's output or call."""
+    tensors = {(leaf.step.spec.output, leaf.step.spec.axis) for leaf in node.leaves}
+    if len(tensors) > 1:
+        raise CompatibilityError(
+            f"{whole!r} cannot act on {place.path!r}: its adapters change different tensors there, "
+            f"{sorted(map(str, tensors))}"
+        )
+
+
+def _head_steps(path: str, site: AdapterSite, composition: Composition | None) -> tuple[Step, ...]:
+    """The head that runs in the host's place: the last one of adapters one after the other."""
+    owners = [n for n in names_in(composition) if any(entry.spec is None for entry in site.entries.get(n, ()))]
+    if not owners or composition is None:
+        return ()
+    if _one_after_the_other(composition) is None:
+        raise CompatibilityError(
+            f"{composition!r} cannot choose between heads: {list(dict.fromkeys(owners))} own a copy of {path!r}. Load or "
+            "add the adapters without heads"
+        )
+    return tuple(step_of(entry, composition) for entry in site.entries[owners[-1]] if entry.spec is None)
+
+
+def _parameters(place: _Place, composition: Composition) -> str:
+    names = {
+        p for name in names_in(composition) for entry in place.entries(name) if entry.spec for p in entry.spec.parameters
+    }
+    return ", ".join(sorted(names))
+
+
+def _is_batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the first axis is that of the rows, as far as the modules around say (`batch_first`)."""
+    around = [modules[outer] for outer in ancestors(path) if outer in modules]
+    return False not in [getattr(getattr(module, "self_attn", module), "batch_first", True) for module in around]

@@ -1,0 +1,104 @@
+"""Modules of one kind, each on its own rows, as one computation over their stacked weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sites import AdapterSite
+from .steps import Adding, View
+
+__all__ = ["kind_of", "run_each"]
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"shared"}
+
+
+def run_each(
+    site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, Adding, Hashable]], axis: int
+) -> Tensor:
+    """The tensor x with each of these rows changed by its module. Shape: as `view.x`, rows on `axis`.
+
+    Args:
+        at: Rows, each with its step and what `kind_of` says of it.
+    """
+    groups: dict[Hashable, list[tuple[int, Adding]]] = {}
+    for row, step, kind in at:
+        groups.setdefault(kind, []).append((row, step))
+    x = view.x
+    for members in groups.values():
+        rows = [row for row, _ in members]
+        is_whole = rows == list(range(view.x.shape[axis]))
+        where = None if is_whole else torch.tensor(rows, device=x.device)
+        part = view if where is None else view.map(lambda t, where=where: t.index_select(axis, where))  # type: ignore[misc]
+        changed = _run_group(site, host, part, [step for _, step in members], axis)
+        x = changed if where is None else x.index_copy(axis, where, changed)
+    return x
+
+
+def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[Adding], axis: int) -> Tensor:
+    """`run_each` of modules that differ in their tensors alone, one for each row of the view."""
+    step, modules = steps[0], [site.get_submodule(step.key) for step in steps]
+    if len({id(module) for module in modules}) == 1:
+        return step.add(modules[0], host, view)
+    own = {id(module): _tensors(module) for module in modules}
+    stacked = {name: torch.stack([own[id(module)][name] for module in modules]) for name in own[id(modules[0])]}
+    stream_of_all = view.streams.get(step.key)  # modules of one kind read the same one
+
+    def run(tensors: Mapping[str, Tensor], x: Tensor, bare: Tensor, taken: Tensor | None, stream: Tensor | None) -> Tensor:
+        row = View(x, bare, taken, {} if stream is None else {step.key: stream}).map(lambda t: t.unsqueeze(axis))
+        return step.add(_with_tensors(modules[0], tensors), host, row).squeeze(axis)
+
+    given = (view.x, view.bare, view.taken, stream_of_all)
+    axes = (0, *(None if tensor is None else axis for tensor in given))
+    changed: Tensor = torch.vmap(run, in_dims=axes, out_dims=axis, randomness="different")(stacked, *given)
+    return changed
+
+
+def kind_of(step: Adding, module: nn.Module) -> Hashable:
+    """What two modules have in common that differ in the values of their tensors alone."""
+    spec = step.spec
+    shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(_tensors(module).items()))
+    reads = (spec.reads, spec.input, spec.residual, spec.input_width)
+    place = (type(step), spec.at, spec.axis, spec.output, spec.width, *reads)
+    return place, type(module), shapes, _settings(module)
+
+
+def _settings(thing: Any) -> Hashable:
+    """An object's attributes as one hashable value, but for those that every module has."""
+    if isinstance(thing, (list, tuple)):
+        return tuple(map(_settings, thing))
+    if isinstance(thing, Mapping):
+        return tuple(sorted((str(key), _settings(value)) for key, value in thing.items()))
+    is_function = callable(thing) and not isinstance(thing, nn.Module)
+    if is_function or isinstance(thing, (str, int, float, bool, type(None), torch.dtype)):
+        return thing  # type: ignore[no-any-return]  # hashable, all of them
+    held = {name: value for name, value in vars(thing).items() if name not in _OF_EVERY_MODULE}
+    return type(thing), _settings(held)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors by name; those that it shares with others of its adapter under "shared."."""
+    found = dict((*module.named_parameters(), *module.named_buffers()))
+    shared = module.__dict__.get("shared")
+    return found if shared is None else found | {f"shared.{name}": tensor for name, tensor in _tensors(shared).items()}
+
+
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A shallow copy of a module that computes with other tensors: swapped in the module, other threads would see them."""
+    clone = copy.copy(module)
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    clone.__dict__["_parameters"] = {name: own.get(name) for name in module._parameters}
+    clone.__dict__["_buffers"] = {name: own.get(name) for name in module._buffers}
+    clone.__dict__["_modules"] = {name: _with_tensors(m, _below(name, tensors)) for name, m in module._modules.items() if m}
+    if "shared" in module.__dict__:
+        clone.__dict__["shared"] = _with_tensors(module.__dict__["shared"], _below("shared", tensors))
+    return clone
+
+
+def _below(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{name}."
+    return {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
