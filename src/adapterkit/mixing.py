@@ -6,7 +6,7 @@ activated; they hold no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ class Leaf(Node):
     """One module of one adapter, and what others of its kind have in common with it."""
 
     step: Adding
-    kind: Hashable = field(default=None, compare=False)
+    kind: int = field(compare=False)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -165,8 +165,8 @@ class RowMix(Node):
         if len(used) == 1:
             node = self.nodes[used[0]]
             return node.run(site, host, view) if node.leaves else view.x
-        chains = {i: node.leaves for i in used if (node := self.nodes[i]) and _is_chain(node)}
-        for level in range(max(map(len, chains.values()), default=0)):
+        chains = {i: self.nodes[i].leaves for i in used if _is_chain(self.nodes[i])}
+        for level in range(max([0, *(len(leaves) for leaves in chains.values())])):
             here = {i: leaves[level] for i, leaves in chains.items() if len(leaves) > level}
             at = [(row, here[i].step, here[i].kind) for row, i in enumerate(rows) if i in here]
             view = view._replace(x=run_each(site, host, view, at, self.axis))

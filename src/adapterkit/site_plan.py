@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -71,6 +71,7 @@ class _Place:
     at: str
     row_axis: int
     merged: Collection[str]
+    kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
 
     def entries(self, name: str) -> list[Entry]:
         """The modules of an adapter that act here."""
@@ -136,7 +137,8 @@ def _leaf(place: _Place, entry: Entry, whole: Composition) -> Leaf:
     step = step_of(entry, whole)
     if not isinstance(step, Adding):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
-    return Leaf(step, kind_of(step, place.site.get_submodule(entry.key)))
+    kind = kind_of(step, place.site.get_submodule(entry.key))
+    return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)))
 
 
 def _check_tokens(place: _Place, nodes: Sequence[Node], whole: Composition) -> None:

@@ -17,16 +17,16 @@ __all__ = ["kind_of", "run_each"]
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"shared"}
 
 
-def run_each(
-    site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, Adding, Hashable]], axis: int
-) -> Tensor:
+def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, Adding, int]], axis: int) -> Tensor:
     """The tensor x with each of these rows changed by its module. Shape: as `view.x`, rows on `axis`.
 
     Args:
-        at: Rows, each with its step and what `kind_of` says of it.
+        at: Rows, each with its step and a number for what `kind_of` says of it.
     """
-    groups: dict[Hashable, list[tuple[int, Adding]]] = {}
+    groups: dict[int | str, list[tuple[int, Adding]]] = {}
     for row, step, kind in at:
+        # A compiler follows no shallow copies of modules: there each adapter is a group, and one call, of its own.
+        kind = step.key if torch.compiler.is_compiling() else kind  # noqa: PLW2901  # the group
         groups.setdefault(kind, []).append((row, step))
     x = view.x
     for members in groups.values():
@@ -41,16 +41,18 @@ def run_each(
 
 def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[Adding], axis: int) -> Tensor:
     """`run_each` of modules that differ in their tensors alone, one for each row of the view."""
-    step, modules = steps[0], [site.get_submodule(step.key) for step in steps]
-    if len({id(module) for module in modules}) == 1:
-        return step.add(modules[0], host, view)
-    own = {id(module): _tensors(module) for module in modules}
-    stacked = {name: torch.stack([own[id(module)][name] for module in modules]) for name in own[id(modules[0])]}
+    step = steps[0]
+    modules = {step.key: site.get_submodule(step.key) for step in steps}
+    module = modules[step.key]
+    if len(modules) == 1:
+        return step.add(module, host, view)
+    own = {key: _tensors(module) for key, module in modules.items()}
+    stacked = {name: torch.stack([own[step.key][name] for step in steps]) for name in own[step.key]}
     stream_of_all = view.streams.get(step.key)  # modules of one kind read the same one
 
     def run(tensors: Mapping[str, Tensor], x: Tensor, bare: Tensor, taken: Tensor | None, stream: Tensor | None) -> Tensor:
         row = View(x, bare, taken, {} if stream is None else {step.key: stream}).map(lambda t: t.unsqueeze(axis))
-        return step.add(_with_tensors(modules[0], tensors), host, row).squeeze(axis)
+        return step.add(_with_tensors(module, tensors), host, row).squeeze(axis)
 
     given = (view.x, view.bare, view.taken, stream_of_all)
     axes = (0, *(None if tensor is None else axis for tensor in given))
