@@ -26,8 +26,8 @@ def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[
     groups: dict[int | str, list[tuple[int, Adding]]] = {}
     for row, step, kind in at:
         # A compiler follows no shallow copies of modules: there each adapter is a group, and one call, of its own.
-        kind = step.key if torch.compiler.is_compiling() else kind  # noqa: PLW2901  # the group
-        groups.setdefault(kind, []).append((row, step))
+        group = step.key if torch.compiler.is_compiling() else kind
+        groups.setdefault(group, []).append((row, step))
     x = view.x
     for members in groups.values():
         rows = [row for row, _ in members]
@@ -84,7 +84,12 @@ def _settings(thing: Any) -> Hashable:
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's tensors by name; those that it shares with others of its adapter under "shared."."""
-    found = dict((*module.named_parameters(), *module.named_buffers()))
+    found: dict[str, Tensor] = {
+        name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None
+    }
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= {f"{name}.{below}": tensor for below, tensor in _tensors(child).items()}
     shared = module.__dict__.get("shared")
     return found if shared is None else found | {f"shared.{name}": tensor for name, tensor in _tensors(shared).items()}
 
