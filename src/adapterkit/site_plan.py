@@ -91,7 +91,9 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
         )
     if names is not None:
         steps = tuple(step_of(entry, composition) for name in names for entry in place.entries(name))
-        if sum(isinstance(step, AddProjected) for step in steps) < 2:  # two read the host's own output
+        # Two that read the host's own output, or one stream twice, need it kept for the second.
+        reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
+        if sum(isinstance(step, AddProjected) for step in steps) < 2 and len({*reads}) == len(reads):
             return steps
     node = _node(place, composition, composition)
     _check_one_tensor(place, node, composition)
