@@ -189,3 +189,45 @@ def test_it_works_in_a_post_norm_model() -> None:
     for index, name in enumerate("abcd"):
         with kit.active(name):
             torch.testing.assert_close(mixed[index], hidden(kit, IDS)[index], atol=1e-5, rtol=1e-5)
+
+
+def test_merging_one_of_a_stack_keeps_the_rest() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(4, 6)
+    kit = ak.wrap(model)
+    for name in ("a", "b"):
+        kit.add(name, "lora", targets=["0", "1"])
+        randomise(kit, name)
+    kit.add("i", ak.IA3Config(targets=["1"], feedforward_targets=()))
+    kit.activate(Stack("a", "b"))
+    expected, before = model(x), model[0].weight.clone()
+    kit.merge("a")
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(model[0].weight, before)
+    for other in ("b", Rows(["a"] * 4), Average("a", "b")):
+        with pytest.raises(ak.ActivationError, match="'a' is merged into the weights"):
+            kit.activate(other)
+    kit.merge("b")
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    kit.unmerge("a")
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    kit.unmerge("b")
+    assert torch.equal(model[0].weight, before)
+    kit.activate(Stack("a", "i"))
+    with pytest.raises(ak.CompatibilityError, match="'1', where 'i' acts as well and is not merged"):
+        kit.merge("a")
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("wrong", [None, ["a", "b"], 3])
+def test_what_is_neither_a_name_nor_a_composition_is_refused(wrong: Any) -> None:
+    with pytest.raises(ak.AdapterKitError):
+        KIT.activate(wrong)
+
+
+def test_a_composition_is_seen_in_the_summary_and_proven_by_verify() -> None:
+    kit, ids = pre_norm()
+    kit.activate(Stack("p", "l"))
+    assert [row.name for row in kit.summary().adapters if row.is_active] == ["p", "l"]
+    kit.verify(ids).require()
+    kit.remove("l")
+    assert not any(row.is_active for row in kit.summary().adapters)

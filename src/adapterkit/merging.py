@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .base import digest
+from .composition import names_in
 from .errors import ActivationError, CompatibilityError
 from .hooks import forget_compiled
 from .merged import Change, merged_weights
 from .plan import apply, check_known
 from .reads import Holder, reads_around
 from .record import ACTIVATION_LOCK, Record, silenced
-from .sites import Original, named_parameters, originals_of, owner_at, parameter_at, sites_of
+from .sites import Entry, Original, named_parameters, originals_of, owner_at, parameter_at, sites_of
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, outside_inference_mode
 
@@ -38,6 +39,7 @@ def merge(model: nn.Module, record: Record, name: str, example_inputs: ExampleIn
                 f"model computes: call kit.activate({name!r}) first"
             )
         _check_whole(model, record, name)
+        _check_company(model, record, name)
         _check_unchanged(model)
         changes = merged_weights(model, [*record.merged, name])
         _check_reads(model, name, changes, example_inputs)
@@ -111,6 +113,25 @@ def _check_whole(model: nn.Module, record: Record, name: str) -> None:
             f"adapter {name!r} was added at {once} modules, of which this {type(model).__name__} has {there}: merge it in "
             "the whole model or, if modules were replaced, remove it and add it anew"
         )
+
+
+def _check_company(model: nn.Module, record: Record, name: str) -> None:
+    """Raise CompatibilityError where adapters that stay unmerged act at one host with this one, and order matters there."""
+    others = {*names_in(record.activation.active)} - {name, *record.merged}
+    for path, _, site in sites_of(model):
+        here = [other for other in others if other in site.entries] if name in site.entries else []
+        held = [pair for which in (name, *here) for pair in site.modules_of(which) if pair[0].spec is not None]
+        if here and not all(_is_a_sum(entry, module) for entry, module in held):
+            raise CompatibilityError(
+                f"adapter {name!r} cannot be merged into {path!r}, where {here[0]!r} acts as well and is not merged: what "
+                "one of them computes depends on the other. Activate it alone, or merge where they do not meet"
+            )
+
+
+def _is_a_sum(entry: Entry, module: nn.Module) -> bool:
+    """Whether a module adds to its host's output what depends on the host's input alone."""
+    reads_input = entry.spec is not None and entry.spec.reads == "input"
+    return reads_input and not getattr(module, "reads_bare_output", False)
 
 
 def _check_unchanged(model: nn.Module) -> None:

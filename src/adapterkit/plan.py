@@ -63,7 +63,7 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
         ConfigError: a composition of another kind of thing.
     """
     if isinstance(composition, (list, tuple, set)):
-        raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition!r}")
+        raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition}")
     for name in dict.fromkeys(names_in(composition)) if isinstance(composition, Block) else (composition,):
         check_known(model, name)
     return composition
