@@ -91,7 +91,7 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
         )
     if names is not None:
         steps = tuple(step_of(entry, composition) for name in names for entry in place.entries(name))
-        # Two that read the host's own output, or one stream twice, need it kept for the second.
+        # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
         if sum(isinstance(step, AddProjected) for step in steps) < 2 and len({*reads}) == len(reads):
             return steps
