@@ -93,7 +93,7 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
         steps = tuple(step_of(entry, composition) for name in names for entry in place.entries(name))
         # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
-        if sum(isinstance(step, AddProjected) for step in steps) < 2 and len({*reads}) == len(reads):
+        if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
             return steps
     node = _node(place, composition, composition)
     _check_one_tensor(place, node, composition)
