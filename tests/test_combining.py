@@ -880,7 +880,7 @@ def test_a_host_that_has_changed_between_two_adapters_is_refused() -> None:
     model[0].weight = nn.Parameter(torch.randn(8, 4))
     kit.add("b", "lora", targets=["0"])
     with pytest.raises(
-        ak.TargetError, match=r"at '0', 'a' and 'b' adapt different tensors: .*width=\(4, 6\) and .*\(4, 8\)"
+        ak.TargetError, match=r"at '0', 'a' and 'b' adapt different tensors: .*width=\(4, 6\).* and .*\(4, 8\)"
     ):
         kit.combine("sum", {"a": 1, "b": 1})
 
