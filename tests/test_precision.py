@@ -187,6 +187,28 @@ def test_a_pickled_model_keeps_its_hooks_in_a_new_process(post_norm: Tiny, ids: 
     subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True, cwd=root)
 
 
+def replica_of(model: nn.Module) -> nn.Module:
+    """A copy as `torch.nn.parallel.replicate` makes it, on the same device: tensors in place of Parameters."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, copies[child]) if child is not None else None
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            setattr(replica, name, None if tensor is None else tensor.detach().clone())
+    return copies[model]
+
+
+@pytest.mark.parametrize(
+    "preset", ["pfeiffer", "compacter", "invertible", "lora", "dora", "vera", "ia3", "bitfit", "norm_tuning"]
+)
+def test_replicas_without_parameters_run_every_method(post_norm: Tiny, ids: Tensor, preset: str) -> None:
+    kit = ak.wrap(post_norm.eval(), ids)
+    kit.add("a", preset)
+    randomise(kit, "a")
+    kit.activate("a")
+    torch.testing.assert_close(replica_of(post_norm)(ids), post_norm(ids))
+
+
 def test_data_parallel_replicas_run_their_own_adapters(post_norm: Tiny, ids: Tensor) -> None:
     kit = ak.wrap(post_norm)
     kit.add("a", CONFIG)
