@@ -97,6 +97,8 @@ def test_they_cannot_be_changed() -> None:
             r"Average cannot hold Parallel\('b', 'c'\): Parallel multiplies the batch",
         ),
         (lambda: Parallel("a", Stack(Parallel("b"))), "the batch can be multiplied once only"),
+        (lambda: Average("c", Stack(Parallel("a", "b"))), "Parallel multiplies the batch"),
+        (lambda: Rows([Stack(BatchSplit("a", "b")), None]), "a row is one row"),
         (lambda: Rows(["a", BatchSplit("b", "c")]), "a row is one row"),
         (lambda: Rows("ab"), "Rows takes one sequence with a name .* found 'ab'"),
         (lambda: Fuse("a", BatchSplit("b", "c")), "a fusion is trained over adapters that see the same tokens"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Block, Rows, Split, Stack, names_in, rows_of
+from adapterkit.composition import Average, BatchSplit, Block, Fuse, Parallel, Rows, Split, Stack, names_in, rows_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 
@@ -231,3 +231,26 @@ def test_a_composition_is_seen_in_the_summary_and_proven_by_verify() -> None:
     kit.verify(ids).require()
     kit.remove("l")
     assert not any(row.is_active for row in kit.summary().adapters)
+
+
+def test_what_cannot_run_yet_says_so_and_does_not_run_as_something_else() -> None:
+    for composition, message in (
+        (Parallel("p", "q"), "Parallel cannot run yet"),
+        (Fuse("p", "q"), "needs a trained fusion"),
+    ):
+        with pytest.raises(ak.AdapterKitError, match=message):
+            KIT.activate(composition)
+
+
+def test_train_adapter_takes_one_adapter() -> None:
+    kit, _ = pre_norm()
+    with pytest.raises(ak.AdapterNameError, match=r"no adapter Stack\('p', 'q'\)"):
+        kit.train_adapter(Stack("p", "q"))
+    assert all(p.requires_grad for p in kit.parameters("p"))
+
+
+def test_a_part_without_rows_changes_nothing() -> None:
+    with KIT.active(BatchSplit("wide", "l", sizes=[0, ROWS])):
+        divided = hidden(KIT, IDS)
+    with KIT.active("l"):
+        torch.testing.assert_close(divided, hidden(KIT, IDS))

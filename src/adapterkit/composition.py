@@ -5,8 +5,8 @@
     Split("a", "b", sizes=(3, 5))              each its part of the sequence
     BatchSplit("a", "b", sizes=(2, 4))         each its part of the batch
     Rows(("a", "b", "a", None))                each row its adapter; None is the base
-    Parallel("a", "b")                         the whole batch through each, side by side
-    Fuse("a", "b")                             weighed by a trained attention (AdapterFusion)
+    Parallel("a", "b")                         the whole batch through each, side by side (cannot be activated yet)
+    Fuse("a", "b")                             weighed by a trained attention, AdapterFusion (cannot be activated yet)
 
 They are frozen, hashable, equal if they say the same, `eval(repr(c)) == c`, and have a JSON form. They nest where that has
 a meaning, to any depth, and say why not where it has none. Names may repeat.
@@ -34,6 +34,7 @@ __all__ = [
     "Stack",
     "divides_rows",
     "from_json",
+    "multiplies_rows",
     "names_always",
     "names_in",
     "row_kinds",
@@ -62,16 +63,16 @@ class Block:
         if len(children) < self.least:
             raise ConfigError(f"{type(self).__name__} takes at least {self.least} children; found {list(children)}")
         object.__setattr__(self, "children", tuple(self._checked(child) for child in children))
-        if sum(_multiplies(child) for child in self.children) > (0 if isinstance(self, Parallel) else 1):
-            raise ConfigError(f"{self!r}: {Parallel.what_for}")
         for name, value in settings.items():
             object.__setattr__(self, name, value)
+        if sum(map(multiplies_rows, self.children)) > 1:
+            raise ConfigError(f"{self!r}: {Parallel.what_for}")
 
     def _checked(self, child: Any) -> Composition:
         """The child, if it may be one."""
         if not isinstance(child, Block):
             return check_name(child)
-        if type(child).__name__ not in self.holds:
+        if any(type(block).__name__ not in self.holds for block in _blocks_in(child)):
             allowed = ", ".join(["adapter names", *sorted(self.holds)])
             raise ConfigError(f"{type(self).__name__} cannot hold {child!r}: {self.what_for}. It holds {allowed}")
         return child
@@ -229,11 +230,19 @@ class Fuse(Block):
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Stack, Average, Split, BatchSplit, Rows, Parallel, Fuse)}
 
 
-def _multiplies(composition: Composition | None) -> bool:
+def _blocks_in(composition: Composition | None) -> Iterator[Block]:
+    """The compositions in one, itself first."""
+    if isinstance(composition, Block):
+        yield composition
+        for child in composition.children:
+            yield from _blocks_in(child)
+
+
+def multiplies_rows(composition: Composition | None) -> bool:
     """Whether a composition holds, or is, a Parallel."""
     if not isinstance(composition, Block):
         return False
-    return isinstance(composition, Parallel) or any(map(_multiplies, composition.children))
+    return isinstance(composition, Parallel) or any(map(multiplies_rows, composition.children))
 
 
 def names_always(composition: Composition | None) -> frozenset[str]:
@@ -255,7 +264,9 @@ def rows_of(composition: Composition | None, count: int) -> tuple[Composition | 
         return (composition,) * count
     if isinstance(composition, Rows):
         if len(composition.children) != count:
-            raise CompatibilityError(f"Rows names {len(composition.children)} rows, and the batch has {count}")
+            raise CompatibilityError(
+                f"Rows names {len(composition.children)} rows, and the batch has {count}; name one for each, None for the base"
+            )
         return composition.children
     if isinstance(composition, (BatchSplit, Parallel)):
         given = composition.sizes if isinstance(composition, BatchSplit) else None
@@ -314,7 +325,7 @@ def sizes_of(sizes: tuple[int, ...] | None, count: int, whole: int, what: str) -
         return (whole // count,) * count
     if sizes is None or sum(sizes) != whole:
         asked = f"{count} equal parts" if sizes is None else f"parts of {list(sizes)}, which are {sum(sizes)}"
-        raise CompatibilityError(f"{what} has {whole}, and is to be divided into {asked}")
+        raise CompatibilityError(f"{what} has {whole}, and is to be divided into {asked}; give sizes= that sum to it")
     return sizes
 
 

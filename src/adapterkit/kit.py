@@ -83,6 +83,7 @@ class AdapterKit:
 
         Raises:
             AdapterNameError: no such adapter.
+            ActivationError: another thread is running the model with it.
             CompatibilityError: it is merged, and the weights have changed since; see `unmerge`.
         """
         plan.check_known(self.model, name)
@@ -147,6 +148,7 @@ class AdapterKit:
 
         Raises:
             AdapterNameError: no such adapter.
+            ConfigError: several adapters in a list, a tuple or a set.
             CompatibilityError: adapters that cannot act together as the composition says, with the place and the reason.
             ActivationError: another thread is running the model with another adapter, or another adapter is merged.
         """
@@ -157,7 +159,10 @@ class AdapterKit:
         plan.activate(self.model, self._record(), None)
 
     def active(self, composition: Composition) -> AbstractContextManager[None]:
-        """`with kit.active("a"):` runs adapter a within the block, and what was active before after it."""
+        """`with kit.active("a"):` runs adapter a within the block, and what was active before after it.
+
+        Raises as `activate` does: for what is no composition at the call, otherwise as the block is entered.
+        """
         return plan.activated(self.model, self._record(), plan.check_active(self.model, composition))
 
     def base(self) -> AbstractContextManager[None]:
@@ -197,6 +202,7 @@ class AdapterKit:
 
         Leaves train/eval mode alone. Raises AdapterNameError; ActivationError if it, or another, is merged.
         """
+        plan.check_known(self.model, name)
         freezing.check_may_train(self._record(), name)
         self.activate(name)  # first: from here on nothing can fail
         freezing.freeze(self.model, self._record())

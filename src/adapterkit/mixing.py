@@ -196,8 +196,8 @@ class Mix(Step):
         x: Tensor = values.get(value, path)
         if x.is_nested:
             raise CompatibilityError(
-                f"the rows of {steps[0].spec.path!r} are a nested tensor, which compositions cannot take apart; set "
-                "enable_nested_tensor=False in the nn.TransformerEncoder around it"
+                f"several modules at {steps[0].spec.path!r} act on a nested tensor, which they cannot share row by row; "
+                "set enable_nested_tensor=False in the nn.TransformerEncoder around it"
             )
         taken = next((step.taken(args, kwargs) for step in steps if isinstance(step, AddProjected)), None)
         streams = {}

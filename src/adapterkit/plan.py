@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .composition import Block, Composition, names_always, names_in
+from .composition import Block, Composition, multiplies_rows, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
 from .hooks import WeightHook, forget_compiled, has_hook
 from .patterns import modules_by_path
@@ -22,8 +22,6 @@ def activate(model: nn.Module, record: Record, composition: Composition | None) 
     """Make an adapter or a composition active; None is the base alone.
 
     Raises:
-        AdapterNameError: no such adapter.
-        ConfigError: neither a name nor a composition.
         CompatibilityError: adapters that cannot act together as it says, with the place and the reason.
         ActivationError: another thread is running the model with another adapter, or another one is merged.
     """
@@ -60,10 +58,12 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
 
     Raises:
         AdapterNameError: no adapter has such a name.
-        ConfigError: a composition of another kind of thing.
+        ConfigError: several adapters in a list, a tuple or a set.
     """
     if isinstance(composition, (list, tuple, set)):
         raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition}")
+    if multiplies_rows(composition):
+        raise ConfigError(f"{composition!r}: Parallel cannot run yet; run its children one by one with kit.active(...)")
     for name in dict.fromkeys(names_in(composition)) if isinstance(composition, Block) else (composition,):
         check_known(model, name)
     return composition

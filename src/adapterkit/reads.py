@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from .record import silenced
 from .structure.trace import ExampleInputs, forward
 
-__all__ = ["Holder", "Stack", "reads_around"]
+__all__ = ["CallStack", "Holder", "reads_around"]
 
 # Functions that look at a tensor's kind, not at its values.
 _KIND_ONLY = frozenset(
@@ -22,7 +22,7 @@ _KIND_ONLY = frozenset(
 ) | {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "type_as", "view_as", "expand_as", "reshape_as"}
 
 # The modules that run, each with its path, from the model to the innermost.
-Stack = tuple[tuple[str, nn.Module], ...]
+CallStack = tuple[tuple[str, nn.Module], ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self._holders, self._running = holders, running
         self.watched: dict[int, list[int]] = {}  # by the tensor's `id`: the holders that it may have been read at
-        self.found: list[list[Stack]] = [[] for _ in holders]
+        self.found: list[list[CallStack]] = [[] for _ in holders]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -71,7 +71,7 @@ class _Reads(TorchFunctionMode):
                 self.found[index].append(stack)
 
 
-def reads_around(model: nn.Module, holders: Sequence[Holder], inputs: ExampleInputs) -> list[list[Stack]]:
+def reads_around(model: nn.Module, holders: Sequence[Holder], inputs: ExampleInputs) -> list[list[CallStack]]:
     """For each holder what ran, each time that its Parameter was read while its host did not run.
 
     Raises:

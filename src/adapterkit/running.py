@@ -9,7 +9,7 @@ from .config.base import AdapterConfig
 from .errors import TargetError
 from .hosts import host_type
 from .patterns import ancestors
-from .reads import Holder, Stack, reads_around
+from .reads import CallStack, Holder, reads_around
 from .sites import SiteSpec, owner_at
 from .structure.trace import ExampleInputs, observe, runs_around
 
@@ -41,14 +41,14 @@ def at_running_hosts(
     return list(kept.values())
 
 
-def _readers(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> dict[SiteSpec, list[Stack]]:
+def _readers(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> dict[SiteSpec, list[CallStack]]:
     """What runs when the Parameter of a site is read, with the names that it has there, while the site's host does not."""
     held: list[tuple[SiteSpec, Holder]] = []
     for site in sites:
         host = model.get_submodule(site.path)
         owners = (owner_at(host, name) for name in site.parameters)
         held += [(site, Holder(owner, leaf, host)) for owner, leaf in owners if owner is not None]
-    readers: dict[SiteSpec, list[Stack]] = {site: [] for site in sites}
+    readers: dict[SiteSpec, list[CallStack]] = {site: [] for site in sites}
     found = reads_around(model, [holder for _, holder in held], inputs) if held else []
     for (site, _), stacks in zip(held, found, strict=True):
         readers[site] += stacks
@@ -74,7 +74,7 @@ def _parameter(model: nn.Module, site: SiteSpec) -> nn.Parameter | None:
     return model.get_submodule(site.path).get_parameter(site.parameters[0]) if site.parameters else None
 
 
-def _moved(site: SiteSpec, readers: Sequence[Stack], model: nn.Module) -> SiteSpec:
+def _moved(site: SiteSpec, readers: Sequence[CallStack], model: nn.Module) -> SiteSpec:
     """The site with the innermost module around its host that runs whenever the Parameter is read for its host."""
     running = set.intersection(*({id(module) for _, module in stack} for stack in readers))
     host = next((path for path in ancestors(site.path) if id(model.get_submodule(path)) in running), "")

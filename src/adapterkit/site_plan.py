@@ -96,6 +96,8 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
         if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
             return steps
     node = _node(place, composition, composition)
+    if not node.leaves:  # those that have modules here get no rows
+        return ()
     _check_one_tensor(place, node, composition)
     return (Mix(node, composition),)
 
@@ -155,7 +157,8 @@ def _check_tokens(place: _Place, nodes: Sequence[Node], whole: Composition) -> N
 
 def _check_one_tensor(place: _Place, node: Node, whole: Composition) -> None:
     """Raise CompatibilityError where adapters change different tensors of one host's output or call."""
-    tensors = {(leaf.step.spec.output, leaf.step.spec.axis) for leaf in node.leaves}
+    specs = [leaf.step.spec for leaf in node.leaves]
+    tensors = {(spec.input if spec.at == "input" else spec.output, spec.axis) for spec in specs}
     if len(tensors) > 1:
         raise CompatibilityError(
             f"{whole!r} cannot act on {place.path!r}: its adapters change different tensors there, "

@@ -14,7 +14,7 @@ from .steps import Adding, View
 
 __all__ = ["kind_of", "run_each"]
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"shared"}
+_OF_EVERY_MODULE = (frozenset(vars(nn.Module())) | {"shared"}) - {"training"}
 
 
 def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, Adding, int]], axis: int) -> Tensor:
@@ -78,6 +78,8 @@ def _settings(thing: Any) -> Hashable:
     is_function = callable(thing) and not isinstance(thing, nn.Module)
     if is_function or isinstance(thing, (str, int, float, bool, type(None), torch.dtype)):
         return thing  # type: ignore[no-any-return]  # hashable, all of them
+    if isinstance(thing, Tensor) or not hasattr(thing, "__dict__"):
+        return type(thing), id(thing)  # a kind of its own: nothing is known of it
     held = {name: value for name, value in vars(thing).items() if name not in _OF_EVERY_MODULE}
     return type(thing), _settings(held)
 
