@@ -265,7 +265,8 @@ def rows_of(composition: Composition | None, count: int) -> tuple[Composition | 
     if isinstance(composition, Rows):
         if len(composition.children) != count:
             raise CompatibilityError(
-                f"Rows names {len(composition.children)} rows, and the batch has {count}; name one for each, None for the base"
+                f"Rows names {len(composition.children)} rows, and the batch has {count}; name one for each, None for "
+                "the base"
             )
         return composition.children
     if isinstance(composition, (BatchSplit, Parallel)):

@@ -133,7 +133,8 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
         _check_tokens(place, nodes, whole)
         return TokenMix(tuple(nodes), composition.sizes, 1 - place.row_axis, place.path)
     raise CompatibilityError(
-        f"{type(composition).__name__} needs a trained fusion of {list(names_in(composition))}; found none"
+        f"{type(composition).__name__} needs a trained fusion of {list(names_in(composition))}, which cannot be "
+        "made yet; use Average or Stack"
     )
 
 
