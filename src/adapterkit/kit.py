@@ -133,6 +133,8 @@ class AdapterKit:
 
     def unwrap(self) -> nn.Module:
         """Remove everything that adapterkit added or changed, and return the model. Raises as `remove` does."""
+        for name in adapter_names(self.model):
+            self._record().activation.check_forgettable(name)  # first: what raises here leaves all as it was
         merging.unmerge_all(self.model, self._record())
         self.deactivate()
         freezing.unfreeze(self.model, self._record())
