@@ -1,5 +1,7 @@
 """Compositions at work, against an oracle that runs adapters one by one."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -254,3 +256,11 @@ def test_a_part_without_rows_changes_nothing() -> None:
         divided = hidden(KIT, IDS)
     with KIT.active("l"):
         torch.testing.assert_close(divided, hidden(KIT, IDS))
+
+
+def test_copies_and_pickles_run_the_composition_that_was_active() -> None:
+    kit, ids = pre_norm()
+    kit.activate(Rows(["p", Stack("q", "l"), "vera", None]))
+    expected = kit.model(ids)
+    for other in (copy.deepcopy(kit.model), pickle.loads(pickle.dumps(kit.model))):
+        assert torch.equal(other(ids), expected)

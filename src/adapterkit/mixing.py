@@ -24,12 +24,13 @@ __all__ = ["Chain", "Leaf", "Mean", "Mix", "Node", "RowMix", "TokenMix", "chain"
 
 
 class Node:
-    """Something that changes a site's tensor."""
+    """Something that changes a site's tensor.
 
-    @property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """The adapters' modules in it."""
-        raise NotImplementedError
+    Attributes:
+        leaves: The adapters' modules in it, in order.
+    """
+
+    leaves: tuple[Leaf, ...]
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """The tensor as these adapters leave it. Shape: as `view.x`."""
@@ -43,10 +44,8 @@ class Leaf(Node):
     step: Adding
     kind: int = field(compare=False)
 
-    @property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """Itself."""
-        return (self,)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "leaves", (self,))
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """X and what the module adds. Shape: as `view.x`."""
@@ -54,15 +53,19 @@ class Leaf(Node):
 
 
 @dataclass(frozen=True)
-class Chain(Node):
-    """One after the other; () changes nothing."""
+class Group(Node):
+    """Base of what is made of other nodes."""
 
     nodes: tuple[Node, ...]
 
-    @property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """Those of all, in order."""
-        return tuple(leaf for node in self.nodes for leaf in node.leaves)
+    def __post_init__(self) -> None:
+        # Once, for hooks to read: gathering them anew in each forward would cost as much as a small kernel.
+        object.__setattr__(self, "leaves", tuple(leaf for node in self.nodes for leaf in node.leaves))
+
+
+@dataclass(frozen=True)
+class Chain(Group):
+    """One after the other; () changes nothing."""
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """What the last leaves. Shape: as `view.x`."""
@@ -72,16 +75,10 @@ class Chain(Node):
 
 
 @dataclass(frozen=True)
-class Mean(Node):
+class Mean(Group):
     """The weighted sum of what the nodes add. Weights sum to 1."""
 
-    nodes: tuple[Node, ...]
     weights: tuple[float, ...]
-
-    @property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """Those of all, in order."""
-        return tuple(leaf for node in self.nodes for leaf in node.leaves)
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """X and the sum. Shape: as `view.x`."""
@@ -93,18 +90,12 @@ class Mean(Node):
 
 
 @dataclass(frozen=True)
-class TokenMix(Node):
+class TokenMix(Group):
     """Each node on its part of the sequence. Sizes are of the parts, equal ones if None; `axis` is that of the tokens."""
 
-    nodes: tuple[Node, ...]
     sizes: tuple[int, ...] | None
     axis: int
     path: str
-
-    @property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """Those of all, in order."""
-        return tuple(leaf for node in self.nodes for leaf in node.leaves)
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """The parts, each changed by its node. Shape: as `view.x`."""
@@ -115,14 +106,14 @@ class TokenMix(Node):
         sizes = sizes_of(self.sizes, len(self.nodes), view.x.shape[self.axis], f"the sequence at {self.path!r}")
         parts, start = [], 0
         for node, size in zip(self.nodes, sizes, strict=True):
-            part = view.map(lambda tensor, start=start, size=size: tensor.narrow(self.axis, start, size))  # type: ignore[misc]
+            part = view.narrow(self.axis, start, size)
             parts.append(node.run(site, host, part) if node.leaves and size else part.x)
             start += size
         return torch.cat(parts, self.axis)
 
 
 @dataclass(frozen=True)
-class RowMix(Node):
+class RowMix(Group):
     """Each row of the batch its own chain of modules, or another node.
 
     Attributes:
@@ -133,16 +124,10 @@ class RowMix(Node):
         path: The host, for messages.
     """
 
-    nodes: tuple[Node, ...]
     kinds: tuple[Composition | None, ...]
     composition: Composition
     axis: int
     path: str
-
-    @property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """Those of all, in order."""
-        return tuple(leaf for node in self.nodes for leaf in node.leaves)
 
     def assign(self, x: Tensor) -> list[int]:
         """Which node each row has. Raises CompatibilityError: the tensor does not have as many rows."""
@@ -173,8 +158,8 @@ class RowMix(Node):
         for i in used:
             if i not in chains:
                 where = torch.tensor([row for row, j in enumerate(rows) if j == i], device=view.x.device)
-                part = view.map(lambda tensor, where=where: tensor.index_select(self.axis, where))  # type: ignore[misc]
-                view = view._replace(x=view.x.index_copy(self.axis, where, self.nodes[i].run(site, host, part)))
+                changed = self.nodes[i].run(site, host, view.select(self.axis, where))
+                view = view._replace(x=view.x.index_copy(self.axis, where, changed))
         return view.x
 
 

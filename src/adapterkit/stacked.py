@@ -33,7 +33,7 @@ def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[
         rows = [row for row, _ in members]
         is_whole = rows == list(range(view.x.shape[axis]))
         where = None if is_whole else torch.tensor(rows, device=x.device)
-        part = view if where is None else view.map(lambda t, where=where: t.index_select(axis, where))  # type: ignore[misc]
+        part = view if where is None else view.select(axis, where)
         changed = _run_group(site, host, part, [step for _, step in members], axis)
         x = changed if where is None else x.index_copy(axis, where, changed)
     return x

@@ -41,6 +41,14 @@ class View(NamedTuple):
         taken = None if self.taken is None else function(self.taken)
         return View(function(self.x), function(self.bare), taken, streams)
 
+    def narrow(self, axis: int, start: int, size: int) -> "View":
+        """A part of an axis: some tokens, all rows."""
+        return self.map(lambda tensor: tensor.narrow(axis, start, size))
+
+    def select(self, axis: int, where: Tensor) -> "View":
+        """These indices of an axis: some rows."""
+        return self.map(lambda tensor: tensor.index_select(axis, where))
+
 
 @runtime_checkable
 class Adding(Protocol):
