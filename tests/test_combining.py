@@ -133,7 +133,7 @@ def test_a_concatenation_is_the_exact_sum_at_every_kind_of_weight(every: Any, tm
     assert kit.combine("sum", weights, how="concatenate") == {}
     check_sum(kit, "sum", weights)
     check_config(kit, "sum")
-    assert setting_at(kit.adapters["sum"].rank, next(s for s in kit.sites("lora", targets=["linear"]))) == 3 + 2 + 4  # type: ignore[union-attr]
+    assert setting_at(kit.adapters["sum"].rank, next(s for s in kit.sites("lora", targets=["linear"]))) == 3 + 2 + 4
     changed = deltas(kit, "sum")
     tensors = dict(kit.model.named_parameters())
     new = {
@@ -169,7 +169,7 @@ def test_a_reduction_is_as_near_as_its_rank_allows_and_says_how_near() -> None:
         found, used = deltas(kit, f"rank {rank}")["", ()], rank or 3
         exact((found - total).norm(), values[used:].norm())
         assert errors[""] == pytest.approx(float(values[used:].norm() / total.norm()), abs=1e-12)
-        assert (kit.adapters[f"rank {rank}"].rank, kit.adapters[f"rank {rank}"].alpha) == (used, used)  # type: ignore[union-attr]
+        assert (kit.adapters[f"rank {rank}"].rank, kit.adapters[f"rank {rank}"].alpha) == (used, used)
 
 
 numbers = st.floats(-2, 2, allow_nan=False)
@@ -408,7 +408,7 @@ def test_two_halves_of_one_adapter_are_the_same_for_every_setting(flags: dict[st
     torch.testing.assert_close(outputs(kit, "sum", ids), outputs(kit, "a", ids), **close)
     assert [p.dtype for p in kit.parameters("sum")] == [p.dtype for p in kit.parameters("a")]
     kit.model.train()
-    assert kit.adapters["sum"].dropout == flags.get("dropout", 0.0)  # type: ignore[union-attr]
+    assert kit.adapters["sum"].dropout == flags.get("dropout", 0.0)
 
 
 # --- vera, plug-ins, fused projections --------------------------------------------------------------------------------
@@ -428,11 +428,11 @@ def test_veras_become_a_lora(how: Any, tmp_path: Path) -> None:
     check_config(kit, "sum")
     check_loads(kit, "sum", x.double(), tmp_path)
     kit.combine("one", {"a": 1.0}, how="svd", rank=4)
-    assert (kit.adapters["one"].method, kit.adapters["one"].rank) == ("lora", 4)  # type: ignore[union-attr]
+    assert (kit.adapters["one"].method, kit.adapters["one"].rank) == ("lora", 4)
     check_sum(kit, "one", {"a": 1.0})
     kit.add("narrow", "vera", rank=2, dtype="bfloat16", dropout=0.0)
     kit.combine("minus", {"narrow": -1})
-    assert kit.adapters["minus"].dtype == "bfloat16"  # type: ignore[union-attr]
+    assert kit.adapters["minus"].dtype == "bfloat16"
     assert {p.dtype for p in kit.parameters("minus")} == {torch.bfloat16}
 
 
@@ -517,7 +517,7 @@ def test_layers_of_several_adapters_are_put_together_on_a_fused_projection(tmp_p
     kit.add("b", "lora", layers=[-1], rank=3)
     randomise(kit, "a"), randomise(kit, "b")
     kit.combine("sum", {"a": 2, "b": -1})
-    assert kit.adapters["sum"].layers == (0, -1)  # type: ignore[union-attr]
+    assert kit.adapters["sum"].layers == (0, -1)
     check_sum(kit, "sum", {"a": 2, "b": -1})
     check_config(kit, "sum")
     check_loads(kit, "sum", x, tmp_path)
@@ -579,7 +579,7 @@ def test_adapters_of_a_part_of_a_model_are_combined_where_they_are_now() -> None
     kit = ak.wrap(copy.deepcopy(outer[0]))
     kit.combine("sum", {"a": 2, "b": -1})
     check_sum(kit, "sum", {"a": 2, "b": -1})
-    assert [entry.spec.path for layer in kit.model for entry in layer._adapterkit.entries["sum"]] == ["0", "1"]  # type: ignore[union-attr, operator]
+    assert [entry.spec.path for layer in kit.model for entry in layer._adapterkit.entries["sum"]] == ["0", "1"]
 
 
 def test_the_result_is_where_its_host_computes() -> None:

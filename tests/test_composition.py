@@ -78,7 +78,7 @@ def test_what_differs_is_not_equal() -> None:
 
 def test_they_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        Stack("a").children = ("b",)  # type: ignore[misc]
+        Stack("a").children = ("b",)
     sizes = [1, 2]
     split = BatchSplit("a", "b", sizes=sizes)
     sizes.append(3)

@@ -253,7 +253,7 @@ class Scaling:
     def placements(self, config: ScalingConfig) -> Any:
         from adapterkit.spots import Placement
 
-        return (Placement(at=config.where, level="projection", reads="site"),)  # type: ignore[arg-type]
+        return (Placement(at=config.where, level="projection", reads="site"),)
 
     def build(self, config: ScalingConfig, site: ak.SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
         return Scaled(site.width, site.at)
@@ -829,7 +829,7 @@ def test_a_forward_that_was_put_on_the_instance_is_tried_too() -> None:
     kit = adapted(model, inputs=rows(), config=LAYER)
     with pytest.raises(ak.CompatibilityError, match="does more than multiply"):
         kit.merge("a")
-    model[0].forward = lambda x: plain(x + 0)  # type: ignore[method-assign]
+    model[0].forward = lambda x: plain(x + 0)
     kit.merge("a")
 
 

@@ -132,7 +132,7 @@ def test_a_preset_computes_its_formula(block: type[Pre], formula: object, preset
     kit = add_random(model, preset, dtype="float64")
     adapted = model(IDS)
     with kit.base():
-        expected = run(model, lambda x, b, path: formula(x, b, path, kit, preset))  # type: ignore[operator]
+        expected = run(model, lambda x, b, path: formula(x, b, path, kit, preset))
     assert torch.allclose(adapted, expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(adapted, plain)
 

@@ -18,7 +18,7 @@ class LoRAConfig(AdapterConfig):
     The scaling is alpha / rank. Targets are linear, convolutional and embedding layers, Parameters of two or more axes (the
     projections of nn.MultiheadAttention, experts of a mixture), or roles: of a projection that is fused for query, key and
     value, `"@attention.q"` is the query's slice. The papers adapt the attention's query and value; rank and alpha are
-    those of their language models.
+    those of the first one for RoBERTa.
 
     Args:
         rank: Inner width. A map `{"default": 8, "layer.0.**": 16}` sets it by pattern or layer; the longest that fits wins.

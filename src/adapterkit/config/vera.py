@@ -14,7 +14,7 @@ class VeRAConfig(AdapterConfig):
 
     Args:
         targets: Linear layers, or Parameters of two axes; the paper adapts query and value.
-        rank: Inner width; the paper's for language models, 256.
+        rank: Inner width; 256 is the paper's for RoBERTa-large.
         initial: What the vector between the matrices starts as; the other one starts at zero.
         dropout: Probability of dropping an input feature in training. Not at Parameters, whose input is not seen.
 

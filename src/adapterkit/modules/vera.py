@@ -29,7 +29,7 @@ class VeRABases(nn.Module):
     """
 
     vera_A: Tensor  # noqa: N815  # the paper's letters
-    vera_B: Tensor  # noqa: N815
+    vera_B: Tensor  # noqa: N815  # as well
 
     def __init__(self, rank: int, max_in: int, max_out: int, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
