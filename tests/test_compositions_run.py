@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Block, Fuse, Parallel, Rows, Split, Stack, names_in, rows_of
+from adapterkit.composition import Average, BatchSplit, Block, Fuse, Parallel, Rows, Split, Stack, names_in
+from adapterkit.row_division import rows_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .composition import Composition, rows_of, sizes_of
+from .composition import Composition
 from .errors import CompatibilityError
+from .row_division import rows_of, sizes_of
 from .sites import AdapterSite, Step
 from .stacked import run_each
 from .steps import Adding, AddProjected, View

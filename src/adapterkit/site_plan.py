@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .composition import Average, Composition, Split, Stack, divides_rows, names_in, row_kinds
+from .composition import Average, Composition, Split, Stack, names_in
 from .errors import CompatibilityError
 from .mixing import Chain, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
 from .patterns import ancestors
+from .row_division import divides_rows, row_kinds
 from .sites import AdapterSite, Entry, Step
 from .stacked import kind_of
 from .steps import AdaptWeight, AddDelta, Adding, AddProjected, UseHead

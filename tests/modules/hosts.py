@@ -130,3 +130,9 @@ def parts_of(draw: st.DrawFn, width: int) -> tuple[tuple[str, tuple[tuple[int, i
     order = draw(st.permutations(range(3)))
     found = [(f"part {n}", tuple(r for r, o in zip(ranges, owners, strict=True) if o == n)) for n in order]
     return tuple((name, pieces) for name, pieces in found if pieces)
+
+
+def exact(a: Tensor, b: Tensor) -> None:
+    """Equal, to the rounding of the dtype."""
+    tolerance = 1e-12 if a.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from adapterkit.errors import CompatibilityError, ConfigError
 from adapterkit.modules.lora import LoRA
 from adapterkit.ops.parts import Parts
 from adapterkit.ops.projections import parameter_projection
 
-from .hosts import LAYERS, Adapted, convs, geometry, layer, parts_of, randomise, run, run_merged, some_input
+from .hosts import LAYERS, Adapted, convs, exact, geometry, layer, parts_of, randomise, run, run_merged, some_input
 
 QV: Parts = (("q", ((0, 2),)), ("v", ((5, 9),)))
 
@@ -28,11 +28,6 @@ def lora(host: nn.Module, rank: int = 3, **options: Any) -> LoRA:
     module = LoRA(geometry(host), rank, **{"scaling": 1.7, "dtype": host.weight.dtype, **options})
     randomise(module)
     return module
-
-
-def exact(a: Tensor, b: Tensor) -> None:
-    tolerance = 1e-12 if a.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 def test_the_delta_is_b_a_z() -> None:
@@ -291,8 +286,9 @@ def test_a_parameter_keeps_its_dtype_and_its_bits() -> None:
 
 
 def test_a_parameter_has_no_input() -> None:
-    with pytest.raises(ConfigError, match="no dropout, bias or gating"):
-        LoRA(parameter_projection((3, 4)), 2, dropout=0.1)
+    for setting, value in (("dropout", 0.1), ("bias", True), ("gating", True)):
+        with pytest.raises(ConfigError, match=rf"no input: {{'{setting}': {value}}} cannot act on one of shape"):
+            LoRA(parameter_projection((3, 4)), 2, **{setting: value})
     m, z = LoRA(parameter_projection((2, 3, 4)), 2), torch.randn(2, 4)
     with pytest.raises(CompatibilityError, match=r"\(2, 3, 4\) is adapted in place"):
         m(z, z, nn.Linear(4, 3))

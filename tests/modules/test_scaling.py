@@ -12,7 +12,7 @@ from adapterkit.modules.scaling import IA3
 from adapterkit.ops.parts import Parts
 from adapterkit.ops.projections import parameter_projection
 
-from .hosts import LAYERS, convs, geometry, layer, parts_of, randomise, run_merged, some_input
+from .hosts import LAYERS, convs, exact, geometry, layer, parts_of, randomise, run_merged, some_input
 
 # torch says it of the host, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -36,11 +36,6 @@ def scaled(module: IA3, x: Tensor, axis: int) -> Tensor:
 def unmerged(host: nn.Module, module: IA3, z: Tensor) -> Tensor:
     axis = geometry(host).channel_axis
     return host(scaled(module, z, axis)) if module.scales == "input" else scaled(module, host(z), axis)
-
-
-def exact(a: Tensor, b: Tensor) -> None:
-    tolerance = 1e-12 if a.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 def test_every_feature_is_multiplied_by_its_factor() -> None:

@@ -58,5 +58,8 @@ class LoRAConfig(AdapterConfig):
     @model_validator(mode="after")
     def _check(self) -> "LoRAConfig":
         if self.use_dora and (self.gating or self.bias):
-            raise ValueError("use_dora=True changes a weight's direction and length; gating and bias are LoRA's alone")
+            raise ValueError(
+                f"use_dora=True changes a weight's direction and length; gating={self.gating} and bias={self.bias} are "
+                "LoRA's alone"
+            )
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..ops import activations
 from ..ops.activations import NonLinearity
+from .held import held
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -134,7 +135,7 @@ class AnyBottleneck(nn.Module):
 
     def _full_forward(self, z: Tensor, x: Tensor) -> Tensor:
         """The delta, with every option. Shape: z (..., input); x and result (..., output)."""
-        p, h = self._parameters or vars(self), z
+        p, h = held(self), z
         if self.norm_before:
             h = F.layer_norm(h, (self.input_size,), p["norm_before_weight"], p["norm_before_bias"])
         branch = self._up(self._activation(self._down(h)))
@@ -219,16 +220,13 @@ class BottleneckAdapter(AnyBottleneck):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        held: Any = self._parameters or vars(self)  # replicas of nn.DataParallel hold tensors, not Parameters
-        dtype: torch.dtype = held["up_weight"].dtype
-        return dtype
+        return held(self)["up_weight"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
         if not self._is_plain:
             return self._full_forward(z, x)
-        # Straight from the dict: four attribute look-ups on a module cost more than a small kernel.
-        p: Any = self._parameters or vars(self)
+        p = held(self)
         h = self._activation(F.linear(z, p["down_weight"], p["down_bias"]))
         return F.linear(h, p["up_weight"], p["up_bias"])
 

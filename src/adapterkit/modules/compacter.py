@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops.phm import phm_linear
 from .bottleneck import AnyBottleneck, BottleneckOptions
+from .held import held
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -130,9 +131,7 @@ class CompacterAdapter(AnyBottleneck):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        held: Any = self._parameters or vars(self)  # replicas of nn.DataParallel hold tensors, not Parameters
-        dtype: torch.dtype = held["up_bias"].dtype
-        return dtype
+        return held(self)["up_bias"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
@@ -148,8 +147,8 @@ class CompacterAdapter(AnyBottleneck):
 
     def _project(self, h: Tensor, which: Literal["down", "up"]) -> Tensor:
         """The down- or the up-projection. Shape: (..., input) to (..., output), of the projection."""
-        own: Any = self._parameters or vars(self)
-        shared: Any = (self.shared._parameters or vars(self.shared)) if self.shared_rule or self.shared_factors else own
+        own = held(self)
+        shared = held(self.shared) if self.shared_rule or self.shared_factors else own
         factors = shared if self.shared_factors else own
         rule = shared["rule"] if self.shared_rule else own[f"{which}_rule"]
         parts = ("blocks",) if self.rank is None else ("left", "right")

@@ -9,7 +9,7 @@ from ..errors import CompatibilityError, ConfigError
 from ..ops.low_rank import LowRank
 from ..ops.parts import Parts
 from ..ops.precision import as_stored
-from ..ops.projections import Projection
+from ..ops.projections import Projection, check_has_input
 from .lora import LoRAInit, reset_pair
 
 __all__ = ["DoRA", "magnitude_of"]
@@ -62,8 +62,7 @@ class DoRA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if projection.kind == "parameter" and dropout:
-            raise ConfigError("a Parameter is adapted in place, where there is no input: no dropout there")
+        check_has_input(projection, dropout=dropout)
         self.low_rank = LowRank(projection, rank, parts)
         self.scaling, self.dropout, self.init = scaling, dropout, init
         self.lora_A = nn.Parameter(torch.empty(self.low_rank.a_shape, dtype=dtype))

@@ -1,7 +1,7 @@
 """Invertible adapters: a coupling of the two halves of an embedding, run forward at one site and backward at another."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..ops import activations
 from ..ops.activations import NonLinearity
+from .held import held
 
 __all__ = ["Block", "Coupling", "Direction", "InvertibleAdapter"]
 
@@ -82,9 +83,7 @@ class Coupling(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the coupling computes in."""
-        held: Any = self._parameters or vars(self)  # replicas of nn.DataParallel hold tensors, not Parameters
-        dtype: torch.dtype = held["f_up_bias"].dtype
-        return dtype
+        return held(self)["f_up_bias"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, *, inverse: bool = False) -> Tensor:
         """Return what the coupling, or its inverse, adds to z. Shape: (..., width)."""
@@ -100,7 +99,7 @@ class Coupling(nn.Module):
 
     def _network(self, name: Literal["f", "g"], half: Tensor) -> tuple[Tensor | None, Tensor]:
         """Log-scale (None: there is none) and shift of the other half. Shape: (..., half) to (..., other half), each."""
-        p: Any = self._parameters or vars(self)
+        p = held(self)
         # The second site may lie on another device than the first one, where the parameters are.
         weights = (p[f"{name}_{part}"].to(half.device) for part in ("down_weight", "down_bias", "up_weight", "up_bias"))
         down_weight, down_bias, up_weight, up_bias = weights

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import CompatibilityError, ConfigError
+from ..errors import CompatibilityError
 from ..ops.low_rank import LowRank
 from ..ops.parts import Parts
-from ..ops.projections import Projection
+from ..ops.projections import Projection, check_has_input
+from .held import held
 
 __all__ = ["LoRA", "LoRAInit", "reset_pair"]
 
@@ -65,8 +66,7 @@ class LoRA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if projection.kind == "parameter" and (dropout or bias or gating):
-            raise ConfigError("a Parameter is adapted in place, where there is no input: no dropout, bias or gating there")
+        check_has_input(projection, dropout=dropout, bias=bias, gating=gating)
         self.low_rank = LowRank(projection, rank, parts)
         self.scaling, self.dropout, self.batch_axis, self.init = scaling, dropout, batch_axis, init
         self.lora_A = nn.Parameter(torch.empty(self.low_rank.a_shape, dtype=dtype))
@@ -90,13 +90,11 @@ class LoRA(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        held: Any = self._parameters or vars(self)  # replicas of nn.DataParallel hold tensors, not Parameters
-        dtype: torch.dtype = held["lora_B"].dtype
-        return dtype
+        return held(self)["lora_B"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
         """Return the delta for the host's output. Shape: as x."""
-        p: Any = self._parameters or vars(self)
+        p = held(self)
         low_rank = self.low_rank
         h = low_rank.down(z, p["lora_A"], dropout=self.dropout if self.training else 0.0)
         # On the thin tensor in the middle: the output is many times as large.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..ops.parts import Parts, PartsLayout
-from ..ops.projections import Projection
+from ..ops.projections import Projection, check_has_input
 
 __all__ = ["VeRA", "VeRABases"]
 
@@ -92,8 +92,7 @@ class VeRA(nn.Module):
             raise ConfigError(
                 f"VeRA adapts linear layers; found {projection.kind}, weight {projection.shape}; use LoRA there"
             )
-        if projection.kind == "parameter" and dropout:
-            raise ConfigError("a Parameter is adapted in place, where there is no input: no dropout there")
+        check_has_input(projection, dropout=dropout)
         if rank < 1:
             raise ConfigError(f"rank={rank} is not positive")
         self.projection, self.rank, self.initial, self.dropout = projection, rank, initial, dropout

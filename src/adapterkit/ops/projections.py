@@ -8,7 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Projection", "parameter_projection", "project", "projection_of"]
+from ..errors import ConfigError
+
+__all__ = [
+    "Projection",
+    "check_has_input",
+    "convolve",
+    "parameter_projection",
+    "pointwise",
+    "project",
+    "projection_of",
+    "random_input",
+]
 
 _CONVS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
@@ -145,6 +156,16 @@ def _conv_shape(conv: Any) -> tuple[int, ...]:
 def parameter_projection(shape: tuple[int, ...]) -> Projection:
     """A bare Parameter (..., out, in) as a projection: one weight, or one for each index of the leading axes."""
     return Projection("parameter", tuple(shape), -2, -1)
+
+
+def check_has_input(projection: Projection, **settings: Any) -> None:
+    """Raise ConfigError if settings that act on a layer's input are given for a Parameter, whose input is not seen."""
+    given = {name: value for name, value in settings.items() if value}
+    if projection.kind == "parameter" and given:
+        raise ConfigError(
+            f"a Parameter is adapted in place, where there is no input: {given} cannot act on one of shape "
+            f"{projection.shape}; leave it out there, or adapt a layer"
+        )
 
 
 def project(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
