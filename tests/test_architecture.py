@@ -26,6 +26,7 @@ LAYERS = [
         "swap",
         "stacked",
         "mixing",
+        "parallel",
         "site_plan",
         "steps",
         "hooks",

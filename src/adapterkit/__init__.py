@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import FusionAttention, draw_attention
-    from .composition import Average, BatchSplit, Fuse, Rows, Split, Stack
+    from .composition import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack
     from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
     from .config.compacter import CompacterConfig
@@ -65,6 +65,7 @@ __all__ = [
     "Metadata",
     "MissingExtraError",
     "NormTuningConfig",
+    "Parallel",
     "PlacesNotCheckedWarning",
     "Rows",
     "SiteSpec",
@@ -81,7 +82,7 @@ __all__ = [
 
 # Where each public name lives; the others are errors.
 _HOMES = {
-    **dict.fromkeys(("Average", "BatchSplit", "Fuse", "Rows", "Split", "Stack"), ".composition"),
+    **dict.fromkeys(("Average", "BatchSplit", "Fuse", "Parallel", "Rows", "Split", "Stack"), ".composition"),
     **dict.fromkeys(("FusionAttention", "draw_attention"), ".attention"),
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",

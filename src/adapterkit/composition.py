@@ -5,7 +5,7 @@
     Split("a", "b", sizes=(3, 5))              each its part of the sequence
     BatchSplit("a", "b", sizes=(2, 4))         each its part of the batch
     Rows(("a", "b", "a", None))                each row its adapter; None is the base
-    Parallel("a", "b")                         the whole batch through each, side by side (cannot be activated yet)
+    Parallel("a", "b")                         the whole batch through each, side by side
     Fuse("a", "b")                             weighed by a trained attention, AdapterFusion
 
 They are frozen, hashable, equal if they say the same, `eval(repr(c)) == c`, and have a JSON form. They nest where that has
@@ -38,6 +38,7 @@ __all__ = [
     "multiplies_rows",
     "names_always",
     "names_in",
+    "parallel_in",
     "to_json",
 ]
 
@@ -195,14 +196,22 @@ class Rows(Block):
 class Parallel(Block):
     """The whole batch through each child, side by side: outputs of the first child, then of the second, and so on.
 
+    Args:
+        shared: Arguments of the model's call, by keyword or position, that are no part of a row (a mask over the tokens of
+            all rows), where that is not plain from their shapes.
+
     Reference: Rücklé et al. 2021, arXiv:2010.11918 (AdapterDrop).
     """
+
+    shared: tuple[str | int, ...] | None
 
     holds = _SAME_BATCH
     what_for = "the batch can be multiplied once only; name all children in one Parallel"
 
-    def __init__(self, *children: Composition) -> None:
-        self._set(children)
+    def __init__(self, *children: Composition, shared: Sequence[str | int] | None = None) -> None:
+        if isinstance(shared, str):
+            raise ConfigError(f"shared is a list of arguments; found {shared!r}")
+        self._set(children, shared=None if shared is None else tuple(shared))
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -246,9 +255,12 @@ def _blocks_in(composition: Composition | None) -> Iterator[Block]:
 
 def multiplies_rows(composition: Composition | None) -> bool:
     """Whether a composition holds, or is, a Parallel."""
-    if not isinstance(composition, Block):
-        return False
-    return isinstance(composition, Parallel) or any(map(multiplies_rows, composition.children))
+    return parallel_in(composition) is not None
+
+
+def parallel_in(composition: Composition | None) -> Parallel | None:
+    """The Parallel that a composition holds, or is, if any."""
+    return next((block for block in _blocks_in(composition) if isinstance(block, Parallel)), None)
 
 
 def names_always(composition: Composition | None) -> frozenset[str]:
@@ -282,13 +294,10 @@ def expanded(composition: Composition | None, meant: Mapping[str, Composition]) 
     Raises:
         ConfigError: that may not stand there.
     """
-
-    def put(value: Any) -> Any:
-        if isinstance(value, str):
-            return to_json(meant.get(value, value))
-        return value if value is None else {**value, "children": list(map(put, value["children"]))}
-
-    return from_json(put(to_json(composition))) if not meant.keys().isdisjoint(names_in(composition)) else composition
+    if not isinstance(composition, Block):
+        return composition if composition is None else meant.get(composition, composition)
+    children = tuple(expanded(child, meant) for child in composition.children)
+    return composition if children == composition.children else from_json(to_json(composition.with_children(children)))
 
 
 def to_json(composition: Composition | None) -> Any:

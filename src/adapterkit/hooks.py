@@ -199,7 +199,7 @@ def set_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Recor
     if not wanted:
         remove_hooks(module, kind)
     elif kind.is_pre:
-        record.last_hook_id = module.register_forward_pre_hook(hook, with_kwargs=True).id
+        record.last_hook_id = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=kind.is_first).id
     else:
         flags: dict[str, bool] = {"with_kwargs": True, "prepend": kind.is_first, "always_call": kind.always}
         record.last_hook_id = module.register_forward_hook(hook, **flags).id

@@ -10,19 +10,25 @@ from .errors import TargetError
 from .patterns import matching
 from .sites import SiteSpec
 
-__all__ = ["check_layers", "check_maps", "in_layers", "layer_of", "setting_at", "settings_site"]
+__all__ = ["check_layers", "check_maps", "in_layers", "layer_of", "setting_at", "settings_site", "stack_of"]
 
 Layer = tuple[int, int]
 
 
 def layer_of(path: str, modules: Mapping[str, nn.Module]) -> Layer | None:
     """(index, count) of the outermost repeated block that holds the module: in an nn.ModuleList, else a Sequential."""
+    place = stack_of(path, modules)
+    return place and place[1:]
+
+
+def stack_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, int, int] | None:
+    """What holds that block, the block's index, and the count."""
     parts = path.split(".")
     for kind in (nn.ModuleList, nn.Sequential):
         for n in range(len(parts)):
-            parent = modules[".".join(parts[:n])]
-            if isinstance(parent, kind):
-                return list(parent._modules).index(parts[n]), len(parent._modules)
+            stack = ".".join(parts[:n])
+            if isinstance(modules[stack], kind):
+                return stack, list(modules[stack]._modules).index(parts[n]), len(modules[stack]._modules)
     return None
 
 

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .composition import Block, Composition, expanded, fusions_in, multiplies_rows, names_always, names_in
+from .composition import Block, Composition, expanded, fusions_in, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
 from .hooks import WeightHook, forget_compiled, has_hook
+from .parallel import set_parallel
 from .patterns import modules_by_path
 from .record import ACTIVATION_LOCK, Record
 from .site_plan import SitePlan, plan_at
@@ -67,8 +68,6 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     """
     if isinstance(composition, (list, tuple, set)):
         raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition}")
-    if multiplies_rows(composition):
-        raise ConfigError(f"{composition!r}: Parallel cannot run yet; run its children one by one with kit.active(...)")
     fusions = fusions_of(model)
     for fuse in fusions_in(composition):
         if fuse.fusion not in fusions:
@@ -105,6 +104,8 @@ def _put(model: nn.Module, record: Record, plans: Sequence[SitePlan]) -> None:
         site.weight_steps = plan.weight or idle
     if is_stale:
         forget_compiled()
+    paths = [path for path, _, _ in sites_of(model)]
+    set_parallel(model, record, [path for path, plan in zip(paths, plans, strict=True) if plan.divides_rows])
 
 
 def check_known(model: nn.Module, name: object) -> None:

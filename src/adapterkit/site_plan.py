@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .composition import Average, Composition, Fuse, Split, Stack, names_in, to_json
+from .composition import Average, Composition, Fuse, Split, Stack, multiplies_rows, names_in, to_json
 from .errors import CompatibilityError
 from .mixing import Attend, Chain, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
 from .patterns import ancestors
@@ -27,6 +27,11 @@ class SitePlan:
     input: tuple[Step, ...]
     output: tuple[Step, ...]
     weight: tuple[Step, ...]
+
+    @property
+    def divides_rows(self) -> bool:
+        """Whether rows run different adapters here, heads apart."""
+        return any(isinstance(step, Mix) and isinstance(step.node, RowMix) for step in (*self.input, *self.output))
 
 
 def plan_at(
@@ -120,8 +125,7 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
     if isinstance(composition, str):
         return chain([_leaf(place, entry, whole) for entry in place.entries(composition)])
     if divides_rows(composition):
-        kinds = row_kinds(composition)
-        return RowMix(tuple(_node(place, kind, whole) for kind in kinds), kinds, composition, place.row_axis, place.path)
+        return _row_mix(place, composition, whole)
     nodes = [_node(place, child, whole) for child in composition.children]
     if not any(node.leaves for node in nodes):
         return Chain(())
@@ -136,6 +140,15 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
     if isinstance(composition, Fuse):
         return _attend(place, composition, nodes, whole)
     raise TypeError(f"a {type(composition).__name__} is no plan of its own")  # Rows, BatchSplit, Parallel: above
+
+
+def _row_mix(place: _Place, composition: Composition, whole: Composition) -> Node:
+    """What a composition that divides the rows is at a place."""
+    kinds, is_parallel = row_kinds(composition), multiplies_rows(composition)
+    nodes = tuple(_node(place, kind, whole) for kind in kinds)
+    if is_parallel and len(set(nodes)) == 1:
+        return nodes[0]  # for all children the same here, so that they may share it
+    return RowMix(nodes, kinds, composition, place.row_axis, place.path, is_parallel)
 
 
 def _attend(place: _Place, composition: Fuse, nodes: Sequence[Node], whole: Composition) -> Node:
