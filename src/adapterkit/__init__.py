@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .composition import Average, BatchSplit, Rows, Split, Stack
+    from .adapterdrop import random_drop
+    from .composition import Average, BatchSplit, Drop, Rows, Split, Stack
     from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
     from .config.compacter import CompacterConfig
@@ -54,6 +55,7 @@ __all__ = [
     "CompacterConfig",
     "CompatibilityError",
     "ConfigError",
+    "Drop",
     "IA3Config",
     "InvertibleConfig",
     "LoRAConfig",
@@ -70,12 +72,13 @@ __all__ = [
     "Union",
     "VeRAConfig",
     "__version__",
+    "random_drop",
     "wrap",
 ]
 
 # Where each public name lives; the others are errors.
 _HOMES = {
-    **dict.fromkeys(("Average", "BatchSplit", "Rows", "Split", "Stack"), ".composition"),
+    **dict.fromkeys(("Average", "BatchSplit", "Drop", "Rows", "Split", "Stack"), ".composition"),
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",
     "BitFitConfig": ".config.bitfit",
@@ -90,6 +93,7 @@ _HOMES = {
     "SiteSpec": ".sites",
     "Union": ".config.union",
     "VeRAConfig": ".config.vera",
+    "random_drop": ".adapterdrop",
     "wrap": ".kit",
 }
 

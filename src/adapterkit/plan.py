@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .composition import Block, Composition, multiplies_rows, names_always, names_in
+from .composition import Block, Composition, drops_in, multiplies_rows, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
 from .hooks import WeightHook, forget_compiled, has_hook
-from .patterns import modules_by_path
+from .layers import check_dropped
 from .record import ACTIVATION_LOCK, Record
 from .site_plan import SitePlan, plan_at
-from .sites import adapter_names, sites_of
+from .sites import AdapterSite, adapter_names, sites_among, specs_of
 from .steps import Pass
 
 __all__ = ["activate", "activated", "apply", "check_active", "check_known"]
@@ -29,7 +29,7 @@ def activate(model: nn.Module, record: Record, composition: Composition | None) 
     with ACTIVATION_LOCK:
         _check_merged(record, composition)
         record.activation.switch(composition)
-        _put(model, record, plans)
+        _put(record, plans)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def activated(model: nn.Module, record: Record, composition: Composition | None)
     with ACTIVATION_LOCK:
         _check_merged(record, composition)
         record.activation.enter(composition)
-        _put(model, record, plans)
+        _put(record, plans)
     try:
         yield
     finally:
@@ -50,7 +50,7 @@ def activated(model: nn.Module, record: Record, composition: Composition | None)
 
 def apply(model: nn.Module, record: Record) -> None:
     """Put the steps of what is active at every site."""
-    _put(model, record, _plans(model, record, record.activation.active))
+    _put(record, _plans(model, record, record.activation.active))
 
 
 def check_active(model: nn.Module, composition: Composition) -> Composition:
@@ -59,6 +59,7 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     Raises:
         AdapterNameError: no adapter has such a name.
         ConfigError: several adapters in a list, a tuple or a set.
+        TargetError: a Drop of a layer that there is not.
     """
     if isinstance(composition, (list, tuple, set)):
         raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition}")
@@ -66,26 +67,33 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
         raise ConfigError(f"{composition!r}: Parallel cannot run yet; run its children one by one with kit.active(...)")
     for name in dict.fromkeys(names_in(composition)) if isinstance(composition, Block) else (composition,):
         check_known(model, name)
+    for drop in drops_in(composition):
+        specs = [spec for name in dict.fromkeys(names_in(drop)) for _, spec in specs_of(model, name)]
+        check_dropped([spec.layer for spec in specs], drop.layers)
     return composition
 
 
-def _plans(model: nn.Module, record: Record, composition: Composition | None) -> list[SitePlan]:
-    """What a composition becomes at each site, in the model's order."""
-    modules = modules_by_path(model)
-    return [plan_at(path, modules, site, composition, record.merged) for path, _, site in sites_of(model)]
+Plans = Sequence[tuple[nn.Module, AdapterSite, SitePlan]]
 
 
-def _put(model: nn.Module, record: Record, plans: Sequence[SitePlan]) -> None:
+def _plans(model: nn.Module, record: Record, composition: Composition | None) -> Plans:
+    """What a composition becomes at the site of each host, in the model's order."""
+    modules = dict(model.named_modules())
+    return [
+        (host, site, plan_at(path, modules, site, composition, record.merged)) for path, host, site in sites_among(modules)
+    ]
+
+
+def _put(record: Record, plans: Plans) -> None:
     """Have the sites run these plans."""
     active = record.activation.active
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
     idle = (Pass(active),) if record.activation.was_used else ()
-    wanted, is_stale = set(names_in(active)), False
-    for (_, host, site), plan in zip(sites_of(model), plans, strict=True):
-        for name, entries in site.entries.items():
-            for entry in entries:
-                if entry.handover is not None:
-                    entry.handover.is_wanted = name in wanted
+    is_stale = False
+    for host, site, plan in plans:
+        for entry in (entry for entries in site.entries.values() for entry in entries):
+            if entry.handover is not None:
+                entry.handover.is_wanted = entry.key in plan.keys
         site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
         # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
         # the way of its Parameters.
