@@ -11,7 +11,7 @@ from .errors import ActivationError, AdapterNameError, ConfigError
 from .hooks import WeightHook, forget_compiled, has_hook
 from .layers import check_dropped
 from .record import ACTIVATION_LOCK, Record
-from .site_plan import SitePlan, plan_at
+from .site_plan import SitePlan, keys_of, plan_at
 from .sites import AdapterSite, adapter_names, sites_among, specs_of
 from .steps import Pass
 
@@ -91,9 +91,10 @@ def _put(record: Record, plans: Plans) -> None:
     idle = (Pass(active),) if record.activation.was_used else ()
     is_stale = False
     for host, site, plan in plans:
+        keys = keys_of((*plan.input, *plan.output))
         for entry in (entry for entries in site.entries.values() for entry in entries):
             if entry.handover is not None:
-                entry.handover.is_wanted = entry.key in plan.keys
+                entry.handover.is_wanted = entry.key in keys
         site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
         # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
         # the way of its Parameters.

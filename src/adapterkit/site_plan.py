@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,9 +16,9 @@ from .patterns import ancestors
 from .row_division import divides_rows, row_kinds
 from .sites import AdapterSite, Entry, Step
 from .stacked import kind_of
-from .steps import AdaptWeight, AddDelta, Adding, AddProjected, UseHead
+from .steps import AdaptWeight, AddDelta, Adding, AddProjected, Pass, UseHead
 
-__all__ = ["SitePlan", "plan_at", "step_of"]
+__all__ = ["SitePlan", "keys_of", "plan_at", "step_of"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,6 @@ class SitePlan:
     input: tuple[Step, ...]
     output: tuple[Step, ...]
     weight: tuple[Step, ...]
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The names among the site's children of the modules that act on tensors here."""
-        steps: list[Any] = [*self.input, *self.output]
-        held = ([leaf.step for leaf in step.node.leaves] if isinstance(step, Mix) else [step] for step in steps)
-        return frozenset(step.key for steps in held for step in steps)
 
 
 def plan_at(
@@ -56,6 +49,12 @@ def plan_at(
     steps = {at: _steps(_Place(path, site, at, row_axis, merged), composition) for at in ("input", "output", "weight")}
     heads = _head_steps(path, site, composition)
     return SitePlan(steps["input"], (*steps["output"], *heads), steps["weight"])
+
+
+def keys_of(steps: Iterable[Step]) -> frozenset[str]:
+    """The names among a site's children of the modules that these steps run."""
+    inner: list[Any] = [part for step in steps for part in (step.node.leaves if isinstance(step, Mix) else [step])]
+    return frozenset(part.step.key if isinstance(part, Leaf) else part.key for part in inner if not isinstance(part, Pass))
 
 
 def step_of(entry: Entry, active: Composition) -> Step:
