@@ -69,7 +69,8 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
         check_known(model, name)
     for drop in drops_in(composition):
         specs = [spec for name in dict.fromkeys(names_in(drop)) for _, spec in specs_of(model, name)]
-        check_dropped([spec.layer for spec in specs], drop.layers)
+        if specs:  # else there is nothing to drop
+            check_dropped([spec.layer for spec in specs], drop.layers)
     return composition
 
 
