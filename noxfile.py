@@ -44,7 +44,7 @@ def types(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """All quick benchmarks; `nox -s bench -- hooks` runs one of them in full."""
     _install_demo(session)
-    names = session.posargs or ["discovery", "hooks", "rows", "savings", "sentiment"]
+    names = session.posargs or ["discovery", "drop", "hooks", "rows", "savings", "sentiment"]
     for name in names:
         session.run("python", f"benchmarks/bench_{name}.py", *([] if session.posargs else ["--quick"]), env=OFFLINE)
 

@@ -13,7 +13,7 @@ SOURCE = Path(adapterkit.__file__).parent
 # From the bottom up. A module may import from its own layer and from those above it in this list.
 LAYERS = [
     {"errors"},
-    {"names", "config", "composition", "row_division", "ops", "modules"},
+    {"names", "config", "adapterdrop", "composition", "row_division", "ops", "modules"},
     {
         "patterns",
         "values",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Block, Fuse, Rows, Split, Stack, names_in
+from adapterkit.composition import Average, BatchSplit, Block, Drop, Fuse, Rows, Split, Stack, names_in
 from adapterkit.row_division import rows_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
@@ -63,6 +63,7 @@ same = st.recursive(
     lambda c: (
         st.lists(c, min_size=1, max_size=3).map(lambda held: Stack(*held))
         | st.lists(c, min_size=1, max_size=3).map(lambda held: Average(*held, weights=[i + 1 for i in range(len(held))]))
+        | st.builds(lambda held, layers: Drop(held, layers=layers), c, st.sampled_from([(0,), (-1,), range(2)]))
     ),
     max_leaves=4,
 )
@@ -84,6 +85,7 @@ nested = st.recursive(
     lambda c: (
         st.lists(c, min_size=2, max_size=2).map(lambda held: BatchSplit(*held))
         | st.lists(c, min_size=1, max_size=2).map(lambda held: Stack(*held))
+        | c.map(lambda held: Drop(held, layers=[0]))
     ),
     max_leaves=4,
 )

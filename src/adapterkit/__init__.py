@@ -13,8 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapterdrop import random_drop
     from .attention import FusionAttention, draw_attention
-    from .composition import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack
+    from .composition import Average, BatchSplit, Drop, Fuse, Parallel, Rows, Split, Stack
     from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
     from .config.compacter import CompacterConfig
@@ -56,6 +57,7 @@ __all__ = [
     "CompacterConfig",
     "CompatibilityError",
     "ConfigError",
+    "Drop",
     "Fuse",
     "FusionAttention",
     "FusionConfig",
@@ -77,12 +79,13 @@ __all__ = [
     "VeRAConfig",
     "__version__",
     "draw_attention",
+    "random_drop",
     "wrap",
 ]
 
 # Where each public name lives; the others are errors.
 _HOMES = {
-    **dict.fromkeys(("Average", "BatchSplit", "Fuse", "Parallel", "Rows", "Split", "Stack"), ".composition"),
+    **dict.fromkeys(("Average", "BatchSplit", "Drop", "Fuse", "Parallel", "Rows", "Split", "Stack"), ".composition"),
     **dict.fromkeys(("FusionAttention", "draw_attention"), ".attention"),
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",
@@ -99,6 +102,7 @@ _HOMES = {
     "SiteSpec": ".sites",
     "Union": ".config.union",
     "VeRAConfig": ".config.vera",
+    "random_drop": ".adapterdrop",
     "wrap": ".kit",
 }
 

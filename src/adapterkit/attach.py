@@ -34,6 +34,7 @@ from .sites import (
     open_parameters,
     parameter_at,
     record_of,
+    sites_among,
     sites_of,
 )
 from .spots import asks_for_structure
@@ -256,9 +257,9 @@ def shared_record(model: nn.Module) -> Record:
     Raises:
         CompatibilityError: parts of the model were wrapped apart, so that two records claim it.
     """
-    record = record_of(model) or Record()
-    apart = [path for path, _, site in sites_of(model) if site.record is not record]
-    apart += [path for path, module in model.named_modules() if path and RECORD in module.__dict__]
+    record, modules = record_of(model) or Record(), dict(model.named_modules())
+    apart = [path for path, _, site in sites_among(modules) if site.record is not record]
+    apart += [path for path, module in modules.items() if path and RECORD in module.__dict__]
     if apart:
         raise CompatibilityError(
             f"parts of {type(model).__name__} were wrapped on their own ({apart[0]!r} among them); unwrap them, then "

@@ -164,14 +164,17 @@ class EncoderHook(KitHook):
     """Keep `nn.TransformerEncoder` off its nested path where an adapter inside it needs gradients.
 
     It takes that path in eval mode if nothing it looks at needs a gradient; it does not look at adapters, and its
-    attention then fails on nested tensors that do. An input that needs a gradient says what the adapters mean.
+    attention then fails on nested tensors that do. An input that needs a gradient says what the adapters mean. In
+    training mode, by which it means that of its first layer, it never does.
     """
 
     is_pre = True
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the arguments with a source that requires grad. Shape: (batch, seq, hidden)."""
-        return None if torch.compiler.is_compiling() else require_input_grad((args, kwargs))
+        if torch.compiler.is_compiling() or module.layers[0].training:  # type: ignore[index,union-attr]  # a ModuleList
+            return None
+        return require_input_grad((args, kwargs))
 
 
 def require_input_grad(value: Any, path: values.Path | None = None) -> Any:

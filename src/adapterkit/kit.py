@@ -226,6 +226,7 @@ class AdapterKit:
         Raises:
             AdapterNameError: no such adapter.
             ConfigError: several adapters in a list, a tuple or a set.
+            TargetError: a Drop of a layer that there is not.
             CompatibilityError: adapters that cannot act together as the composition says, with the place and the reason.
             ActivationError: another thread is running the model with another adapter, or another adapter is merged.
         """
@@ -274,22 +275,31 @@ class AdapterKit:
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
-    def train_adapter(self, name: str) -> None:
+    def train_adapter(self, name: str, *, reentrant: bool = True) -> None:
         """Freeze the base and all other adapters, open this one and its heads, and activate it.
 
         Leaves train/eval mode alone. Raises AdapterNameError; ActivationError if it, or another, is merged.
+
+        Args:
+            reentrant: Whether the model may be checkpointed in the reentrant way; see `freeze`.
         """
         plan.check_known(self.model, name)
         freezing.check_may_train(self._record(), name)
         self.activate(name)  # first: from here on nothing can fail
-        freezing.freeze(self.model, self._record())
+        freezing.freeze(self.model, self._record(), reentrant=reentrant)
         for other in adapter_names(self.model):
             freezing.set_training(self.model, self._record(), other, other == name)
 
-    def freeze(self, name: str | None = None) -> None:
-        """Freeze the base, or the adapter of this name. Raises AdapterNameError."""
+    def freeze(self, name: str | None = None, *, reentrant: bool = True) -> None:
+        """Freeze the base, or the adapter of this name. Raises AdapterNameError.
+
+        Args:
+            reentrant: Whether the model may be checkpointed in the reentrant way (`use_reentrant=True`), which computes
+                no gradients in a frozen model unless what goes in requires one. With False nothing below the first
+                active adapter is kept for backward. Models of transformers say themselves whether they are checkpointed.
+        """
         if name is None:
-            freezing.freeze(self.model, self._record())
+            freezing.freeze(self.model, self._record(), reentrant=reentrant)
         else:
             plan.check_known(self.model, name)
             freezing.set_training(self.model, self._record(), name, False)

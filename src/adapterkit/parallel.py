@@ -226,7 +226,7 @@ def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
         if parallel.shared is None and _is_ambiguous(tensor, reference, rows):
             raise CompatibilityError(
                 f"argument {path[1]!r}, of shape {tuple(tensor.shape)}, may have the {rows} rows of the batch, or its "
-                f"{rows} tokens: name what is no part of a row, ak.Parallel(..., shared=[{path[1]!r}]), or shared=[] if all is"
+                f"{rows} tokens: name what is no part of a row, Parallel(..., shared=[{path[1]!r}]), or shared=[] if all is"
             )
         call = values.put(call, path, torch.cat([tensor] * copies, where))
     return call, rows * copies

@@ -38,6 +38,7 @@ __all__ = [
     "parameter_at",
     "record_of",
     "site_key",
+    "sites_among",
     "sites_of",
     "specs_of",
 ]
@@ -288,7 +289,12 @@ def _forgive_absent_adapters(_site: nn.Module, incompatible: Any) -> None:
 
 def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
     """Each host that holds adapters: its path, itself, its site; in the model's order."""
-    for path, module in model.named_modules():
+    return sites_among(dict(model.named_modules()))
+
+
+def sites_among(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
+    """`sites_of` the model that has these modules."""
+    for path, module in modules.items():
         site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         if isinstance(site, AdapterSite):
             yield path, module, site
