@@ -25,6 +25,11 @@ LAYERS = [
         "sites",
         "swap",
         "stacked",
+        "head_calls",
+        "head_output",
+        "head_plan",
+        "head_rows",
+        "head_steps",
         "mixing",
         "site_plan",
         "steps",
@@ -38,7 +43,7 @@ LAYERS = [
         "placement",
     },
     {"methods"},
-    {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"}
+    {"plan", "attach", "heads", "head_modules", "freezing", "verify", "proof", "summary", "tree", "store"}
     | {"combining", "merging", "merged", "mergeable", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},

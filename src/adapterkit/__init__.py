@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
     from .config.compacter import CompacterConfig
+    from .config.heads import (
+        CausalLMHead,
+        ClassificationHead,
+        CustomHead,
+        MaskedLMHead,
+        MultiLabelHead,
+        MultipleChoiceHead,
+        OwnHead,
+        QuestionAnsweringHead,
+        RegressionHead,
+        TaggingHead,
+    )
     from .config.ia3 import IA3Config
     from .config.invertible import InvertibleConfig
     from .config.lora import LoRAConfig
@@ -33,6 +45,7 @@ if TYPE_CHECKING:
         StoreError,
         TargetError,
     )
+    from .head_output import HeadOutput
     from .kit import AdapterKit, wrap
     from .sites import SiteSpec
     from .store.load import BaseMismatchWarning
@@ -51,21 +64,32 @@ __all__ = [
     "BatchSplit",
     "BitFitConfig",
     "BottleneckConfig",
+    "CausalLMHead",
+    "ClassificationHead",
     "CompacterConfig",
     "CompatibilityError",
     "ConfigError",
+    "CustomHead",
+    "HeadOutput",
     "IA3Config",
     "InvertibleConfig",
     "LoRAConfig",
+    "MaskedLMHead",
     "Metadata",
     "MissingExtraError",
+    "MultiLabelHead",
+    "MultipleChoiceHead",
     "NormTuningConfig",
+    "OwnHead",
     "PlacesNotCheckedWarning",
+    "QuestionAnsweringHead",
+    "RegressionHead",
     "Rows",
     "SiteSpec",
     "Split",
     "Stack",
     "StoreError",
+    "TaggingHead",
     "TargetError",
     "Union",
     "VeRAConfig",
@@ -76,11 +100,27 @@ __all__ = [
 # Where each public name lives; the others are errors.
 _HOMES = {
     **dict.fromkeys(("Average", "BatchSplit", "Rows", "Split", "Stack"), ".composition"),
+    **dict.fromkeys(
+        (
+            "CausalLMHead",
+            "ClassificationHead",
+            "CustomHead",
+            "MaskedLMHead",
+            "MultiLabelHead",
+            "MultipleChoiceHead",
+            "OwnHead",
+            "QuestionAnsweringHead",
+            "RegressionHead",
+            "TaggingHead",
+        ),
+        ".config.heads",
+    ),
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",
     "BitFitConfig": ".config.bitfit",
     "BottleneckConfig": ".config.bottleneck",
     "CompacterConfig": ".config.compacter",
+    "HeadOutput": ".head_output",
     "IA3Config": ".config.ia3",
     "InvertibleConfig": ".config.invertible",
     "LoRAConfig": ".config.lora",

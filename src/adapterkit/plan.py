@@ -8,6 +8,7 @@ from torch import nn
 
 from .composition import Block, Composition, multiplies_rows, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
+from .head_steps import RunHeads
 from .hooks import WeightHook, forget_compiled, has_hook
 from .patterns import modules_by_path
 from .record import ACTIVATION_LOCK, Record
@@ -87,6 +88,7 @@ def _put(model: nn.Module, record: Record, plans: Sequence[SitePlan]) -> None:
                 if entry.handover is not None:
                     entry.handover.is_wanted = name in wanted
         site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
+        site.call.wants = next((step.wants for step in plan.output if isinstance(step, RunHeads)), None)
         # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
         # the way of its Parameters.
         is_stale |= (plan.weight or idle) != site.weight_steps and has_hook(host, WeightHook)

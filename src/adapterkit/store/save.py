@@ -14,15 +14,18 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..config.base import describe
+from ..config.heads import OwnHead
 from ..errors import StoreError
 from ..hosts import host_type
 from ..modules.twin import trained
-from ..sites import Entry, SiteSpec, located, sites_of
+from ..sites import Entry, HeadSpec, SiteSpec, located, sites_of
 from .files import CARD_MARK, replace_adapter
-from .identity import base_identity, structure_of
+from .identity import base_identity, output_structure, structure_of
 from .manifest import FORMAT_VERSION, HeadRecord, Manifest, Metadata, SiteRecord, TensorRecord
 
 __all__ = ["dtype_name", "save_adapter", "tensor_key"]
+
+_SHOWN_LABELS = 20
 
 
 class _Held(NamedTuple):
@@ -89,13 +92,15 @@ def _as_metadata(metadata: Metadata | Mapping[str, Any] | None) -> Metadata:
         raise StoreError(f"the metadata cannot be saved: {describe(error)}") from error
 
 
-def tensor_key(spec: SiteSpec | None, path: str, tensor: str) -> str:
+def tensor_key(spec: SiteSpec | None, path: str, tensor: str, head: HeadSpec | None = None) -> str:
     """The name of a tensor in the file: under "sites", or under "heads" without a spec.
 
-    Where an adapter may have several modules at a host, the name says which: of a union, of a Parameter, of a placement.
+    Where an adapter may have several modules at a host, the name says which: of a union, of a Parameter, of a placement;
+    a head on the output by the head's name, behind an "@".
     """
     if spec is None:
-        return f"heads/{path}/{tensor}"
+        place = path if head is None or head.above is None else f"@{head.config.name}"
+        return f"heads/{place}/{tensor}"
     which = [str(spec.member) if spec.member else "", *spec.parameters[:1], spec.tag]
     return "/".join(["sites", path, *(part for part in which if part), tensor])
 
@@ -115,19 +120,43 @@ def _tensors(held: list[_Held]) -> dict[str, Tensor]:
         saved.add(id(source))  # with its first site: in a part of the model that may be a twin
         for tensor, value in source.state_dict().items():
             # A clone: the format has no tensors that share memory, and a head may tie two of its own.
-            tensors[tensor_key(entry.spec, path, tensor)] = value.detach().cpu().contiguous().clone()
+            tensors[tensor_key(entry.spec, path, tensor, entry.head)] = value.detach().cpu().contiguous().clone()
     return tensors
 
 
 def _records(model: nn.Module, held: list[_Held]) -> tuple[list[SiteRecord], list[HeadRecord]]:
     sites, heads = [], []
-    for path, host, entry, _ in held:
-        spec, structure = entry.spec, structure_of(model, path)
-        if spec is None:
-            heads.append(HeadRecord(path=path, host=host_type(host), structure=structure))
+    for path, host, entry, module in held:
+        if entry.spec is None:
+            heads.append(_head_record(model, path, host, entry, module))
         else:
-            sites.append(SiteRecord(**asdict(located(spec, path)), structure=structure))
+            sites.append(SiteRecord(**asdict(located(entry.spec, path)), structure=structure_of(model, path)))
     return sites, heads
+
+
+def _head_record(model: nn.Module, path: str, host: nn.Module, entry: Entry, module: nn.Module) -> HeadRecord:
+    """What the manifest says of a head."""
+    head = entry.head or HeadSpec(OwnHead(path, name=path))
+    config = head.config.model_dump(mode="json") | ({"target": path} if head.above is None else {})
+    return HeadRecord(
+        path=path,
+        host=host_type(host),
+        structure=structure_of(model, path) if head.above is None else output_structure(path, head.width),
+        config=config,
+        above=head.above,
+        width=head.width,
+        takes_mask=head.takes_mask,
+        embedding=head.embedding,
+        vocabulary=getattr(module, "vocabulary", 0) if head.config.has_vocabulary else 0,
+    )
+
+
+def _head_line(head: HeadRecord) -> str:
+    """A head in the card: its name, and its labels if they are few."""
+    config = head.config or {}
+    labels = [str(label) for label in config.get("labels") or ()]
+    shown = f" ({', '.join(labels)})" if 0 < len(labels) <= _SHOWN_LABELS else ""
+    return f"{config.get('name') or head.path}{shown}"
 
 
 def _card(manifest: Manifest) -> str:
@@ -136,7 +165,7 @@ def _card(manifest: Manifest) -> str:
     rows = {
         "method": manifest.config.get("method"),
         "sites": len(manifest.sites),
-        "heads": ", ".join(head.path for head in manifest.heads) or "none",
+        "heads": ", ".join(map(_head_line, manifest.heads)) or "none",
         "size": f"{manifest.tensors_size_bytes:,} bytes",
         "base": base.hub_id or base.class_path,
         "task": meta.task,
