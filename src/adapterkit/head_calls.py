@@ -78,7 +78,7 @@ class Call(NamedTuple):
 class CallSlot:
     """Carries what a call had for heads from the hook that takes it to the step that runs them.
 
-    Per thread in eager mode; as a plain attribute under `torch.compile`, which sees it set and cleared in one graph.
+    Per thread in eager mode; as a plain attribute under `torch.compile`.
 
     Attributes:
         wants: What active heads want; None if there are none.
@@ -97,14 +97,17 @@ class CallSlot:
 
     def take(self) -> Call | None:
         """Take it away; None if none was left."""
-        if torch.compiler.is_compiling():
-            call, self._traced = self._traced, None
-            return call
-        return self.drop()
+        # torch.compile runs the hooks of the outermost module as graphs of their own: one may be compiled, the other not.
+        call, self._traced = self._traced, None
+        return self._given_here() if call is None else call
 
-    def drop(self) -> Call | None:
-        """Take it away, whatever it is."""
+    def drop(self) -> None:
+        """Take it away unseen."""
         self._traced = None
+        self._given_here()
+
+    def _given_here(self) -> Call | None:
+        """What this thread left."""
         call: Call | None = _given.__dict__.pop(str(id(self)), None)
         return call
 

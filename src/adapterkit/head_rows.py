@@ -80,8 +80,8 @@ def joined(outputs: Sequence[tuple[Any, Sequence[int]]], axis: int, what: str) -
         listed = "; ".join(str([tuple(t.shape) for t in tensors.values()]) for tensors in found)
         raise CompatibilityError(
             f"{what} returns tensors of other shapes for some rows than for others, not fit for one: {listed}. "
-            "Run those adapters apart, or give them heads on the output, such as ak.ClassificationHead(…): these return one "
-            "tensor for each row"
+            "Run those adapters apart, or give them heads on the output, such as ak.ClassificationHead(…): these return "
+            "one tensor for each row"
         )
     for path in shapes[0]:
         together = torch.cat([tensors[path] for tensors in found], axis)

@@ -149,7 +149,8 @@ class AdapterKit:
                 parameters (IA3, BitFit, norm tuning) are summed exactly by each of them; of all others "linear" takes the
                 weighted mean, for weights that sum to 1.
             rank: Of the result of "svd"; the largest of the ranks if not given.
-            heads: Combine heads, too: the model's own plus the weighted differences to it.
+            heads: Combine heads, too: of copies of the model's own, that plus the weighted differences to it; of others,
+                the only one that there is, or the weighted mean, for weights that sum to 1.
 
         Returns:
             For "svd" and "linear", by site, how far the change of the weight is from the weighted sum, in parts of it.

@@ -345,6 +345,9 @@ def head_from(settings: Mapping[str, Any]) -> HeadConfig:
     """
     kinds = {head.model_fields["kind"].default: head for head in HEADS}
     kind = settings.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"a head has a kind of {sorted(kinds)}; found {kind!r}")
-    return kinds[kind](**settings)
+    try:
+        return kinds[kind](**settings)
+    except TypeError as error:  # what no setting may be called, or a missing target
+        raise ConfigError(f"a head of kind {kind!r} cannot be built: {error}") from error
