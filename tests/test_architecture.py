@@ -25,6 +25,11 @@ LAYERS = [
         "sites",
         "swap",
         "stacked",
+        "head_calls",
+        "head_output",
+        "head_plan",
+        "head_rows",
+        "head_steps",
         "mixing",
         "parallel",
         "site_plan",
@@ -39,7 +44,8 @@ LAYERS = [
         "placement",
     },
     {"methods"},
-    {"plan", "attach", "heads", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree", "store"}
+    {"plan", "attach", "heads", "head_modules", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree"}
+    | {"store"}
     | {"combining", "merging", "merged", "mergeable", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},

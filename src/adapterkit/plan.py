@@ -8,6 +8,7 @@ from torch import nn
 
 from .composition import Block, Composition, drops_in, expanded, fusions_in, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
+from .head_steps import RunHeads
 from .hooks import WeightHook, forget_compiled, has_hook
 from .layers import check_dropped
 from .parallel import set_parallel
@@ -109,6 +110,7 @@ def _put(model: nn.Module, record: Record, plans: Plans) -> None:
             if entry.handover is not None:
                 entry.handover.is_wanted = entry.key in keys
         site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
+        site.call.wants = next((step.wants for step in plan.output if isinstance(step, RunHeads)), None)
         # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
         # the way of its Parameters.
         is_stale |= (plan.weight or idle) != site.weight_steps and has_hook(host, WeightHook)

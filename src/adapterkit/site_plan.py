@@ -10,13 +10,14 @@ from torch import nn
 
 from .composition import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, names_in, to_json
 from .errors import CompatibilityError
+from .head_plan import head_steps
 from .layers import in_layers
 from .mixing import Attend, Chain, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
 from .patterns import ancestors
 from .row_division import divides_rows, row_kinds
 from .sites import AdapterSite, Entry, Step
 from .stacked import kind_of
-from .steps import AdaptWeight, AddDelta, Adding, AddProjected, Pass, UseHead
+from .steps import AdaptWeight, AddDelta, Adding, AddProjected
 
 __all__ = ["SitePlan", "keys_of", "plan_at", "step_of"]
 
@@ -47,26 +48,23 @@ def plan_at(
     Raises:
         CompatibilityError: its adapters cannot act together here as it says.
     """
-    here = [name for name in names_in(composition) if name in site.entries]
-    if not here:
-        return SitePlan((), (), ())
     row_axis = 0 if _is_batch_first(path, modules) else 1
+    heads = head_steps(path, modules, site, composition, row_axis)
+    if not heads and not any(name in site.entries for name in names_in(composition)):
+        return SitePlan((), (), ())
     steps = {at: _steps(_Place(path, site, at, row_axis, merged), composition) for at in ("input", "output", "weight")}
-    heads = _head_steps(path, site, composition)
     return SitePlan(steps["input"], (*steps["output"], *heads), steps["weight"])
 
 
 def keys_of(steps: Iterable[Step]) -> frozenset[str]:
-    """The names among a site's children of the modules that these steps run."""
+    """The names among a site's children of the modules that these steps run, heads apart."""
     inner: list[Any] = [part for step in steps for part in (step.node.readers if isinstance(step, Mix) else [step])]
-    return frozenset(part.key for part in inner if not isinstance(part, Pass))
+    return frozenset(part.key for part in inner if isinstance(part, (AdaptWeight, AddDelta, AddProjected)))
 
 
 def step_of(entry: Entry, active: Composition) -> Step:
-    """What a module of an active adapter does."""
+    """What a module of an active adapter does; of those that are no heads."""
     spec: Any = entry.spec
-    if spec is None:
-        return UseHead(entry.key, active)
     if spec.at == "weight":
         owners = [name.split(".") for name in spec.parameters]
         return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
@@ -216,21 +214,6 @@ def _check_one_tensor(place: _Place, node: Node, whole: Composition) -> None:
         )
 
 
-def _head_steps(path: str, site: AdapterSite, composition: Composition | None) -> tuple[Step, ...]:
-    """The head that runs in the host's place: the last one of adapters one after the other."""
-    owners = [n for n in names_in(composition) if any(entry.spec is None for entry in site.entries.get(n, ()))]
-    if not owners or composition is None:
-        return ()
-    if isinstance(composition, Fuse) and composition.fusion in owners:
-        owners = [composition.fusion]
-    elif not _is_in_order(composition):
-        raise CompatibilityError(
-            f"{composition!r} cannot choose between heads: {list(dict.fromkeys(owners))} own a copy of {path!r}. Load or "
-            "add the adapters without heads"
-        )
-    return tuple(step_of(entry, composition) for entry in site.entries[owners[-1]] if entry.spec is None)
-
-
 def _parameters(entries: Sequence[Entry]) -> str:
     return ", ".join(sorted({name for entry in entries if entry.spec for name in entry.spec.parameters}))
 
@@ -238,4 +221,6 @@ def _parameters(entries: Sequence[Entry]) -> str:
 def _is_batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the first axis is that of the rows, as far as the modules around say (`batch_first`)."""
     around = [modules[outer] for outer in ancestors(path) if outer in modules]
+    stacks = (nn.TransformerEncoder, nn.TransformerDecoder)  # say nothing themselves
+    around += [module.layers[0] for module in around if isinstance(module, stacks) and len(module.layers)]
     return False not in [getattr(getattr(module, "self_attn", module), "batch_first", True) for module in around]
