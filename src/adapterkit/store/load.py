@@ -14,7 +14,7 @@ from ..attach import Part, attach, build_parts, check_free, device_near
 from ..base import fingerprint
 from ..config.heads import CustomHead, OwnHead, head_from
 from ..config.union import Config, members
-from ..errors import AdapterKitError, CompatibilityError, ConfigError, StoreError
+from ..errors import AdapterKitError, CompatibilityError, ConfigError, StoreError, TargetError
 from ..heads import FoundHead, check_apart, check_names
 from ..hosts import known_shape, resolve_host
 from ..methods import method_of
@@ -120,7 +120,11 @@ def _why_no_output(model: nn.Module, record: HeadRecord) -> Iterator[str]:
     modules = modules_by_path(model)
     around = ancestors(record.path)
     above = record.above or 0
-    if above >= len(around) or resolve_host(around[above], modules, at_input=False) != record.path:
+    try:
+        is_last = above < len(around) and resolve_host(around[above], modules, at_input=False) == record.path
+    except TargetError:
+        is_last = False
+    if not is_last:
         yield "is not behind the last layer of this one"
         return
     known = known_shape(modules[record.path])
