@@ -21,6 +21,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Model,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTModel,
 )
@@ -1006,3 +1008,34 @@ def test_a_plain_model_says_which_embedding_is_meant() -> None:
     kit.activate("a")
     out = model(ids, labels=ids)
     torch.testing.assert_close(out.logits, out.output @ model.tokens.weight.T)
+
+
+class Examples(torch.utils.data.Dataset):  # type: ignore[type-arg]  # not generic at run time
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.randint(0, 20, (6,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "attention_mask": torch.ones(6).long(), "labels": index % 3}
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_a_trainer_trains_and_evaluates_a_head_on_the_output(tmp_path: Any) -> None:
+    kit = ak.wrap(bert())
+    kit.add("a", ADAPTER, heads=CLASSES)
+    kit.train_adapter("a")
+    before = [p.detach().clone() for p in kit.parameters("a", heads=True)]
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, per_device_eval_batch_size=3, learning_rate=1e-2,
+        report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no", save_strategy="no", remove_unused_columns=False,
+        label_names=["labels"],
+    )  # fmt: skip
+    trainer = Trainer(kit.model, settings, train_dataset=Examples(), eval_dataset=Examples())
+    trainer.train()
+    assert not any(torch.equal(p, old) for p, old in zip(kit.parameters("a", heads=True), before, strict=True))
+    kit.model.eval()
+    batch = {k: torch.stack([torch.as_tensor(Examples()[i][k]) for i in range(8)]) for k in ("input_ids", "attention_mask")}
+    out = kit.model(**batch, labels=torch.tensor([i % 3 for i in range(8)]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(out.loss.item(), abs=1e-4)
+    found = trainer.predict(Examples()).predictions
+    torch.testing.assert_close(torch.as_tensor(found[0]), out.logits.detach(), atol=1e-5, rtol=1e-5)

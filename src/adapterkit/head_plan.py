@@ -12,12 +12,12 @@ from .config.heads import MultipleChoiceHead, QuestionAnsweringHead
 from .errors import CompatibilityError
 from .head_calls import LABELS, SPAN, Wants, masks_of
 from .head_steps import Head, Owned, RunHeads, UseHead, UseHeads, Way
-from .modules.invertible import InvertibleAdapter
+from .modules.heads import Undoing
 from .patterns import SITE, ancestors
 from .row_division import copies_of_rows, divides_rows, row_kinds
 from .sites import AdapterSite, Entry, Step
 
-__all__ = ["head_owner", "head_steps"]
+__all__ = ["head_owner", "head_steps", "root_of"]
 
 
 def head_owner(composition: Composition | None, owners: Collection[str]) -> str | None:
@@ -138,7 +138,7 @@ def _undoes(kind: Composition | None, root: str, modules: Mapping[str, nn.Module
         below = path[len(root) :].lstrip(".")
         for name in {*names_in(kind)} & site.entries.keys():
             for entry, held in site.modules_of(name):
-                if isinstance(held, InvertibleAdapter) and held.direction == "forward" and held.is_undone:
+                if isinstance(held, Undoing) and held.is_undone:
                     ways.setdefault(name, (*(below.split(".") if below else ()), SITE, entry.key))
     if ways and not _is_chain(kind):
         raise CompatibilityError(

@@ -13,7 +13,8 @@ from .composition import drops_in, names_in
 from .config.base import AdapterConfig
 from .config.union import Union
 from .errors import AdapterKitError, CompatibilityError, TargetError
-from .hooks import InputHook, OutputHook, WeightHook, has_hook
+from .head_plan import root_of
+from .hooks import CallHook, InputHook, OutputHook, WeightHook, has_hook
 from .layers import in_layers
 from .merging import changed_since_merging
 from .patterns import SITE
@@ -85,7 +86,7 @@ def verify(
     active = record.activation.active
     hosts = {path: (host, site) for path, host, site in sites_of(model)}
     lost = list(_lost_hosts(model, record, hosts))
-    problems = [*_missing_hooks(hosts), *lost, *_elsewhere(hosts)]
+    problems = [*_missing_hooks(model, hosts), *lost, *_elsewhere(hosts)]
     inputs = _inputs(model) if example_inputs is None and active is not None else example_inputs
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if active is not None and inputs is not None:
@@ -121,12 +122,15 @@ def moved_tensors(model: nn.Module, record: Record) -> list[str] | None:
     return [name for name in then | now if now.get(name) != then.get(name)]
 
 
-def _missing_hooks(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
+def _missing_hooks(model: nn.Module, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
     for path, (host, site) in hosts.items():
         for name, entries in site.entries.items():
             kinds = {_HOOKS[entry.spec.at if entry.spec is not None else "output"] for entry in entries}
             if not all(has_hook(host, kind) for kind in kinds):
                 yield f"the hook of adapter {name!r} on {path!r} is gone: someone removed it"
+            roots = {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}
+            if not all(has_hook(model.get_submodule(root), CallHook) for root in roots):
+                yield f"the hook that takes labels for the heads of adapter {name!r} is gone: someone removed it"
 
 
 def _lost_hosts(model: nn.Module, record: Record, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:

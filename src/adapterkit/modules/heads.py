@@ -5,7 +5,7 @@ loss(logits, labels) -> a scalar
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..ops.pooling import Pooling, pooled
 
 __all__ = [
     "ChoiceScorer", "Classifier", "Layers", "MultiLabelClassifier", "Regressor", "SpanFinder", "Tagger", "TokenPredictor",
+    "Undoing",
 ]  # fmt: skip
 
 
@@ -219,8 +220,15 @@ class SpanFinder(nn.Module):
         return span_loss(logits, labels)
 
 
+@runtime_checkable
 class Undoing(Protocol):
-    """An adapter of the embedding that can be undone."""
+    """A module of an adapter of the embedding that is undone where hidden states are read as embeddings.
+
+    Attributes:
+        is_undone: Whether it is; of several modules of one adapter, those that say so are one and the same change.
+    """
+
+    is_undone: bool
 
     def undone(self, x: Tensor) -> Tensor:
         """What the embedding was before it. Shape: (..., width)."""

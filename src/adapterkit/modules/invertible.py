@@ -119,7 +119,7 @@ class InvertibleAdapter(nn.Module):
 
     Args:
         direction: "forward" behind the embedding, "inverse" before the output embedding.
-        is_undone: Whether what reads the last hidden states as embeddings is to undo it: see `undone`.
+        is_undone: Whether heads that read the last hidden states as embeddings are to undo the forward one: see `undone`.
 
     Attributes:
         shared: The coupling; set from outside, after construction.
@@ -134,7 +134,8 @@ class InvertibleAdapter(nn.Module):
 
     def __init__(self, direction: Direction, *, is_undone: bool = True) -> None:
         super().__init__()
-        self.direction, self.is_undone = direction, is_undone
+        self.direction = direction
+        self.is_undone = is_undone and direction == "forward"
 
     @property
     def compute_dtype(self) -> torch.dtype:
