@@ -171,6 +171,18 @@ def test_each_kind_of_head_compiles_without_a_graph_break(which: str) -> None:
     torch.testing.assert_close(found.logits, expected.logits)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_batches_of_other_sizes_are_not_compiled_anew() -> None:
+    kit = kit_of(bert(), {"a": CLASSES})
+    kit.activate("a")
+    compiled = torch.compile(kit.model, backend="eager", fullgraph=True, dynamic=True)
+    compiled(**batch(4), labels=torch.tensor([0, 1, 2, 1]))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        inputs, labels = batch(5), torch.tensor([0, 1, 2, 1, 0])
+        found = compiled(**inputs, labels=labels)
+    torch.testing.assert_close(found.loss, kit.model(**inputs, labels=labels).loss)
+
+
 def test_a_model_without_an_active_head_on_its_output_has_no_step_there() -> None:
     kit, inputs = kit_of(bert(), {"a": CLASSES, "b": ()}), batch()
     kit.activate("b")
@@ -430,7 +442,9 @@ def test_labels_may_be_given_by_adapter() -> None:
     torch.testing.assert_close(out.losses["tags"], F.cross_entropy(out.logits[1], tags[0]))
     whole = torch.tensor([2, -100, -100, 0])
     assert torch.equal(kit.model(**inputs, labels={"a": whole}).losses["a"], out.losses["a"]), "of all rows"
-    with pytest.raises(ak.CompatibilityError, match=r"labels for the head 'classification' have 3 rows, .* 2 or 4 rows"):
+    with pytest.raises(
+        ak.CompatibilityError, match=r"labels for the head 'classification' have 3 rows, .* 2 rows of a batch of 4"
+    ):
         kit.model(**inputs, labels={"a": whole[:3]})
 
 
@@ -1039,3 +1053,16 @@ def test_a_trainer_trains_and_evaluates_a_head_on_the_output(tmp_path: Any) -> N
     assert trainer.evaluate()["eval_loss"] == pytest.approx(out.loss.item(), abs=1e-4)
     found = trainer.predict(Examples()).predictions
     torch.testing.assert_close(torch.as_tensor(found[0]), out.logits.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_stacked_invertible_adapters_are_undone_from_the_last_to_the_first() -> None:
+    model, ids = nn.Sequential(nn.Embedding(9, 8)), torch.randint(0, 9, (3, 4))
+    kit = ak.wrap(model, ids)
+    for name in ("de", "style"):
+        kit.add(name, ak.InvertibleConfig(targets=["0"], block="glow"))
+        randomise(kit, name)
+    kit.add_head("style", ak.CausalLMHead())
+    kit.activate(Stack("de", "style"))
+    out = model(ids)
+    assert not torch.allclose(out.output, model[0].weight[ids], atol=0.1)
+    torch.testing.assert_close(out.logits, model[0].weight[ids] @ model[0].weight.T, atol=1e-4, rtol=1e-4)

@@ -25,7 +25,7 @@ class Piece:
         owner: Its adapter.
         head: Its name.
         logits: A row of them may be of several rows of the batch (choices).
-        rows: The first row of the batch that each is of.
+        rows: The first row of the batch that each is of, in ascending order.
     """
 
     owner: str
@@ -57,9 +57,11 @@ def laid_out(pieces: Sequence[Piece], absent: Sequence[int]) -> Logits:
     Args:
         absent: The rows of which no piece is.
     """
+    if len(pieces) == 1 and not absent:
+        return pieces[0].logits
     if not absent and len({(p.logits.shape[1:], p.logits.dtype, p.logits.device) for p in pieces}) == 1:
         order = _order([row for piece in pieces for row in piece.rows])
-        return some_rows(torch.cat([piece.logits for piece in pieces]) if len(pieces) > 1 else pieces[0].logits, order)
+        return some_rows(torch.cat([piece.logits for piece in pieces]), order)
     each: dict[int, Tensor | None] = dict.fromkeys(absent)
     each |= {row: piece.logits[i] for piece in pieces for i, row in enumerate(piece.rows)}
     return tuple(each[row] for row in sorted(each))

@@ -14,7 +14,7 @@ from .composition import Composition
 from .errors import CompatibilityError
 from .head_calls import Call, Wants, check_known, labels_of
 from .head_output import HeadOutput
-from .head_rows import Piece, joined, laid_out, rows_of_call, some_rows
+from .head_rows import Logits, Piece, joined, laid_out, rows_of_call, some_rows
 from .row_division import rows_of
 from .sites import AdapterSite, Step
 from .values import Path
@@ -153,40 +153,51 @@ class RunHeads(Step):
         if call is None:
             return value
         pieces, absent = self._run(site, call, value)
-        by_head = {name: [p for p in pieces if p.head == name] for name in dict.fromkeys(p.head for p in pieces)}
-        every = sorted({row for piece in pieces for row in piece.rows} | {*absent})
-        heads = {name: laid_out(own, sorted({*every} - {r for p in own for r in p.rows})) for name, own in by_head.items()}
-        leading = {held.adapter: held.heads[0].name for held in self.owned if held is not None}
-        first = [piece for piece in pieces if leading[piece.owner] == piece.head]
-        names = {piece.head for piece in first}
-        logits = heads[names.pop()] if len(names) == 1 else laid_out(first, absent)
+        every = None if self._is_one else sorted({row for piece in pieces for row in piece.rows} | {*absent})
+        heads, logits = self._in_order(pieces, every)
         losses = {} if call.labels is None else self._losses(site, call.labels, pieces, every)
         loss = torch.stack(list(losses.values())).sum() if losses else None
         return HeadOutput(loss, logits, losses, heads, value)
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether all rows have the same heads: then nothing is said of single rows."""
+        return len(self.kinds) == 1
 
     def _run(self, site: AdapterSite, call: Call, value: Any) -> tuple[list[Piece], list[int]]:
         """What each head makes of its rows, and the rows that have none."""
         pieces: list[Piece] = []
         absent: list[int] = []
-        for held, where in self._groups(value):
+        for held, rows in self._groups(value):
             if held is None:
-                absent += where or ()
+                absent += rows
                 continue
             for head in held.heads:
                 hidden = self._hidden(head, value)
-                mask = None if call.mask is None else self._repeated(call.mask, hidden.shape[0])
-                rows = range(hidden.shape[0]) if where is None else where
-                if where is not None:
-                    hidden, mask = some_rows(hidden, rows), None if mask is None else some_rows(mask, rows)
+                count, mask = hidden.shape[0], None if call.mask is None else self._repeated(call.mask, hidden.shape[0])
+                if not self._is_one:
+                    hidden = some_rows(hidden, rows)
+                    mask = some_rows(mask, rows) if mask is not None and mask.shape[0] == count else mask
                 logits = head.run(site._modules[head.key], call.root, hidden, mask)
-                each = len(rows) // max(1, logits.shape[0])  # rows that one of logits is of
-                pieces.append(Piece(held.adapter, head.name, logits, rows[:: max(1, each)]))
+                each = len(rows) // logits.shape[0] if rows else 1  # rows that one of logits is of
+                pieces.append(Piece(held.adapter, head.name, logits, rows[::each]))
         return pieces, absent
 
-    def _groups(self, value: Any) -> Iterator[tuple[Owned | None, list[int] | None]]:
-        """Heads with their rows; None for all rows."""
-        if len(self.kinds) == 1:
-            yield self.owned[0], None
+    def _in_order(self, pieces: Sequence[Piece], every: Sequence[int] | None) -> tuple[dict[str, Logits], Logits]:
+        """The logits by the name of the head, and those of each row's first head."""
+        if every is None:
+            return {piece.head: piece.logits for piece in pieces}, pieces[0].logits
+        leading = {held.adapter: held.heads[0].name for held in self.owned if held is not None}
+        first = [piece for piece in pieces if leading[piece.owner] == piece.head]
+        by_name = {name: [p for p in pieces if p.head == name] for name in dict.fromkeys(p.head for p in pieces)}
+        heads = {name: laid_out(own, _others(every, own)) for name, own in by_name.items()}
+        names = {piece.head for piece in first}
+        return heads, heads[names.pop()] if len(names) == 1 else laid_out(first, _others(every, first))
+
+    def _groups(self, value: Any) -> Iterator[tuple[Owned | None, list[int]]]:
+        """Heads with their rows; with none named where all rows have the same."""
+        if self._is_one:
+            yield self.owned[0], []
             return
         head = next(held.heads[0] for held in self.owned if held is not None)
         count = self._hidden(head, value).shape[0]
@@ -213,7 +224,9 @@ class RunHeads(Step):
             return tensor.repeat(self.copies, *[1] * (tensor.dim() - 1))
         return tensor
 
-    def _losses(self, site: AdapterSite, labels: Any, pieces: Sequence[Piece], every: Sequence[int]) -> dict[str, Tensor]:
+    def _losses(
+        self, site: AdapterSite, labels: Any, pieces: Sequence[Piece], every: Sequence[int] | None
+    ) -> dict[str, Tensor]:
         """The loss of each adapter that has labels: the sum of those of its heads."""
         owners = {held.adapter: held.heads for held in self.owned if held is not None}
         check_known(labels, tuple(owners), tuple(dict.fromkeys(h.name for heads in owners.values() for h in heads)))
@@ -225,29 +238,38 @@ class RunHeads(Step):
                 if meant is None or not own:
                     continue
                 logits = torch.cat([piece.logits for piece in own]) if len(own) > 1 else own[0].logits
-                rows = [row for piece in own for row in piece.rows]
-                target = self._labels_at(torch.as_tensor(meant), rows, every, is_shared=is_shared, head=head)
+                target = self._repeated(torch.as_tensor(meant), logits.shape[0])
+                if every is not None:
+                    rows = [row for piece in own for row in piece.rows]
+                    target = self._labels_at(torch.as_tensor(meant), rows, every, is_shared=is_shared)
+                _check_rows(target, logits, head, every)
                 loss = _loss_of(site._modules[head.key], head, logits, target)
                 losses[owner] = losses[owner] + loss if owner in losses else loss
         return losses
 
-    def _labels_at(
-        self, labels: Tensor, rows: Sequence[int], every: Sequence[int], *, is_shared: bool, head: Head
-    ) -> Tensor:
-        """The labels of these rows, of labels for them alone or for all rows of the batch. Shape: (rows, ...)."""
-        labels = labels if labels.dim() else labels[None]
-        meant = every
-        if not is_shared and labels.shape[0] == len(rows):
-            meant = sorted(rows)
-        else:
-            labels = self._repeated(labels, len(every))
-        if labels.shape[0] != len(meant):
-            wanted = f"{len(every)} rows" if is_shared or len(rows) == len(every) else f"{len(rows)} or {len(every)} rows"
-            raise CompatibilityError(
-                f"labels for the head {head.name!r} have {labels.shape[0]} rows, and its logits are of {wanted}"
-            )
+    def _labels_at(self, labels: Tensor, rows: Sequence[int], every: Sequence[int], *, is_shared: bool) -> Tensor:
+        """The labels of these rows, of labels for them alone or for the batch. Shape: (rows, ...), or as given."""
+        meant = sorted(rows) if not is_shared and labels.dim() and labels.shape[0] == len(rows) else every
+        labels = labels if meant is not every else self._repeated(labels, len(every))
+        if not labels.dim() or labels.shape[0] != len(meant):
+            return labels
         rank = {row: index for index, row in enumerate(meant)}
         return some_rows(labels, [rank[row] for row in rows])
+
+
+def _others(every: Sequence[int], pieces: Sequence[Piece]) -> list[int]:
+    """The rows that are of none of these pieces."""
+    return sorted({*every} - {row for piece in pieces for row in piece.rows})
+
+
+def _check_rows(labels: Tensor, logits: Tensor, head: Head, every: Sequence[int] | None) -> None:
+    """Raise CompatibilityError unless there are labels for each row of logits."""
+    if not labels.dim() or labels.shape[0] != logits.shape[0]:
+        found = labels.shape[0] if labels.dim() else "no"
+        whole = "" if every is None or len(every) == logits.shape[0] else f" of a batch of {len(every)}"
+        raise CompatibilityError(
+            f"labels for the head {head.name!r} have {found} rows, and its logits are of {logits.shape[0]} rows{whole}"
+        )
 
 
 def hidden_in(value: Any, path: Path | None) -> Tensor | None:
