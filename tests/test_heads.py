@@ -31,9 +31,6 @@ import adapterkit as ak
 from adapterkit import head_calls
 from adapterkit.composition import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack
 from adapterkit.head_plan import head_owner
-from adapterkit.patterns import modules_by_path
-from adapterkit.site_plan import plan_at
-from adapterkit.sites import sites_of
 
 from .conftest import PostNormBlock, Tiny, randomise
 
@@ -448,31 +445,22 @@ def test_labels_may_be_given_by_adapter() -> None:
         kit.model(**inputs, labels={"a": whole[:3]})
 
 
-def run_plans(kit: ak.AdapterKit, composition: Any, inputs: dict[str, Any]) -> Any:
-    """Run a composition that cannot be activated, on a batch that was multiplied by hand."""
-    modules = modules_by_path(kit.model)
-    plans = [(site, plan_at(path, modules, site, composition)) for path, _, site in sites_of(kit.model)]
-    for site, plan in plans:
-        site.input_steps, site.output_steps = plan.input, plan.output
-        site.call.wants = next((step.wants for step in plan.output if hasattr(step, "wants")), None)
-    return kit.model(**inputs)
-
-
 def test_parallel_has_a_head_and_a_loss_for_each_child() -> None:
     kit, inputs, labels = mixed_kit(), batch(), torch.tensor([0, 1, 2, 1])
     expected = {}
     for name in ("a", "b"):
         with kit.active(name):
             expected[name] = kit.model(**inputs, labels=labels)
-    twice = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
-    out = run_plans(kit, Parallel("a", "b"), {**twice, "labels": labels})
+    kit.activate(Parallel("a", "b"))
+    out = kit.model(**inputs, labels=labels)
     torch.testing.assert_close(out.logits, torch.cat([expected["a"].logits, expected["b"].logits]), atol=1e-5, rtol=1e-5)
     for name in ("a", "b"):
         torch.testing.assert_close(out.losses[name], expected[name].loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.loss, expected["a"].loss + expected["b"].loss, atol=1e-5, rtol=1e-5)
-    by_name = run_plans(kit, Parallel("a", "b"), {**twice, "labels": {"b": labels}})
+    by_name = kit.model(**inputs, labels={"b": labels})
     torch.testing.assert_close(by_name.loss, expected["b"].loss, atol=1e-5, rtol=1e-5)
-    same = run_plans(kit, Stack("none", Parallel("a", "a")), {**twice, "labels": labels})
+    kit.activate(Stack("none", Parallel("a", "a")))
+    same = kit.model(**inputs, labels=labels)
     with kit.active(Stack("none", "a")):
         torch.testing.assert_close(same.loss, kit.model(**inputs, labels=labels).loss, atol=1e-5, rtol=1e-5)
 
