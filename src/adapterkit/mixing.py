@@ -49,10 +49,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Leaf(Node):
-    """One module of one adapter, and what others of its kind have in common with it."""
+    """One module of one adapter.
+
+    Attributes:
+        kind: A number for what it has in common with others that differ in their tensors alone.
+        undoes: It takes back what its adapter did elsewhere.
+    """
 
     step: Adding
     kind: int = field(compare=False)
+    undoes: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leaves", (self,))

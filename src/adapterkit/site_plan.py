@@ -113,7 +113,9 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
             f"{_parameters(entries)}, which all rows and tokens share. Stack such adapters, or adapt a layer"
         )
     if in_order:
-        steps = tuple(step_of(entry, composition) for entry in entries)
+        undoing = [entry for entry in entries if _undoes(place, entry)]
+        ordered = [*(entry for entry in entries if entry not in undoing), *reversed(undoing)]
+        steps = tuple(step_of(entry, composition) for entry in ordered)
         # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
         if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
@@ -171,7 +173,8 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
     if not any(node.leaves for node in nodes):
         return Chain(())
     if isinstance(composition, (Stack, Drop)):
-        return chain(nodes)
+        undoing = [node for node in nodes if node.leaves and all(leaf.undoes for leaf in node.leaves)]
+        return chain([*(node for node in nodes if node not in undoing), *reversed(undoing)])
     if isinstance(composition, Average):
         weights = composition.weights or (1.0,) * len(nodes)
         return Mean(tuple(nodes), tuple(weight / sum(weights) for weight in weights))
@@ -210,7 +213,12 @@ def _leaf(place: _Place, entry: Entry, whole: Composition) -> Leaf:
     if not isinstance(step, Adding):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
     kind = kind_of(step, place.site.get_submodule(entry.key))
-    return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)))
+    return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)), _undoes(place, entry))
+
+
+def _undoes(place: _Place, entry: Entry) -> bool:
+    """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
+    return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
 
 
 def _check_tokens(place: _Place, nodes: Sequence[Node], whole: Composition) -> None:
