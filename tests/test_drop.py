@@ -265,14 +265,19 @@ def test_what_is_merged_cannot_be_dropped() -> None:
         kit.activate(Drop("l", layers=[0]))
 
 
-def test_heads_cannot_be_chosen_by_row_and_one_owner_of_a_head_is_in_order() -> None:
+def test_heads_are_not_dropped_and_are_each_rows_own() -> None:
     kit, ids = kit_of()
     for name in ("a", "b"):
         kit.add(name, CONFIGS["p"], heads=["classifier"])
-    kit.activate(Stack("a", Drop("b", layers=[0])))
-    kit.model(ids)
-    with pytest.raises(ak.CompatibilityError, match="cannot choose between heads"):
-        kit.activate(Rows([Drop("a", layers=[0]), "b"]))
+        with torch.no_grad():
+            for parameter in kit.parameters(name, heads=True):
+                parameter.normal_()
+    rows = [Drop("a", layers=[0]), Stack("a", Drop("b", layers=[0, 1])), "b", None]
+    with kit.active(Rows(rows)):
+        mixed = kit.model(ids)
+    for row, composition in enumerate(rows):
+        with kit.base() if composition is None else kit.active(composition):
+            torch.testing.assert_close(mixed[row], kit.model(ids)[row], atol=1e-5, rtol=1e-5)
 
 
 def test_copies_and_pickles_run_the_drop_and_it_is_proven_and_compiles() -> None:

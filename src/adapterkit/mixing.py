@@ -65,8 +65,9 @@ class Leaf(Node):
         object.__setattr__(self, "readers", (self.step,))
 
     def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """What the module adds. Shape: as `view.x`."""
-        return self.step.delta(site.get_submodule(self.step.key), host, view)
+        """What the module adds, in the finer of its dtype and the tensor's. Shape: as `view.x`."""
+        delta = self.step.delta(site.get_submodule(self.step.key), host, view)
+        return delta.to(torch.promote_types(delta.dtype, view.x.dtype))
 
 
 @dataclass(frozen=True)
