@@ -364,6 +364,11 @@ def test_a_tensor_without_rows_or_tokens_is_not_divided() -> None:
         model[1](torch.randn(2, 3, 4, 4))
 
 
+def test_a_mean_of_narrow_adapters_is_not_rounded_to_their_dtype() -> None:
+    kit, bare = fresh(PreNormBlock, {"half": TINY["half"], "plain": TINY["plain"]})
+    agrees(kit, bare, Average("half", "half", "plain"))
+
+
 @pytest.mark.parametrize(
     ("target", "message"), [("norm", "lies in a module .* set batch_axis=1"), ("after", "set batch_axis=0 or 1")]
 )
