@@ -126,7 +126,7 @@ class Run:
                         return walk(child, row, size, x, place)
                     row -= size
             if isinstance(c, Stack):
-                for child in c.children:
+                for child in self._in_order(c, path, at):
                     x = walk(child, row, count, x, place)
                 return x
             if isinstance(c, Average):
@@ -170,10 +170,21 @@ class Run:
     def _here(self, name: str, path: str, at: str) -> list[Piece]:
         return [piece for piece in self.pieces[name] if (piece.spec.path, piece.spec.at) == (path, at)]
 
+    def _in_order(self, c: Stack, path: str, at: str) -> list[Composition]:
+        """The children as they come, but for what takes back a change made before (invertible adapters): the last first."""
+        held = {child: [piece for name in names_in(child) for piece in self._here(name, path, at)] for child in c.children}
+        undoing = [child for child in c.children if held[child] and all(is_inverse(piece) for piece in held[child])]
+        return [*(child for child in c.children if child not in undoing), *reversed(undoing)]
+
     def _check_tokens(self, c: Split, path: str, at: str, x: Tensor) -> None:
         held = [piece for name in names_in(c) for piece in self._here(name, path, at)]
         if x.dim() != 3 or any(piece.spec.axis != -1 for piece in held):
             raise NoMeaningError(f"{path!r} has no sequence: {tuple(x.shape)}")
+
+
+def is_inverse(piece: Piece) -> bool:
+    """Whether a module takes back what its adapter did at another place."""
+    return getattr(piece.module, "direction", "forward") == "inverse"
 
 
 def delta(piece: Piece, x: Tensor, place: Place) -> Tensor:

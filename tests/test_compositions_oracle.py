@@ -362,3 +362,17 @@ def test_a_tensor_without_rows_or_tokens_is_not_divided() -> None:
         model(torch.randn(4, 4))
     with kit.active(Split("linear", "linear")), pytest.raises(ak.CompatibilityError, match=r"shape \(2, 3, 4, 4\)"):
         model[1](torch.randn(2, 3, 4, 4))
+
+
+def test_a_mean_of_narrow_adapters_is_not_rounded_to_their_dtype() -> None:
+    kit, bare = fresh(PreNormBlock, {"half": TINY["half"], "plain": TINY["plain"]})
+    agrees(kit, bare, Average("half", "half", "plain"))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"), [("norm", "lies in a module .* set batch_axis=1"), ("after", "set batch_axis=0 or 1")]
+)
+def test_a_gate_asks_where_rows_are_that_may_be_on_the_second_axis(target: str, message: str) -> None:
+    kit = ak.wrap(Turned() if target == "after" else encoder(False))
+    with pytest.raises(ak.TargetError, match=message):
+        kit.add("a", ak.BottleneckConfig(targets=[target], bottleneck_size=2, gating=True))

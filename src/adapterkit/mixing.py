@@ -101,8 +101,9 @@ class Mean(Group):
 
     def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """The sum. Shape: as `view.x`."""
-        pairs = zip(self.nodes, self.weights, strict=True)
-        return reduce(add, [weight * node.delta(site, host, view) for node, weight in pairs if node.leaves])
+        pairs = [(node.delta(site, host, view), w) for node, w in zip(self.nodes, self.weights, strict=True) if node.leaves]
+        # Not in the dtype of a narrow adapter: on a wider host its delta alone is not rounded once more.
+        return reduce(add, [weight * delta.to(torch.promote_types(delta.dtype, view.x.dtype)) for delta, weight in pairs])
 
 
 @dataclass(frozen=True)
