@@ -1,0 +1,160 @@
+"""Train an adapter on each of four sentiment domains, fuse them for the one with few labels, and compare.
+
+    python examples/fusion.py --data vaderSentiment-3.3.2.tar.gz          # offline; one seed
+    python examples/fusion.py --data vaderSentiment-3.3.2.tar.gz --model FacebookAI/roberta-base
+
+The archive comes from `pip download --no-deps --no-binary :all: vaderSentiment==3.3.2`. All arms are tested on the same
+sentences about products, and see the same 250 labelled ones of them; see docs/fusion-on-text.md.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import domains
+import sentiment
+import torch
+from domains import TARGET, Domain
+from torch import Tensor, nn
+
+import adapterkit as ak
+
+# Chosen on validation sentences alone, by benchmarks/bench_fusion.py --select; see docs/fusion-on-text.md.
+SETTINGS = {
+    "source": {"learning_rate": 3e-3, "epochs": 3},
+    "single task": {"learning_rate": 3e-3, "epochs": 10},
+    "full": {"learning_rate": 1e-4, "epochs": 10},
+    "multi-task": {"learning_rate": 3e-3, "epochs": 3},
+    "stack": {"learning_rate": 3e-3, "epochs": 10},
+    "average": {"learning_rate": 1e-2, "epochs": 10},
+    "fusion": {"learning_rate": 3e-4, "epochs": 10},
+}
+ARMS = ("nearest source", "single task", "full", "multi-task", "stack", "average", "fusion")
+SOURCES = tuple(name for name in domains.FILES if name != TARGET)
+ADAPTER = {"config": "pfeiffer", "bottleneck_size": 48}
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed.
+
+    Attributes:
+        sources: Where the source domains' adapters are saved.
+        out: Where everything else is.
+        split: The part of the target domain that the arms are compared on.
+    """
+
+    data: Path
+    model: str
+    seed: int
+    train_size: int
+    target_size: int
+    sources: Path
+    out: Path
+    split: str = "test"
+
+    def domains(self) -> dict[str, Domain]:
+        """The sentences that this seed draws."""
+        return domains.make_domains(domains.read_rated(self.data), self.seed, self.train_size, self.target_size)
+
+    def folder(self, domain: str) -> Path:
+        """Where a domain's adapter lies."""
+        return (self.out if domain == TARGET else self.sources) / domain
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table."""
+
+    arm: str
+    accuracy: float
+    parameters: int
+    seconds: float
+
+
+# --- what trains in each arm ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model in which exactly that requires grad which an arm trains."""
+
+    model: nn.Module
+    tokenizer: Any
+    kit: ak.AdapterKit
+    penalty: Callable[[], Tensor | float] = lambda: 0.0
+
+
+def prepare(arm: str, run: Run, nearest: str) -> Prepared:
+    """The model of an arm, before training. Every arm begins with the same new head."""
+    model, tokenizer = sentiment.build(run.model, run.seed)
+    kit = ak.wrap(model)
+    if arm in ("source", "single task", "multi-task", "stack"):
+        kit.add("own", seed=run.seed, heads=["classifier"], **ADAPTER)
+    if arm == "stack":
+        kit.load(run.folder(nearest), nearest, heads=False)
+    if arm in ("average", "fusion"):
+        for domain in domains.FILES:
+            kit.load(run.folder(domain), domain, heads=False)
+
+    if arm in ("source", "single task", "multi-task"):
+        kit.train_adapter("own")
+    elif arm == "nearest source":
+        kit.train_adapter(kit.load(run.folder(nearest), nearest))
+    elif arm == "stack":
+        kit.train_adapter("own")
+        kit.activate(ak.Stack(nearest, "own"))
+    elif arm == "average":
+        kit.freeze()
+        kit.activate(ak.Average(*domains.FILES))
+        model.classifier.requires_grad_(True)
+    elif arm == "fusion":
+        fuse = ak.Fuse(*domains.FILES, name="fused")
+        kit.add_fusion(fuse, "dynamic", heads=["classifier"])
+        kit.train_fusion(fuse)
+        return Prepared(model, tokenizer, kit, kit.fusion_loss)
+    return Prepared(model, tokenizer, kit)
+
+
+def train_source(run: Run, domain: str, settings: Settings) -> float:
+    """Train and save the adapter of a source domain; return its accuracy on that domain's own split."""
+    data = run.domains()[domain]
+    ready = prepare("source", run, domain)
+    sentiment.train(ready.model, ready.tokenizer, data.train, seed=run.seed, title=domain, **settings)
+    ready.kit.save("own", run.folder(domain))
+    return _accuracy(ready, getattr(data, run.split))
+
+
+def run_arm(run: Run, arm: str, settings: Settings | None, nearest: str) -> tuple[Result, Prepared]:
+    """Train one arm and measure it on the target domain."""
+    ready = prepare(arm, run, nearest)
+    trained = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
+    data = run.domains()
+    examples, seconds = data[TARGET].train, 0.0
+    if arm == "multi-task":
+        examples = [example for domain in data.values() for example in domain.train]
+    if settings is None:
+        trained = 0
+    else:
+        seconds = sentiment.train(
+            ready.model, ready.tokenizer, examples, seed=run.seed, title=arm, penalty=ready.penalty, **settings
+        )
+    if arm == "single task":
+        ready.kit.save("own", run.folder(TARGET))
+    return Result(arm, _accuracy(ready, getattr(data[TARGET], run.split)), trained, seconds), ready
+
+
+def find_nearest(run: Run) -> str:
+    """The source domain whose adapter, as it is, is right most often on the target's sentences to train on."""
+    examples = run.domains()[TARGET].train
+    found = {source: _accuracy(prepare("nearest source", run, source), examples) for source in SOURCES}
+    return max(found, key=lambda source: found[source])
+
+
+def _accuracy(ready: Prepared, examples: list[domains.Example]) -> float:
+    return sentiment.accuracy(sentiment.predict(ready.model, ready.tokenizer, examples), examples)
