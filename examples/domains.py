@@ -102,7 +102,7 @@ def without_duplicates(rated: Mapping[str, list[Rated]]) -> dict[str, list[Rated
     for name, sentences in rated.items():
         kept[name] = []
         for one in sentences:
-            letters = " ".join(re.findall(r"\w+", re.sub(r"(.)\1+", r"\1", one.sentence.lower()))) or one.sentence
+            letters = " ".join(re.findall(r"\w+", re.sub(r"([^\W\d])\1+", r"\1", one.sentence.lower()))) or one.sentence
             if letters not in seen:
                 seen.add(letters)
                 kept[name].append(one)

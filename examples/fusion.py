@@ -9,6 +9,7 @@ sentences about products, and see the same 250 labelled ones of them; see docs/f
 
 import argparse
 import json
+import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ SETTINGS = {
 ARMS = ("nearest source", "single task", "full", "multi-task", "stack", "average", "fusion")
 SOURCES = tuple(name for name in domains.FILES if name != TARGET)
 ADAPTER = {"config": "pfeiffer", "bottleneck_size": 48}
+TRAIN_SIZE, TARGET_SIZE = 2400, 250  # sentences of each source domain at most, and of the target
 
 Settings = dict[str, Any]
 
@@ -74,7 +76,7 @@ class Result:
     arm: str
     accuracy: float
     parameters: int
-    seconds: float
+    seconds_per_step: float
 
 
 # --- what trains in each arm ------------------------------------------------------------------------------------------
@@ -158,3 +160,94 @@ def find_nearest(run: Run) -> str:
 
 def _accuracy(ready: Prepared, examples: list[domains.Example]) -> float:
     return sentiment.accuracy(sentiment.predict(ready.model, ready.tokenizer, examples), examples)
+
+
+def run_seed(run: Run) -> dict[str, Any]:
+    """Everything for one seed: an adapter for each source domain, then each arm on the target domain."""
+    own = {source: train_source(run, source, SETTINGS["source"]) for source in SOURCES}
+    nearest = find_nearest(run)
+    results = []
+    for arm in ARMS:
+        result, ready = run_arm(run, arm, SETTINGS.get(arm), nearest)
+        results.append(result)
+        if arm == "fusion":
+            ready.kit.verify().require()
+            draw_attention(run, ready)
+    return {"seed": run.seed, "nearest": nearest, "own": own, "arms": [asdict(result) for result in results]}
+
+
+# --- looking into the fusion, and routing rows ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_attention(run: Run, ready: Prepared) -> None:
+    """Draw how much each adapter counts in each layer, over sentences of the target domain."""
+    examples = run.domains()[TARGET].test[:: len(run.domains()[TARGET].test) // 64]
+    inputs, _ = next(sentiment.batches(examples, ready.tokenizer))
+    with ready.kit.fusion_attention() as seen:
+        ready.model(**inputs)
+    seen.draw(run.out / "attention.png")
+
+
+@torch.no_grad()
+def route(run: Run, each: int = 8) -> str:
+    """Run sentences of all domains in one batch, each row with its domain's adapter and head, and check every row."""
+    model, tokenizer = sentiment.build(run.model, run.seed)
+    kit = ak.wrap(model)
+    pairs = [(name, example) for name, domain in run.domains().items() for example in domain.test[-each:]]
+    for domain in domains.FILES:
+        kit.load(run.folder(domain), domain)
+    names, examples = zip(*random.Random(run.seed).sample(pairs, len(pairs)), strict=True)
+    inputs, _ = next(sentiment.batches(list(examples), tokenizer))
+    model.eval()
+    with kit.active(ak.Rows(names)):
+        together = model(**inputs)
+    alone = []
+    for row, name in enumerate(names):
+        with kit.active(name):
+            alone.append(model(**{key: value[row : row + 1] for key, value in inputs.items()}))
+    torch.testing.assert_close(together, torch.cat(alone))
+    return (
+        f"one batch, {len(names)} rows of {len(domains.FILES)} domains: each as its adapter alone gives it, largest "
+        f"difference of a logit {(together - torch.cat(alone)).abs().max():.1e}"
+    )
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def table(outcome: dict[str, Any]) -> str:
+    """One seed as text."""
+    rows = [
+        f"{arm['arm']:<15} {arm['accuracy']:>7.1f}% {arm['parameters']:>12,} {arm['seconds_per_step']:>8.3f}"
+        for arm in outcome["arms"]
+    ]
+    own = ", ".join(f"{domain} {value:.1f}%" for domain, value in outcome["own"].items())
+    head = f"{'arm, on ' + TARGET:<15} {'accuracy':>8} {'trained':>12} {'s/step':>8}"
+    return "\n".join([head, *rows, "", f"sources on their own sentences: {own}; nearest to {TARGET}: {outcome['nearest']}"])
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="vaderSentiment-3.3.2.tar.gz")
+    parser.add_argument("--model", default=sentiment.OFFLINE_MODEL, help="a Hugging Face id or folder")
+    parser.add_argument("--train-size", type=int, default=TRAIN_SIZE, help="of each source domain, at most")
+    parser.add_argument("--target-size", type=int, default=TARGET_SIZE)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/fusion"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run one seed, print the table, draw the attention, route a mixed batch."""
+    args = arguments()
+    run = Run(args.data, args.model, args.seed, args.train_size, args.target_size, args.out, args.out)
+    outcome = run_seed(run)
+    print(f"\n{table(outcome)}\n\n{route(run)}")
+    (args.out / "results.json").write_text(json.dumps(outcome, indent=2))
+    print(f"adapters: {args.out}   attention: {args.out / 'attention.png'}")
+
+
+if __name__ == "__main__":
+    main()

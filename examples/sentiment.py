@@ -276,12 +276,12 @@ def base_hash(model: nn.Module) -> str:
     return value.hexdigest()
 
 
-def run_jobs(jobs: list[Job], workers: int = 1) -> list[Result]:
+def run_jobs(jobs: list[Any], workers: int = 1, run: Callable[[Any], Any] = run_arm) -> list[Any]:
     """A fresh process for each job. Several at a time share the processors, so that their timings say little."""
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:
-        return pool.map(run_arm, jobs, chunksize=1)
+        return pool.map(run, jobs, chunksize=1)
 
 
 def reload_and_compare(job: Job) -> None:
