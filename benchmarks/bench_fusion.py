@@ -3,9 +3,9 @@
     python benchmarks/bench_fusion.py ARCHIVE --select    # settings of each arm, on validation sentences
     python benchmarks/bench_fusion.py ARCHIVE             # the chosen ones on the test split, five seeds
 
-Both print a table and write it as JSON under benchmarks/results/. The arms are those of examples/fusion.py, where
-the origin of the archive is told. Sources and multi-task, which see thousands of sentences, use what benchmarks/bench_sentiment.py
-chose for an adapter on other critics' sentences.
+Both print a table and write it as JSON under benchmarks/results/. The arms are those of examples/fusion.py, which also
+says where the archive is from. The source domains and multi-task, which see thousands of sentences, use what
+benchmarks/bench_sentiment.py chose for an adapter on critics' sentences of another origin.
 """
 
 import argparse
@@ -48,23 +48,23 @@ def select(data: Path, *, quick: bool) -> list[dict[str, Any]]:
     """
     first = seed_run(data, SELECTION_SEEDS[0], "validation", quick=quick)
     own = {source: fusion.train_source(first, source, fusion.SETTINGS["source"]) for source in fusion.SOURCES}
-    nearest = fusion.find_nearest(first)
-    print(f"sources on their own validation sentences: {own}; nearest: {nearest}", flush=True)
-    runs = [replace(seed_run(data, seed, "validation", quick=quick), sources=first.sources) for seed in SELECTION_SEEDS]
+    shared = {"sources": first.sources, "nearest": fusion.find_nearest(first)}
+    print(f"sources on their own validation sentences: {own}; nearest: {shared['nearest']}", flush=True)
+    runs = [replace(seed_run(data, seed, "validation", quick=quick), **shared) for seed in SELECTION_SEEDS]
     rows = []
     for arm, rates in RATES.items():
-        tried = arms.choose(partial(trial, runs, nearest, arm), rates, *((1, 2, 3) if quick else (10, 20, 5)))
+        tried = arms.choose(partial(trial, runs, arm), rates, *((1, 2, 3) if quick else (10, 20, 5)))
         rows += tried
         if arm == "single task":  # average and fusion hold this adapter
             chosen = next(row for row in tried if row["is_chosen"])
-            trial(runs, nearest, arm, chosen["learning_rate"], chosen["epochs"])
+            trial(runs, arm, chosen["learning_rate"], chosen["epochs"])
     return rows
 
 
-def trial(runs: list[fusion.Run], nearest: str, arm: str, learning_rate: float, epochs: int) -> dict[str, Any]:
+def trial(runs: list[fusion.Run], arm: str, learning_rate: float, epochs: int) -> dict[str, Any]:
     """One arm with one setting on the validation sentences, the mean over seeds."""
     settings = {"learning_rate": learning_rate, "epochs": epochs}
-    each = [fusion.run_arm(run, arm, settings, nearest)[0].accuracy for run in runs]
+    each = [fusion.run_arm(run, arm, settings)[0].accuracy for run in runs]
     print(f"{arm:<12} lr {learning_rate:<8g} epochs {epochs:<3} {statistics.mean(each):.2f}%  {each}", flush=True)
     return {"arm": arm, **settings, "validation_accuracy": statistics.mean(each), "each": each}
 

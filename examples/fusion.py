@@ -11,15 +11,15 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import domains
 import sentiment
 import torch
-from domains import TARGET, Domain
-from torch import Tensor, nn
+from domains import TARGET, Domain, Example
+from torch import nn
 
 import adapterkit as ak
 
@@ -33,9 +33,7 @@ SETTINGS = {
     "average": {"learning_rate": 1e-2, "epochs": 10},
     "fusion": {"learning_rate": 3e-4, "epochs": 10},
 }
-ARMS = ("nearest source", "single task", "full", "multi-task", "stack", "average", "fusion")
 SOURCES = tuple(name for name in domains.FILES if name != TARGET)
-ADAPTER = {"config": "pfeiffer", "bottleneck_size": 48}
 TRAIN_SIZE, TARGET_SIZE = 2400, 250  # sentences of each source domain at most, and of the target
 
 Settings = dict[str, Any]
@@ -48,7 +46,8 @@ class Run:
     Attributes:
         sources: Where the source domains' adapters are saved.
         out: Where everything else is.
-        split: The part of the target domain that the arms are compared on.
+        split: What is measured on.
+        nearest: The source domain that is nearest to the target.
     """
 
     data: Path
@@ -59,6 +58,7 @@ class Run:
     sources: Path
     out: Path
     split: str = "test"
+    nearest: str = ""
 
     def domains(self) -> dict[str, Domain]:
         """The sentences that this seed draws."""
@@ -79,101 +79,132 @@ class Result:
     seconds_per_step: float
 
 
-# --- what trains in each arm ------------------------------------------------------------------------------------------
+# --- what each arm runs and trains ------------------------------------------------------------------------------------
+
+
+def one_adapter(kit: ak.AdapterKit, run: Run) -> None:
+    """A new adapter with its own copy of the head."""
+    kit.add("own", "pfeiffer", bottleneck_size=48, seed=run.seed, heads=["classifier"])
+    kit.train_adapter("own")
+
+
+def nearest_source(kit: ak.AdapterKit, run: Run) -> None:
+    """The adapter and the head of the nearest source domain, as they are."""
+    kit.activate(kit.load(run.folder(run.nearest), run.nearest))
+
+
+def all_weights(kit: ak.AdapterKit, run: Run) -> None:
+    """No adapter."""
+
+
+def stack(kit: ak.AdapterKit, run: Run) -> None:
+    """A new adapter on top of that of the nearest source domain, which is frozen."""
+    kit.load(run.folder(run.nearest), run.nearest, heads=False)
+    one_adapter(kit, run)
+    kit.activate(ak.Stack(run.nearest, "own"))
+
+
+def average(kit: ak.AdapterKit, run: Run) -> None:
+    """The mean of all four adapters, frozen; the model's head trains."""
+    load_all(kit, run, heads=False)
+    kit.freeze()
+    kit.activate(ak.Average(*domains.FILES))
+    kit.model.classifier.requires_grad_(True)
+
+
+def fusion(kit: ak.AdapterKit, run: Run) -> None:
+    """AdapterFusion over all four adapters, frozen, with its own copy of the head."""
+    load_all(kit, run, heads=False)
+    fuse = ak.Fuse(*domains.FILES, name="fused")
+    kit.add_fusion(fuse, "dynamic", heads=["classifier"])
+    kit.train_fusion(fuse)
+
+
+def load_all(kit: ak.AdapterKit, run: Run, *, heads: bool) -> None:
+    """The adapters of all four domains."""
+    for domain in domains.FILES:
+        kit.load(run.folder(domain), domain, heads=heads)
+
+
+ARMS = {
+    "nearest source": nearest_source,
+    "single task": one_adapter,
+    "full": all_weights,
+    "multi-task": one_adapter,
+    "stack": stack,
+    "average": average,
+    "fusion": fusion,
+}
+
+# --- training and measuring -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model in which exactly that requires grad which an arm trains."""
+    """A model in which exactly that requires grad which an arm trains. Every arm begins with the same new head."""
 
     model: nn.Module
     tokenizer: Any
     kit: ak.AdapterKit
-    penalty: Callable[[], Tensor | float] = lambda: 0.0
 
+    @classmethod
+    def of(cls, arm: Callable[[ak.AdapterKit, Run], None], run: Run) -> "Prepared":
+        """The model of an arm, before training."""
+        model, tokenizer = sentiment.build(run.model, run.seed)
+        kit = ak.wrap(model)
+        arm(kit, run)
+        return cls(model, tokenizer, kit)
 
-def prepare(arm: str, run: Run, nearest: str) -> Prepared:
-    """The model of an arm, before training. Every arm begins with the same new head."""
-    model, tokenizer = sentiment.build(run.model, run.seed)
-    kit = ak.wrap(model)
-    if arm in ("source", "single task", "multi-task", "stack"):
-        kit.add("own", seed=run.seed, heads=["classifier"], **ADAPTER)
-    if arm == "stack":
-        kit.load(run.folder(nearest), nearest, heads=False)
-    if arm in ("average", "fusion"):
-        for domain in domains.FILES:
-            kit.load(run.folder(domain), domain, heads=False)
+    def train(self, examples: list[Example], title: str, seed: int, settings: Settings) -> float:
+        """Train on the examples; return the median seconds of a step."""
+        penalty = {"penalty": self.kit.fusion_loss} if title == "fusion" else {}
+        return sentiment.train(self.model, self.tokenizer, examples, title=title, seed=seed, **settings, **penalty)
 
-    if arm in ("source", "single task", "multi-task"):
-        kit.train_adapter("own")
-    elif arm == "nearest source":
-        kit.train_adapter(kit.load(run.folder(nearest), nearest))
-    elif arm == "stack":
-        kit.train_adapter("own")
-        kit.activate(ak.Stack(nearest, "own"))
-    elif arm == "average":
-        kit.freeze()
-        kit.activate(ak.Average(*domains.FILES))
-        model.classifier.requires_grad_(True)
-    elif arm == "fusion":
-        fuse = ak.Fuse(*domains.FILES, name="fused")
-        kit.add_fusion(fuse, "dynamic", heads=["classifier"])
-        kit.train_fusion(fuse)
-        return Prepared(model, tokenizer, kit, kit.fusion_loss)
-    return Prepared(model, tokenizer, kit)
+    def accuracy(self, examples: list[Example]) -> float:
+        """Share of right labels, in percent."""
+        return sentiment.accuracy(sentiment.predict(self.model, self.tokenizer, examples), examples)
 
 
 def train_source(run: Run, domain: str, settings: Settings) -> float:
     """Train and save the adapter of a source domain; return its accuracy on that domain's own split."""
     data = run.domains()[domain]
-    ready = prepare("source", run, domain)
-    sentiment.train(ready.model, ready.tokenizer, data.train, seed=run.seed, title=domain, **settings)
+    ready = Prepared.of(one_adapter, run)
+    ready.train(data.train, domain, run.seed, settings)
     ready.kit.save("own", run.folder(domain))
-    return _accuracy(ready, getattr(data, run.split))
-
-
-def run_arm(run: Run, arm: str, settings: Settings | None, nearest: str) -> tuple[Result, Prepared]:
-    """Train one arm and measure it on the target domain."""
-    ready = prepare(arm, run, nearest)
-    trained = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
-    data = run.domains()
-    examples, seconds = data[TARGET].train, 0.0
-    if arm == "multi-task":
-        examples = [example for domain in data.values() for example in domain.train]
-    if settings is None:
-        trained = 0
-    else:
-        seconds = sentiment.train(
-            ready.model, ready.tokenizer, examples, seed=run.seed, title=arm, penalty=ready.penalty, **settings
-        )
-    if arm == "single task":
-        ready.kit.save("own", run.folder(TARGET))
-    return Result(arm, _accuracy(ready, getattr(data[TARGET], run.split)), trained, seconds), ready
+    return ready.accuracy(getattr(data, run.split))
 
 
 def find_nearest(run: Run) -> str:
     """The source domain whose adapter, as it is, is right most often on the target's sentences to train on."""
     examples = run.domains()[TARGET].train
-    found = {source: _accuracy(prepare("nearest source", run, source), examples) for source in SOURCES}
+    found = {source: Prepared.of(nearest_source, replace(run, nearest=source)).accuracy(examples) for source in SOURCES}
     return max(found, key=lambda source: found[source])
 
 
-def _accuracy(ready: Prepared, examples: list[domains.Example]) -> float:
-    return sentiment.accuracy(sentiment.predict(ready.model, ready.tokenizer, examples), examples)
+def run_arm(run: Run, arm: str, settings: Settings | None) -> tuple[Result, Prepared]:
+    """Train one arm, unless it has no settings, and measure it on the target domain."""
+    ready, data, trained, seconds = Prepared.of(ARMS[arm], run), run.domains(), 0, 0.0
+    if settings is not None:
+        everything = [example for domain in data.values() for example in domain.train]
+        trained = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
+        seconds = ready.train(everything if arm == "multi-task" else data[TARGET].train, arm, run.seed, settings)
+    if arm == "single task":
+        ready.kit.save("own", run.folder(TARGET))
+    return Result(arm, ready.accuracy(getattr(data[TARGET], run.split)), trained, seconds), ready
 
 
 def run_seed(run: Run) -> dict[str, Any]:
     """Everything for one seed: an adapter for each source domain, then each arm on the target domain."""
     own = {source: train_source(run, source, SETTINGS["source"]) for source in SOURCES}
-    nearest = find_nearest(run)
+    run = replace(run, nearest=find_nearest(run))
     results = []
     for arm in ARMS:
-        result, ready = run_arm(run, arm, SETTINGS.get(arm), nearest)
+        result, ready = run_arm(run, arm, SETTINGS.get(arm))
         results.append(result)
         if arm == "fusion":
             ready.kit.verify().require()
             draw_attention(run, ready)
-    return {"seed": run.seed, "nearest": nearest, "own": own, "arms": [asdict(result) for result in results]}
+    return {"seed": run.seed, "nearest": run.nearest, "own": own, "arms": [asdict(result) for result in results]}
 
 
 # --- looking into the fusion, and routing rows ------------------------------------------------------------------------
@@ -195,8 +226,7 @@ def route(run: Run, each: int = 8) -> str:
     model, tokenizer = sentiment.build(run.model, run.seed)
     kit = ak.wrap(model)
     pairs = [(name, example) for name, domain in run.domains().items() for example in domain.test[-each:]]
-    for domain in domains.FILES:
-        kit.load(run.folder(domain), domain)
+    load_all(kit, run, heads=False)
     names, examples = zip(*random.Random(run.seed).sample(pairs, len(pairs)), strict=True)
     inputs, _ = next(sentiment.batches(list(examples), tokenizer))
     model.eval()
