@@ -11,26 +11,26 @@ STUDENT_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by number
 Row = dict[str, Any]
 
 
-def choose(trial: Callable[[float, int], Row], rates: Sequence[float], epochs: int, fewer: int, more: int) -> list[Row]:
+def choose(trial: Callable[[float, int], Row], rates: Sequence[float], epochs: int, other: int, third: int) -> list[Row]:
     """All that was tried for one arm, the chosen setting marked, by one rule for all arms.
 
-    The learning rates with so many epochs, and twice the largest if that is the best; then the best rate with one other
-    number of epochs, and with the third if that is no better.
+    The learning rates with so many epochs, and twice the largest if that is the best; then the best rate with another
+    number of epochs, and with a third if that is no better.
 
     Args:
         trial: Runs one learning rate with one number of epochs; gives a row with its validation accuracy.
         rates: In ascending order.
         epochs: For all rates.
-        fewer: Tried first of the other two.
-        more: Tried second.
+        other: Tried with the best rate.
+        third: Likewise, if the other is no better.
     """
     tried = [trial(rate, epochs) for rate in rates]
     if best_of(tried)["learning_rate"] == rates[-1]:
         tried.append(trial(2 * rates[-1], epochs))
     best = best_of(tried)
-    tried.append(trial(best["learning_rate"], fewer))
+    tried.append(trial(best["learning_rate"], other))
     if best_of(tried) is best:
-        tried.append(trial(best["learning_rate"], more))
+        tried.append(trial(best["learning_rate"], third))
     return [{**row, "is_chosen": row is best_of(tried)} for row in tried]
 
 

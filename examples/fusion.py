@@ -34,7 +34,7 @@ SETTINGS = {
     "fusion": {"learning_rate": 3e-4, "epochs": 10},
 }
 SOURCES = tuple(name for name in domains.FILES if name != TARGET)
-TRAIN_SIZE, TARGET_SIZE = 2400, 250  # sentences of each source domain at most, and of the target
+TRAIN_SIZE, TARGET_SIZE = 1500, 250  # sentences of each source domain at most, and of the target
 
 Settings = dict[str, Any]
 
@@ -107,7 +107,8 @@ def stack(kit: ak.AdapterKit, run: Run) -> None:
 def average(kit: ak.AdapterKit, run: Run) -> None:
     """The mean of all four adapters, frozen; the model's head trains."""
     load_all(kit, run, heads=False)
-    kit.freeze()
+    for name in (None, *domains.FILES):  # None is the base
+        kit.freeze(name)
     kit.activate(ak.Average(*domains.FILES))
     kit.model.classifier.requires_grad_(True)
 
