@@ -38,7 +38,7 @@ LAYERS = [
         "placement",
     },
     {"methods"},
-    {"plan", "attach", "heads", "freezing", "verify", "proof", "summary", "tree", "store"}
+    {"plan", "attach", "heads", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree", "store"}
     | {"combining", "merging", "merged", "mergeable", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},

@@ -239,7 +239,7 @@ def test_a_composition_is_seen_in_the_summary_and_proven_by_verify() -> None:
 def test_what_cannot_run_yet_says_so_and_does_not_run_as_something_else() -> None:
     for composition, message in (
         (Parallel("p", "q"), "Parallel cannot run yet"),
-        (Fuse("p", "q"), "needs a trained fusion"),
+        (Fuse("p", "q"), "no fusion 'p,q'"),
     ):
         with pytest.raises(ak.AdapterKitError, match=message):
             KIT.activate(composition)

@@ -13,10 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .composition import Average, BatchSplit, Rows, Split, Stack
+    from .attention import FusionAttention, draw_attention
+    from .composition import Average, BatchSplit, Fuse, Rows, Split, Stack
     from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
     from .config.compacter import CompacterConfig
+    from .config.fusion import FusionConfig
     from .config.ia3 import IA3Config
     from .config.invertible import InvertibleConfig
     from .config.lora import LoRAConfig
@@ -54,6 +56,9 @@ __all__ = [
     "CompacterConfig",
     "CompatibilityError",
     "ConfigError",
+    "Fuse",
+    "FusionAttention",
+    "FusionConfig",
     "IA3Config",
     "InvertibleConfig",
     "LoRAConfig",
@@ -70,17 +75,20 @@ __all__ = [
     "Union",
     "VeRAConfig",
     "__version__",
+    "draw_attention",
     "wrap",
 ]
 
 # Where each public name lives; the others are errors.
 _HOMES = {
-    **dict.fromkeys(("Average", "BatchSplit", "Rows", "Split", "Stack"), ".composition"),
+    **dict.fromkeys(("Average", "BatchSplit", "Fuse", "Rows", "Split", "Stack"), ".composition"),
+    **dict.fromkeys(("FusionAttention", "draw_attention"), ".attention"),
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",
     "BitFitConfig": ".config.bitfit",
     "BottleneckConfig": ".config.bottleneck",
     "CompacterConfig": ".config.compacter",
+    "FusionConfig": ".config.fusion",
     "IA3Config": ".config.ia3",
     "InvertibleConfig": ".config.invertible",
     "LoRAConfig": ".config.lora",

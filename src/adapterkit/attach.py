@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .base import base_tensors
+from .composition import names_in
 from .config.base import AdapterConfig
+from .config.fusion import FusionConfig
 from .config.union import Config, Union, members
 from .errors import AdapterNameError, CompatibilityError, ConfigError, TargetError
 from .heads import copy_heads, find_heads
@@ -24,7 +26,16 @@ from .patterns import SITE, ancestors, match
 from .placement import resolve
 from .plan import apply
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
-from .sites import AdapterSite, SiteSpec, adapter_names, open_parameters, parameter_at, record_of, sites_of
+from .sites import (
+    AdapterSite,
+    SiteSpec,
+    adapter_names,
+    fusions_of,
+    open_parameters,
+    parameter_at,
+    record_of,
+    sites_of,
+)
 from .spots import asks_for_structure
 from .structure.trace import ExampleInputs, outside_inference_mode
 
@@ -36,7 +47,9 @@ __all__ = [
     "check_free",
     "detach",
     "device_near",
+    "dtype_at",
     "find_sites",
+    "head_parts",
     "needs_structure",
     "shared_record",
 ]
@@ -114,8 +127,13 @@ def build_parts(
     if not meta:
         for part in parts:
             part.module.to(device_near(model, part.path))
+    return parts + head_parts(model, heads)
+
+
+def head_parts(model: nn.Module, heads: Sequence[str]) -> list[Part]:
+    """Copies of these heads, not yet attached."""
     copies = copy_heads([model.get_submodule(path) for path in heads])
-    return parts + [Part(path, head, None) for path, head in zip(heads, copies, strict=True)]
+    return [Part(path, head, None) for path, head in zip(heads, copies, strict=True)]
 
 
 def _check_order(parts: Sequence[Part]) -> None:
@@ -140,8 +158,7 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
     """
     method = method_of(config)
     order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    own = getattr(torch, config.dtype or "", None)
-    dtypes = {id(site): own or _compute_dtype(parameter_near(model, site.path)) for site in sites}
+    dtypes = {id(site): dtype_at(model, site.path, config.dtype) for site in sites}
     shared = method.shared(config, sites, dtype=dtypes[id(sites[0])]) if isinstance(method, Sharing) and sites else None
     built: dict[int, nn.Module] = {}
     for tied in _tied(model, sites):
@@ -171,8 +188,8 @@ def _tied(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSpec]]:
     return list(groups.values())
 
 
-def attach(model: nn.Module, name: str, config: Config, parts: Sequence[Part]) -> None:
-    """Put an adapter's modules into the model. Nothing can fail from here on but a lack of memory.
+def attach(model: nn.Module, name: str, config: Config | FusionConfig, parts: Sequence[Part]) -> None:
+    """Put an adapter's (or a fusion's) modules into the model. Nothing can fail from here on but a lack of memory.
 
     Raises:
         AdapterNameError: the name is taken, or cannot be a name.
@@ -201,9 +218,15 @@ def detach(model: nn.Module, name: str) -> None:
 
     Raises:
         ActivationError: another thread is running the model with it.
-        CompatibilityError: it is merged, and the weights have changed since.
+        CompatibilityError: it is merged, and the weights have changed since; or a fusion weighs it.
     """
     record = shared_record(model)
+    weighed = [fusion for fusion, fuse in fusions_of(model).items() if name != fusion and name in names_in(fuse)]
+    if weighed:
+        raise CompatibilityError(
+            f"adapter {name!r} is weighed by the fusion {weighed[0]!r}, which cannot run without it; call "
+            f"kit.remove({weighed[0]!r}), or kit.prune_fusion, first"
+        )
     with ACTIVATION_LOCK:
         if name in record.merged:
             record.activation.check_forgettable(name)
@@ -292,9 +315,11 @@ def device_near(model: nn.Module, path: str) -> torch.device:
     return parameter_near(model, path).device
 
 
-def _compute_dtype(like: torch.Tensor) -> torch.dtype:
-    """float32, on half-precision and quantised bases as well; float64 on a float64 base."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
+def dtype_at(model: nn.Module, path: str, given: str | None) -> torch.dtype:
+    """As given, else float32, on half-precision and quantised hosts as well; float64 on a float64 host."""
+    if given is not None:
+        return getattr(torch, given)  # type: ignore[no-any-return]  # one of `DType`
+    return torch.float64 if parameter_near(model, path).dtype == torch.float64 else torch.float32
 
 
 def check_unsharded(model: nn.Module) -> None:

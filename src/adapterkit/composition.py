@@ -6,7 +6,7 @@
     BatchSplit("a", "b", sizes=(2, 4))         each its part of the batch
     Rows(("a", "b", "a", None))                each row its adapter; None is the base
     Parallel("a", "b")                         the whole batch through each, side by side (cannot be activated yet)
-    Fuse("a", "b")                             weighed by a trained attention, AdapterFusion (cannot be activated yet)
+    Fuse("a", "b")                             weighed by a trained attention, AdapterFusion
 
 They are frozen, hashable, equal if they say the same, `eval(repr(c)) == c`, and have a JSON form. They nest where that has
 a meaning, to any depth, and say why not where it has none. Names may repeat.
@@ -32,7 +32,9 @@ __all__ = [
     "Rows",
     "Split",
     "Stack",
+    "expanded",
     "from_json",
+    "fusions_in",
     "multiplies_rows",
     "names_always",
     "names_in",
@@ -207,8 +209,10 @@ class Parallel(Block):
 class Fuse(Block):
     """What the children add, weighed for each token by a trained attention (AdapterFusion).
 
+    The fusion of the same name, or trained over the same children, does it; some of its children may be left out.
+
     Args:
-        name: The fusion's name, where there are several over the same children.
+        name: The fusion's name; the children's, with commas between them, if not given.
 
     Reference: Pfeiffer et al. 2021, arXiv:2005.00247.
     """
@@ -220,7 +224,13 @@ class Fuse(Block):
     what_for = "a fusion is trained over adapters that see the same tokens of every row"
 
     def __init__(self, *children: Composition, name: str | None = None) -> None:
-        self._set(children, name=None if name is None else check_name(name))
+        self._set(children, name=name)
+        check_name(self.fusion)
+
+    @property
+    def fusion(self) -> str:
+        """The name of the fusion that weighs the children."""
+        return ",".join(map(str, self.children)) if self.name is None else self.name
 
 
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Stack, Average, Split, BatchSplit, Rows, Parallel, Fuse)}
@@ -251,12 +261,34 @@ def names_always(composition: Composition | None) -> frozenset[str]:
 
 
 def names_in(composition: Composition | None) -> Iterator[str]:
-    """The adapters that a composition names, in order, with repetitions."""
+    """The adapters that a composition names, and the fusions after what they weigh, in order, with repetitions."""
     if isinstance(composition, Block):
         for child in composition.children:
             yield from names_in(child)
+        if isinstance(composition, Fuse):
+            yield composition.fusion
     elif composition is not None:
         yield composition
+
+
+def fusions_in(composition: Composition | None) -> Iterator[Fuse]:
+    """The fusions in a composition."""
+    yield from (block for block in _blocks_in(composition) if isinstance(block, Fuse))
+
+
+def expanded(composition: Composition | None, meant: Mapping[str, Composition]) -> Composition | None:
+    """The composition with what some of its names stand for in their place.
+
+    Raises:
+        ConfigError: that may not stand there.
+    """
+
+    def put(value: Any) -> Any:
+        if isinstance(value, str):
+            return to_json(meant.get(value, value))
+        return value if value is None else {**value, "children": list(map(put, value["children"]))}
+
+    return from_json(put(to_json(composition))) if not meant.keys().isdisjoint(names_in(composition)) else composition
 
 
 def to_json(composition: Composition | None) -> Any:

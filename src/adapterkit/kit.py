@@ -9,13 +9,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from . import attach, combining, freezing, merging, plan, store
-from .composition import Composition
+from . import attach, attention, combining, freezing, fusions, merging, plan, store
+from .attention import FusionAttention
+from .composition import Composition, Fuse
+from .config.fusion import FusionConfig
 from .config.union import Config
 from .errors import ConfigError
 from .methods.spellings import as_config
 from .record import RECORD, Record
-from .sites import SiteSpec, adapter_names, named_parameters, sites_of
+from .sites import SiteSpec, adapter_names, fusions_of, named_parameters, sites_of
 from .structure.trace import ExampleInputs
 from .summary import Summary, summarise
 from .tree import Tree, tree_of
@@ -125,7 +127,8 @@ class AdapterKit:
     @property
     def adapters(self) -> Mapping[str, Config]:
         """The adapters' configs by name."""
-        return {name: held[0].config for _, _, site in sites_of(self.model) for name, held in site.entries.items()}
+        held = {name: entries[0].config for _, _, site in sites_of(self.model) for name, entries in site.entries.items()}
+        return {name: config for name, config in held.items() if not isinstance(config, FusionConfig)}
 
     def sites(self, config: ConfigLike, **overrides: Any) -> list[SiteSpec]:
         """What a config would adapt. Changes nothing. Raises as `add` does."""
@@ -138,10 +141,82 @@ class AdapterKit:
         merging.unmerge_all(self.model, self._record())
         self.deactivate()
         freezing.unfreeze(self.model, self._record())
-        for name in adapter_names(self.model):
+        for name in (*self.fusions, *adapter_names(self.model)):
             attach.detach(self.model, name)
         self.model.__dict__.pop(RECORD, None)
         return self.model
+
+    # --- fusions ------------------------------------------------------------------------------------------------------
+
+    def add_fusion(
+        self,
+        fuse: Fuse,
+        config: FusionConfig | Mapping[str, Any] | str | Path = "dynamic",
+        heads: str | Sequence[str] = (),
+        **overrides: Any,
+    ) -> None:
+        """Add a fusion: an attention that weighs what the children of a Fuse add. It is not active yet.
+
+        Its name is that of the Fuse, else its children's with commas between; `parameters`, `freeze`, `remove`, `save` and
+        `load` take it as they take an adapter's.
+
+        Args:
+            fuse: `ak.Fuse("a", "b")`; the adapters are there already.
+            config: "dynamic", "static", a config, a mapping, or a path to such JSON.
+            heads: Names (patterns) of modules that the fusion owns a copy of.
+            **overrides: Settings to change in the config.
+
+        Raises:
+            AdapterNameError: the name is taken, or an adapter is not there.
+            ConfigError: bad settings, or no Fuse.
+            TargetError: a head that names nothing.
+            CompatibilityError: the adapters cannot be weighed; says where and why.
+        """
+        settings = fusions.as_fusion_config(config, overrides)
+        fusions.add_fusion(self.model, fuse, settings, heads, self.example_inputs)
+
+    def train_fusion(self, fuse: Fuse | str) -> None:
+        """Freeze the base and all adapters, open this fusion and its heads, and activate it.
+
+        Add `kit.fusion_loss()` to the loss. Raises AdapterNameError: no such fusion.
+        """
+        self.train_adapter(fusions.fusion_of(self.model, fuse)[0])
+
+    def fusion_loss(self) -> Tensor:
+        """What to add to the loss while fusions train: how far each Wv is from the identity, times `regularization`."""
+        return fusions.loss(self.model, list(self.fusions))
+
+    def anneal_fusion(self, fuse: Fuse | str) -> None:
+        """Lower a fusion's temperature by its `temperature_step`, down to 1: after a step of training."""
+        fusions.anneal(self.model, fusions.fusion_of(self.model, fuse)[0])
+
+    def prune_fusion(self, fuse: Fuse | str, keep: Sequence[Composition]) -> Fuse:
+        """Let a fusion weigh these of its children alone, such as `seen.most_used(2)`; the adapters stay in the model.
+
+        Raises:
+            AdapterNameError: no such fusion.
+            ConfigError: fewer than two children, or ones that it does not weigh.
+            CompatibilityError: it is active.
+        """
+        return fusions.prune(self.model, self._record(), fusions.fusion_of(self.model, fuse)[0], keep)
+
+    def fusion_attention(self, fuse: Fuse | str | None = None) -> AbstractContextManager[FusionAttention]:
+        """Keep what the active fusion attends to: `with kit.fusion_attention() as seen: model(x)`, then `seen.mean()`.
+
+        Args:
+            fuse: Which fusion, where several are active.
+
+        Raises:
+            AdapterNameError: no such fusion.
+            ActivationError: it is not active.
+        """
+        name = None if fuse is None else fusions.fusion_of(self.model, fuse)[0]
+        return attention.watched(self.model, self._record(), name)
+
+    @property
+    def fusions(self) -> Mapping[str, Fuse]:
+        """What each fusion weighs, by its name."""
+        return fusions_of(self.model)
 
     # --- what runs ----------------------------------------------------------------------------------------------------
 
@@ -313,7 +388,8 @@ class AdapterKit:
 
     def __repr__(self) -> str:
         active = self._record().activation.active
-        return f"AdapterKit({type(self.model).__name__}, adapters={adapter_names(self.model)}, active={active!r})"
+        held = f"adapters={[*self.adapters]}" + (f", fusions={[*self.fusions]}" if self.fusions else "")
+        return f"AdapterKit({type(self.model).__name__}, {held}, active={active!r})"
 
     def _record(self) -> Record:
         return attach.shared_record(self.model)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,8 @@ class _HostWeights:
         for name, entry, held_module in held:
             module = trained(held_module)
             if not (isinstance(module, Mergeable) or (isinstance(module, Adapting) and _spec(entry).at == "weight")):
-                method = members(entry.config)[_spec(entry).member].method
+                config: Any = entry.config
+                method = members(config)[_spec(entry).member].method
                 raise self._refusal(name, f"{method!r} is no change of a weight; only methods that are can be merged")
             names = self._load(name, _spec(entry), _dtype_of(held, self._host))
             if before is None and _spec(entry).at != "weight":

@@ -16,7 +16,7 @@ from .merged import Change, merged_weights
 from .plan import apply, check_known
 from .reads import Holder, reads_around
 from .record import ACTIVATION_LOCK, Record, silenced
-from .sites import Entry, Original, named_parameters, originals_of, owner_at, parameter_at, sites_of
+from .sites import Entry, Original, fusions_of, named_parameters, originals_of, owner_at, parameter_at, sites_of
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, outside_inference_mode
 
@@ -30,6 +30,8 @@ def merge(model: nn.Module, record: Record, name: str, example_inputs: ExampleIn
         example_inputs: Inputs to run the model on, to see what reads its weights; else tiny ones are made, if any run.
     """
     check_known(model, name)
+    if name in fusions_of(model):
+        raise CompatibilityError(f"{name!r} is a fusion: what it adds depends on each token, and no weight can hold that")
     with _undisturbed(model):
         if name in record.merged:
             raise ActivationError(f"adapter {name!r} is merged already; kit.unmerge({name!r}) takes it out again")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -19,9 +21,9 @@ from .errors import CompatibilityError
 from .row_division import rows_of, sizes_of
 from .sites import AdapterSite, Step
 from .stacked import run_each
-from .steps import Adding, AddProjected, View
+from .steps import AddDelta, Adding, AddProjected, View, plus
 
-__all__ = ["Chain", "Leaf", "Mean", "Mix", "Node", "RowMix", "TokenMix", "chain"]
+__all__ = ["Attend", "Chain", "Leaf", "Mean", "Mix", "Node", "RowMix", "TokenMix", "chain"]
 
 
 class Node:
@@ -29,13 +31,19 @@ class Node:
 
     Attributes:
         leaves: The adapters' modules in it, in order.
+        readers: All steps that read what a `View` holds.
     """
 
     leaves: tuple[Leaf, ...]
+    readers: tuple[Adding, ...]
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """The tensor as these adapters leave it. Shape: as `view.x`."""
-        raise NotImplementedError
+        return plus(view.x, self.delta(site, host, view))
+
+    def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """What they add. Shape: as `view.x`."""
+        return self.run(site, host, view) - view.x
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,11 @@ class Leaf(Node):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leaves", (self,))
+        object.__setattr__(self, "readers", (self.step,))
 
-    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """X and what the module adds. Shape: as `view.x`."""
-        return self.step.add(site.get_submodule(self.step.key), host, view)
+    def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """What the module adds. Shape: as `view.x`."""
+        return self.step.delta(site.get_submodule(self.step.key), host, view)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Group(Node):
     def __post_init__(self) -> None:
         # Once, for hooks to read: gathering them anew in each forward would cost as much as a small kernel.
         object.__setattr__(self, "leaves", tuple(leaf for node in self.nodes for leaf in node.leaves))
+        object.__setattr__(self, "readers", tuple(step for node in self.nodes for step in node.readers))
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,39 @@ class Mean(Group):
 
     weights: tuple[float, ...]
 
-    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """X and the sum. Shape: as `view.x`."""
-        total = view.x
-        for node, weight in zip(self.nodes, self.weights, strict=True):
-            if node.leaves:
-                total = total + weight * (node.run(site, host, view) - view.x)
-        return total
+    def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """The sum. Shape: as `view.x`."""
+        pairs = zip(self.nodes, self.weights, strict=True)
+        return reduce(add, [weight * node.delta(site, host, view) for node, weight in pairs if node.leaves])
+
+
+@dataclass(frozen=True)
+class Attend(Group):
+    """What the nodes add, weighed by a fusion: nothing, where a node has no module.
+
+    Attributes:
+        fusion: The step that reads the query.
+    """
+
+    fusion: AddDelta
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "readers", (*self.readers, self.fusion))
+
+    def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """The weighted sum. Shape: as `view.x`."""
+        module: Any = site.get_submodule(self.fusion.key)
+        dtype, axis = module.compute_dtype, self.fusion.spec.axis
+
+        def as_last(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype).movedim(axis, -1)
+
+        added = [node.delta(site, host, view) if node.leaves else torch.zeros_like(view.x) for node in self.nodes]
+        deltas = torch.stack([as_last(delta) for delta in added], dim=-2)  # (..., children, hidden)
+        run = module if module._forward_hooks else module.forward
+        delta, _ = run(as_last(self.fusion.read(host, view)), deltas, as_last(view.x))
+        return delta.movedim(-1, axis)  # type: ignore[no-any-return]  # a tensor
 
 
 @dataclass(frozen=True)
@@ -177,7 +213,7 @@ class Mix(Step):
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` with that tensor replaced. Shape: as it was."""
-        steps: list[Any] = [leaf.step for leaf in self.node.leaves]
+        steps: Sequence[Any] = self.node.readers
         path = steps[0].locate(value, in_call=steps[0].spec.at == "input")
         x: Tensor = values.get(value, path)
         if x.is_nested:

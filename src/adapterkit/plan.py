@@ -6,16 +6,16 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .composition import Block, Composition, multiplies_rows, names_always, names_in
+from .composition import Block, Composition, expanded, fusions_in, multiplies_rows, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
 from .hooks import WeightHook, forget_compiled, has_hook
 from .patterns import modules_by_path
 from .record import ACTIVATION_LOCK, Record
 from .site_plan import SitePlan, plan_at
-from .sites import adapter_names, sites_of
+from .sites import adapter_names, fusions_of, sites_of
 from .steps import Pass
 
-__all__ = ["activate", "activated", "apply", "check_active", "check_known"]
+__all__ = ["activate", "activated", "apply", "check_active", "check_known", "check_plans"]
 
 
 def activate(model: nn.Module, record: Record, composition: Composition | None) -> None:
@@ -48,25 +48,37 @@ def activated(model: nn.Module, record: Record, composition: Composition | None)
             apply(model, record)
 
 
+def check_plans(model: nn.Module, record: Record, composition: Composition) -> None:
+    """Raise CompatibilityError if adapters cannot act together as a composition says."""
+    _plans(model, record, composition)
+
+
 def apply(model: nn.Module, record: Record) -> None:
     """Put the steps of what is active at every site."""
     _put(model, record, _plans(model, record, record.activation.active))
 
 
 def check_active(model: nn.Module, composition: Composition) -> Composition:
-    """The composition, if it is one, and the model has all of its adapters.
+    """The composition, if it is one, and the model has all of its adapters; what they weigh in the place of fusions.
 
     Raises:
-        AdapterNameError: no adapter has such a name.
+        AdapterNameError: no adapter or fusion has such a name.
         ConfigError: several adapters in a list, a tuple or a set.
     """
     if isinstance(composition, (list, tuple, set)):
         raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition}")
     if multiplies_rows(composition):
         raise ConfigError(f"{composition!r}: Parallel cannot run yet; run its children one by one with kit.active(...)")
+    fusions = fusions_of(model)
+    for fuse in fusions_in(composition):
+        if fuse.fusion not in fusions:
+            raise AdapterNameError(
+                f"the model has no fusion {fuse.fusion!r}; kit.add_fusion({fuse!r}) makes one, to be trained. "
+                f"It has: {list(fusions) or 'none'}"
+            )
     for name in dict.fromkeys(names_in(composition)) if isinstance(composition, Block) else (composition,):
         check_known(model, name)
-    return composition
+    return expanded(composition, fusions)  # type: ignore[return-value]  # None of None alone
 
 
 def _plans(model: nn.Module, record: Record, composition: Composition | None) -> list[SitePlan]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .composition import Average, Composition, Split, Stack, names_in
+from .composition import Average, Composition, Fuse, Split, Stack, names_in, to_json
 from .errors import CompatibilityError
-from .mixing import Chain, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
+from .mixing import Attend, Chain, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
 from .patterns import ancestors
 from .row_division import divides_rows, row_kinds
 from .sites import AdapterSite, Entry, Step
@@ -133,10 +133,22 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
     if isinstance(composition, Split):
         _check_tokens(place, nodes, whole)
         return TokenMix(tuple(nodes), composition.sizes, 1 - place.row_axis, place.path)
-    raise CompatibilityError(
-        f"{type(composition).__name__} needs a trained fusion of {list(names_in(composition))}, which cannot be "
-        "made yet; use Average or Stack"
-    )
+    if isinstance(composition, Fuse):
+        return _attend(place, composition, nodes, whole)
+    raise TypeError(f"a {type(composition).__name__} is no plan of its own")  # Rows, BatchSplit, Parallel: above
+
+
+def _attend(place: _Place, composition: Fuse, nodes: Sequence[Node], whole: Composition) -> Node:
+    """What a fusion is at a place."""
+    entry = next(iter(place.entries(composition.fusion)), None)
+    trained: Any = () if entry is None else getattr(entry.config, "children", ())
+    others = [child for child in map(to_json, composition.children) if child not in trained]
+    if entry is None or others:
+        raise CompatibilityError(
+            f"no fusion {composition.fusion!r} weighs {others or list(composition.children)} at {place.path!r}; "
+            f"kit.add_fusion({composition!r}) makes one, to be trained"
+        )
+    return Attend(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))  # type: ignore[arg-type]  # not a head
 
 
 def _leaf(place: _Place, entry: Entry, whole: Composition) -> Leaf:
@@ -173,7 +185,9 @@ def _head_steps(path: str, site: AdapterSite, composition: Composition | None) -
     owners = [n for n in names_in(composition) if any(entry.spec is None for entry in site.entries.get(n, ()))]
     if not owners or composition is None:
         return ()
-    if _one_after_the_other(composition) is None:
+    if isinstance(composition, Fuse) and composition.fusion in owners:
+        owners = [composition.fusion]
+    elif _one_after_the_other(composition) is None:
         raise CompatibilityError(
             f"{composition!r} cannot choose between heads: {list(dict.fromkeys(owners))} own a copy of {path!r}. Load or "
             "add the adapters without heads"

@@ -11,7 +11,8 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
-from .composition import Composition
+from .composition import Composition, Fuse, from_json
+from .config.fusion import FusionConfig
 from .config.union import Config
 from .errors import AdapterKitError
 from .names import module_key
@@ -28,6 +29,7 @@ __all__ = [
     "SiteSpec",
     "Step",
     "adapter_names",
+    "fusions_of",
     "located",
     "named_parameters",
     "open_parameters",
@@ -94,13 +96,13 @@ class Entry:
 
     Attributes:
         key: Its name among the site's children.
-        config: The adapter's config.
+        config: The adapter's config, or the fusion's.
         spec: Its place; None for a copy of this head.
         handover: Where the residual stream is left, if it reads that.
     """
 
     key: str
-    config: Config
+    config: Config | FusionConfig
     spec: SiteSpec | None
     handover: Handover | None = field(default=None, compare=False)
 
@@ -162,7 +164,12 @@ class AdapterSite(nn.Module):
         )
 
     def insert(
-        self, name: str, module: nn.Module, config: Config, spec: SiteSpec | None, handover: Handover | None = None
+        self,
+        name: str,
+        module: nn.Module,
+        config: Config | FusionConfig,
+        spec: SiteSpec | None,
+        handover: Handover | None = None,
     ) -> None:
         """Hold a module of an adapter for this host, after those that it has here already."""
         there = self.entries.get(name, ())
@@ -295,8 +302,19 @@ def open_parameters(module: nn.Module, trains: bool) -> None:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of all adapters in the model."""
+    """The names of all adapters in the model, and of all fusions."""
     return list(dict.fromkeys(name for _, _, site in sites_of(model) for name in site.entries))
+
+
+def fusions_of(model: nn.Module) -> dict[str, Fuse]:
+    """The model's fusions by name, each as the composition that it weighs."""
+    configs = {name: entries[0].config for _, _, site in sites_of(model) for name, entries in site.entries.items()}
+    found = {}
+    for name, config in configs.items():
+        if isinstance(config, FusionConfig):
+            unnamed = Fuse(*(from_json(child) for child in config.children))  # type: ignore[arg-type]  # no None
+            found[name] = unnamed if unnamed.fusion == name else Fuse(*unnamed.children, name=name)
+    return found
 
 
 def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tuple[str, nn.Parameter]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .sites import AdapterSite
-from .steps import Adding, View
+from .steps import Adding, View, plus
 
 __all__ = ["kind_of", "run_each"]
 
@@ -45,14 +45,14 @@ def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[A
     modules = {step.key: site.get_submodule(step.key) for step in steps}
     module = modules[step.key]
     if len(modules) == 1:
-        return step.add(module, host, view)
+        return plus(view.x, step.delta(module, host, view))
     own = {key: _tensors(module) for key, module in modules.items()}
     stacked = {name: torch.stack([own[step.key][name] for step in steps]) for name in own[step.key]}
     stream_of_all = view.streams.get(step.key)  # modules of one kind read the same one
 
     def run(tensors: Mapping[str, Tensor], x: Tensor, bare: Tensor, taken: Tensor | None, stream: Tensor | None) -> Tensor:
         row = View(x, bare, taken, {} if stream is None else {step.key: stream}).map(lambda t: t.unsqueeze(axis))
-        return step.add(_with_tensors(module, tensors), host, row).squeeze(axis)
+        return plus(row.x, step.delta(_with_tensors(module, tensors), host, row)).squeeze(axis)
 
     given = (view.x, view.bare, view.taken, stream_of_all)
     axes = (0, *(None if tensor is None else axis for tensor in given))

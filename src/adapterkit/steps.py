@@ -17,7 +17,7 @@ from .errors import CompatibilityError
 from .record import Handover
 from .sites import AdapterSite, SiteSpec, Step
 
-__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Adding", "Pass", "UseHead", "View"]
+__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Adding", "Pass", "UseHead", "View", "plus"]
 
 
 class View(NamedTuple):
@@ -50,6 +50,11 @@ class View(NamedTuple):
         return self.map(lambda tensor: tensor.index_select(axis, where))
 
 
+def plus(x: Tensor, delta: Tensor) -> Tensor:
+    """X + delta, in x's dtype. Shape: both the same."""
+    return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
+
+
 @runtime_checkable
 class Adding(Protocol):
     """A step that adds to one tensor of what a hook is given."""
@@ -61,8 +66,8 @@ class Adding(Protocol):
         """Where the tensor lies."""
         ...
 
-    def add(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """The tensor with what `module` adds. Shape: as `view.x`."""
+    def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
+        """What `module` adds, in the dtype that it computes in. Shape: as `view.x`."""
         ...
 
 
@@ -89,10 +94,13 @@ class AddDelta(Step):
         path = self.locate(value, in_call=self.spec.at == "input")
         return values.put(value, path, self._adapt(site, host, values.get(value, path)))
 
-    def add(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """Return x + module(z, x), of a view. Shape: as `view.x`."""
-        z = view.x if self.spec.reads == "site" else self._read(host, view.x, view.streams.get(self.key))
-        return self._add(module, z, view.x)
+    def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
+        """Return module(z, x), of a view. Shape: as `view.x`."""
+        return self._delta(module, self.read(host, view), view.x)
+
+    def read(self, host: nn.Module, view: View) -> Tensor:
+        """What the adapter reads. Shape: (..., input_width)."""
+        return view.x if self.spec.reads == "site" else self._read(host, view.x, view.streams.get(self.key))
 
     def _adapt(self, site: AdapterSite, host: nn.Module, x: Tensor) -> Tensor:
         """Return x + delta, in x's dtype. Shape: (..., width), the features on `spec.axis`."""
@@ -100,13 +108,13 @@ class AddDelta(Step):
         module: Any = site._modules[self.key]
         z = x if spec.reads == "site" else self._read(host, x, self.handover.take() if self.handover else None)
         if not x.is_nested:
-            return self._add(module, z, x)
+            return plus(x, self._delta(module, z, x))
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
         rows = zip(z.unbind(), x.unbind(), strict=True)
-        return torch.nested.as_nested_tensor([self._add(module, a[None], b[None])[0] for a, b in rows])
+        return torch.nested.as_nested_tensor([plus(b, self._delta(module, a[None], b[None])[0]) for a, b in rows])
 
-    def _add(self, module: Any, z: Tensor, x: Tensor) -> Tensor:
-        """Return x + module(z, x). Shape: z (..., input_width), x (..., width), the features on `spec.axis`."""
+    def _delta(self, module: Any, z: Tensor, x: Tensor) -> Tensor:
+        """Return module(z, x). Shape: z (..., input_width), x (..., width), the features on `spec.axis`."""
         spec, shape = self.spec, x.shape
         axis = spec.axis
         if axis != -1 and not -x.dim() <= axis < x.dim():
@@ -121,7 +129,7 @@ class AddDelta(Step):
         delta: Tensor = run(z, x) if axis == -1 else run(z.movedim(axis, -1), x.movedim(axis, -1)).movedim(-1, axis)
         if delta.shape != shape:
             raise self._wrong_shape(z, x)
-        return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
+        return delta
 
     def _read(self, host: nn.Module, x: Tensor, stream: Tensor | None) -> Tensor:
         """What the adapter reads, where that is not the tensor at the site. Shape: (..., input_width)."""
@@ -186,9 +194,9 @@ class AddProjected(Step):
         path, z = self.locate(value, in_call=False), self.taken(args, kwargs)
         x: Tensor = values.get(value, path)
         if not x.is_nested:
-            return values.put(value, path, x + self._delta(module, z, x, host))
+            return values.put(value, path, plus(x, self._delta(module, z, x, host)))
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
-        rows = [b + self._delta(module, a, b, host) for a, b in zip(z.unbind(), x.unbind(), strict=True)]
+        rows = [plus(b, self._delta(module, a, b, host)) for a, b in zip(z.unbind(), x.unbind(), strict=True)]
         return values.put(value, path, torch.nested.as_nested_tensor(rows))
 
     def _by_keyword(self, kwargs: Any) -> Any:
@@ -216,14 +224,14 @@ class AddProjected(Step):
             )
         return z
 
-    def add(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """Return x + delta, of a view: the change is that of the host's own output. Shape: as `view.x`."""
+    def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
+        """What is added, of a view: the change is that of the host's own output. Shape: as `view.x`."""
         if view.taken is None:
             raise CompatibilityError(f"what {self.spec.path!r} takes was not kept for adapter {self.adapter!r}")
-        return view.x + self._delta(module, view.taken, view.bare, host)
+        return self._delta(module, view.taken, view.bare, host)
 
     def _delta(self, module: Any, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
-        """What is added to x, in its dtype. Shape: z as the host takes, x as it returns."""
+        """What is added to x. Shape: z as the host takes, x as it returns."""
         spec, dtype = self.spec, module.compute_dtype
         if x.shape[spec.axis] != spec.width:
             raise CompatibilityError(
@@ -234,7 +242,7 @@ class AddProjected(Step):
             z = z.to(dtype)
         run = module if module._forward_hooks or module._forward_pre_hooks else module.forward
         delta: Tensor = run(z, x, host)
-        return delta if delta.dtype is x.dtype else delta.to(x.dtype)
+        return delta
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from torch import nn
 from .attach import find_sites, needs_structure
 from .base import base_digests, base_parameters
 from .composition import names_in
+from .config.base import AdapterConfig
+from .config.union import Union
 from .errors import AdapterKitError, CompatibilityError, TargetError
 from .hooks import InputHook, OutputHook, WeightHook, has_hook
 from .merging import changed_since_merging
@@ -149,7 +151,7 @@ def _elsewhere(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]
 def _elsewhere_now(model: nn.Module, name: str, inputs: ExampleInputs) -> Iterator[str]:
     """Where the adapter's config, read anew, asks for other places: the model computes otherwise than when it was added."""
     config = next((site.entries[name][0].config for _, _, site in sites_of(model) if name in site.entries), None)
-    if config is None or not needs_structure(config):
+    if not isinstance(config, AdapterConfig | Union) or not needs_structure(config):
         return
     try:
         wanted = {_where(spec) for spec in find_sites(model, config, inputs)}

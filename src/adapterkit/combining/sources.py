@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..config.base import AdapterConfig
+from ..config.fusion import FusionConfig
 from ..config.union import Config, members
 from ..errors import CompatibilityError, ConfigError
 from ..sites import SiteSpec, located, sites_of
@@ -66,6 +67,8 @@ def adapter_of(model: nn.Module, name: str, weight: float) -> Adapter:
     """The adapter of this name, with its places as they are in this model."""
     held = [(path, entry, module) for path, _, site in sites_of(model) for entry, module in site.modules_of(name)]
     config = held[0][1].config
+    if isinstance(config, FusionConfig):
+        raise ConfigError(f"{name!r} is a fusion, which weighs adapters and cannot be summed; combine the adapters")
     here = [(located(entry.spec, path), module) for path, entry, module in held if entry.spec is not None]
     sources = []
     for index, member in enumerate(members(config)):

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..config.union import Config, Union
 from ..errors import ConfigError
 from . import UNION_PRESETS, method_named, preset_named, preset_names
 
-__all__ = ["as_config", "config_from"]
+__all__ = ["as_config", "config_from", "no_config", "read_json"]
 
 
 def config_from(settings: Mapping[str, Any]) -> Config:
@@ -43,7 +43,7 @@ def as_config(config: Settings | Mapping[str, Any] | str | Path, overrides: Mapp
     if isinstance(config, str) and config in UNION_PRESETS:
         return Union(*filter(None, map(_preset, UNION_PRESETS[config]))).override(overrides)
     preset = _preset(config) if isinstance(config, str) else None
-    return (config_from(_read_json(config)) if preset is None else preset).override(overrides)
+    return (config_from(_settings_in(config)) if preset is None else preset).override(overrides)
 
 
 def _preset(name: str) -> AdapterConfig | None:
@@ -65,19 +65,35 @@ def _union_from(settings: Mapping[str, Any]) -> Union:
     return Union(**{**settings, "configs": configs})
 
 
-def _read_json(config: object) -> Mapping[str, Any]:
-    """The settings in a JSON file."""
+def _settings_in(config: object) -> Mapping[str, Any]:
+    """The settings in a JSON file, or an error that knows the presets."""
+    settings = read_json(config)
+    if settings is None:
+        names, problems = preset_names()
+        raise ConfigError("; ".join([no_config(config, names), *problems]))
+    return settings
+
+
+def no_config(config: object, presets: Sequence[str]) -> str:
+    """What to say of something that is no spelling of a config."""
+    near = difflib.get_close_matches(str(config), presets, n=3)
+    hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the presets are {', '.join(presets)}"
+    return f"{str(config)[:80]!r} is neither a preset nor a config nor a JSON file with one; {hint}"
+
+
+def read_json(config: object) -> Mapping[str, Any] | None:
+    """The settings in a JSON file; None if that is no path of a file.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
     try:
         path = Path(config)  # type: ignore[arg-type]  # what is no path raises TypeError
         is_file = path.is_file()
     except (TypeError, ValueError, OSError):
         is_file = False
     if not is_file:
-        names, problems = preset_names()
-        near = difflib.get_close_matches(str(config), names, n=3)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the presets are {', '.join(names)}"
-        nothing = f"{str(config)[:80]!r} is neither a preset nor a config nor a JSON file with one; {hint}"
-        raise ConfigError("; ".join([nothing, *problems]))
+        return None
     try:
         settings = json.loads(path.read_bytes())
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..attach import Part, attach, build_parts, check_free, device_near
+from ..attach import Part, attach, build_parts, check_free, device_near, head_parts
 from ..base import fingerprint
+from ..composition import Fuse, to_json
+from ..config.fusion import FusionConfig
 from ..config.union import Config, members
 from ..errors import AdapterKitError, CompatibilityError, StoreError
+from ..fusions import attach_fusion, fusion_parts
 from ..heads import check_apart
 from ..hosts import resolve_host
 from ..methods import method_of
@@ -20,11 +24,12 @@ from ..methods.spellings import config_from
 from ..patterns import modules_by_path
 from ..sites import SiteSpec
 from ..structure.trace import ExampleInputs, outside_inference_mode
+from .children import fuse_from
 from .files import read_manifest_bytes, read_tensors_bytes
 from .identity import structure_of
 from .manifest import Manifest, PlaceRecord, SiteRecord, parse_manifest
 from .places import check_places
-from .save import dtype_name, tensor_key
+from .tensors import dtype_name, tensor_key
 
 __all__ = ["BaseMismatchWarning", "load_adapter", "read_manifest"]
 
@@ -55,12 +60,14 @@ def load_adapter(
     Args:
         name: Another name than it was saved under.
         heads: Bring its heads as well.
-        any_base: Say nothing if the model's weights are not those it was trained on (its structure must be, always).
+        any_base: Say nothing if the model's weights are not those it was trained on (its structure must be, always); let
+            a fusion weigh adapters of the names that it knows, whatever they hold.
         example_inputs: Inputs to trace the model with, where its structure decides on the sites; else tiny ones are made.
 
     Raises:
         StoreError: the files are missing, damaged, hostile or too new.
-        CompatibilityError: the model's structure differs at the adapter's sites, or its config leads to others; says which.
+        CompatibilityError: the model's structure differs at the adapter's sites, or its config leads to others; or an
+            adapter that a fusion weighs is not there. Says which.
         AdapterNameError: the name is taken.
     """
     directory = Path(directory)
@@ -68,12 +75,13 @@ def load_adapter(
     name = manifest.name if name is None else name
     check_free(model, name)
     _check_structure(model, manifest, heads=heads, source=directory)
+    fuse = fuse_from(model, manifest, name, any_base=any_base, source=directory) if manifest.children else None
     try:
-        config = config_from(manifest.config)
-        parts = _empty_parts(model, manifest, config, heads=heads)
+        config, parts = _empty_parts(model, manifest, fuse, heads=heads)
     except (AdapterKitError, RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise StoreError(f"the manifest in {str(directory)!r} describes no adapter for this model: {error}") from error
-    check_places(model, config, [part.spec for part in parts if part.spec is not None], example_inputs, directory)
+    if not isinstance(config, FusionConfig):
+        check_places(model, config, [part.spec for part in parts if part.spec is not None], example_inputs, directory)
     tensors = _parse_tensors(directory, manifest, content)
     _fill(model, parts, tensors, heads=heads, source=directory)
     if not any_base and fingerprint(model) != manifest.base.fingerprint:
@@ -84,7 +92,10 @@ def load_adapter(
             BaseMismatchWarning,
             stacklevel=3,
         )
-    attach(model, name, config, parts)
+    if isinstance(config, FusionConfig):
+        attach_fusion(model, name, config, parts)
+    else:
+        attach(model, name, config, parts)
     return name
 
 
@@ -108,9 +119,27 @@ def _check_structure(model: nn.Module, manifest: Manifest, *, heads: bool, sourc
         )
 
 
-def _empty_parts(model: nn.Module, manifest: Manifest, config: Config, *, heads: bool) -> list[Part]:
-    """The adapter's modules without values, after checking that sites and config agree."""
-    modules = modules_by_path(model)
+def _empty_parts(
+    model: nn.Module, manifest: Manifest, fuse: Fuse | None, *, heads: bool
+) -> tuple[Config | FusionConfig, list[Part]]:
+    """The modules of the file without values, after checking that sites and config agree."""
+    return _empty_adapter(model, manifest, heads) if fuse is None else _empty_fusion(model, manifest, fuse, heads)
+
+
+def _empty_fusion(model: nn.Module, manifest: Manifest, fuse: Fuse, heads: bool) -> tuple[FusionConfig, list[Part]]:
+    """The fusion's modules without values, at the places of its adapters, which must be those of the file."""
+    config = FusionConfig(**{**manifest.config, "children": tuple(map(to_json, fuse.children))})
+    parts = fusion_parts(model, fuse, config, meta=True)
+    specs = [part.spec for part in parts if part.spec is not None]
+    here, there = ({(s.path, s.at, s.width, s.input_width) for s in sites} for sites in (specs, manifest.sites))
+    if here != there:
+        raise StoreError(f"its adapters are at {sorted(here ^ there)[:3]} in one of file and model, and not in the other")
+    return config, parts + head_parts(model, _head_paths(manifest, specs, heads))
+
+
+def _empty_adapter(model: nn.Module, manifest: Manifest, heads: bool) -> tuple[Config, list[Part]]:
+    """The adapter's modules without values."""
+    config, modules = config_from(manifest.config), modules_by_path(model)
     placements = [method_of(member).placements(member) for member in members(config)]
     sites = [SiteSpec(**record.model_dump(exclude={"structure"})) for record in manifest.sites]
     for site in sites:
@@ -118,12 +147,18 @@ def _empty_parts(model: nn.Module, manifest: Manifest, config: Config, *, heads:
             raise StoreError(f"site {site.path!r} says at={site.at!r}, reads={site.reads!r}; its config says otherwise")
         if site.at != "weight" and resolve_host(site.path, modules, at_input=site.at == "input") != site.path:
             raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
-    head_paths = [head.path for head in manifest.heads] if heads else []
-    places = {(site.path, site.member, site.tag, site.parameters[:1]) for site in sites}
-    if len(places) < len(sites) or len(set(head_paths)) < len(head_paths):
-        raise StoreError("it names a site or head twice")
-    check_apart([site.path for site in sites], head_paths)
-    return build_parts(model, config, sites, head_paths, meta=True)
+    if len({(site.path, site.member, site.tag, site.parameters[:1]) for site in sites}) < len(sites):
+        raise StoreError("it names a site twice")
+    return config, build_parts(model, config, sites, _head_paths(manifest, sites, heads), meta=True)
+
+
+def _head_paths(manifest: Manifest, sites: Sequence[SiteSpec], heads: bool) -> list[str]:
+    """Where the file's heads are, if they are wanted."""
+    paths = [head.path for head in manifest.heads] if heads else []
+    if len(set(paths)) < len(paths):
+        raise StoreError("it names a head twice")
+    check_apart([site.path for site in sites], paths)
+    return paths
 
 
 def _read(directory: Path) -> tuple[Manifest, bytes]:

@@ -9,7 +9,8 @@ from ..errors import StoreError
 from ..structure.anatomy import Norm
 
 __all__ = [
-    "FORMAT_VERSION", "BaseIdentity", "Manifest", "Metadata", "Metric", "SiteRecord", "TensorRecord", "parse_manifest",
+    "FORMAT_VERSION", "BaseIdentity", "ChildRecord", "Manifest", "Metadata", "Metric", "SiteRecord", "TensorRecord",
+    "parse_manifest",
 ]  # fmt: skip
 
 FORMAT_VERSION: Literal[1] = 1
@@ -63,6 +64,13 @@ class TensorRecord(_Strict):
     dtype: Text
 
 
+class ChildRecord(_Strict):
+    """An adapter that a fusion weighs: what it was called, and the digest of its tensors."""
+
+    name: Text
+    digest: Sha256
+
+
 class BaseIdentity(_Strict):
     """The model that the adapter was trained on.
 
@@ -106,7 +114,12 @@ class Metadata(_Strict):
 
 
 class Manifest(_Strict):
-    """The whole of `adapter.json`."""
+    """The whole of `adapter.json`.
+
+    Attributes:
+        digest: Of the adapter's own tensors, without heads: what a fusion refers to it by.
+        children: The adapters that a fusion weighs.
+    """
 
     format_version: Literal[1]
     name: Annotated[str, Field(min_length=1, max_length=128)]
@@ -116,6 +129,8 @@ class Manifest(_Strict):
     tensors: Annotated[dict[str, TensorRecord], Field(max_length=10 * MAX_SITES)]
     tensors_sha256: Sha256
     tensors_size_bytes: Count
+    digest: Sha256 | None = None
+    children: Annotated[tuple[ChildRecord, ...], Field(max_length=10_000)] = ()
     base: BaseIdentity
     metadata: Metadata
     versions: dict[str, Text]

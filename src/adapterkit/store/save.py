@@ -6,32 +6,24 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from ..config.base import describe
 from ..errors import StoreError
 from ..hosts import host_type
-from ..modules.twin import trained
-from ..sites import Entry, SiteSpec, located, sites_of
+from ..sites import located
+from .children import children_of
 from .files import CARD_MARK, replace_adapter
 from .identity import base_identity, structure_of
 from .manifest import FORMAT_VERSION, HeadRecord, Manifest, Metadata, SiteRecord, TensorRecord
+from .tensors import Held, digest_of, dtype_name, held_by, tensors_of
 
-__all__ = ["dtype_name", "save_adapter", "tensor_key"]
-
-
-class _Held(NamedTuple):
-    """A module of the adapter, and where it is."""
-
-    path: str
-    host: nn.Module
-    entry: Entry
-    module: nn.Module
+__all__ = ["save_adapter"]
 
 
 def save_adapter(
@@ -42,7 +34,7 @@ def save_adapter(
     heads: bool = True,
     metadata: Metadata | Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter, with its heads unless told not to, and return the directory.
+    """Write an adapter or a fusion, with its heads unless told not to, and return the directory.
 
     A kill at any moment leaves the old adapter or the new one. Other files in the directory are left alone.
 
@@ -50,13 +42,8 @@ def save_adapter(
         StoreError: the directory cannot be written, or the metadata have wrong or unknown fields.
     """
     metadata = _as_metadata(metadata)
-    held = [
-        _Held(path, host, entry, module)
-        for path, host, site in sites_of(model)
-        for entry, module in site.modules_of(name)
-        if heads or entry.spec is not None
-    ]
-    tensors = _tensors(held)
+    held = held_by(model, name, heads=heads)
+    tensors = tensors_of(held)
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     site_records, head_records = _records(model, held)
     structures = [r.structure for r in site_records] + [r.structure for r in head_records]
@@ -70,6 +57,8 @@ def save_adapter(
         tensors={key: TensorRecord(shape=tuple(t.shape), dtype=dtype_name(t)) for key, t in tensors.items()},
         tensors_sha256=hashlib.sha256(content).hexdigest(),
         tensors_size_bytes=len(content),
+        digest=digest_of(model, name),
+        children=children_of(model, name),
         base=base_identity(model, structures, metadata),
         metadata=metadata,
         versions={"adapterkit": version("adapterkit"), "torch": torch.__version__, "python": platform.python_version()},
@@ -89,37 +78,7 @@ def _as_metadata(metadata: Metadata | Mapping[str, Any] | None) -> Metadata:
         raise StoreError(f"the metadata cannot be saved: {describe(error)}") from error
 
 
-def tensor_key(spec: SiteSpec | None, path: str, tensor: str) -> str:
-    """The name of a tensor in the file: under "sites", or under "heads" without a spec.
-
-    Where an adapter may have several modules at a host, the name says which: of a union, of a Parameter, of a placement.
-    """
-    if spec is None:
-        return f"heads/{path}/{tensor}"
-    which = [str(spec.member) if spec.member else "", *spec.parameters[:1], spec.tag]
-    return "/".join(["sites", path, *(part for part in which if part), tensor])
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """A dtype's name as the manifest spells it: "float32"."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _tensors(held: list[_Held]) -> dict[str, Tensor]:
-    tensors = {}
-    saved: set[int] = set()
-    for path, _, entry, module in held:
-        source = trained(module)
-        if id(source) in saved:
-            continue
-        saved.add(id(source))  # with its first site: in a part of the model that may be a twin
-        for tensor, value in source.state_dict().items():
-            # A clone: the format has no tensors that share memory, and a head may tie two of its own.
-            tensors[tensor_key(entry.spec, path, tensor)] = value.detach().cpu().contiguous().clone()
-    return tensors
-
-
-def _records(model: nn.Module, held: list[_Held]) -> tuple[list[SiteRecord], list[HeadRecord]]:
+def _records(model: nn.Module, held: list[Held]) -> tuple[list[SiteRecord], list[HeadRecord]]:
     sites, heads = [], []
     for path, host, entry, _ in held:
         spec, structure = entry.spec, structure_of(model, path)
@@ -136,6 +95,7 @@ def _card(manifest: Manifest) -> str:
     rows = {
         "method": manifest.config.get("method"),
         "sites": len(manifest.sites),
+        "weighs": ", ".join(f"{child.name} ({child.digest[:12]})" for child in manifest.children),
         "heads": ", ".join(head.path for head in manifest.heads) or "none",
         "size": f"{manifest.tensors_size_bytes:,} bytes",
         "base": base.hub_id or base.class_path,
