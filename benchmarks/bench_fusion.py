@@ -75,7 +75,8 @@ def compare(data: Path, seeds: int, *, quick: bool) -> dict[str, Any]:
     own = {source: [outcome["own"][source] for outcome in outcomes] for source in fusion.SOURCES}
     for source, values in own.items():
         print(f"{source} on its own: {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %")
-    return {"summary": summary, "own": own, "nearest": [outcome["nearest"] for outcome in outcomes], "rows": rows}
+    seen = {key: [outcome[key] for outcome in outcomes] for key in ("nearest", "attention")}
+    return {"summary": summary, "own": own, **seen, "rows": rows}
 
 
 def main() -> None:

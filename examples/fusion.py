@@ -117,7 +117,7 @@ def fusion(kit: ak.AdapterKit, run: Run) -> None:
     """AdapterFusion over all four adapters, frozen, with its own copy of the head."""
     load_all(kit, run, heads=False)
     fuse = ak.Fuse(*domains.FILES, name="fused")
-    kit.add_fusion(fuse, "dynamic", heads=["classifier"])
+    kit.add_fusion(fuse, "dynamic", heads=["classifier"], seed=run.seed)
     kit.train_fusion(fuse)
 
 
@@ -201,24 +201,30 @@ def run_seed(run: Run) -> dict[str, Any]:
     results = []
     for arm in ARMS:
         result, ready = run_arm(run, arm, SETTINGS.get(arm))
-        results.append(result)
-        if arm == "fusion":
-            ready.kit.verify().require()
-            draw_attention(run, ready)
-    return {"seed": run.seed, "nearest": run.nearest, "own": own, "arms": [asdict(result) for result in results]}
+        results.append(asdict(result))
+    ready.kit.verify().require()  # of the fusion, the last arm
+    return {
+        "seed": run.seed,
+        "nearest": run.nearest,
+        "own": own,
+        "attention": draw_attention(run, ready),
+        "arms": results,
+    }
 
 
 # --- looking into the fusion, and routing rows ------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def draw_attention(run: Run, ready: Prepared) -> None:
-    """Draw how much each adapter counts in each layer, over sentences of the target domain."""
-    examples = run.domains()[TARGET].test[:: len(run.domains()[TARGET].test) // 64]
-    inputs, _ = next(sentiment.batches(examples, ready.tokenizer))
+def draw_attention(run: Run, ready: Prepared) -> dict[str, list[float]]:
+    """Draw how much each adapter counts in each layer, over the target's sentences; return that."""
+    masks = []
     with ready.kit.fusion_attention() as seen:
-        ready.model(**inputs)
-    seen.draw(run.out / "attention.png")
+        for inputs, _ in sentiment.batches(getattr(run.domains()[TARGET], run.split), ready.tokenizer):
+            ready.model(**inputs)
+            masks.append(inputs["attention_mask"])
+    seen.draw(run.out / "attention.png", masks)
+    return {domain: column.tolist() for domain, column in zip(domains.FILES, seen.mean(masks).T, strict=True)}
 
 
 @torch.no_grad()
