@@ -14,8 +14,8 @@ Row = dict[str, Any]
 def choose(trial: Callable[[float, int], Row], rates: Sequence[float], epochs: int, other: int, third: int) -> list[Row]:
     """All that was tried for one arm, the chosen setting marked, by one rule for all arms.
 
-    The learning rates with so many epochs, and twice the largest if that is the best; then the best rate with another
-    number of epochs, and with a third if that is no better.
+    The learning rates with so many epochs, and twice the largest or half the smallest if that is the best; then the best
+    rate with another number of epochs, and with a third if that is no better.
 
     Args:
         trial: Runs one learning rate with one number of epochs; gives a row with its validation accuracy.
@@ -25,8 +25,9 @@ def choose(trial: Callable[[float, int], Row], rates: Sequence[float], epochs: i
         third: Likewise, if the other is no better.
     """
     tried = [trial(rate, epochs) for rate in rates]
-    if best_of(tried)["learning_rate"] == rates[-1]:
-        tried.append(trial(2 * rates[-1], epochs))
+    beyond = {rates[-1]: 2 * rates[-1], rates[0]: rates[0] / 2}.get(best_of(tried)["learning_rate"])
+    if beyond is not None:
+        tried.append(trial(beyond, epochs))
     best = best_of(tried)
     tried.append(trial(best["learning_rate"], other))
     if best_of(tried) is best:
