@@ -52,7 +52,7 @@ def types(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """All quick benchmarks; `nox -s bench -- hooks` runs one of them in full."""
     _install_demo(session)
-    names = session.posargs or ["discovery", "fusion", "hooks", "rows", "savings", "sentiment"]
+    names = session.posargs or ["discovery", "drop", "fusion", "hooks", "rows", "savings", "sentiment"]
     for name in names:
         data = [_rated_sentences(session)] if name == "fusion" else []
         quick = [] if session.posargs else ["--quick"]

@@ -233,7 +233,7 @@ def route(run: Run, each: int = 8) -> str:
     model, tokenizer = sentiment.build(run.model, run.seed)
     kit = ak.wrap(model)
     pairs = [(name, example) for name, domain in run.domains().items() for example in domain.test[-each:]]
-    load_all(kit, run, heads=False)
+    load_all(kit, run, heads=True)
     names, examples = zip(*random.Random(run.seed).sample(pairs, len(pairs)), strict=True)
     inputs, _ = next(sentiment.batches(list(examples), tokenizer))
     model.eval()

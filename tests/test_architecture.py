@@ -13,7 +13,7 @@ SOURCE = Path(adapterkit.__file__).parent
 # From the bottom up. A module may import from its own layer and from those above it in this list.
 LAYERS = [
     {"errors"},
-    {"names", "config", "composition", "row_division", "ops", "modules"},
+    {"names", "config", "adapterdrop", "composition", "row_division", "ops", "modules"},
     {
         "patterns",
         "values",
@@ -25,7 +25,13 @@ LAYERS = [
         "sites",
         "swap",
         "stacked",
+        "head_calls",
+        "head_output",
+        "head_plan",
+        "head_rows",
+        "head_steps",
         "mixing",
+        "parallel",
         "site_plan",
         "steps",
         "hooks",
@@ -38,7 +44,8 @@ LAYERS = [
         "placement",
     },
     {"methods"},
-    {"plan", "attach", "heads", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree", "store"}
+    {"plan", "attach", "heads", "head_modules", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree"}
+    | {"store"}
     | {"combining", "merging", "merged", "mergeable", "trial"},
     {"kit"},
     {"__init__", "cli", "__main__"},

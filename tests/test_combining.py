@@ -906,3 +906,54 @@ def test_a_head_and_a_site_in_it_are_refused(ids: Tensor) -> None:
         kit.combine("sum", {"a": 1, "b": 1})
     assert [*kit.adapters] == ["a", "b"]
     kit.combine("sum", {"a": 1, "b": 1}, heads=False)
+
+
+def test_new_heads_are_copied_from_their_only_owner_and_averaged_where_there_are_several(
+    ids: Tensor, tmp_path: Path
+) -> None:
+    class Encoder(Tiny):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embedding(ids)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    kit = ak.wrap(Encoder(PostNormBlock).double().eval(), ids)
+    tags, classes = ak.TaggingHead(("O", "B")), ak.ClassificationHead(num_labels=3, seed=1)
+    for name, heads in {
+        "a": [tags, classes],
+        "b": [ak.ClassificationHead(num_labels=3, seed=2)],
+        "c": [ak.TaggingHead(("O", "C"))],
+    }.items():
+        kit.add(name, "lora", targets=["query"], heads=heads)
+    kit.combine("mean", {"a": 0.25, "b": 0.75})
+    a, b, mean = (
+        {entry.head.config.name: module for entry, module in kit.model._adapterkit.modules_of(name)}
+        for name in ("a", "b", "mean")
+    )
+    for key, tensor in mean["tagging"].state_dict().items():
+        assert torch.equal(tensor, a["tagging"].state_dict()[key])
+    assert mean["tagging"].layers.last.weight is not a["tagging"].layers.last.weight
+    for key, tensor in mean["classification"].state_dict().items():
+        exact(tensor, 0.25 * a["classification"].state_dict()[key] + 0.75 * b["classification"].state_dict()[key])
+    kit.activate("mean")
+    found = kit.model(ids)
+    kit.save("mean", tmp_path)
+    kit.remove("mean")
+    kit.activate(kit.load(tmp_path))
+    assert torch.equal(kit.model(ids).heads["classification"], found.heads["classification"])
+    for weights, message in (
+        ({"a": 1, "b": 1}, r"the heads 'classification' of \['a', 'b'\] are no copies .* but the weights sum to 2"),
+        ({"a": 0.5, "c": 0.5}, r"the heads 'tagging' of \['a', 'c'\] .* but they have other settings or shapes"),
+    ):
+        with pytest.raises(ak.ConfigError, match=message):
+            kit.combine("sum", weights)
+    kit.combine("sum", {"a": 1, "b": 1}, heads=False)
+
+
+def test_copies_of_one_head_for_other_labels_are_not_summed(ids: Tensor) -> None:
+    kit = ak.wrap(Tiny(PostNormBlock), ids)
+    for name, labels in (("a", ("x", "y", "z")), ("b", ("z", "y", "x"))):
+        kit.add(name, "lora", targets=["query"], heads=ak.OwnHead("classifier", labels=labels))
+    with pytest.raises(ak.ConfigError, match=r"the heads 'classifier' of \['a', 'b'\] have other labels"):
+        kit.combine("sum", {"a": 0.5, "b": 0.5})

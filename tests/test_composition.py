@@ -9,11 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack, from_json, names_in, to_json
+from adapterkit.composition import (
+    Average,
+    BatchSplit,
+    Drop,
+    Fuse,
+    Parallel,
+    Rows,
+    Split,
+    Stack,
+    from_json,
+    names_always,
+    names_in,
+    to_json,
+)
 
 from .strategies import adapter_names
 
-NAMESPACE = {kind.__name__: kind for kind in (Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack)}
+NAMESPACE = {kind.__name__: kind for kind in (Average, BatchSplit, Drop, Fuse, Parallel, Rows, Split, Stack)}
 
 
 def _sized(kind: Any, children: Any) -> Any:
@@ -36,22 +49,28 @@ def _stacks(children: Any) -> Any:
     return st.lists(children, min_size=1, max_size=3).map(lambda held: Stack(*held))
 
 
+def _drops(children: Any) -> Any:
+    layers = st.lists(st.integers(-4, 12), max_size=4) | st.integers(0, 6).map(range)
+    return st.builds(lambda child, layers: Drop(child, layers=layers), children, layers)
+
+
 names = st.sampled_from(["a", "b", "c"]) | adapter_names
-fusable = st.recursive(names, lambda c: _stacks(c) | _averages(c), max_leaves=4)
+fusable = st.recursive(names, lambda c: _stacks(c) | _averages(c) | _drops(c), max_leaves=4)
 fuses = st.builds(
     lambda held, name: Fuse(*held, name=name), st.lists(fusable, min_size=2, max_size=3), st.none() | adapter_names
 )
 one_row = st.recursive(
     names | st.lists(names, min_size=2, max_size=3).map(lambda held: Fuse(*held)),
-    lambda c: _stacks(c) | _averages(c) | _sized(Split, c),
+    lambda c: _stacks(c) | _averages(c) | _drops(c) | _sized(Split, c),
     max_leaves=5,
 )
 same_batch = st.recursive(
     one_row | st.lists(st.none() | one_row, min_size=1, max_size=4).map(Rows),
-    lambda c: _stacks(c) | _averages(c) | _sized(Split, c) | _sized(BatchSplit, c),
+    lambda c: _stacks(c) | _averages(c) | _drops(c) | _sized(Split, c) | _sized(BatchSplit, c),
     max_leaves=6,
 )
-compositions = same_batch | st.lists(same_batch, min_size=1, max_size=3).map(lambda held: Parallel(*held))
+parallels = st.lists(same_batch, min_size=1, max_size=3).map(lambda held: Parallel(*held))
+compositions = same_batch | fuses | parallels | _drops(parallels)
 
 
 @given(compositions)
@@ -71,6 +90,7 @@ def test_what_differs_is_not_equal() -> None:
         Stack("a", "b"), Stack("b", "a"), Parallel("a", "b"), Average("a", "b"), Average("a", "b", weights=[2, 1]),
         BatchSplit("a", "b"), BatchSplit("a", "b", sizes=[1, 2]), Split("a", "b", sizes=[1, 2]), Fuse("a", "b"),
         Fuse("a", "b", name="f"), Rows(["a", "b"]), Rows(["a", None]), Stack("a", Stack("b")),
+        Drop("a", layers=[0]), Drop("a", layers=[0, 1]), Drop("a", layers=()), Drop("b", layers=[0]), Drop("a", layers=[-1]),
     ]  # fmt: skip
     assert len(set(values)) == len(values)
     assert Stack("a", "b") == Stack("a", "b") != "a"
@@ -80,9 +100,28 @@ def test_they_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         Stack("a").children = ("b",)
     sizes = [1, 2]
-    split = BatchSplit("a", "b", sizes=sizes)
+    split, drop = BatchSplit("a", "b", sizes=sizes), Drop("a", layers=sizes)
     sizes.append(3)
-    assert split.sizes == (1, 2)
+    assert split.sizes == drop.layers == (1, 2)
+
+
+class _Index:
+    """A whole number of another library."""
+
+    def __index__(self) -> int:
+        return 3
+
+
+def test_layers_of_a_drop_are_sorted_and_each_is_there_once() -> None:
+    same = [Drop("a", layers=layers) for layers in ([3, -1, 0, 3], (0, 3, -1), [_Index(), -1, 0])]
+    assert {drop.layers for drop in same} == {(-1, 0, 3)}
+    assert len(set(same)) == 1
+    assert Drop("a", layers=range(5)).layers == (0, 1, 2, 3, 4)
+    assert repr(Drop("a", layers=range(2))) == "Drop('a', layers=(0, 1))"
+
+
+def test_what_is_dropped_does_not_always_act() -> None:
+    assert names_always(Stack("a", Drop("b", layers=[0]), Drop("c", layers=[]))) == {"a", "c"}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +146,18 @@ def test_they_cannot_be_changed() -> None:
         (lambda: Split("a", "b", sizes=[1, 2.5]), r"whole numbers, none negative; found \[1, 2.5\]"),
         (lambda: Average("a", "b", weights=[1, -1]), r"their sum not zero; found \[1.0, -1.0\]"),
         (lambda: Average("a", "b", weights=["x", 1]), r"one number for each of the 2 children; found \['x', 1\]"),
+        (lambda: Drop("a", "b", layers=[0]), r"Drop takes one child, as in .*range\(5\)\); found \['a', 'b'\]"),
+        (lambda: Drop("a", range(5), layers=[0]), r"takes one child, .* found \['a', range\(0, 5\)\]"),
+        (lambda: Drop(layers=[0]), r"Drop takes at least 1 children; found \[\]"),
+        (lambda: Drop("a", layers=3), "layers is a list of whole numbers, or a range; found 3"),
+        (lambda: Drop("a", layers="12"), "layers is a list of whole numbers, or a range; found '12'"),
+        (lambda: Drop("a", layers=[True, 2]), r"whole numbers, or a range; found \[True, 2\]"),
+        (lambda: Drop("a", layers=[1.0]), r"whole numbers, or a range; found \[1.0\]"),
+        (lambda: Drop("a", layers=None), "whole numbers, or a range; found None"),
+        (lambda: Rows([Drop(BatchSplit("a", "b"), layers=[0])]), "a row is one row"),
+        (lambda: Average(Drop(Parallel("a", "b"), layers=[0]), "c"), "Parallel multiplies the batch"),
+        (lambda: from_json({"type": "Drop", "children": ["a"]}), "and the settings of that type; found .*Drop"),
+        (lambda: from_json({"type": "Drop", "children": ["a", "b"], "layers": [0]}), "takes one child"),
         (lambda: from_json({"type": "Stak", "children": ["a"]}), "a 'type' of .* found .*Stak"),
         (lambda: from_json({"type": "Stack", "children": ["a"], "sizes": [1]}), "and the settings of that type"),
     ],

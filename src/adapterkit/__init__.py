@@ -13,12 +13,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapterdrop import random_drop
     from .attention import FusionAttention, draw_attention
-    from .composition import Average, BatchSplit, Fuse, Rows, Split, Stack
+    from .composition import Average, BatchSplit, Drop, Fuse, Parallel, Rows, Split, Stack
     from .config.bitfit import BitFitConfig
     from .config.bottleneck import BottleneckConfig
     from .config.compacter import CompacterConfig
     from .config.fusion import FusionConfig
+    from .config.heads import (
+        CausalLMHead,
+        ClassificationHead,
+        CustomHead,
+        MaskedLMHead,
+        MultiLabelHead,
+        MultipleChoiceHead,
+        OwnHead,
+        QuestionAnsweringHead,
+        RegressionHead,
+        TaggingHead,
+    )
     from .config.ia3 import IA3Config
     from .config.invertible import InvertibleConfig
     from .config.lora import LoRAConfig
@@ -35,6 +48,7 @@ if TYPE_CHECKING:
         StoreError,
         TargetError,
     )
+    from .head_output import HeadOutput
     from .kit import AdapterKit, wrap
     from .sites import SiteSpec
     from .store.load import BaseMismatchWarning
@@ -53,42 +67,72 @@ __all__ = [
     "BatchSplit",
     "BitFitConfig",
     "BottleneckConfig",
+    "CausalLMHead",
+    "ClassificationHead",
     "CompacterConfig",
     "CompatibilityError",
     "ConfigError",
+    "CustomHead",
+    "Drop",
     "Fuse",
     "FusionAttention",
     "FusionConfig",
+    "HeadOutput",
     "IA3Config",
     "InvertibleConfig",
     "LoRAConfig",
+    "MaskedLMHead",
     "Metadata",
     "MissingExtraError",
+    "MultiLabelHead",
+    "MultipleChoiceHead",
     "NormTuningConfig",
+    "OwnHead",
+    "Parallel",
     "PlacesNotCheckedWarning",
+    "QuestionAnsweringHead",
+    "RegressionHead",
     "Rows",
     "SiteSpec",
     "Split",
     "Stack",
     "StoreError",
+    "TaggingHead",
     "TargetError",
     "Union",
     "VeRAConfig",
     "__version__",
     "draw_attention",
+    "random_drop",
     "wrap",
 ]
 
 # Where each public name lives; the others are errors.
 _HOMES = {
-    **dict.fromkeys(("Average", "BatchSplit", "Fuse", "Rows", "Split", "Stack"), ".composition"),
+    **dict.fromkeys(("Average", "BatchSplit", "Drop", "Fuse", "Parallel", "Rows", "Split", "Stack"), ".composition"),
     **dict.fromkeys(("FusionAttention", "draw_attention"), ".attention"),
+    **dict.fromkeys(
+        (
+            "CausalLMHead",
+            "ClassificationHead",
+            "CustomHead",
+            "MaskedLMHead",
+            "MultiLabelHead",
+            "MultipleChoiceHead",
+            "OwnHead",
+            "QuestionAnsweringHead",
+            "RegressionHead",
+            "TaggingHead",
+        ),
+        ".config.heads",
+    ),
     "AdapterKit": ".kit",
     "BaseMismatchWarning": ".store.load",
     "BitFitConfig": ".config.bitfit",
     "BottleneckConfig": ".config.bottleneck",
     "CompacterConfig": ".config.compacter",
     "FusionConfig": ".config.fusion",
+    "HeadOutput": ".head_output",
     "IA3Config": ".config.ia3",
     "InvertibleConfig": ".config.invertible",
     "LoRAConfig": ".config.lora",
@@ -98,6 +142,7 @@ _HOMES = {
     "SiteSpec": ".sites",
     "Union": ".config.union",
     "VeRAConfig": ".config.vera",
+    "random_drop": ".adapterdrop",
     "wrap": ".kit",
 }
 

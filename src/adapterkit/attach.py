@@ -1,7 +1,7 @@
 """Add adapters to a model and remove them: all or nothing."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,17 @@ from .base import base_tensors
 from .composition import names_in
 from .config.base import AdapterConfig
 from .config.fusion import FusionConfig
+from .config.heads import OwnHead
 from .config.union import Config, Union, members
-from .errors import AdapterNameError, CompatibilityError, ConfigError, TargetError
-from .heads import copy_heads, find_heads
+from .errors import (
+    ActivationError,
+    AdapterKitError,
+    AdapterNameError,
+    CompatibilityError,
+    ConfigError,
+    TargetError,
+)
+from .heads import FoundHead, Heads, build_heads, check_apart, check_names, find_heads
 from .hooks import InputHook, OutputHook, WeightEndHook, WeightHook, forget_compiled, set_hook, sync_site_hooks
 from .layers import check_maps, settings_site
 from .merging import unmerge
@@ -28,12 +36,15 @@ from .plan import apply
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
 from .sites import (
     AdapterSite,
+    HeadSpec,
     SiteSpec,
     adapter_names,
     fusions_of,
+    named_parameters,
     open_parameters,
     parameter_at,
     record_of,
+    sites_among,
     sites_of,
 )
 from .spots import asks_for_structure
@@ -42,6 +53,7 @@ from .structure.trace import ExampleInputs, outside_inference_mode
 __all__ = [
     "Part",
     "add",
+    "add_heads",
     "attach",
     "build_parts",
     "check_free",
@@ -51,33 +63,83 @@ __all__ = [
     "find_sites",
     "head_parts",
     "needs_structure",
+    "remove_head",
     "shared_record",
 ]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One module of an adapter, and where it goes: a site, or the head at `path` that it is a copy of (spec None)."""
+    """One module of an adapter, and where it goes: a site, or the host of a head (spec None)."""
 
     path: str
     module: nn.Module
     spec: SiteSpec | None
+    head: HeadSpec | None = None
 
 
 def add(
     model: nn.Module,
     name: str,
     config: Config,
-    heads: str | Sequence[str] = (),
+    heads: Heads = (),
     example_inputs: ExampleInputs | None = None,
 ) -> None:
     """Add a new adapter, or raise and leave the model as it was. Raises: see `AdapterKit.add`."""
     check_free(model, name)
     sites = find_sites(model, config, example_inputs)
-    if heads:
-        sites = _outside_heads(model, sites, config, find_heads(model, heads, [], example_inputs))
-    head_paths = find_heads(model, heads, [site.path for site in sites], example_inputs)
-    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, head_paths))
+    found = find_heads(model, heads, example_inputs)
+    replaced = [head.path for head in found if head.is_in_place]
+    if replaced:
+        sites = _outside_heads(model, sites, config, replaced)
+        check_apart([site.path for site in sites], replaced)
+    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, found))
+
+
+def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: ExampleInputs | None = None) -> None:
+    """Give an adapter more heads, or raise and leave the model as it was. Raises: see `AdapterKit.add_head`."""
+    record = shared_record(model)
+    if name in record.merged:
+        raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
+    found = find_heads(model, heads, example_inputs)
+    held = [(path, entry) for path, _, site in sites_of(model) for entry in site.entries.get(name, ())]
+    there = [(path, entry.head) for path, entry in held if entry.head is not None]
+    replaced = [path for path, head in there if head.above is None] + [head.path for head in found if head.is_in_place]
+    check_names([*(head for _, head in there), *(head.spec for head in found)], replaced)
+    check_apart([path for path, entry in held if entry.spec is not None], replaced)
+    config, trains = held[0][1].config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
+    parts = head_parts(model, found)
+    with ACTIVATION_LOCK:
+        hosts = record.hosts.get(name, ())
+        try:
+            _insert(model, record, name, config, parts, trains=trains)
+        except AdapterKitError:  # what is active cannot choose between heads
+            for path, _, site in list(sites_of(model)):
+                if path in {part.path for part in parts}:
+                    old = {entry.key for where, entry in held if where == path}
+                    _drop(model, record, name, path, {entry.key for entry in site.entries[name]} - old)
+            record.hosts[name] = hosts
+            _refresh(model, record)
+            raise
+
+
+def remove_head(model: nn.Module, name: str, head: str) -> None:
+    """Take a head from an adapter. Raises: see `AdapterKit.remove_head`."""
+    record = shared_record(model)
+    held = [(path, e) for path, _, site in sites_of(model) for e in site.entries.get(name, ()) if e.head is not None]
+    path, entry = next(((path, e) for path, e in held if e.head and e.head.config.name == head), (None, None))
+    if path is None or entry is None:
+        raise AdapterNameError(
+            f"adapter {name!r} has no head {head!r}; it has {[e.head.config.name for _, e in held if e.head] or 'none'}"
+        )
+    if name in record.merged:
+        raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
+    with ACTIVATION_LOCK:
+        _drop(model, record, name, path, {entry.key})
+        hosts = list(record.hosts[name])
+        hosts.remove(path)
+        record.hosts[name] = tuple(hosts)
+        _refresh(model, record)
 
 
 def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
@@ -110,12 +172,12 @@ def needs_structure(config: Config) -> bool:
 
 @outside_inference_mode()
 def build_parts(
-    model: nn.Module, config: Config, sites: Sequence[SiteSpec], heads: Sequence[str], *, meta: bool = False
+    model: nn.Module, config: Config, sites: Sequence[SiteSpec], heads: Sequence[FoundHead], *, meta: bool = False
 ) -> list[Part]:
-    """New modules for these sites and copies of these heads, not yet attached.
+    """The modules of these sites and heads, not yet attached.
 
     Args:
-        meta: Build the sites' modules without memory or values, for a file to fill.
+        meta: Build what is new without memory or values, for a file to fill.
     """
     parts = []
     for index, member in enumerate(members(config)):
@@ -127,13 +189,23 @@ def build_parts(
     if not meta:
         for part in parts:
             part.module.to(device_near(model, part.path))
-    return parts + head_parts(model, heads)
+    return parts + head_parts(model, heads, meta=meta)
 
 
-def head_parts(model: nn.Module, heads: Sequence[str]) -> list[Part]:
-    """Copies of these heads, not yet attached."""
-    copies = copy_heads([model.get_submodule(path) for path in heads])
-    return [Part(path, head, None) for path, head in zip(heads, copies, strict=True)]
+@outside_inference_mode()
+def head_parts(model: nn.Module, heads: Sequence[FoundHead], *, meta: bool = False) -> list[Part]:
+    """The modules of these heads, not yet attached: on their hosts' devices, but for copies, which lie where the host does.
+
+    Args:
+        meta: Build what is new without memory or values, for a file to fill.
+    """
+    dtype = dtype_at(model, "", None)
+    parts = []
+    for head, module in zip(heads, build_heads(model, heads, dtype, meta=meta), strict=True):
+        if not meta and not isinstance(head.spec.config, OwnHead):
+            module.to(device_near(model, head.path))
+        parts.append(Part(head.path, module, None, head.spec))
+    return parts
 
 
 def _check_order(parts: Sequence[Part]) -> None:
@@ -198,19 +270,37 @@ def attach(model: nn.Module, name: str, config: Config | FusionConfig, parts: Se
     check_free(model, name)
     record = shared_record(model)
     model.__dict__[RECORD] = record
-    trains = record.frozen is None
     with ACTIVATION_LOCK:
-        for part in parts:
-            host = model.get_submodule(part.path)
-            site = host._modules.get(SITE)
-            if not isinstance(site, AdapterSite):
-                site = host._modules[SITE] = AdapterSite(record, part.path)
-                site.train(host.training)
-            handover = Handover() if part.spec is not None and part.spec.residual is not None else None
-            open_parameters(part.module.train(host.training), trains)
-            site.insert(name, part.module, config, part.spec, handover)
-        record.hosts[name] = tuple(part.path for part in parts)
-        _refresh(model, record)
+        _insert(model, record, name, config, parts, trains=record.frozen is None)
+
+
+def _insert(
+    model: nn.Module, record: Record, name: str, config: Config | FusionConfig, parts: Sequence[Part], *, trains: bool
+) -> None:
+    """Put modules of an adapter into the model, after those that it has."""
+    for part in parts:
+        host = model.get_submodule(part.path)
+        site = host._modules.get(SITE)
+        if not isinstance(site, AdapterSite):
+            site = host._modules[SITE] = AdapterSite(record, part.path)
+            site.train(host.training)
+        handover = Handover() if part.spec is not None and part.spec.residual is not None else None
+        open_parameters(part.module.train(host.training), trains)
+        site.insert(name, part.module, config, part.spec, handover, part.head)
+    record.hosts[name] = (*record.hosts.get(name, ()), *(part.path for part in parts))
+    _refresh(model, record)
+
+
+def _drop(model: nn.Module, record: Record, name: str, path: str, keys: Container[str] | None = None) -> None:
+    """Let go of an adapter's modules at a host, or of those with these keys; of the site and its hooks, if it is empty."""
+    host = model.get_submodule(path)
+    site: Any = host._modules[SITE]
+    if name in site.entries:
+        site.discard(name, keys)
+    if not site.entries:
+        for kind in (OutputHook, InputHook, WeightHook, WeightEndHook):
+            set_hook(host, kind, False, record)
+        del host._modules[SITE]
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -233,13 +323,8 @@ def detach(model: nn.Module, name: str) -> None:
             unmerge(model, record, name)
         record.activation.forget(name)
         record.hosts.pop(name, None)
-        for _, host, site in list(sites_of(model)):
-            if name in site.entries:
-                site.discard(name)
-            if not site.entries:
-                for kind in (OutputHook, InputHook, WeightHook, WeightEndHook):
-                    set_hook(host, kind, False, record)
-                del host._modules[SITE]
+        for path, _, _ in list(sites_of(model)):
+            _drop(model, record, name, path)
         _refresh(model, record)
 
 
@@ -256,9 +341,9 @@ def shared_record(model: nn.Module) -> Record:
     Raises:
         CompatibilityError: parts of the model were wrapped apart, so that two records claim it.
     """
-    record = record_of(model) or Record()
-    apart = [path for path, _, site in sites_of(model) if site.record is not record]
-    apart += [path for path, module in model.named_modules() if path and RECORD in module.__dict__]
+    record, modules = record_of(model) or Record(), dict(model.named_modules())
+    apart = [path for path, _, site in sites_among(modules) if site.record is not record]
+    apart += [path for path, module in modules.items() if path and RECORD in module.__dict__]
     if apart:
         raise CompatibilityError(
             f"parts of {type(model).__name__} were wrapped on their own ({apart[0]!r} among them); unwrap them, then "

@@ -5,7 +5,8 @@
     Split("a", "b", sizes=(3, 5))              each its part of the sequence
     BatchSplit("a", "b", sizes=(2, 4))         each its part of the batch
     Rows(("a", "b", "a", None))                each row its adapter; None is the base
-    Parallel("a", "b")                         the whole batch through each, side by side (cannot be activated yet)
+    Drop("a", layers=range(5))                 not in these layers, AdapterDrop
+    Parallel("a", "b")                         the whole batch through each, side by side
     Fuse("a", "b")                             weighed by a trained attention, AdapterFusion
 
 They are frozen, hashable, equal if they say the same, `eval(repr(c)) == c`, and have a JSON form. They nest where that has
@@ -15,6 +16,7 @@ a meaning, to any depth, and say why not where it has none. Names may repeat.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -27,17 +29,20 @@ __all__ = [
     "BatchSplit",
     "Block",
     "Composition",
+    "Drop",
     "Fuse",
     "Parallel",
     "Rows",
     "Split",
     "Stack",
+    "drops_in",
     "expanded",
     "from_json",
     "fusions_in",
     "multiplies_rows",
     "names_always",
     "names_in",
+    "parallel_in",
     "to_json",
 ]
 
@@ -54,12 +59,16 @@ class Block:
 
     holds: ClassVar[frozenset[str]] = frozenset()  # the compositions that it may hold
     least: ClassVar[int] = 1  # children
+    most: ClassVar[float] = math.inf  # one, or any number
     what_for: ClassVar[str] = ""  # why it holds no others
+    example: ClassVar[str] = ""
 
     def _set(self, children: Sequence[Any], **settings: Any) -> None:
         """Set all fields, checked."""
         if len(children) < self.least:
             raise ConfigError(f"{type(self).__name__} takes at least {self.least} children; found {list(children)}")
+        if len(children) > self.most:
+            raise ConfigError(f"{type(self).__name__} takes one child, as in {self.example}; found {list(children)}")
         object.__setattr__(self, "children", tuple(self._checked(child) for child in children))
         for name, value in settings.items():
             object.__setattr__(self, name, value)
@@ -92,7 +101,7 @@ class Block:
 
 Composition = str | Block
 
-_ONE_ROW = frozenset({"Stack", "Average", "Split", "Fuse"})  # what gives each row the same adapters
+_ONE_ROW = frozenset({"Stack", "Average", "Split", "Drop", "Fuse"})  # what gives each row the same adapters
 _SAME_BATCH = _ONE_ROW | {"BatchSplit", "Rows"}
 
 
@@ -192,17 +201,46 @@ class Rows(Block):
 
 
 @dataclass(frozen=True, init=False, repr=False)
+class Drop(Block):
+    """The child, but not in these layers, where it changes nothing; places outside of repeated blocks keep it.
+
+    Args:
+        layers: Indices into the repeated blocks, negative ones from the end, as in a config: `range(5)` drops the child
+            in the five lowest. None of them drops nothing.
+
+    Reference: Rücklé et al. 2021, arXiv:2010.11918 (AdapterDrop), section 3.
+    """
+
+    layers: tuple[int, ...]
+
+    holds = _SAME_BATCH | {"Parallel"}
+    most = 1
+    example = 'Drop("a", layers=range(5))'
+
+    def __init__(self, *children: Composition, layers: Sequence[int]) -> None:
+        self._set(children, layers=_layers(layers))
+
+
+@dataclass(frozen=True, init=False, repr=False)
 class Parallel(Block):
     """The whole batch through each child, side by side: outputs of the first child, then of the second, and so on.
+
+    Args:
+        shared: Arguments of the model's call, by keyword or position, that are no part of a row (a mask over the tokens of
+            all rows), where that is not plain from their shapes.
 
     Reference: Rücklé et al. 2021, arXiv:2010.11918 (AdapterDrop).
     """
 
+    shared: tuple[str | int, ...] | None
+
     holds = _SAME_BATCH
     what_for = "the batch can be multiplied once only; name all children in one Parallel"
 
-    def __init__(self, *children: Composition) -> None:
-        self._set(children)
+    def __init__(self, *children: Composition, shared: Sequence[str | int] | None = None) -> None:
+        if isinstance(shared, str):
+            raise ConfigError(f"shared is a list of arguments; found {shared!r}")
+        self._set(children, shared=None if shared is None else tuple(shared))
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -219,13 +257,12 @@ class Fuse(Block):
 
     name: str | None
 
-    holds = frozenset({"Stack", "Average"})
+    holds = frozenset({"Stack", "Average", "Drop"})
     least = 2
     what_for = "a fusion is trained over adapters that see the same tokens of every row"
 
     def __init__(self, *children: Composition, name: str | None = None) -> None:
-        self._set(children, name=name)
-        check_name(self.fusion)
+        self._set(children, name=None if name is None else check_name(name))
 
     @property
     def fusion(self) -> str:
@@ -233,7 +270,9 @@ class Fuse(Block):
         return ",".join(map(str, self.children)) if self.name is None else self.name
 
 
-_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Stack, Average, Split, BatchSplit, Rows, Parallel, Fuse)}
+_TYPES: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Stack, Average, Split, BatchSplit, Rows, Drop, Parallel, Fuse)
+}
 
 
 def _blocks_in(composition: Composition | None) -> Iterator[Block]:
@@ -244,18 +283,26 @@ def _blocks_in(composition: Composition | None) -> Iterator[Block]:
             yield from _blocks_in(child)
 
 
+def drops_in(composition: Composition | None) -> Iterator[Drop]:
+    """The Drops in a composition, itself one of them if it is."""
+    return (block for block in _blocks_in(composition) if isinstance(block, Drop))
+
+
 def multiplies_rows(composition: Composition | None) -> bool:
     """Whether a composition holds, or is, a Parallel."""
-    if not isinstance(composition, Block):
-        return False
-    return isinstance(composition, Parallel) or any(map(multiplies_rows, composition.children))
+    return parallel_in(composition) is not None
+
+
+def parallel_in(composition: Composition | None) -> Parallel | None:
+    """The Parallel that a composition holds, or is, if any."""
+    return next((block for block in _blocks_in(composition) if isinstance(block, Parallel)), None)
 
 
 def names_always(composition: Composition | None) -> frozenset[str]:
-    """The adapters that act on every row and token, in full."""
+    """The adapters that act on every row and token, in full: at all of their places."""
     if not isinstance(composition, Block):
         return frozenset() if composition is None else frozenset({composition})
-    if isinstance(composition, Stack):
+    if isinstance(composition, Stack) or (isinstance(composition, Drop) and not composition.layers):
         return frozenset().union(*map(names_always, composition.children))
     return frozenset()
 
@@ -282,13 +329,10 @@ def expanded(composition: Composition | None, meant: Mapping[str, Composition]) 
     Raises:
         ConfigError: that may not stand there.
     """
-
-    def put(value: Any) -> Any:
-        if isinstance(value, str):
-            return to_json(meant.get(value, value))
-        return value if value is None else {**value, "children": list(map(put, value["children"]))}
-
-    return from_json(put(to_json(composition))) if not meant.keys().isdisjoint(names_in(composition)) else composition
+    if not isinstance(composition, Block):
+        return composition if composition is None else meant.get(composition, composition)
+    children = tuple(expanded(child, meant) for child in composition.children)
+    return composition if children == composition.children else from_json(to_json(composition.with_children(children)))
 
 
 def to_json(composition: Composition | None) -> Any:
@@ -312,7 +356,8 @@ def from_json(value: Any) -> Composition | None:
     settings = {key: item for key, item in value.items() if key not in ("type", "children")}
     kind, children = _TYPES.get(str(value.get("type"))), value.get("children")
     known = set() if kind is None else {f.name for f in fields(kind)} - {"children"}
-    if kind is None or not isinstance(children, (list, tuple)) or not settings.keys() <= known:
+    needed = {"layers"} if kind is Drop else set()
+    if kind is None or not isinstance(children, (list, tuple)) or not needed <= settings.keys() <= known:
         raise ConfigError(
             f"a composition has a 'type' of {sorted(_TYPES)}, a list of 'children' and the settings of that type; found "
             f"{dict(value)!r}"
@@ -342,3 +387,11 @@ def _sizes(sizes: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
     if not all(isinstance(size, int) and size >= 0 for size in found):
         raise ConfigError(f"sizes are whole numbers, none negative; found {list(found)}")
     return found
+
+
+def _layers(layers: Any) -> tuple[int, ...]:
+    """The layers, checked, sorted, each once."""
+    given: list[Any] = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [None]
+    if not all(hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in given):
+        raise ConfigError(f"layers is a list of whole numbers, or a range; found {layers!r}")
+    return tuple(sorted({operator.index(layer) for layer in given}))

@@ -88,8 +88,13 @@ class RootInputHook(CheckpointAware):
         return None
 
 
-def freeze(model: nn.Module, record: Record) -> None:
-    """Freeze the base: no gradients, no moving statistics. Remembers what it finds; freezing twice changes nothing."""
+def freeze(model: nn.Module, record: Record, *, reentrant: bool = True) -> None:
+    """Freeze the base: no gradients, no moving statistics. Remembers what it finds; freezing twice changes nothing.
+
+    Args:
+        reentrant: Whether the model may be checkpointed in the reentrant way, which gives gradients only where what goes
+            in requires one. It is asked of models alone that do not say so themselves.
+    """
     modules = modules_by_path(model)
     model.__dict__[RECORD] = record
     if record.frozen is None:
@@ -107,11 +112,12 @@ def freeze(model: nn.Module, record: Record) -> None:
     scripted = scripted_norms(model)
     for norm in scripted:
         norm.training = False  # at once, for what does not run through the model's own forward
+    starts = reentrant or any(map(_says_whether_checkpointed, modules.values()))
     for module in modules.values():
         set_hook(module, FrozenNormHook, has_running_statistics(module) and not is_scripted(module), record)
-        set_hook(module, StreamStartHook, isinstance(module, (nn.Embedding, nn.EmbeddingBag)), record)
+        set_hook(module, StreamStartHook, starts and isinstance(module, (nn.Embedding, nn.EmbeddingBag)), record)
     set_hook(model, ScriptedNormsHook, bool(scripted), record)
-    set_hook(model, RootInputHook, True, record)
+    set_hook(model, RootInputHook, starts, record)
     _tell_who_is_checkpointed(modules)
     forget_compiled()
 
@@ -140,12 +146,16 @@ def _tell_who_is_checkpointed(modules: dict[str, nn.Module]) -> None:
     Layers remain, which are switched with them.
     """
     around = {above for path, m in modules.items() if has_hook(m, StreamStartHook) for above in ancestors(path)}
-    speaking = {path: m for path, m in modules.items() if isinstance(getattr(m, "gradient_checkpointing", None), bool)}
-    flagged = tuple(module for path, module in speaking.items() if path not in around)
+    flagged = tuple(m for path, m in modules.items() if _says_whether_checkpointed(m) and path not in around)
     for module in modules.values():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(hook, CheckpointAware):
                 hook.flagged = flagged
+
+
+def _says_whether_checkpointed(module: nn.Module) -> bool:
+    """Whether a module has the attribute by which transformers switches gradient checkpointing."""
+    return isinstance(getattr(module, "gradient_checkpointing", None), bool)
 
 
 def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:

@@ -14,7 +14,7 @@ from .attach import Part, attach, check_free, detach, device_near, dtype_at, hea
 from .composition import Composition, Fuse, names_in, to_json
 from .config.fusion import FusionConfig
 from .errors import AdapterNameError, CompatibilityError, ConfigError
-from .heads import find_heads
+from .heads import Heads, check_apart, find_heads
 from .methods.spellings import no_config, read_json
 from .modules.fusion import Fusion
 from .plan import check_known, check_plans
@@ -55,7 +55,7 @@ def add_fusion(
     model: nn.Module,
     fuse: Composition,
     config: FusionConfig,
-    heads: str | Sequence[str] = (),
+    heads: Heads = (),
     example_inputs: ExampleInputs | None = None,
 ) -> None:
     """Add a fusion that weighs the children of a Fuse, or raise and leave the model as it was.
@@ -68,9 +68,9 @@ def add_fusion(
     for name in [name for name in names_in(fuse) if name != fuse.fusion]:
         check_known(model, name)
     config = config.override({"children": tuple(map(to_json, fuse.children))})
-    parts = fusion_parts(model, fuse, config)
-    parts += head_parts(model, find_heads(model, heads, [part.path for part in parts], example_inputs))
-    attach_fusion(model, fuse.fusion, config, parts)
+    parts, found = fusion_parts(model, fuse, config), find_heads(model, heads, example_inputs)
+    check_apart([part.path for part in parts], [head.path for head in found if head.is_in_place])
+    attach_fusion(model, fuse.fusion, config, parts + head_parts(model, found))
 
 
 def attach_fusion(model: nn.Module, name: str, config: FusionConfig, parts: Sequence[Part]) -> None:

@@ -1,41 +1,79 @@
-"""Heads: copies of the model's own output layers, owned by an adapter, run in their place while it is active."""
+"""Heads: which modules an adapter is to own, on the model's output or in the place of the model's own modules."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
-from .errors import TargetError
+from .config.heads import CustomHead, HeadConfig, MultipleChoiceHead, OutputHead, OwnHead
+from .errors import CompatibilityError, ConfigError, TargetError
+from .head_modules import VocabularySize, build_head
+from .head_steps import hidden_in
 from .hooks import remove_hooks
-from .hosts import resolve_host
+from .hosts import known_shape, resolve_host
 from .patterns import SITE, ancestors, match, modules_by_path
-from .structure.trace import ExampleInputs, observe
+from .record import ACTIVATION_LOCK, silenced
+from .sites import HeadSpec
+from .structure.inputs import first_that_runs
+from .structure.trace import ExampleInputs, forward, observe
 
-__all__ = ["check_apart", "copy_heads", "find_heads"]
+__all__ = ["FoundHead", "Heads", "build_heads", "check_apart", "check_names", "copy_heads", "find_heads", "output_host"]
+
+Heads = str | HeadConfig | Sequence[str | HeadConfig] | Mapping[str, nn.Module]
 
 
-def find_heads(
-    model: nn.Module, heads: str | Sequence[str], sites: Sequence[str], example_inputs: ExampleInputs | None
-) -> list[str]:
-    """The paths of the modules that an adapter would own copies of. An `nn.Sequential` stands for its layers.
+@dataclass(frozen=True)
+class FoundHead:
+    """A head that an adapter is to own.
+
+    Attributes:
+        path: Its host: the module whose place it takes, or which yields the model's output.
+        module: The user's own module; None for what is copied, or made.
+        vocabulary: Tokens that its logits are of, for a head with a vocabulary.
+    """
+
+    path: str
+    spec: HeadSpec
+    module: nn.Module | None = None
+    vocabulary: int = 0
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it takes the place of its host."""
+        return self.spec.above is None
+
+
+def find_heads(model: nn.Module, heads: Heads, example_inputs: ExampleInputs | None) -> list[FoundHead]:
+    """The heads that are meant, each with its host. Changes nothing.
 
     Raises:
-        TargetError: a pattern matches nothing, what it matches has no parameters, a site or head lies in a head, or one
-            never runs on the example inputs.
+        ConfigError: what is no head, two of one name, a module that is in the model already.
+        TargetError: a pattern matches nothing, what it matches has no parameters, a head lies in another, a module never
+            runs on the example inputs, or the width of the model's output is not known.
     """
-    modules = modules_by_path(model)
-    heads = [heads] if isinstance(heads, str) else heads
-    paths = [path for head in match(model, heads) for path in _parametrised(head, modules)] if heads else []
-    paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
-    if heads and not paths:
-        raise TargetError(f"heads={list(heads)} have no parameters of their own to train")
-    check_apart(sites, paths)
-    if paths and example_inputs is not None:
-        calls = observe(model, example_inputs, paths, lambda *_: None)
+    found: list[FoundHead] = []
+    width = _Widths(model, example_inputs)
+    for head in _as_configs(heads):
+        if isinstance(head, OwnHead):
+            found += _own(model, head)
+        elif isinstance(head, CustomHead):
+            found.append(_custom(model, head, width))
+        elif isinstance(head, OutputHead):
+            found.append(_new(model, head, width))
+    in_place = [head.path for head in found if head.is_in_place]
+    check_names([head.spec for head in found], in_place)
+    check_apart([], in_place)
+    if in_place and example_inputs is not None:
+        calls = observe(model, example_inputs, in_place, lambda *_: None)
         never = [path for path, seen in calls.items() if not seen]
         if never:
             raise TargetError(f"the heads {never} never ran on the example inputs, so copies of them would not either")
-    return paths
+    return found
 
 
 def check_apart(sites: Sequence[str], heads: Sequence[str]) -> None:
@@ -46,6 +84,48 @@ def check_apart(sites: Sequence[str], heads: Sequence[str]) -> None:
             raise TargetError(f"{inside} lie inside the head {head!r}, which the adapter replaces by a copy; exclude them")
 
 
+def check_names(heads: Sequence[HeadSpec], in_place: Sequence[str]) -> None:
+    """Raise ConfigError unless the heads of one adapter can be told apart, and run side by side."""
+    names = [head.config.name for head in heads]
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"an adapter's heads have different names, and {twice} is that of several; give each a name=")
+    places = sorted({path for path in in_place if in_place.count(path) > 1})
+    if places:
+        raise ConfigError(f"one head takes the place of a module, and {places} would have several")
+    on_output = [head for head in heads if head.above is not None]
+    if len(on_output) > 1 and any(isinstance(head.config, MultipleChoiceHead) for head in on_output):
+        raise ConfigError(
+            "a MultipleChoiceHead takes several rows for one example, and other heads on the output do not: give it to an "
+            "adapter that has no others"
+        )
+
+
+def build_heads(model: nn.Module, heads: Sequence[FoundHead], dtype: torch.dtype, *, meta: bool = False) -> list[nn.Module]:
+    """The modules of these heads: copies of the model's own, the user's, or new ones.
+
+    Args:
+        dtype: Of new ones.
+        meta: Make new ones without memory or values, for a file to fill.
+    """
+    own = [head.path for head in heads if isinstance(head.spec.config, OwnHead)]
+    copies = dict(zip(own, copy_heads([model.get_submodule(path) for path in own]), strict=True))
+    modules: list[nn.Module] = []
+    for head in heads:
+        config = head.spec.config
+        if isinstance(config, OwnHead):
+            modules.append(copies[head.path])
+        elif head.module is not None:
+            modules.append(head.module)
+        else:
+            seed = getattr(config, "seed", None)
+            with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta" if meta else "cpu"):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                modules.append(build_head(config, head.spec, head.vocabulary, dtype))
+    return modules
+
+
 def copy_heads(heads: list[nn.Module]) -> list[nn.Module]:
     """Copies of heads without what adapterkit put there; weights that they share, their copies share."""
     copies = copy.deepcopy(heads)
@@ -54,6 +134,143 @@ def copy_heads(heads: list[nn.Module]) -> list[nn.Module]:
             del module._modules[SITE]
         remove_hooks(module)
     return copies
+
+
+def output_host(model: nn.Module) -> tuple[str, int]:
+    """The module whose output is the model's, and how many modules around it lie in the model, itself not counted.
+
+    It is the model itself, but for an `nn.Sequential`, which is its last layer. Raises TargetError: see `resolve_host`.
+    """
+    path = resolve_host("", modules_by_path(model), at_input=False)
+    return path, len(ancestors(path)) - 1
+
+
+def _as_configs(heads: Heads) -> Iterator[HeadConfig]:
+    """The heads as values."""
+    if isinstance(heads, Mapping):
+        for path, module in heads.items():
+            if not isinstance(path, str) or not path or not isinstance(module, nn.Module):
+                raise ConfigError(
+                    f"a mapping of heads has the paths of modules and what is to run in their places; found {path!r}: "
+                    f"{type(module).__name__}. A module of yours on the model's output is ak.CustomHead(module)"
+                )
+            yield CustomHead(module, target=path)
+        return
+    for head in [heads] if isinstance(heads, (str, HeadConfig)) or not isinstance(heads, Sequence) else heads:
+        if isinstance(head, str):
+            yield OwnHead(head)
+        elif isinstance(head, HeadConfig):
+            yield head
+        else:
+            raise ConfigError(
+                "heads= takes names of the model's modules, heads such as ak.ClassificationHead(labels=('neg', 'pos')), or "
+                f"a mapping of names to modules; found {type(head).__name__}"
+            )
+
+
+def _own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
+    """Copies of what a pattern matches. Of several, the last one has the name and the labels that were given."""
+    modules = modules_by_path(model)
+    paths = [inner for path in match(model, [head.target]) for inner in _parametrised(path, modules)]
+    paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
+    if not paths:
+        raise TargetError(f"heads={[head.target]} have no parameters of their own to train")
+    found = []
+    for path in paths:
+        widths = {shape.width for module in modules[path].modules() if (shape := known_shape(module)) is not None}
+        given = head.labels if path == paths[-1] else None
+        if given is not None and widths and len(given) not in widths:
+            raise ConfigError(
+                f"labels names {len(given)}, and the head {path!r} has {sorted(widths)} outputs; for another number, use "
+                f"a module of yours, heads={{{path!r}: nn.Linear(…, {len(given)})}}"
+            )
+        name = head.name if head.name is not None and path == paths[-1] else path
+        config = OwnHead(path, name=name, labels=given or _labels_of_model(model, widths))
+        found.append(FoundHead(path, HeadSpec(config)))
+    return found
+
+
+def _labels_of_model(model: nn.Module, widths: set[int]) -> tuple[str, ...] | None:
+    """What a model of transformers calls the outputs of a head of such widths, if someone gave them names."""
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(labels, Mapping) or len(labels) not in widths:
+        return None
+    named = [labels.get(index) for index in range(len(labels))]
+    is_default = named == [f"LABEL_{index}" for index in range(len(named))]
+    wrong = is_default or len({*named}) < len(named) or not all(isinstance(name, str) and name for name in named)
+    return None if wrong else tuple(map(str, named))
+
+
+def _custom(model: nn.Module, head: CustomHead, width: Callable[[OutputHead | CustomHead], int]) -> FoundHead:
+    """The user's module, in the place of another or on the output."""
+    module = head.module
+    if module is None:
+        raise ConfigError("CustomHead needs its module: ak.CustomHead(module)")
+    theirs = {id(p) for p in module.parameters()} & {id(p) for p in model.parameters()}
+    if theirs or any(module is other for other in model.modules()):
+        raise ConfigError(
+            f"the {type(module).__name__} that is to be a head is in the model already, or shares a Parameter with it; "
+            "give a copy of its own: copy.deepcopy(module)"
+        )
+    if head.target is not None:
+        modules = modules_by_path(model)
+        paths = match(model, [head.target])
+        if len(paths) > 1:
+            raise TargetError(f"a module takes the place of one other, and {head.target!r} matches {paths}: give a path")
+        if isinstance(modules[paths[0]], nn.Sequential):
+            raise TargetError(
+                f"{paths[0]!r} is an nn.Sequential, of which hooks see the layers; name one, and what is to take its place"
+            )
+        path = resolve_host(paths[0], modules, at_input=False)
+        config = CustomHead(target=path, name=head.name or path, labels=head.labels)
+        return FoundHead(path, HeadSpec(config), module)
+    path, above = output_host(model)
+    config = CustomHead(name=head.name or "custom", output=head.output, labels=head.labels)
+    takes_mask = "mask" in inspect.signature(module.forward).parameters
+    return FoundHead(path, HeadSpec(config, above, width(head), takes_mask), module)
+
+
+def _new(model: nn.Module, head: OutputHead, width: Callable[[OutputHead | CustomHead], int]) -> FoundHead:
+    """A head on the output."""
+    path, above = output_host(model)
+    config = head.override({"name": head.name or head.kind})
+    spec = HeadSpec(config, above, width(head))
+    embedding, vocabulary = VocabularySize(model).of(config, spec.width)
+    return FoundHead(path, HeadSpec(config, above, spec.width, embedding=embedding), vocabulary=vocabulary)
+
+
+class _Widths:
+    """How wide the tensor is that a head reads: seen in one run of the model, or told by the type of its last layer."""
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
+        self.model, self.example_inputs = model, example_inputs
+        self.output: Any = None
+
+    def __call__(self, head: OutputHead | CustomHead) -> int:
+        """Features. Raises TargetError: they are not known, or no such tensor is there."""
+        known = known_shape(self.model.get_submodule(output_host(self.model)[0]))
+        if self.example_inputs is None and known is not None and known.axis == -1 and head.output is None:
+            return known.width
+        if self.output is None:
+            self.output = self._seen()
+        hidden = hidden_in(self.output, head.output)
+        if hidden is None:
+            what = "first tensor of (batch, seq, hidden) or (batch, hidden)" if head.output is None else list(head.output)
+            raise TargetError(
+                f"a head reads {what} of the model's output, and there is none in what {type(self.model).__name__} "
+                f"returned: {type(self.output).__name__}. Name the tensor with output="
+            )
+        return hidden.shape[-1]
+
+    def _seen(self) -> Any:
+        """The output of one run."""
+        with ACTIVATION_LOCK, silenced():
+            if self.example_inputs is not None:
+                return forward(self.model, self.example_inputs)
+            try:
+                return first_that_runs(self.model, partial(forward, self.model))[1]
+            except CompatibilityError as error:
+                raise TargetError(f"the width of the model's output is not known. {error}") from error
 
 
 def _parametrised(path: str, modules: Mapping[str, nn.Module]) -> list[str]:

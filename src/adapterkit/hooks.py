@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import values
+from .head_calls import CallSlot, taken_off
+from .head_plan import root_of
 from .patterns import SITE, ancestors
 from .record import Handover, Record
 from .sites import located, sites_of
@@ -127,12 +129,30 @@ class WeightEndHook(KitHook):
                 owner.__dict__.pop(leaf, None)
 
 
+class CallHook(KitHook):
+    """Take off the model's call what is for the heads on its output: labels, which the model need not know."""
+
+    is_pre = True
+    is_first = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return the arguments that are left, or None for no change. Shape: as given; choices are made rows."""
+        is_changed = False
+        for slot in module.__dict__[PORT].calls:
+            if slot.wants is not None:
+                args, kwargs, call = taken_off(slot.wants, module, args, kwargs)
+                slot.give(call)
+                is_changed = True
+        return (args, kwargs) if is_changed else None
+
+
 class StreamPort:
-    """Which sites want the stream that enters this module, and which may hold one when it ends."""
+    """What leaves this module's call for sites: the stream, labels; and what is let go of when it ends."""
 
     def __init__(self) -> None:
         self.gives: list[tuple[Handover, Argument | None]] = []
-        self.clears: list[Handover] = []
+        self.calls: list[CallSlot] = []
+        self.clears: list[Handover | CallSlot] = []
 
 
 class StreamHook(KitHook):
@@ -150,7 +170,7 @@ class StreamHook(KitHook):
 
 
 class ClearHook(KitHook):
-    """Let go of streams that no site took, when the module around both ends, by an exception too."""
+    """Let go of streams and labels that no site took, when the module around both ends, by an exception too."""
 
     always = True
 
@@ -164,14 +184,17 @@ class EncoderHook(KitHook):
     """Keep `nn.TransformerEncoder` off its nested path where an adapter inside it needs gradients.
 
     It takes that path in eval mode if nothing it looks at needs a gradient; it does not look at adapters, and its
-    attention then fails on nested tensors that do. An input that needs a gradient says what the adapters mean.
+    attention then fails on nested tensors that do. An input that needs a gradient says what the adapters mean. In
+    training mode, by which it means that of its first layer, it never does.
     """
 
     is_pre = True
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the arguments with a source that requires grad. Shape: (batch, seq, hidden)."""
-        return None if torch.compiler.is_compiling() else require_input_grad((args, kwargs))
+        if torch.compiler.is_compiling() or module.layers[0].training:  # type: ignore[index,union-attr]  # a ModuleList
+            return None
+        return require_input_grad((args, kwargs))
 
 
 def require_input_grad(value: Any, path: values.Path | None = None) -> Any:
@@ -199,7 +222,7 @@ def set_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Recor
     if not wanted:
         remove_hooks(module, kind)
     elif kind.is_pre:
-        record.last_hook_id = module.register_forward_pre_hook(hook, with_kwargs=True).id
+        record.last_hook_id = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=kind.is_first).id
     else:
         flags: dict[str, bool] = {"with_kwargs": True, "prepend": kind.is_first, "always_call": kind.always}
         record.last_hook_id = module.register_forward_hook(hook, **flags).id
@@ -246,8 +269,12 @@ def sync_site_hooks(model: nn.Module, record: Record) -> None:
                 ports.setdefault(spec.residual, StreamPort()).gives.append((entry.handover, spec.input))
                 around = _called_around(spec.residual, path, modules)
                 ports.setdefault(around, StreamPort()).clears.append(entry.handover)
+        for root in {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}:
+            ports.setdefault(root, StreamPort()).calls.append(site.call)
+            ports[root].clears.append(site.call)
     for path, module in modules.items():
         port = ports.get(path)
+        set_hook(module, CallHook, port is not None and bool(port.calls), record)
         set_hook(module, StreamHook, port is not None and bool(port.gives), record)
         set_hook(module, ClearHook, port is not None and bool(port.clears), record)
         set_hook(module, EncoderHook, path in encoders, record)

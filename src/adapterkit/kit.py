@@ -13,11 +13,13 @@ from . import attach, attention, combining, freezing, fusions, merging, plan, st
 from .attention import FusionAttention
 from .composition import Composition, Fuse
 from .config.fusion import FusionConfig
+from .config.heads import HeadConfig
 from .config.union import Config
 from .errors import ConfigError
+from .heads import Heads
 from .methods.spellings import as_config
 from .record import RECORD, Record
-from .sites import SiteSpec, adapter_names, fusions_of, named_parameters, sites_of
+from .sites import SiteSpec, adapter_names, fusions_of, heads_of, named_parameters, sites_of
 from .structure.trace import ExampleInputs
 from .summary import Summary, summarise
 from .tree import Tree, tree_of
@@ -64,13 +66,15 @@ class AdapterKit:
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, config: ConfigLike, heads: str | Sequence[str] = (), **overrides: Any) -> None:
+    def add(self, name: str, config: ConfigLike, heads: Heads = (), **overrides: Any) -> None:
         """Add a new adapter. It is not active yet, and the identity for every init whose paper allows it.
 
         Args:
             name: Any printable name of at most 128 characters.
             config: A preset's name, a config, a mapping with its method, or a path to such JSON.
-            heads: Names (patterns) of modules that the adapter owns a copy of, trained and saved with it.
+            heads: What the adapter owns beside its modules, trained and saved with it: names (patterns) of the model's own
+                modules, of which it gets copies; heads such as `ak.ClassificationHead(labels=("neg", "pos"))` on the
+                model's output; or a mapping of names to modules of yours that run in the places of the model's.
             **overrides: Settings to change in the config.
 
         Raises:
@@ -79,6 +83,42 @@ class AdapterKit:
             TargetError: a target or head that names nothing, or something that cannot be adapted.
         """
         attach.add(self.model, name, as_config(config, overrides), heads, self.example_inputs)
+
+    def add_head(self, name: str, head: Heads) -> None:
+        """Give an adapter another head, or several, as `heads=` of `add` does. It trains if the adapter does.
+
+        Raises:
+            AdapterNameError: no such adapter.
+            ConfigError: the adapter has a head of this name, or in this place.
+            TargetError: a head that names nothing, or something that cannot be one.
+            CompatibilityError: the composition that is active cannot choose between this head and another adapter's.
+            ActivationError: the adapter is merged.
+        """
+        plan.check_known(self.model, name)
+        attach.add_heads(self.model, name, head, self.example_inputs)
+
+    def remove_head(self, name: str, head: str) -> None:
+        """Take a head from an adapter, by the head's name (see `labels`). The adapter stays.
+
+        Raises:
+            AdapterNameError: no such adapter, or it has no such head.
+            ActivationError: it is merged.
+        """
+        plan.check_known(self.model, name)
+        attach.remove_head(self.model, name, head)
+
+    def heads(self, name: str) -> dict[str, HeadConfig]:
+        """An adapter's heads by their names. Raises AdapterNameError."""
+        plan.check_known(self.model, name)
+        return heads_of(self.model, name)
+
+    def labels(self, name: str) -> dict[str, dict[int, str]]:
+        """What an adapter's heads call their outputs: by the head's name, the label of each index; no heads without labels.
+
+        Raises AdapterNameError.
+        """
+        maps = {head: config.label_map for head, config in self.heads(name).items()}
+        return {head: labels for head, labels in maps.items() if labels is not None}
 
     def remove(self, name: str) -> None:
         """Remove an adapter; a host without any left is as it was before. A merged one is unmerged first.
@@ -111,7 +151,8 @@ class AdapterKit:
                 parameters (IA3, BitFit, norm tuning) are summed exactly by each of them; of all others "linear" takes the
                 weighted mean, for weights that sum to 1.
             rank: Of the result of "svd"; the largest of the ranks if not given.
-            heads: Combine heads, too: the model's own plus the weighted differences to it.
+            heads: Combine heads, too: of copies of the model's own, that plus the weighted differences to it; of others,
+                the only one that there is, or the weighted mean, for weights that sum to 1.
 
         Returns:
             For "svd" and "linear", by site, how far the change of the weight is from the weighted sum, in parts of it.
@@ -152,7 +193,7 @@ class AdapterKit:
         self,
         fuse: Fuse,
         config: FusionConfig | Mapping[str, Any] | str | Path = "dynamic",
-        heads: str | Sequence[str] = (),
+        heads: Heads = (),
         **overrides: Any,
     ) -> None:
         """Add a fusion: an attention that weighs what the children of a Fuse add. It is not active yet.
@@ -163,7 +204,7 @@ class AdapterKit:
         Args:
             fuse: `ak.Fuse("a", "b")`; the adapters are there already.
             config: "dynamic", "static", a config, a mapping, or a path to such JSON.
-            heads: Names (patterns) of modules that the fusion owns a copy of.
+            heads: Heads that the fusion owns, as those of an adapter.
             **overrides: Settings to change in the config.
 
         Raises:
@@ -226,6 +267,7 @@ class AdapterKit:
         Raises:
             AdapterNameError: no such adapter.
             ConfigError: several adapters in a list, a tuple or a set.
+            TargetError: a Drop of a layer that there is not.
             CompatibilityError: adapters that cannot act together as the composition says, with the place and the reason.
             ActivationError: another thread is running the model with another adapter, or another adapter is merged.
         """
@@ -274,22 +316,31 @@ class AdapterKit:
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
-    def train_adapter(self, name: str) -> None:
+    def train_adapter(self, name: str, *, reentrant: bool = True) -> None:
         """Freeze the base and all other adapters, open this one and its heads, and activate it.
 
         Leaves train/eval mode alone. Raises AdapterNameError; ActivationError if it, or another, is merged.
+
+        Args:
+            reentrant: Whether the model may be checkpointed in the reentrant way; see `freeze`.
         """
         plan.check_known(self.model, name)
         freezing.check_may_train(self._record(), name)
         self.activate(name)  # first: from here on nothing can fail
-        freezing.freeze(self.model, self._record())
+        freezing.freeze(self.model, self._record(), reentrant=reentrant)
         for other in adapter_names(self.model):
             freezing.set_training(self.model, self._record(), other, other == name)
 
-    def freeze(self, name: str | None = None) -> None:
-        """Freeze the base, or the adapter of this name. Raises AdapterNameError."""
+    def freeze(self, name: str | None = None, *, reentrant: bool = True) -> None:
+        """Freeze the base, or the adapter of this name. Raises AdapterNameError.
+
+        Args:
+            reentrant: Whether the model may be checkpointed in the reentrant way (`use_reentrant=True`), which computes
+                no gradients in a frozen model unless what goes in requires one. With False nothing below the first
+                active adapter is kept for backward. Models of transformers say themselves whether they are checkpointed.
+        """
         if name is None:
-            freezing.freeze(self.model, self._record())
+            freezing.freeze(self.model, self._record(), reentrant=reentrant)
         else:
             plan.check_known(self.model, name)
             freezing.set_training(self.model, self._record(), name, False)
@@ -371,8 +422,23 @@ class AdapterKit:
         plan.check_known(self.model, name)
         return store.save_adapter(self.model, name, directory, heads=heads, metadata=metadata)
 
-    def load(self, directory: str | Path, name: str | None = None, *, heads: bool = True, any_base: bool = False) -> str:
-        """Load an adapter and return its name; it is not active yet. Raises: see `store.load_adapter`."""
+    def load(
+        self,
+        directory: str | Path,
+        name: str | None = None,
+        *,
+        heads: bool | Mapping[str, nn.Module] = True,
+        any_base: bool = False,
+    ) -> str:
+        """Load an adapter and return its name; it is not active yet.
+
+        Args:
+            name: Another name than it was saved under.
+            heads: Bring its heads as well. A mapping gives the modules of its custom heads, by their names.
+            any_base: Say nothing if the model's weights are not those it was trained on.
+
+        Raises: see `store.load_adapter`.
+        """
         inputs = self.example_inputs
         return store.load_adapter(self.model, directory, name=name, heads=heads, any_base=any_base, example_inputs=inputs)
 

@@ -1,6 +1,6 @@
 """Which repeated block a module lies in: the `layers` of a config, and settings by layer or pattern."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,19 +10,34 @@ from .errors import TargetError
 from .patterns import matching
 from .sites import SiteSpec
 
-__all__ = ["check_layers", "check_maps", "in_layers", "layer_of", "setting_at", "settings_site"]
+__all__ = [
+    "check_dropped",
+    "check_layers",
+    "check_maps",
+    "in_layers",
+    "layer_of",
+    "setting_at",
+    "settings_site",
+    "stack_of",
+]
 
 Layer = tuple[int, int]
 
 
 def layer_of(path: str, modules: Mapping[str, nn.Module]) -> Layer | None:
     """(index, count) of the outermost repeated block that holds the module: in an nn.ModuleList, else a Sequential."""
+    place = stack_of(path, modules)
+    return place and place[1:]
+
+
+def stack_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, int, int] | None:
+    """What holds that block, the block's index, and the count."""
     parts = path.split(".")
     for kind in (nn.ModuleList, nn.Sequential):
         for n in range(len(parts)):
-            parent = modules[".".join(parts[:n])]
-            if isinstance(parent, kind):
-                return list(parent._modules).index(parts[n]), len(parent._modules)
+            stack = ".".join(parts[:n])
+            if isinstance(modules[stack], kind):
+                return stack, list(modules[stack]._modules).index(parts[n]), len(modules[stack]._modules)
     return None
 
 
@@ -40,6 +55,22 @@ def check_layers(layers: Iterable[Layer | None], wanted: Sequence[int] | None) -
         raise TargetError(
             f"layers={list(wanted or ())}: none of the {len(layers)} modules that match lies in {missing}; "
             + (f"they lie in layers {there}" if there else "none of them lies in a repeated block")
+        )
+
+
+def check_dropped(layers: Collection[Layer | None], dropped: Sequence[int]) -> None:
+    """Raise TargetError where a layer to drop is none of the blocks around the places of the adapters."""
+    counts = {layer[1] for layer in layers if layer}
+    missing = [index for index in dropped if not any(-count <= index < count for count in counts)]
+    if missing:
+        there = " and ".join(map(str, sorted(counts)))
+        raise TargetError(
+            f"Drop with layers={list(dropped)}: "
+            + (
+                f"there is no layer {missing}; the adapters lie in repeated blocks, of which there are {there}"
+                if counts
+                else f"none of the {len(layers)} places of the adapters lies in a repeated block"
+            )
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import values
 from .composition import Composition
 from .errors import CompatibilityError
+from .parallel import check_rows
 from .row_division import rows_of, sizes_of
 from .sites import AdapterSite, Step
 from .stacked import run_each
@@ -157,6 +158,7 @@ class RowMix(Group):
         nodes: What each of `kinds` is at this site.
         kinds: The different compositions that rows run.
         composition: All of it.
+        is_parallel: Whether the rows are those of a repeated batch.
         axis: The axis of the rows.
         path: The host, for messages.
     """
@@ -165,6 +167,7 @@ class RowMix(Group):
     composition: Composition
     axis: int
     path: str
+    is_parallel: bool = False
 
     def assign(self, x: Tensor) -> list[int]:
         """Which node each row has. Raises CompatibilityError: the tensor does not have as many rows."""
@@ -182,6 +185,8 @@ class RowMix(Group):
         Chains go level by level, all rows at once; at each level, modules that differ in their weights alone are one
         stacked computation.
         """
+        if self.is_parallel:
+            check_rows(site.record, self.path, view.x, self.axis)
         rows = self.assign(view.x)
         used = sorted(set(rows))
         if len(used) == 1:

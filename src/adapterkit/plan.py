@@ -6,13 +6,15 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .composition import Block, Composition, expanded, fusions_in, multiplies_rows, names_always, names_in
+from .composition import Block, Composition, drops_in, expanded, fusions_in, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
+from .head_steps import RunHeads
 from .hooks import WeightHook, forget_compiled, has_hook
-from .patterns import modules_by_path
+from .layers import check_dropped
+from .parallel import set_parallel
 from .record import ACTIVATION_LOCK, Record
-from .site_plan import SitePlan, plan_at
-from .sites import adapter_names, fusions_of, sites_of
+from .site_plan import SitePlan, keys_of, plan_at
+from .sites import AdapterSite, adapter_names, fusions_of, sites_among, specs_of
 from .steps import Pass
 
 __all__ = ["activate", "activated", "apply", "check_active", "check_known", "check_plans"]
@@ -64,11 +66,10 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     Raises:
         AdapterNameError: no adapter or fusion has such a name.
         ConfigError: several adapters in a list, a tuple or a set.
+        TargetError: a Drop of a layer that there is not.
     """
     if isinstance(composition, (list, tuple, set)):
         raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition}")
-    if multiplies_rows(composition):
-        raise ConfigError(f"{composition!r}: Parallel cannot run yet; run its children one by one with kit.active(...)")
     fusions = fusions_of(model)
     for fuse in fusions_in(composition):
         if fuse.fusion not in fusions:
@@ -78,33 +79,45 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
             )
     for name in dict.fromkeys(names_in(composition)) if isinstance(composition, Block) else (composition,):
         check_known(model, name)
+    for drop in drops_in(composition):
+        specs = [spec for name in dict.fromkeys(names_in(drop)) for _, spec in specs_of(model, name)]
+        if specs:  # else there is nothing to drop
+            check_dropped([spec.layer for spec in specs], drop.layers)
     return expanded(composition, fusions)  # type: ignore[return-value]  # None of None alone
 
 
-def _plans(model: nn.Module, record: Record, composition: Composition | None) -> list[SitePlan]:
-    """What a composition becomes at each site, in the model's order."""
-    modules = modules_by_path(model)
-    return [plan_at(path, modules, site, composition, record.merged) for path, _, site in sites_of(model)]
+Plans = Sequence[tuple[str, nn.Module, AdapterSite, SitePlan]]
 
 
-def _put(model: nn.Module, record: Record, plans: Sequence[SitePlan]) -> None:
+def _plans(model: nn.Module, record: Record, composition: Composition | None) -> Plans:
+    """What a composition becomes at the site of each host, in the model's order."""
+    modules = dict(model.named_modules())
+    return [
+        (path, host, site, plan_at(path, modules, site, composition, record.merged))
+        for path, host, site in sites_among(modules)
+    ]
+
+
+def _put(model: nn.Module, record: Record, plans: Plans) -> None:
     """Have the sites run these plans."""
     active = record.activation.active
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
     idle = (Pass(active),) if record.activation.was_used else ()
-    wanted, is_stale = set(names_in(active)), False
-    for (_, host, site), plan in zip(sites_of(model), plans, strict=True):
-        for name, entries in site.entries.items():
-            for entry in entries:
-                if entry.handover is not None:
-                    entry.handover.is_wanted = name in wanted
+    is_stale = False
+    for _, host, site, plan in plans:
+        keys = keys_of((*plan.input, *plan.output))
+        for entry in (entry for entries in site.entries.values() for entry in entries):
+            if entry.handover is not None:
+                entry.handover.is_wanted = entry.key in keys
         site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
+        site.call.wants = next((step.wants for step in plan.output if isinstance(step, RunHeads)), None)
         # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
         # the way of its Parameters.
         is_stale |= (plan.weight or idle) != site.weight_steps and has_hook(host, WeightHook)
         site.weight_steps = plan.weight or idle
     if is_stale:
         forget_compiled()
+    set_parallel(model, record, [path for path, _, _, plan in plans if plan.divides_rows])
 
 
 def check_known(model: nn.Module, name: object) -> None:

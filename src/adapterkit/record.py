@@ -231,7 +231,7 @@ class Handover:
     Per thread in eager mode; as a plain attribute under `torch.compile`, which sees it set and cleared in one graph.
 
     Attributes:
-        is_wanted: Whether the site's adapter is active.
+        is_wanted: Whether the module that reads it acts: its adapter is active, and not dropped at its site.
     """
 
     def __init__(self) -> None:

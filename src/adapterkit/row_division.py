@@ -5,7 +5,7 @@ import math
 from .composition import BatchSplit, Block, Composition, Parallel, Rows
 from .errors import CompatibilityError
 
-__all__ = ["divides_rows", "row_kinds", "rows_of", "sizes_of"]
+__all__ = ["copies_of_rows", "divides_rows", "row_kinds", "rows_of", "sizes_of"]
 
 
 def rows_of(composition: Composition | None, count: int) -> tuple[Composition | None, ...]:
@@ -37,6 +37,14 @@ def divides_rows(composition: Composition | None) -> bool:
     if not isinstance(composition, Block):
         return False
     return isinstance(composition, (Rows, BatchSplit, Parallel)) or any(map(divides_rows, composition.children))
+
+
+def copies_of_rows(composition: Composition | None) -> int:
+    """How many times a composition runs the batch that the model is called with: once for each child of a Parallel."""
+    if not isinstance(composition, Block):
+        return 1
+    below = math.prod(map(copies_of_rows, composition.children))  # one child at most holds a Parallel
+    return below * len(composition.children) if isinstance(composition, Parallel) else below
 
 
 def row_kinds(composition: Composition | None) -> tuple[Composition | None, ...]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from .composition import Average, Composition, Fuse, Split, Stack, names_in, to_json
+from .composition import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, names_in, to_json
 from .errors import CompatibilityError
+from .head_plan import head_steps
+from .layers import in_layers
 from .mixing import Attend, Chain, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
 from .patterns import ancestors
 from .row_division import divides_rows, row_kinds
 from .sites import AdapterSite, Entry, Step
 from .stacked import kind_of
-from .steps import AdaptWeight, AddDelta, Adding, AddProjected, UseHead
+from .steps import AdaptWeight, AddDelta, Adding, AddProjected
 
-__all__ = ["SitePlan", "plan_at", "step_of"]
+__all__ = ["SitePlan", "keys_of", "plan_at", "step_of"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class SitePlan:
     input: tuple[Step, ...]
     output: tuple[Step, ...]
     weight: tuple[Step, ...]
+
+    @property
+    def divides_rows(self) -> bool:
+        """Whether rows run different adapters here, heads apart."""
+        return any(isinstance(step, Mix) and isinstance(step.node, RowMix) for step in (*self.input, *self.output))
 
 
 def plan_at(
@@ -41,20 +48,23 @@ def plan_at(
     Raises:
         CompatibilityError: its adapters cannot act together here as it says.
     """
-    here = [name for name in names_in(composition) if name in site.entries]
-    if not here:
-        return SitePlan((), (), ())
     row_axis = 0 if _is_batch_first(path, modules) else 1
+    heads = head_steps(path, modules, site, composition, row_axis)
+    if not heads and not any(name in site.entries for name in names_in(composition)):
+        return SitePlan((), (), ())
     steps = {at: _steps(_Place(path, site, at, row_axis, merged), composition) for at in ("input", "output", "weight")}
-    heads = _head_steps(path, site, composition)
     return SitePlan(steps["input"], (*steps["output"], *heads), steps["weight"])
 
 
+def keys_of(steps: Iterable[Step]) -> frozenset[str]:
+    """The names among a site's children of the modules that these steps run, heads apart."""
+    inner: list[Any] = [part for step in steps for part in (step.node.readers if isinstance(step, Mix) else [step])]
+    return frozenset(part.key for part in inner if isinstance(part, (AdaptWeight, AddDelta, AddProjected)))
+
+
 def step_of(entry: Entry, active: Composition) -> Step:
-    """What a module of an active adapter does."""
+    """What a module of an active adapter does; of those that are no heads."""
     spec: Any = entry.spec
-    if spec is None:
-        return UseHead(entry.key, active)
     if spec.at == "weight":
         owners = [name.split(".") for name in spec.parameters]
         return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
@@ -72,26 +82,36 @@ class _Place:
     at: str
     row_axis: int
     merged: Collection[str]
+    dropped: tuple[int, ...] = ()  # the layers in which nothing acts
     kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
 
     def entries(self, name: str) -> list[Entry]:
         """The modules of an adapter that act here."""
         held = self.site.entries.get(name, ()) if name not in self.merged else ()
-        return [entry for entry in held if entry.spec is not None and entry.spec.at == self.at]
+        return [
+            entry
+            for entry in held
+            if entry.spec is not None and entry.spec.at == self.at and not in_layers(entry.spec.layer, self.dropped)
+        ]
+
+    def inside(self, composition: Composition) -> _Place:
+        """The place as the children of a composition see it."""
+        return replace(self, dropped=self.dropped + composition.layers) if isinstance(composition, Drop) else self
 
 
 def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
     """The steps at one place. A name, and names one after the other, need none of the machinery for parts of tensors."""
-    if composition is None or not any(place.entries(name) for name in names_in(composition)):
+    entries = list(_entries_in(place, composition))
+    if composition is None or not entries:
         return ()
-    names = _one_after_the_other(composition)
-    if names is None and place.at == "weight":
+    in_order = _is_in_order(composition)
+    if not in_order and place.at == "weight":
         raise CompatibilityError(
             f"{composition!r} cannot act on {place.path!r}: an adapter there changes the Parameter "
-            f"{_parameters(place, composition)}, which all rows and tokens share. Stack such adapters, or adapt a layer"
+            f"{_parameters(entries)}, which all rows and tokens share. Stack such adapters, or adapt a layer"
         )
-    if names is not None:
-        steps = tuple(step_of(entry, composition) for name in names for entry in place.entries(name))
+    if in_order:
+        steps = tuple(step_of(entry, composition) for entry in entries)
         # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
         if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
@@ -103,14 +123,20 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
     return (Mix(node, composition),)
 
 
-def _one_after_the_other(composition: Composition | None) -> list[str] | None:
-    """The names of a composition that runs them all in order on everything; None for any other."""
+def _is_in_order(composition: Composition | None) -> bool:
+    """Whether a composition runs all of its adapters one after the other, on every row and token."""
     if composition is None or isinstance(composition, str):
-        return [] if composition is None else [composition]
-    if not isinstance(composition, Stack):
-        return None
-    below = [_one_after_the_other(child) for child in composition.children]
-    return None if any(names is None for names in below) else [name for names in below for name in names or ()]
+        return True
+    return isinstance(composition, (Stack, Drop)) and all(map(_is_in_order, composition.children))
+
+
+def _entries_in(place: _Place, composition: Composition | None) -> Iterator[Entry]:
+    """The modules at a place of all adapters that a composition names, in order, but for those that it drops there."""
+    if isinstance(composition, str):
+        yield from place.entries(composition)
+    elif composition is not None:
+        for child in composition.children:
+            yield from _entries_in(place.inside(composition), child)
 
 
 def _node(place: _Place, composition: Composition | None, whole: Composition) -> Node:
@@ -120,12 +146,11 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
     if isinstance(composition, str):
         return chain([_leaf(place, entry, whole) for entry in place.entries(composition)])
     if divides_rows(composition):
-        kinds = row_kinds(composition)
-        return RowMix(tuple(_node(place, kind, whole) for kind in kinds), kinds, composition, place.row_axis, place.path)
-    nodes = [_node(place, child, whole) for child in composition.children]
+        return _row_mix(place, composition, whole)
+    nodes = [_node(place.inside(composition), child, whole) for child in composition.children]
     if not any(node.leaves for node in nodes):
         return Chain(())
-    if isinstance(composition, Stack):
+    if isinstance(composition, (Stack, Drop)):
         return chain(nodes)
     if isinstance(composition, Average):
         weights = composition.weights or (1.0,) * len(nodes)
@@ -136,6 +161,15 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
     if isinstance(composition, Fuse):
         return _attend(place, composition, nodes, whole)
     raise TypeError(f"a {type(composition).__name__} is no plan of its own")  # Rows, BatchSplit, Parallel: above
+
+
+def _row_mix(place: _Place, composition: Composition, whole: Composition) -> Node:
+    """What a composition that divides the rows is at a place."""
+    kinds, is_parallel = row_kinds(composition), multiplies_rows(composition)
+    nodes = tuple(_node(place, kind, whole) for kind in kinds)
+    if is_parallel and len(set(nodes)) == 1:
+        return nodes[0]  # for all children the same here, so that they may share it
+    return RowMix(nodes, kinds, composition, place.row_axis, place.path, is_parallel)
 
 
 def _attend(place: _Place, composition: Fuse, nodes: Sequence[Node], whole: Composition) -> Node:
@@ -180,29 +214,13 @@ def _check_one_tensor(place: _Place, node: Node, whole: Composition) -> None:
         )
 
 
-def _head_steps(path: str, site: AdapterSite, composition: Composition | None) -> tuple[Step, ...]:
-    """The head that runs in the host's place: the last one of adapters one after the other."""
-    owners = [n for n in names_in(composition) if any(entry.spec is None for entry in site.entries.get(n, ()))]
-    if not owners or composition is None:
-        return ()
-    if isinstance(composition, Fuse) and composition.fusion in owners:
-        owners = [composition.fusion]
-    elif _one_after_the_other(composition) is None:
-        raise CompatibilityError(
-            f"{composition!r} cannot choose between heads: {list(dict.fromkeys(owners))} own a copy of {path!r}. Load or "
-            "add the adapters without heads"
-        )
-    return tuple(step_of(entry, composition) for entry in site.entries[owners[-1]] if entry.spec is None)
-
-
-def _parameters(place: _Place, composition: Composition) -> str:
-    names = {
-        p for name in names_in(composition) for entry in place.entries(name) if entry.spec for p in entry.spec.parameters
-    }
-    return ", ".join(sorted(names))
+def _parameters(entries: Sequence[Entry]) -> str:
+    return ", ".join(sorted({name for entry in entries if entry.spec for name in entry.spec.parameters}))
 
 
 def _is_batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the first axis is that of the rows, as far as the modules around say (`batch_first`)."""
     around = [modules[outer] for outer in ancestors(path) if outer in modules]
+    stacks = (nn.TransformerEncoder, nn.TransformerDecoder)  # say nothing themselves
+    around += [module.layers[0] for module in around if isinstance(module, stacks) and len(module.layers)]
     return False not in [getattr(getattr(module, "self_attn", module), "batch_first", True) for module in around]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .composition import Composition, Fuse, from_json
 from .config.fusion import FusionConfig
+from .config.heads import HeadConfig
 from .config.union import Config
 from .errors import AdapterKitError
+from .head_calls import CallSlot
 from .names import module_key
 from .ops.parts import Parts
 from .patterns import SITE
@@ -25,11 +27,13 @@ from .values import Path
 __all__ = [
     "AdapterSite",
     "Entry",
+    "HeadSpec",
     "Original",
     "SiteSpec",
     "Step",
     "adapter_names",
     "fusions_of",
+    "heads_of",
     "located",
     "named_parameters",
     "open_parameters",
@@ -38,6 +42,7 @@ __all__ = [
     "parameter_at",
     "record_of",
     "site_key",
+    "sites_among",
     "sites_of",
     "specs_of",
 ]
@@ -91,20 +96,42 @@ class SiteSpec:
 
 
 @dataclass(frozen=True)
+class HeadSpec:
+    """What a head is, and where.
+
+    Attributes:
+        config: Its settings, its name among them.
+        above: Of a head on a model's output, how many modules around the host, which is the last of nested nn.Sequentials,
+            lie in that model: 0 where the host is the model itself. None for a head in the host's place.
+        width: Of a head on the output, features that it reads.
+        takes_mask: Whether it is called with the mask, too.
+        embedding: Path, from the model on, of an embedding whose weight it reads.
+    """
+
+    config: HeadConfig
+    above: int | None = None
+    width: int = 0
+    takes_mask: bool = True
+    embedding: str | None = None
+
+
+@dataclass(frozen=True)
 class Entry:
     """What an AdapterSite knows of one module of an adapter.
 
     Attributes:
         key: Its name among the site's children.
         config: The adapter's config, or the fusion's.
-        spec: Its place; None for a copy of this head.
+        spec: Its place; None for a head.
         handover: Where the residual stream is left, if it reads that.
+        head: What head it is, if it is one.
     """
 
     key: str
     config: Config | FusionConfig
     spec: SiteSpec | None
     handover: Handover | None = field(default=None, compare=False)
+    head: HeadSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +178,7 @@ class AdapterSite(nn.Module):
         self.output_steps: tuple[Step, ...] = ()
         self.input_steps: tuple[Step, ...] = ()
         self.weight_steps: tuple[Step, ...] = ()
+        self.call = CallSlot()  # what the model's call had for heads on its output
         # Of the Parameters into which adapters are merged, by their names from the host on.
         self.originals: dict[str, Original] = {}
         self.host_path = host_path
@@ -170,17 +198,25 @@ class AdapterSite(nn.Module):
         config: Config | FusionConfig,
         spec: SiteSpec | None,
         handover: Handover | None = None,
+        head: HeadSpec | None = None,
     ) -> None:
         """Hold a module of an adapter for this host, after those that it has here already."""
         there = self.entries.get(name, ())
-        entry = Entry(site_key(name, len(there)), config, spec, handover)
+        taken = {entry.key for entry in there}
+        key = next(key for index in range(len(there) + 1) if (key := site_key(name, index)) not in taken)
+        entry = Entry(key, config, spec, handover, head)
         self.entries[name] = (*there, entry)
         self._modules[entry.key] = module
 
-    def discard(self, name: str) -> None:
-        """Let go of an adapter's modules."""
-        for entry in self.entries.pop(name):
-            del self._modules[entry.key]
+    def discard(self, name: str, keys: Container[str] | None = None) -> None:
+        """Let go of an adapter's modules, or of those with these keys."""
+        held = self.entries.pop(name)
+        kept = () if keys is None else tuple(entry for entry in held if entry.key not in keys)
+        for entry in held:
+            if entry not in kept:
+                del self._modules[entry.key]
+        if kept:
+            self.entries[name] = kept
 
     def modules_of(self, name: str) -> Iterator[tuple[Entry, nn.Module]]:
         """The modules of one adapter at this host, in order; none if it has none here."""
@@ -225,7 +261,7 @@ class AdapterSite(nn.Module):
 
 
 _RESERVED = frozenset(dir(AdapterSite)) | {
-    "record", "entries", "output_steps", "input_steps", "weight_steps", "originals", "host_path", "training",
+    "record", "entries", "output_steps", "input_steps", "weight_steps", "originals", "host_path", "training", "call",
 }  # fmt: skip
 
 
@@ -288,7 +324,12 @@ def _forgive_absent_adapters(_site: nn.Module, incompatible: Any) -> None:
 
 def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
     """Each host that holds adapters: its path, itself, its site; in the model's order."""
-    for path, module in model.named_modules():
+    return sites_among(dict(model.named_modules()))
+
+
+def sites_among(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
+    """`sites_of` the model that has these modules."""
+    for path, module in modules.items():
         site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         if isinstance(site, AdapterSite):
             yield path, module, site
@@ -358,6 +399,12 @@ def specs_of(model: nn.Module, name: str) -> Iterator[tuple[str, SiteSpec]]:
         for entry in site.entries.get(name, ()):
             if entry.spec is not None:
                 yield path, entry.spec
+
+
+def heads_of(model: nn.Module, name: str) -> dict[str, HeadConfig]:
+    """An adapter's heads by their names, in the model's order."""
+    entries = (entry for _, _, site in sites_of(model) for entry in site.entries.get(name, ()))
+    return {str(entry.head.config.name): entry.head.config for entry in entries if entry.head is not None}
 
 
 def record_of(model: nn.Module) -> Record | None:

@@ -1,4 +1,4 @@
-"""The steps that hooks run: add a delta to a tensor, change a weight, or put an adapter's head in place of the host's.
+"""The steps that hooks run: add a delta to a tensor, or change a weight. Those of heads are in `head_steps`.
 
 A step acts on what a hook is given, a whole output or call. Those that add to one tensor of it can also act on that tensor
 alone, or on some of its rows or tokens (a `View`): compositions make use of that.
@@ -17,7 +17,7 @@ from .errors import CompatibilityError
 from .record import Handover
 from .sites import AdapterSite, SiteSpec, Step
 
-__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Adding", "Pass", "UseHead", "View", "plus"]
+__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Adding", "Pass", "View", "plus"]
 
 
 class View(NamedTuple):
@@ -291,21 +291,3 @@ class Pass(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the value. Shape: any."""
         return value
-
-
-@dataclass(frozen=True)
-class UseHead(Step):
-    """Return what the adapter's own copy of the host head makes of the same call.
-
-    Args:
-        key: The adapter's name among the site's children.
-        adapter: The active adapter or composition.
-    """
-
-    key: str
-    adapter: Composition | None
-
-    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
-        """Return the copy's output. Shape: as the host's."""
-        head: Any = site._modules[self.key]
-        return head(*args, **kwargs)

@@ -9,16 +9,19 @@ from torch import nn
 
 from .attach import find_sites, needs_structure
 from .base import base_digests, base_parameters
-from .composition import names_in
+from .composition import drops_in, names_in
 from .config.base import AdapterConfig
 from .config.union import Union
 from .errors import AdapterKitError, CompatibilityError, TargetError
-from .hooks import InputHook, OutputHook, WeightHook, has_hook
+from .head_plan import root_of
+from .hooks import CallHook, InputHook, OutputHook, WeightHook, has_hook
+from .layers import in_layers
 from .merging import changed_since_merging
 from .patterns import SITE
 from .proof import SiteProof, dead_parameters, prove_sites
 from .reads import Holder, reads_around
 from .record import RECORD, Record, silenced
+from .site_plan import keys_of
 from .sites import AdapterSite, SiteSpec, located, owner_at, parameter_at, sites_of, specs_of
 from .structure.inputs import tiny_inputs
 from .structure.trace import ExampleInputs, runs_around
@@ -83,7 +86,7 @@ def verify(
     active = record.activation.active
     hosts = {path: (host, site) for path, host, site in sites_of(model)}
     lost = list(_lost_hosts(model, record, hosts))
-    problems = [*_missing_hooks(hosts), *lost, *_elsewhere(hosts)]
+    problems = [*_missing_hooks(model, hosts), *lost, *_elsewhere(hosts)]
     inputs = _inputs(model) if example_inputs is None and active is not None else example_inputs
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if active is not None and inputs is not None:
@@ -92,7 +95,7 @@ def verify(
         specs = [pair for name in names for pair in specs_of(model, name)]
         problems += _site_problems(model, sites, specs, inputs)
         for name in names:
-            problems += [*([] if lost else _elsewhere_now(model, name, inputs)), *_dead(model, name, inputs)]
+            problems += [*([] if lost else _elsewhere_now(model, name, inputs)), *_dead(model, record, name, inputs)]
     elif active is None and hosts:
         problems.append("no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter")
     moved = moved_tensors(model, record)
@@ -119,12 +122,15 @@ def moved_tensors(model: nn.Module, record: Record) -> list[str] | None:
     return [name for name in then | now if now.get(name) != then.get(name)]
 
 
-def _missing_hooks(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
+def _missing_hooks(model: nn.Module, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
     for path, (host, site) in hosts.items():
         for name, entries in site.entries.items():
             kinds = {_HOOKS[entry.spec.at if entry.spec is not None else "output"] for entry in entries}
             if not all(has_hook(host, kind) for kind in kinds):
                 yield f"the hook of adapter {name!r} on {path!r} is gone: someone removed it"
+            roots = {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}
+            if not all(has_hook(model.get_submodule(root), CallHook) for root in roots):
+                yield f"the hook that takes labels for the heads of adapter {name!r} is gone: someone removed it"
 
 
 def _lost_hosts(model: nn.Module, record: Record, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
@@ -172,13 +178,24 @@ def _where(spec: SiteSpec) -> tuple[str, object]:
     return spec.path, (spec.at, spec.reads, spec.output, spec.residual, spec.parameters, spec.parts, spec.tag, spec.member)
 
 
-def _dead(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:
-    """Parameters that no gradient reaches, or why none can be computed."""
+def _dead(model: nn.Module, record: Record, name: str, inputs: ExampleInputs) -> list[str]:
+    """Parameters that no gradient reaches, but for those that are dropped, or why none can be computed."""
+    dropped = tuple(_dropped(model, record, name))
     try:
-        dead = dead_parameters(model, name, inputs)
+        dead = [key for key in dead_parameters(model, name, inputs) if not key.startswith(dropped)]
     except (RuntimeError, ValueError) as error:
         return [f"no gradients can be computed: {str(error).splitlines()[0]}"]
     return [f"no gradient of the model's output reaches {', '.join(dead)}"] if dead else []
+
+
+def _dropped(model: nn.Module, record: Record, name: str) -> Iterator[str]:
+    """How the names of an adapter's parameters begin that rest, since a Drop holds them back in their layer."""
+    layers = [layer for drop in drops_in(record.activation.active) for layer in drop.layers]
+    for path, _, site in sites_of(model):
+        acting = keys_of((*site.input_steps, *site.output_steps, *site.weight_steps))
+        for entry in site.entries.get(name, ()):
+            if entry.spec is not None and in_layers(entry.spec.layer, layers) and entry.key not in acting:
+                yield f"{path}.{SITE}.{entry.key}.".lstrip(".")
 
 
 def _inputs(model: nn.Module) -> ExampleInputs | None:

@@ -2,25 +2,24 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from numbers import Real
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attach import Part, attach, build_parts, check_free, device_near
 from ..config.union import Union
 from ..errors import ConfigError
-from ..heads import check_apart, copy_heads
+from ..heads import check_apart, check_names
 from ..methods import method_of
 from ..methods.base import Additive
 from ..plan import check_known
-from ..sites import originals_of
 from ..structure.trace import outside_inference_mode
+from .heads import combined_heads
 from .low_rank import How, changes_weights, check_adds, is_lora, low_rank
 from .parameters import averaged, summed
-from .sources import Adapter, Combined, Source, adapter_of, check_finite, check_members, place_of, wide
+from .sources import Combined, Source, adapter_of, check_finite, check_members, place_of
 
 __all__ = ["How", "combine"]
 
@@ -53,8 +52,11 @@ def combine(
         if rank is not None and all(isinstance(method_of(source.config), Additive) for source in adapters[0].sources):
             raise ConfigError(f"rank={rank} is that of a LoRA; of {adapters[0].config.method!r} none comes out")
         combined = [_member(model, sources, how, rank) for sources in zip(*(a.sources for a in adapters), strict=True)]
-    parts = _parts(model, combined) + (_heads(model, adapters) if heads else [])
-    check_apart([part.path for part in parts if part.spec], [part.path for part in parts if not part.spec])
+    parts = _parts(model, combined) + (combined_heads(model, adapters) if heads else [])
+    specs = [(part.path, part.head) for part in parts if part.head is not None]
+    replaced = [path for path, head in specs if head.above is None]
+    check_names([head for _, head in specs], replaced)
+    check_apart([part.path for part in parts if part.spec], replaced)
     attach(model, name, _config(combined), parts)
     return {site: error for one in combined for site, error in one.errors.items()}
 
@@ -113,29 +115,3 @@ def _parts(model: nn.Module, combined: Sequence[Combined]) -> list[Part]:
         part.module.load_state_dict(state, assign=True)
         part.module.to(device_near(model, part.path))
     return parts
-
-
-def _heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[Part]:
-    """Copies of the heads, each tensor the model's own plus the weighted sum of the differences to it."""
-    first = {path: head for adapter in reversed(adapters) for path, head in adapter.heads.items()}
-    parts = [Part(path, head, None) for path, head in zip(first, copy_heads(list(first.values())), strict=True)]
-    if len(adapters) == 1 and adapters[0].weight == 1.0:
-        return parts
-    originals = originals_of(model)  # the model's own is what it is without adapters merged into it
-    for part in parts:
-        head = model.get_submodule(part.path)
-        held = chain(head.named_parameters(remove_duplicate=False), head.named_buffers(remove_duplicate=False))
-        own = {key: originals.get(id(tensor), tensor) for key, tensor in held}
-        terms = [(a.weight, a.heads[part.path].state_dict(keep_vars=True)) for a in adapters if part.path in a.heads]
-        for key, tensor in part.module.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
-                tensor.copy_(_moved(own[key], [(weight, state[key]) for weight, state in terms]))
-    return parts
-
-
-def _moved(own: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """A tensor of the model plus the weighted sum of what others are beyond it, in float64. Shape: as it."""
-    total = wide(own)
-    for weight, tensor in terms:
-        total = total + weight * (wide(tensor) - wide(own))
-    return total

@@ -8,14 +8,25 @@ from torch import Tensor, nn
 
 from ..config.base import AdapterConfig
 from ..config.fusion import FusionConfig
+from ..config.heads import OwnHead
 from ..config.union import Config, members
 from ..errors import CompatibilityError, ConfigError
-from ..sites import SiteSpec, located, sites_of
+from ..sites import HeadSpec, SiteSpec, located, sites_of
 
 __all__ = [
-    "Adapter", "Combined", "Place", "Source", "adapter_of", "check_finite", "check_members", "check_settings", "place_of",
-    "site_name", "wide",
-]  # fmt: skip
+    "Adapter",
+    "Combined",
+    "HeadPlace",
+    "Place",
+    "Source",
+    "adapter_of",
+    "check_finite",
+    "check_members",
+    "check_settings",
+    "place_of",
+    "site_name",
+    "wide",
+]
 
 
 class Place(NamedTuple):
@@ -24,6 +35,13 @@ class Place(NamedTuple):
     path: str
     tag: str
     parameter: str
+
+
+class HeadPlace(NamedTuple):
+    """Which of an adapter's heads."""
+
+    path: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class Adapter:
     weight: float
     config: Config
     sources: tuple[Source, ...]
-    heads: Mapping[str, nn.Module]
+    heads: Mapping[HeadPlace, tuple[HeadSpec, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,12 @@ def adapter_of(model: nn.Module, name: str, weight: float) -> Adapter:
         own = {place_of(site): (site, module) for site, module in here if site.member == index}
         sites, modules = ({place: both[which] for place, both in own.items()} for which in (0, 1))
         sources.append(Source(name, weight, member, sites, modules))  # type: ignore[arg-type]  # of both kinds at once
-    return Adapter(name, weight, config, tuple(sources), {path: m for path, entry, m in held if entry.spec is None})
+    heads = {}
+    for path, entry, module in held:
+        if entry.spec is None:
+            spec = entry.head or HeadSpec(OwnHead(path, name=path))
+            heads[HeadPlace(path, str(spec.config.name))] = spec, module
+    return Adapter(name, weight, config, tuple(sources), heads)
 
 
 def place_of(site: SiteSpec) -> Place:

@@ -87,8 +87,6 @@ class Settings(BaseModel):
     # Pairs of settings for one quantity: giving one as an override drops the other.
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
 
-    method: str
-
     def __init__(self, **settings: Any) -> None:
         try:
             super().__init__(**settings)
@@ -124,6 +122,7 @@ class AdapterConfig(Settings):
         dtype: Of the adapter's parameters; float32 if not given (float64 on a float64 host).
     """
 
+    method: str
     targets: Targets = Field(min_length=1)
     exclude: Targets = ()
     layers: Layers = None

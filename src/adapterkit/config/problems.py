@@ -36,7 +36,7 @@ def describe(error: ValidationError, model: type[BaseModel] | None = None) -> st
         parts += _described(list(group), known.description if known is not None else None)
     fields = [] if model is None else list(model.model_fields)
     parts += [no_setting(str(item["loc"][0]), fields) for item in unknown]
-    listed = f"the settings are {', '.join(name for name in fields if name != 'method')}"
+    listed = f"the settings are {', '.join(name for name in fields if name not in ('method', 'kind'))}"
     return "; ".join([*parts, listed] if unknown else parts).replace("?; ", "? ")
 
 

@@ -50,4 +50,4 @@ class Invertible:
     def build(self, config: InvertibleConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> InvertibleAdapter:
         """The coupling's direction at a site."""
         direction: Literal["forward", "inverse"] = "inverse" if site.tag == "inverse" else "forward"
-        return InvertibleAdapter(direction)
+        return InvertibleAdapter(direction, is_undone=bool(config.output_targets))

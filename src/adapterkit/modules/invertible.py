@@ -119,6 +119,7 @@ class InvertibleAdapter(nn.Module):
 
     Args:
         direction: "forward" behind the embedding, "inverse" before the output embedding.
+        is_undone: Whether heads that read the last hidden states as embeddings are to undo the forward one: see `undone`.
 
     Attributes:
         shared: The coupling; set from outside, after construction.
@@ -131,9 +132,10 @@ class InvertibleAdapter(nn.Module):
 
     shared: Coupling
 
-    def __init__(self, direction: Direction) -> None:
+    def __init__(self, direction: Direction, *, is_undone: bool = True) -> None:
         super().__init__()
         self.direction = direction
+        self.is_undone = is_undone and direction == "forward"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -144,6 +146,11 @@ class InvertibleAdapter(nn.Module):
         """Return the delta for the site. Shape: (..., width)."""
         delta: Tensor = self.shared(z, inverse=self.direction == "inverse")
         return delta
+
+    def undone(self, x: Tensor) -> Tensor:
+        """What the embedding was before the coupling, for heads that read it. Shape: (..., width)."""
+        delta: Tensor = self.shared(x.to(self.compute_dtype), inverse=True)
+        return x + delta.to(x.dtype)
 
     def extra_repr(self) -> str:
         """The direction, for `print(model)`."""

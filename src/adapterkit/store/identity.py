@@ -11,7 +11,7 @@ from ..hosts import host_type
 from ..patterns import ancestors
 from .manifest import BaseIdentity, Metadata
 
-__all__ = ["base_identity", "structure_of"]
+__all__ = ["base_identity", "output_structure", "structure_of"]
 
 
 def structure_of(model: nn.Module, path: str) -> str:
@@ -25,6 +25,11 @@ def structure_of(model: nn.Module, path: str) -> str:
         if shapes:
             break
     return _sha256([path, host_type(model.get_submodule(path)), *shapes])
+
+
+def output_structure(path: str, width: int) -> str:
+    """A hash over what a base must share where a head is on its output: which module yields it, and how wide it is."""
+    return _sha256([path, "output", str(width)])
 
 
 def base_identity(model: nn.Module, structures: Iterable[str], metadata: Metadata) -> BaseIdentity:

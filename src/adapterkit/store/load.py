@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,21 @@ from ..attach import Part, attach, build_parts, check_free, device_near, head_pa
 from ..base import fingerprint
 from ..composition import Fuse, to_json
 from ..config.fusion import FusionConfig
+from ..config.heads import CustomHead, OwnHead, head_from
 from ..config.union import Config, members
-from ..errors import AdapterKitError, CompatibilityError, StoreError
+from ..errors import AdapterKitError, CompatibilityError, ConfigError, StoreError, TargetError
 from ..fusions import attach_fusion, fusion_parts
-from ..heads import check_apart
-from ..hosts import resolve_host
+from ..heads import FoundHead, check_apart, check_names
+from ..hosts import known_shape, resolve_host
 from ..methods import method_of
 from ..methods.spellings import config_from
-from ..patterns import modules_by_path
-from ..sites import SiteSpec
+from ..patterns import ancestors, modules_by_path
+from ..sites import HeadSpec, SiteSpec
 from ..structure.trace import ExampleInputs, outside_inference_mode
 from .children import fuse_from
 from .files import read_manifest_bytes, read_tensors_bytes
 from .identity import structure_of
-from .manifest import Manifest, PlaceRecord, SiteRecord, parse_manifest
+from .manifest import HeadRecord, Manifest, PlaceRecord, SiteRecord, parse_manifest
 from .places import check_places
 from .tensors import dtype_name, tensor_key
 
@@ -51,7 +52,7 @@ def load_adapter(
     directory: str | Path,
     *,
     name: str | None = None,
-    heads: bool = True,
+    heads: bool | Mapping[str, nn.Module] = True,
     any_base: bool = False,
     example_inputs: ExampleInputs | None = None,
 ) -> str:
@@ -59,13 +60,14 @@ def load_adapter(
 
     Args:
         name: Another name than it was saved under.
-        heads: Bring its heads as well.
+        heads: Bring its heads as well; as a mapping, with these modules, by the heads' names, for those that a file cannot
+            hold: `CustomHead`s, which are filled with the file's tensors.
         any_base: Say nothing if the model's weights are not those it was trained on (its structure must be, always); let
             a fusion weigh adapters of the names that it knows, whatever they hold.
         example_inputs: Inputs to trace the model with, where its structure decides on the sites; else tiny ones are made.
 
     Raises:
-        StoreError: the files are missing, damaged, hostile or too new.
+        StoreError: the files are missing, damaged, hostile or too new, or have a head whose module was not given.
         CompatibilityError: the model's structure differs at the adapter's sites, or its config leads to others; or an
             adapter that a fusion weighs is not there. Says which.
         AdapterNameError: the name is taken.
@@ -74,16 +76,18 @@ def load_adapter(
     manifest, content = _read(directory)
     name = manifest.name if name is None else name
     check_free(model, name)
-    _check_structure(model, manifest, heads=heads, source=directory)
+    head_records = manifest.heads if heads is not False else ()
+    _check_structure(model, manifest, head_records, source=directory)
+    found = _found_heads(model, head_records, heads if isinstance(heads, Mapping) else {}, source=directory)
     fuse = fuse_from(model, manifest, name, any_base=any_base, source=directory) if manifest.children else None
     try:
-        config, parts = _empty_parts(model, manifest, fuse, heads=heads)
+        config, parts = _empty_parts(model, manifest, fuse, found)
     except (AdapterKitError, RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise StoreError(f"the manifest in {str(directory)!r} describes no adapter for this model: {error}") from error
     if not isinstance(config, FusionConfig):
         check_places(model, config, [part.spec for part in parts if part.spec is not None], example_inputs, directory)
     tensors = _parse_tensors(directory, manifest, content)
-    _fill(model, parts, tensors, heads=heads, source=directory)
+    _fill(model, parts, tensors, heads=heads is not False, source=directory)
     if not any_base and fingerprint(model) != manifest.base.fingerprint:
         warnings.warn(
             f"adapter {manifest.name!r} was trained on {manifest.base.hub_id or manifest.base.class_path!r} with other "
@@ -99,15 +103,17 @@ def load_adapter(
     return name
 
 
-def _check_structure(model: nn.Module, manifest: Manifest, *, heads: bool, source: Path) -> None:
+def _check_structure(model: nn.Module, manifest: Manifest, heads: Sequence[HeadRecord], *, source: Path) -> None:
     """Raise CompatibilityError, naming the sites, unless the model has what the adapter was trained around."""
     modules = modules_by_path(model)
     differing = []
-    places: list[PlaceRecord] = [*manifest.sites, *(manifest.heads if heads else ())]
+    places: list[PlaceRecord] = [*manifest.sites, *heads]
     for record in places:
         needs = {record.path, record.residual or record.path} if isinstance(record, SiteRecord) else {record.path}
         if not needs <= modules.keys():
             differing.append(f"{record.path!r} ({record.host}) does not exist")
+        elif isinstance(record, HeadRecord) and record.above is not None:
+            differing += [f"the head on the output of {record.path!r} {why}" for why in _why_no_output(model, record)]
         elif structure_of(model, record.path) != record.structure:
             found = type(modules[record.path]).__name__
             differing.append(f"{record.path!r} has another type or shape (saved: {record.host}, here: {found})")
@@ -119,26 +125,96 @@ def _check_structure(model: nn.Module, manifest: Manifest, *, heads: bool, sourc
         )
 
 
+def _why_no_output(model: nn.Module, record: HeadRecord) -> Iterator[str]:
+    """What is wrong with the place of a head on the output."""
+    modules = modules_by_path(model)
+    around = ancestors(record.path)
+    above = record.above or 0
+    try:
+        is_last = above < len(around) and resolve_host(around[above], modules, at_input=False) == record.path
+    except TargetError:
+        is_last = False
+    if not is_last:
+        yield "is not behind the last layer of this one"
+        return
+    known = known_shape(modules[record.path])
+    if (
+        known is not None
+        and known.axis == -1
+        and (record.config or {}).get("output") is None
+        and known.width != record.width
+    ):
+        yield f"reads {record.width} features, and this one returns {known.width}"
+    if record.embedding is not None:
+        path = ".".join(filter(None, [around[above], record.embedding]))
+        weight: Any = getattr(modules.get(path), "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        if shape != (record.vocabulary, record.width):
+            yield f"reads the weight of {path!r}, {(record.vocabulary, record.width)}, which is {shape or 'not there'} here"
+
+
+def _found_heads(
+    model: nn.Module, records: Sequence[HeadRecord], given: Mapping[str, nn.Module], *, source: Path
+) -> list[FoundHead]:
+    """The heads of a file, with the modules that were given for them.
+
+    Raises:
+        StoreError: a head is none, or needs a module that was not given; a module is given for none that needs one.
+    """
+    found = []
+    for record in records:
+        try:
+            config = OwnHead(record.path, name=record.path) if record.config is None else head_from(record.config)
+        except ConfigError as error:
+            raise StoreError(f"the adapter in {str(source)!r} has a head that is none: {error}") from error
+        in_place = isinstance(config, OwnHead) or (isinstance(config, CustomHead) and config.target is not None)
+        if in_place != (record.above is None) or (in_place and getattr(config, "target", None) != record.path):
+            raise StoreError(f"the head {config.name!r} in {str(source)!r} contradicts its place, {record.path!r}")
+        spec = HeadSpec(config, record.above, record.width, record.takes_mask, record.embedding)
+        module = given.get(str(config.name)) if isinstance(config, CustomHead) else None
+        found.append(FoundHead(record.path, spec, module, record.vocabulary))
+    custom = {str(head.spec.config.name): head for head in found if isinstance(head.spec.config, CustomHead)}
+    missing, unknown = sorted(custom.keys() - given.keys()), sorted(given.keys() - custom.keys())
+    if missing:
+        raise StoreError(
+            f"the heads {missing} of the adapter in {str(source)!r} are modules of someone's own, which files do not hold: "
+            f"give them, kit.load(…, heads={{{missing[0]!r}: MyModule()}}), or leave all heads out with heads=False"
+        )
+    if unknown:
+        raise StoreError(f"heads={unknown}: the adapter in {str(source)!r} takes modules for {sorted(custom) or 'none'}")
+    theirs = {id(p) for p in model.parameters()}
+    for name, module in given.items():
+        if not isinstance(module, nn.Module) or any(id(p) in theirs for p in module.parameters()):
+            raise StoreError(f"heads={{{name!r}: …}} takes a module that the model has not; found {type(module).__name__}")
+    return found
+
+
 def _empty_parts(
-    model: nn.Module, manifest: Manifest, fuse: Fuse | None, *, heads: bool
+    model: nn.Module, manifest: Manifest, fuse: Fuse | None, heads: Sequence[FoundHead]
 ) -> tuple[Config | FusionConfig, list[Part]]:
-    """The modules of the file without values, after checking that sites and config agree."""
-    return _empty_adapter(model, manifest, heads) if fuse is None else _empty_fusion(model, manifest, fuse, heads)
+    """The modules of the file without values, after checking that sites, heads and config agree."""
+    config, parts = _empty_adapter(model, manifest) if fuse is None else _empty_fusion(model, manifest, fuse)
+    replaced = [head.path for head in heads if head.is_in_place]
+    if len(set(replaced)) < len(replaced):
+        raise StoreError("it names a head twice")
+    check_names([head.spec for head in heads], replaced)
+    check_apart([part.path for part in parts], replaced)
+    return config, parts + head_parts(model, heads, meta=True)
 
 
-def _empty_fusion(model: nn.Module, manifest: Manifest, fuse: Fuse, heads: bool) -> tuple[FusionConfig, list[Part]]:
-    """The fusion's modules without values, at the places of its adapters, which must be those of the file."""
+def _empty_fusion(model: nn.Module, manifest: Manifest, fuse: Fuse) -> tuple[FusionConfig, list[Part]]:
+    """The fusion's modules, at the places of its adapters, which must be those of the file."""
     config = FusionConfig(**{**manifest.config, "children": tuple(map(to_json, fuse.children))})
     parts = fusion_parts(model, fuse, config, meta=True)
     specs = [part.spec for part in parts if part.spec is not None]
     here, there = ({(s.path, s.at, s.width, s.input_width) for s in sites} for sites in (specs, manifest.sites))
     if here != there:
         raise StoreError(f"its adapters are at {sorted(here ^ there)[:3]} in one of file and model, and not in the other")
-    return config, parts + head_parts(model, _head_paths(manifest, specs, heads))
+    return config, parts
 
 
-def _empty_adapter(model: nn.Module, manifest: Manifest, heads: bool) -> tuple[Config, list[Part]]:
-    """The adapter's modules without values."""
+def _empty_adapter(model: nn.Module, manifest: Manifest) -> tuple[Config, list[Part]]:
+    """The adapter's modules, after checking that sites and config agree."""
     config, modules = config_from(manifest.config), modules_by_path(model)
     placements = [method_of(member).placements(member) for member in members(config)]
     sites = [SiteSpec(**record.model_dump(exclude={"structure"})) for record in manifest.sites]
@@ -149,16 +225,7 @@ def _empty_adapter(model: nn.Module, manifest: Manifest, heads: bool) -> tuple[C
             raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
     if len({(site.path, site.member, site.tag, site.parameters[:1]) for site in sites}) < len(sites):
         raise StoreError("it names a site twice")
-    return config, build_parts(model, config, sites, _head_paths(manifest, sites, heads), meta=True)
-
-
-def _head_paths(manifest: Manifest, sites: Sequence[SiteSpec], heads: bool) -> list[str]:
-    """Where the file's heads are, if they are wanted."""
-    paths = [head.path for head in manifest.heads] if heads else []
-    if len(set(paths)) < len(paths):
-        raise StoreError("it names a head twice")
-    check_apart([site.path for site in sites], paths)
-    return paths
+    return config, build_parts(model, config, sites, (), meta=True)
 
 
 def _read(directory: Path) -> tuple[Manifest, bytes]:
@@ -210,18 +277,23 @@ def _fill(model: nn.Module, parts: list[Part], tensors: dict[str, Tensor], *, he
     states: list[dict[str, Tensor]] = []
     wanted: dict[str, Any] = {}
     for part in parts:
-        keys = {tensor: tensor_key(part.spec, part.path, tensor) for tensor in part.module.state_dict()}
+        keys = {tensor: tensor_key(part.spec, part.path, tensor, part.head) for tensor in part.module.state_dict()}
         wanted |= {keys[tensor]: tuple(value.shape) for tensor, value in part.module.state_dict().items()}
         states.append({tensor: tensors[key] for tensor, key in keys.items() if key in tensors})
     taken = {key: t for key, t in tensors.items() if heads or not key.startswith("heads/")}
     _check_same({key: tuple(t.shape) for key, t in taken.items()}, wanted, f"the adapter in {str(source)!r}", "its config")
     for part, state in zip(parts, states, strict=True):
         dtypes = {dtype_name(t) for t in state.values()}
-        if part.spec is not None and (len(dtypes) > 1 or not all(t.is_floating_point() for t in state.values())):
+        is_new = part.spec is not None or (
+            part.head is not None and not isinstance(part.head.config, (OwnHead, CustomHead))
+        )
+        if is_new and state and (len(dtypes) > 1 or not all(t.is_floating_point() for t in state.values())):
             raise StoreError(f"the adapter in {str(source)!r} has, at {part.path!r}, {sorted(dtypes)}: not one float dtype")
     for part, state in zip(parts, states, strict=True):
-        if part.spec is None:
+        if part.spec is None and not any(p.is_meta for p in part.module.parameters()):
             part.module.load_state_dict(state)
+            if part.head is not None and isinstance(part.head.config, CustomHead):
+                part.module.to(device_near(model, part.path))
         else:
             part.module.load_state_dict(state, assign=True)
             part.module.to(device_near(model, part.path))

@@ -54,7 +54,19 @@ class SiteRecord(PlaceRecord):
 
 
 class HeadRecord(PlaceRecord):
-    """A head that the adapter owns a copy of."""
+    """A head that the adapter owns, in its place or on the model's output: the fields of `HeadSpec`.
+
+    Attributes:
+        config: Its settings, labels among them; None in older files, whose heads are copies of the model's own.
+        vocabulary: Tokens that its logits are of, for a head with a vocabulary.
+    """
+
+    config: dict[str, Any] | None = None
+    above: Annotated[int, Field(ge=0, le=64)] | None = None
+    width: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    takes_mask: bool = True
+    embedding: Text | None = None
+    vocabulary: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 class TensorRecord(_Strict):

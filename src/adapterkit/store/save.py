@@ -14,16 +14,19 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..config.base import describe
+from ..config.heads import OwnHead
 from ..errors import StoreError
 from ..hosts import host_type
-from ..sites import located
+from ..sites import Entry, HeadSpec, located
 from .children import children_of
 from .files import CARD_MARK, replace_adapter
-from .identity import base_identity, structure_of
+from .identity import base_identity, output_structure, structure_of
 from .manifest import FORMAT_VERSION, HeadRecord, Manifest, Metadata, SiteRecord, TensorRecord
 from .tensors import Held, digest_of, dtype_name, held_by, tensors_of
 
 __all__ = ["save_adapter"]
+
+_SHOWN_LABELS = 20
 
 
 def save_adapter(
@@ -80,13 +83,37 @@ def _as_metadata(metadata: Metadata | Mapping[str, Any] | None) -> Metadata:
 
 def _records(model: nn.Module, held: list[Held]) -> tuple[list[SiteRecord], list[HeadRecord]]:
     sites, heads = [], []
-    for path, host, entry, _ in held:
-        spec, structure = entry.spec, structure_of(model, path)
-        if spec is None:
-            heads.append(HeadRecord(path=path, host=host_type(host), structure=structure))
+    for path, host, entry, module in held:
+        if entry.spec is None:
+            heads.append(_head_record(model, path, host, entry, module))
         else:
-            sites.append(SiteRecord(**asdict(located(spec, path)), structure=structure))
+            sites.append(SiteRecord(**asdict(located(entry.spec, path)), structure=structure_of(model, path)))
     return sites, heads
+
+
+def _head_record(model: nn.Module, path: str, host: nn.Module, entry: Entry, module: nn.Module) -> HeadRecord:
+    """What the manifest says of a head."""
+    head = entry.head or HeadSpec(OwnHead(path, name=path))
+    config = head.config.model_dump(mode="json") | ({"target": path} if head.above is None else {})
+    return HeadRecord(
+        path=path,
+        host=host_type(host),
+        structure=structure_of(model, path) if head.above is None else output_structure(path, head.width),
+        config=config,
+        above=head.above,
+        width=head.width,
+        takes_mask=head.takes_mask,
+        embedding=head.embedding,
+        vocabulary=getattr(module, "vocabulary", 0) if head.config.has_vocabulary else 0,
+    )
+
+
+def _head_line(head: HeadRecord) -> str:
+    """A head in the card: its name, and its labels if they are few."""
+    config = head.config or {}
+    labels = [str(label) for label in config.get("labels") or ()]
+    shown = f" ({', '.join(labels)})" if 0 < len(labels) <= _SHOWN_LABELS else ""
+    return f"{config.get('name') or head.path}{shown}"
 
 
 def _card(manifest: Manifest) -> str:
@@ -96,7 +123,7 @@ def _card(manifest: Manifest) -> str:
         "method": manifest.config.get("method"),
         "sites": len(manifest.sites),
         "weighs": ", ".join(f"{child.name} ({child.digest[:12]})" for child in manifest.children),
-        "heads": ", ".join(head.path for head in manifest.heads) or "none",
+        "heads": ", ".join(map(_head_line, manifest.heads)) or "none",
         "size": f"{manifest.tensors_size_bytes:,} bytes",
         "base": base.hub_id or base.class_path,
         "task": meta.task,

@@ -8,7 +8,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..modules.twin import trained
-from ..sites import Entry, SiteSpec, sites_of
+from ..sites import Entry, HeadSpec, SiteSpec, sites_of
 
 __all__ = ["Held", "digest_of", "dtype_name", "held_by", "tensor_key", "tensors_of"]
 
@@ -43,7 +43,7 @@ def tensors_of(held: Sequence[Held]) -> dict[str, Tensor]:
         saved.add(id(source))  # with its first site: in a part of the model that may be a twin
         for tensor, value in source.state_dict().items():
             # A clone: the format has no tensors that share memory, and a head may tie two of its own.
-            tensors[tensor_key(entry.spec, path, tensor)] = value.detach().cpu().contiguous().clone()
+            tensors[tensor_key(entry.spec, path, tensor, entry.head)] = value.detach().cpu().contiguous().clone()
     return tensors
 
 
@@ -53,13 +53,15 @@ def digest_of(model: nn.Module, name: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def tensor_key(spec: SiteSpec | None, path: str, tensor: str) -> str:
+def tensor_key(spec: SiteSpec | None, path: str, tensor: str, head: HeadSpec | None = None) -> str:
     """The name of a tensor in the file: under "sites", or under "heads" without a spec.
 
-    Where an adapter may have several modules at a host, the name says which: of a union, of a Parameter, of a placement.
+    Where an adapter may have several modules at a host, the name says which: of a union, of a Parameter, of a placement;
+    a head on the output by the head's name, behind an "@".
     """
     if spec is None:
-        return f"heads/{path}/{tensor}"
+        place = path if head is None or head.above is None else f"@{head.config.name}"
+        return f"heads/{place}/{tensor}"
     which = [str(spec.member) if spec.member else "", *spec.parameters[:1], spec.tag]
     return "/".join(["sites", path, *(part for part in which if part), tensor])
 

@@ -1,0 +1,120 @@
+"""New heads: their modules, made as their settings say."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config.heads import (
+    CausalLMHead,
+    ClassificationHead,
+    HeadConfig,
+    MaskedLMHead,
+    MultiLabelHead,
+    MultipleChoiceHead,
+    QuestionAnsweringHead,
+    RegressionHead,
+    TaggingHead,
+)
+from .errors import ConfigError, TargetError
+from .modules.heads import (
+    ChoiceScorer,
+    Classifier,
+    Layers,
+    MultiLabelClassifier,
+    Regressor,
+    SpanFinder,
+    Tagger,
+    TokenPredictor,
+)
+from .patterns import match, modules_by_path
+from .sites import HeadSpec
+
+__all__ = ["VocabularySize", "build_head"]
+
+Build = Callable[[Any, Callable[[int], Layers]], nn.Module]
+
+_BUILDS: dict[type[HeadConfig], Build] = {
+    ClassificationHead: lambda head, layers: Classifier(layers(head.size), pooling=head.pooling),
+    MultiLabelHead: lambda head, layers: MultiLabelClassifier(layers(head.size), pooling=head.pooling),
+    TaggingHead: lambda head, layers: Tagger(layers(head.size)),
+    RegressionHead: lambda head, layers: Regressor(layers(head.num_targets), pooling=head.pooling),
+    MultipleChoiceHead: lambda head, layers: ChoiceScorer(layers(1), choices=head.num_choices, pooling=head.pooling),
+    QuestionAnsweringHead: lambda _head, layers: SpanFinder(layers(2)),
+}
+
+
+def build_head(config: Any, spec: HeadSpec, vocabulary: int, dtype: torch.dtype) -> nn.Module:
+    """A new head on hidden states of the spec's width."""
+    settings = {name: getattr(config, name) for name in ("layers", "non_linearity", "dropout")}
+    if config.has_vocabulary:
+        return TokenPredictor(
+            spec.width,
+            vocabulary,
+            **settings,
+            is_tied=config.tied is not False,
+            has_bias=config.bias,
+            is_causal=isinstance(config, CausalLMHead),
+            dtype=dtype,
+        )
+
+    def layers(outputs: int) -> Layers:
+        return Layers(spec.width, outputs, **settings, dtype=dtype)
+
+    return _BUILDS[type(config)](config, layers)
+
+
+class VocabularySize:
+    """The embedding that a head with a vocabulary reads, and how many tokens that knows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def of(self, config: HeadConfig, width: int) -> tuple[str | None, int]:
+        """The embedding's path, None where its weight is not read; and the tokens. (None, 0) for any other head.
+
+        Raises:
+            TargetError: there is no such embedding, or it has another width.
+            ConfigError: it knows another number of tokens.
+        """
+        if not isinstance(config, (MaskedLMHead, CausalLMHead)):
+            return None, 0
+        if config.tied is False and config.vocab_size is not None:
+            return None, config.vocab_size
+        path = self.embedding(config.tied if isinstance(config.tied, str) else None)
+        weight: Any = getattr(self.model.get_submodule(path), "weight", None)
+        if config.tied is False:
+            return None, int(weight.shape[0])
+        if weight.shape[1] != width:
+            raise TargetError(
+                f"the head {config.name!r} reads {width} features, and the embedding {path!r} has {weight.shape[1]}: they "
+                "cannot share a weight. Give it tied=False"
+            )
+        if config.vocab_size not in (None, weight.shape[0]):
+            raise ConfigError(
+                f"vocab_size={config.vocab_size}, and the embedding {path!r}, whose weight the head reads, has "
+                f"{weight.shape[0]}"
+            )
+        return path, int(weight.shape[0])
+
+    def embedding(self, named: str | None) -> str:
+        """The path of the model's input embedding, or of the one that is named. Raises TargetError."""
+        modules = modules_by_path(self.model)
+        there = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+        if named is not None:
+            there = match(self.model, [named])
+        elif hasattr(self.model, "get_input_embeddings"):  # of transformers
+            model: Any = self.model
+            try:
+                module = model.get_input_embeddings()
+            except (AttributeError, NotImplementedError):
+                module = None
+            there = [path for path, other in modules.items() if other is module] or there
+        weights = {id(getattr(modules[path], "weight", None)): path for path in reversed(there)}
+        if len(weights) != 1 or getattr(getattr(modules[there[0]], "weight", None), "ndim", 0) != 2:
+            raise TargetError(
+                f"a head with a vocabulary reads the weight of an embedding, and {type(self.model).__name__} has "
+                f"{there or 'none'} that may be meant: name it with tied='…', or give vocab_size= and tied=False"
+            )
+        return there[0]

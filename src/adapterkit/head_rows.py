@@ -1,0 +1,96 @@
+"""The outputs of heads that ran on different rows of a batch, put together in the order of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import values
+from .errors import CompatibilityError
+
+__all__ = ["Logits", "Piece", "joined", "laid_out", "rows_of_call", "some_rows"]
+
+Logits = Tensor | tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a head made of its rows.
+
+    Attributes:
+        owner: Its adapter.
+        head: Its name.
+        logits: A row of them may be of several rows of the batch (choices).
+        rows: The first row of the batch that each is of, in ascending order.
+    """
+
+    owner: str
+    head: str
+    logits: Tensor
+    rows: Sequence[int]
+
+
+def some_rows(tensor: Tensor, rows: Sequence[int], axis: int = 0) -> Tensor:
+    """These rows of a tensor: a part of it where they lie together. Shape: as it, with as many rows."""
+    if len(rows) == tensor.shape[axis] and list(rows) == list(range(len(rows))):
+        return tensor
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return tensor.narrow(axis, rows[0], len(rows))
+    return tensor.index_select(axis, torch.tensor(list(rows), device=tensor.device))
+
+
+def rows_of_call(value: Any, count: int, rows: Sequence[int], axis: int) -> Any:
+    """Arguments or an output, each tensor that has `count` rows with these alone."""
+    for path, tensor in list(values.tensors(value)):
+        if tensor.dim() > axis and tensor.shape[axis] == count:
+            value = values.put(value, path, some_rows(tensor, rows, axis))
+    return value
+
+
+def laid_out(pieces: Sequence[Piece], absent: Sequence[int]) -> Logits:
+    """The logits in the order of the rows: one tensor where all have them, of one shape; else one for each, or None.
+
+    Args:
+        absent: The rows of which no piece is.
+    """
+    if len(pieces) == 1 and not absent:
+        return pieces[0].logits
+    if not absent and len({(p.logits.shape[1:], p.logits.dtype, p.logits.device) for p in pieces}) == 1:
+        order = _order([row for piece in pieces for row in piece.rows])
+        return some_rows(torch.cat([piece.logits for piece in pieces]), order)
+    each: dict[int, Tensor | None] = dict.fromkeys(absent)
+    each |= {row: piece.logits[i] for piece in pieces for i, row in enumerate(piece.rows)}
+    return tuple(each[row] for row in sorted(each))
+
+
+def joined(outputs: Sequence[tuple[Any, Sequence[int]]], axis: int, what: str) -> Any:
+    """The outputs of heads in a module's place, each of its own rows, as one output of all rows.
+
+    Raises:
+        CompatibilityError: they differ in more than their rows.
+    """
+    if len(outputs) == 1:
+        return outputs[0][0]
+    first, order = outputs[0][0], _order([row for _, rows in outputs for row in rows])
+    found = [{path: t for path, t in values.tensors(output) if t.dim() > axis} for output, _ in outputs]
+    shapes = [{path: (*t.shape[:axis], *t.shape[axis + 1 :]) for path, t in tensors.items()} for tensors in found]
+    if any(other != shapes[0] for other in shapes[1:]):
+        listed = "; ".join(str([tuple(t.shape) for t in tensors.values()]) for tensors in found)
+        raise CompatibilityError(
+            f"{what} returns tensors of other shapes for some rows than for others, not fit for one: {listed}. "
+            "Run those adapters apart, or give them heads on the output, such as ak.ClassificationHead(…): these return "
+            "one tensor for each row"
+        )
+    for path in shapes[0]:
+        together = torch.cat([tensors[path] for tensors in found], axis)
+        first = values.put(first, path, some_rows(together, order, axis))
+    return first
+
+
+def _order(rows: Sequence[int]) -> list[int]:
+    """Where each row lies, from the first row on."""
+    return sorted(range(len(rows)), key=lambda index: rows[index])

@@ -1,0 +1,67 @@
+"""The losses of heads. Each is a mean over what has a label, and 0 where nothing has one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import CompatibilityError
+
+__all__ = ["IGNORED", "class_loss", "label_loss", "next_token_loss", "span_loss", "target_loss"]
+
+IGNORED = -100  # a label that says: nothing here
+
+
+def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy. Labels of -100 do not count. Shape: logits (..., classes), labels (...) of whole numbers."""
+    labels = _fitting(labels, logits.shape[:-1])
+    _check_whole(labels)
+    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each position's logits with the label of the next. Shape: logits (batch, seq, classes)."""
+    return class_loss(logits[:, :-1], _fitting(labels, logits.shape[:-1])[:, 1:])
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of every label. Shape: logits and labels (batch, labels)."""
+    return F.binary_cross_entropy_with_logits(logits.float(), _fitting(labels, logits.shape).float())
+
+
+def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error. Shape: logits and labels (batch, targets)."""
+    if logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]:
+        labels = labels[..., None]
+    return F.mse_loss(logits.float(), _fitting(labels, logits.shape).float())
+
+
+def span_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy over positions, the mean of starts and ends; those beyond the sequence do not count.
+
+    Shape: logits (batch, seq, 2), labels (batch, 2): the positions of start and end.
+    """
+    labels, length = _fitting(labels, (logits.shape[0], 2)), logits.shape[1]
+    _check_whole(labels)
+    inside = torch.where((labels >= 0) & (labels < length), labels, IGNORED)
+    return class_loss(logits.transpose(1, 2), inside)
+
+
+def _fitting(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """The labels, if they have this shape; a last axis of 1 is dropped where that makes it so.
+
+    Raises:
+        CompatibilityError: they have another.
+    """
+    if labels.dim() == len(shape) + 1 and labels.shape[-1] == 1:
+        labels = labels[..., 0]
+    if tuple(labels.shape) != tuple(shape):
+        raise CompatibilityError(f"labels of shape {tuple(shape)} are wanted here; found {tuple(labels.shape)}")
+    return labels
+
+
+def _check_whole(labels: Tensor) -> None:
+    if labels.is_floating_point():
+        raise CompatibilityError(f"labels here are whole numbers; found {labels.dtype}")
