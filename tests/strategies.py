@@ -74,3 +74,40 @@ configs = st.builds(_config, places, sizes, layer_norms, options)
 def is_identity_at_init(config: ak.BottleneckConfig) -> bool:
     """Whether the paper's method starts as the identity with these settings."""
     return config.init in ("lora", "mam") and not config.residual_before_layer_norm
+
+
+@st.composite
+def compositions(draw: st.DrawFn, names: st.SearchStrategy[str], rows: int | None, tokens: int, depth: int = 3) -> Any:
+    """A tree of compositions; most fit a batch of so many rows, and a sequence of so many tokens.
+
+    Args:
+        rows: None inside one row, which nothing divides.
+    """
+    kinds = ["name", "name", "Stack", "Average", "Split"] + ["Rows", "Rows", "BatchSplit", "BatchSplit"] * (
+        rows is not None
+    )
+    kind = draw(st.sampled_from(kinds if depth else ["name"]))
+    if kind == "name":
+        return draw(names)
+
+    def child(rows: int | None = rows, tokens: int = tokens) -> Any:
+        return draw(compositions(names, rows, tokens, depth - 1))
+
+    if kind == "Rows":
+        count = rows if draw(st.integers(0, 9)) else draw(st.integers(1, 5))
+        return ak.Rows([child(None) if draw(st.integers(0, 3)) else None for _ in range(count or 1)])
+    count = draw(st.integers(1, 3))
+    if kind == "Stack":
+        return ak.Stack(*(child() for _ in range(count)))
+    if kind == "Average":
+        weights = st.none() | st.lists(st.floats(0.1, 3), min_size=count, max_size=count)
+        return ak.Average(*(child() for _ in range(count)), weights=draw(weights))
+    whole = tokens if kind == "Split" else rows or 0
+    if whole % count == 0 and draw(st.booleans()):
+        sizes, parts = None, [whole // count] * count
+    else:
+        cuts = sorted(draw(st.lists(st.integers(0, whole), min_size=count - 1, max_size=count - 1)))
+        sizes = parts = [end - start for start, end in zip([0, *cuts], [*cuts, whole], strict=True)]
+    if kind == "Split":
+        return ak.Split(*(child(tokens=size) for size in parts), sizes=sizes)
+    return ak.BatchSplit(*(child(rows=size) if size else draw(names) for size in parts), sizes=sizes)

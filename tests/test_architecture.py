@@ -24,6 +24,7 @@ LAYERS = [
         "structure",
         "sites",
         "swap",
+        "row_axis",
         "stacked",
         "head_calls",
         "head_output",

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import values
 from .errors import CompatibilityError
 from .values import Argument
 
@@ -169,10 +168,11 @@ def _mask(masks: tuple[Mask, ...], call: Any) -> Tensor | None:
 
 
 def _argument(call: Any, argument: Argument) -> Any:
-    try:
-        return values.get(call, values.argument_path(call, argument))
-    except LookupError:
-        return None
+    """An argument of a call; None if it is not there."""
+    (position, keyword), (args, kwargs) = argument, call
+    if keyword in kwargs:
+        return kwargs[keyword]
+    return args[position] if position is not None and position < len(args) else None
 
 
 def labels_of(labels: Any, owner: str, head: str, *, is_alone: bool, owners: tuple[str, ...]) -> tuple[Any, bool]:

@@ -156,7 +156,8 @@ class RunHeads(Step):
         every = None if self._is_one else sorted({row for piece in pieces for row in piece.rows} | {*absent})
         heads, logits = self._in_order(pieces, every)
         losses = {} if call.labels is None else self._losses(site, call.labels, pieces, every)
-        loss = torch.stack(list(losses.values())).sum() if losses else None
+        each = list(losses.values())
+        loss = None if not each else each[0] if len(each) == 1 else torch.stack(each).sum()
         return HeadOutput(loss, logits, losses, heads, value)
 
     @property

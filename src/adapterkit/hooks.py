@@ -256,8 +256,8 @@ def sync_site_hooks(model: nn.Module, record: Record) -> None:
         entries = [entry for entries in site.entries.values() for entry in entries]
         specs = [entry.spec for entry in entries]
         set_hook(host, OutputHook, any(s is None or s.at == "output" for s in specs), record)
-        set_hook(host, InputHook, any(s is not None and s.at == "input" for s in specs), record)
-        set_hook(host, WeightHook, any(s is not None and s.at == "weight" for s in specs), record)
+        for kind, at in ((WeightHook, "weight"), (InputHook, "input")):
+            _set_pre_hook(host, kind, any(s is not None and s.at == at for s in specs), record)
         set_hook(host, WeightEndHook, has_hook(host, WeightHook), record)
         if has_hook(host, WeightEndHook) and has_hook(host, OutputHook):
             remove_hooks(host, OutputHook)  # so that it comes first again
@@ -275,13 +275,28 @@ def sync_site_hooks(model: nn.Module, record: Record) -> None:
     for path, module in modules.items():
         port = ports.get(path)
         set_hook(module, CallHook, port is not None and bool(port.calls), record)
-        set_hook(module, StreamHook, port is not None and bool(port.gives), record)
+        _set_pre_hook(module, StreamHook, port is not None and bool(port.gives), record)
         set_hook(module, ClearHook, port is not None and bool(port.clears), record)
         set_hook(module, EncoderHook, path in encoders, record)
         if port is not None:
             module.__dict__[PORT] = port
         else:
             module.__dict__.pop(PORT, None)
+
+
+def _set_pre_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Record) -> None:
+    """`set_hook` of one that runs in this order among ours, whichever adapter came first.
+
+    An adapter at the input may run the host on it (a norm), with the weights that it will have; a stream is what the
+    module takes.
+    """
+    order = (WeightHook, InputHook, StreamHook)
+    is_new = wanted and not has_hook(module, kind)
+    set_hook(module, kind, wanted, record)
+    for later in order[order.index(kind) + 1 :] if is_new else ():
+        if has_hook(module, later):
+            remove_hooks(module, later)
+            set_hook(module, later, True, record)
 
 
 def _called_around(one: str, other: str, modules: dict[str, nn.Module]) -> str:

@@ -216,12 +216,18 @@ class AdapterKit:
         settings = fusions.as_fusion_config(config, overrides)
         fusions.add_fusion(self.model, fuse, settings, heads, self.example_inputs)
 
-    def train_fusion(self, fuse: Fuse | str) -> None:
+    def train_fusion(self, fuse: Fuse | str, *, reentrant: bool = True) -> None:
         """Freeze the base and all adapters, open this fusion and its heads, and activate it.
 
-        Add `kit.fusion_loss()` to the loss. Raises AdapterNameError: no such fusion.
+        Add `kit.fusion_loss()` to the loss.
+
+        Args:
+            reentrant: Whether the model may be checkpointed in the reentrant way; see `freeze`.
+
+        Raises:
+            AdapterNameError: no such fusion.
         """
-        self.train_adapter(fusions.fusion_of(self.model, fuse)[0])
+        self.train_adapter(fusions.fusion_of(self.model, fuse)[0], reentrant=reentrant)
 
     def fusion_loss(self) -> Tensor:
         """What to add to the loss while fusions train: how far each Wv is from the identity, times `regularization`."""

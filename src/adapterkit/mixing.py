@@ -19,12 +19,12 @@ from . import values
 from .composition import Composition
 from .errors import CompatibilityError
 from .parallel import check_rows
-from .row_division import rows_of, sizes_of
+from .row_division import fixed_rows, rows_of, sizes_of
 from .sites import AdapterSite, Step
 from .stacked import run_each
 from .steps import AddDelta, Adding, AddProjected, View, plus
 
-__all__ = ["Attend", "Chain", "Leaf", "Mean", "Mix", "Node", "RowMix", "TokenMix", "chain"]
+__all__ = ["Attend", "Chain", "Group", "Leaf", "Mean", "Mix", "Node", "RowMix", "TokenMix", "chain"]
 
 
 class Node:
@@ -49,10 +49,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Leaf(Node):
-    """One module of one adapter, and what others of its kind have in common with it."""
+    """One module of one adapter.
+
+    Attributes:
+        kind: A number for what it has in common with others that differ in their tensors alone.
+        undoes: It takes back what its adapter did elsewhere.
+    """
 
     step: Adding
     kind: int = field(compare=False)
+    undoes: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leaves", (self,))
@@ -129,25 +135,25 @@ class Attend(Group):
 
 @dataclass(frozen=True)
 class TokenMix(Group):
-    """Each node on its part of the sequence. Sizes are of the parts, equal ones if None; `axis` is that of the tokens."""
+    """Each node on its part of the sequence. Sizes are of the parts, equal ones if None."""
 
     sizes: tuple[int, ...] | None
-    axis: int
     path: str
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """The parts, each changed by its node. Shape: as `view.x`."""
-        if view.x.dim() < 3:  # rows, tokens, features
+        if view.x.dim() != 3:  # rows, tokens, features
             raise CompatibilityError(
                 f"Split divides a sequence, and {self.path!r} has a tensor of shape {tuple(view.x.shape)}"
             )
-        sizes = sizes_of(self.sizes, len(self.nodes), view.x.shape[self.axis], f"the sequence at {self.path!r}")
+        axis = 1 - view.axis
+        sizes = sizes_of(self.sizes, len(self.nodes), view.x.shape[axis], f"the sequence at {self.path!r}")
         parts, start = [], 0
         for node, size in zip(self.nodes, sizes, strict=True):
-            part = view.narrow(self.axis, start, size)
+            part = view.narrow(axis, start, size)
             parts.append(node.run(site, host, part) if node.leaves and size else part.x)
             start += size
-        return torch.cat(parts, self.axis)
+        return torch.cat(parts, axis)
 
 
 @dataclass(frozen=True)
@@ -159,21 +165,20 @@ class RowMix(Group):
         kinds: The different compositions that rows run.
         composition: All of it.
         is_parallel: Whether the rows are those of a repeated batch.
-        axis: The axis of the rows.
         path: The host, for messages.
     """
 
     kinds: tuple[Composition | None, ...]
     composition: Composition
-    axis: int
     path: str
     is_parallel: bool = False
 
-    def assign(self, x: Tensor) -> list[int]:
+    def assign(self, x: Tensor, axis: int) -> list[int]:
         """Which node each row has. Raises CompatibilityError: the tensor does not have as many rows."""
-        count = x.shape[self.axis] if x.dim() > self.axis else 0
         try:
-            rows = rows_of(self.composition, count)
+            if x.dim() <= axis or axis == self.leaves[0].step.spec.axis % x.dim():
+                raise CompatibilityError(f"it has no rows on axis {axis}")
+            rows = rows_of(self.composition, x.shape[axis])
         except CompatibilityError as error:
             raise CompatibilityError(f"at {self.path!r}, a tensor of shape {tuple(x.shape)}: {error}") from error
         number = {kind: i for i, kind in enumerate(self.kinds)}
@@ -186,8 +191,8 @@ class RowMix(Group):
         stacked computation.
         """
         if self.is_parallel:
-            check_rows(site.record, self.path, view.x, self.axis)
-        rows = self.assign(view.x)
+            check_rows(site.record, self.path, view.x, view.axis)
+        rows = self.assign(view.x, view.axis)
         used = sorted(set(rows))
         if len(used) == 1:
             node = self.nodes[used[0]]
@@ -196,12 +201,12 @@ class RowMix(Group):
         for level in range(max([0, *(len(leaves) for leaves in chains.values())])):
             here = {i: leaves[level] for i, leaves in chains.items() if len(leaves) > level}
             at = [(row, here[i].step, here[i].kind) for row, i in enumerate(rows) if i in here]
-            view = view._replace(x=run_each(site, host, view, at, self.axis))
+            view = view._replace(x=run_each(site, host, view, at))
         for i in used:
             if i not in chains:
                 where = torch.tensor([row for row, j in enumerate(rows) if j == i], device=view.x.device)
-                changed = self.nodes[i].run(site, host, view.select(self.axis, where))
-                view = view._replace(x=view.x.index_copy(self.axis, where, changed))
+                changed = self.nodes[i].run(site, host, view.select(view.axis, where))
+                view = view._replace(x=view.x.index_copy(view.axis, where, changed))
         return view.x
 
 
@@ -211,10 +216,12 @@ class Mix(Step):
 
     Args:
         node: What a composition is at this site.
+        axis: That of the rows; None where it is the one that has as many as the composition needs.
     """
 
     node: Node
     adapter: Composition | None
+    axis: int | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` with that tensor replaced. Shape: as it was."""
@@ -232,7 +239,22 @@ class Mix(Step):
             stream = step.handover.take() if getattr(step, "handover", None) else None
             if stream is not None:
                 streams[step.key] = stream
-        return values.put(value, path, self.node.run(site, host, View(x, x, taken, streams)))
+        return values.put(value, path, self.node.run(site, host, View(x, x, taken, streams, self._row_axis(x))))
+
+    def _row_axis(self, x: Tensor) -> int:
+        """The axis of the rows. Raises CompatibilityError: their number does not tell it."""
+        if self.axis is not None:
+            return self.axis
+        spec, rows = self.node.readers[0].spec, fixed_rows(self.adapter)
+        features = spec.axis % max(1, x.dim())
+        found = [axis for axis, size in enumerate(x.shape[:2]) if size == rows and axis != features]
+        if len(found) == 1:
+            return found[0]
+        raise CompatibilityError(
+            f"{self.adapter!r} needs {rows} rows, and {spec.path!r} has a tensor of shape {tuple(x.shape)}: its rows may "
+            "be on its first axis or, as elsewhere in the model (batch_first=False), on its second, and their number does "
+            "not tell which; pad the sequence by a token, or exclude this place"
+        )
 
 
 def chain(nodes: Sequence[Node]) -> Node:

@@ -14,7 +14,8 @@ from .config.base import ActivationConfig, AdapterConfig
 from .errors import TargetError
 from .hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
 from .layers import check_layers, in_layers, layer_of
-from .patterns import ancestors, matches_nothing, modules_by_path
+from .patterns import matches_nothing, modules_by_path
+from .row_axis import RowAxes
 from .sites import SiteSpec
 from .spots import Placement, Spot, find_spots
 from .structure.anatomy import Anatomy, Norm
@@ -211,12 +212,14 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
 def _check_rows(path: str, modules: dict[str, nn.Module], config: ActivationConfig) -> None:
     """Raise TargetError where a row-wise setting would take the first axis for rows, and the host says that it is not."""
     by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
-    around = [modules[outer] for outer in ancestors(path)]
-    first = [getattr(getattr(module, "self_attn", module), "batch_first", True) for module in around]
-    if by_row and getattr(config, "batch_axis", None) is None and False in first:
+    if not by_row or getattr(config, "batch_axis", None) is not None:
+        return
+    axis = RowAxes(modules).at(path)
+    if axis != 0:
+        where = "lies in a module" if axis else "may take or return what a module does"
         raise TargetError(
-            f"{path!r} lies in a module whose batch is on axis 1 (batch_first=False); gating and stochastic_depth need to "
-            "know: set batch_axis=1"
+            f"{path!r} {where} whose batch is on axis 1 (batch_first=False); gating and stochastic_depth need to know: set "
+            f"batch_axis={1 if axis else '0 or 1'}"
         )
 
 

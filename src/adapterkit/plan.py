@@ -13,6 +13,7 @@ from .hooks import WeightHook, forget_compiled, has_hook
 from .layers import check_dropped
 from .parallel import set_parallel
 from .record import ACTIVATION_LOCK, Record
+from .row_axis import RowAxes
 from .site_plan import SitePlan, keys_of, plan_at
 from .sites import AdapterSite, adapter_names, fusions_of, sites_among, specs_of
 from .steps import Pass
@@ -92,8 +93,9 @@ Plans = Sequence[tuple[str, nn.Module, AdapterSite, SitePlan]]
 def _plans(model: nn.Module, record: Record, composition: Composition | None) -> Plans:
     """What a composition becomes at the site of each host, in the model's order."""
     modules = dict(model.named_modules())
+    axes = RowAxes(modules)
     return [
-        (path, host, site, plan_at(path, modules, site, composition, record.merged))
+        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, record.merged))
         for path, host, site in sites_among(modules)
     ]
 

@@ -5,7 +5,7 @@ import math
 from .composition import BatchSplit, Block, Composition, Parallel, Rows
 from .errors import CompatibilityError
 
-__all__ = ["copies_of_rows", "divides_rows", "row_kinds", "rows_of", "sizes_of"]
+__all__ = ["copies_of_rows", "divides_rows", "fixed_rows", "row_kinds", "rows_of", "sizes_of"]
 
 
 def rows_of(composition: Composition | None, count: int) -> tuple[Composition | None, ...]:
@@ -53,11 +53,11 @@ def row_kinds(composition: Composition | None) -> tuple[Composition | None, ...]
     Raises:
         CompatibilityError: sizes in it contradict one another.
     """
-    fixed = _fixed_rows(composition)
+    fixed = fixed_rows(composition)
     return tuple(dict.fromkeys(rows_of(composition, _unit_rows(composition) if fixed is None else fixed)))
 
 
-def _fixed_rows(composition: Composition | None) -> int | None:
+def fixed_rows(composition: Composition | None) -> int | None:
     """How many rows a composition needs; None if it takes any number that it can divide."""
     if isinstance(composition, Rows):
         return len(composition.children)
@@ -65,7 +65,7 @@ def _fixed_rows(composition: Composition | None) -> int | None:
         return sum(composition.sizes)
     if not isinstance(composition, Block):
         return None
-    fixed = next((rows for child in composition.children if (rows := _fixed_rows(child)) is not None), None)
+    fixed = next((rows for child in composition.children if (rows := fixed_rows(child)) is not None), None)
     is_divided = isinstance(composition, (BatchSplit, Parallel))
     return fixed if fixed is None or not is_divided else fixed * len(composition.children)
 

@@ -12,9 +12,8 @@ from .composition import Average, Composition, Drop, Fuse, Split, Stack, multipl
 from .errors import CompatibilityError
 from .head_plan import head_steps
 from .layers import in_layers
-from .mixing import Attend, Chain, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
-from .patterns import ancestors
-from .row_division import divides_rows, row_kinds
+from .mixing import Attend, Chain, Group, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
+from .row_division import divides_rows, fixed_rows, row_kinds
 from .sites import AdapterSite, Entry, Step
 from .stacked import kind_of
 from .steps import AdaptWeight, AddDelta, Adding, AddProjected
@@ -39,17 +38,20 @@ class SitePlan:
 def plan_at(
     path: str,
     modules: Mapping[str, nn.Module],
+    row_axis: int | None,
     site: AdapterSite,
     composition: Composition | None,
     merged: Collection[str] = (),
 ) -> SitePlan:
     """The plan of a composition at the site of this host, without what is merged into its weights.
 
+    Args:
+        row_axis: See `RowAxes.at`.
+
     Raises:
         CompatibilityError: its adapters cannot act together here as it says.
     """
-    row_axis = 0 if _is_batch_first(path, modules) else 1
-    heads = head_steps(path, modules, site, composition, row_axis)
+    heads = head_steps(path, modules, site, composition, row_axis or 0)
     if not heads and not any(name in site.entries for name in names_in(composition)):
         return SitePlan((), (), ())
     steps = {at: _steps(_Place(path, site, at, row_axis, merged), composition) for at in ("input", "output", "weight")}
@@ -80,7 +82,7 @@ class _Place:
     path: str
     site: AdapterSite
     at: str
-    row_axis: int
+    row_axis: int | None
     merged: Collection[str]
     dropped: tuple[int, ...] = ()  # the layers in which nothing acts
     kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
@@ -111,7 +113,9 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
             f"{_parameters(entries)}, which all rows and tokens share. Stack such adapters, or adapt a layer"
         )
     if in_order:
-        steps = tuple(step_of(entry, composition) for entry in entries)
+        undoing = [entry for entry in entries if _undoes(place, entry)]
+        ordered = [*(entry for entry in entries if entry not in undoing), *reversed(undoing)]
+        steps = tuple(step_of(entry, composition) for entry in ordered)
         # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
         if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
@@ -120,7 +124,25 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
     if not node.leaves:  # those that have modules here get no rows
         return ()
     _check_one_tensor(place, node, composition)
-    return (Mix(node, composition),)
+    return (Mix(node, composition, _row_axis(place, node, composition)),)
+
+
+def _row_axis(place: _Place, node: Node, composition: Composition) -> int | None:
+    """The axis of rows at a place; None where their number is to tell it. Raises CompatibilityError: it cannot."""
+    if place.row_axis is not None or multiplies_rows(composition) or not _divides(node):
+        return place.row_axis or 0
+    if fixed_rows(composition) is None:
+        raise CompatibilityError(
+            f"{composition!r} cannot act on {place.path!r}: some modules of the model have the rows of the batch on axis 1 "
+            "(batch_first=False), and nothing says on which axis they are here. Say how many there are, by Rows or by "
+            "ak.BatchSplit(..., sizes=[...]), or exclude this place"
+        )
+    return None
+
+
+def _divides(node: Node) -> bool:
+    """Whether a node divides rows or tokens, or holds one that does."""
+    return isinstance(node, (RowMix, TokenMix)) or (isinstance(node, Group) and any(map(_divides, node.nodes)))
 
 
 def _is_in_order(composition: Composition | None) -> bool:
@@ -151,13 +173,14 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
     if not any(node.leaves for node in nodes):
         return Chain(())
     if isinstance(composition, (Stack, Drop)):
-        return chain(nodes)
+        undoing = [node for node in nodes if node.leaves and all(leaf.undoes for leaf in node.leaves)]
+        return chain([*(node for node in nodes if node not in undoing), *reversed(undoing)])
     if isinstance(composition, Average):
         weights = composition.weights or (1.0,) * len(nodes)
         return Mean(tuple(nodes), tuple(weight / sum(weights) for weight in weights))
     if isinstance(composition, Split):
         _check_tokens(place, nodes, whole)
-        return TokenMix(tuple(nodes), composition.sizes, 1 - place.row_axis, place.path)
+        return TokenMix(tuple(nodes), composition.sizes, place.path)
     if isinstance(composition, Fuse):
         return _attend(place, composition, nodes, whole)
     raise TypeError(f"a {type(composition).__name__} is no plan of its own")  # Rows, BatchSplit, Parallel: above
@@ -169,7 +192,7 @@ def _row_mix(place: _Place, composition: Composition, whole: Composition) -> Nod
     nodes = tuple(_node(place, kind, whole) for kind in kinds)
     if is_parallel and len(set(nodes)) == 1:
         return nodes[0]  # for all children the same here, so that they may share it
-    return RowMix(nodes, kinds, composition, place.row_axis, place.path, is_parallel)
+    return RowMix(nodes, kinds, composition, place.path, is_parallel)
 
 
 def _attend(place: _Place, composition: Fuse, nodes: Sequence[Node], whole: Composition) -> Node:
@@ -190,7 +213,12 @@ def _leaf(place: _Place, entry: Entry, whole: Composition) -> Leaf:
     if not isinstance(step, Adding):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
     kind = kind_of(step, place.site.get_submodule(entry.key))
-    return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)))
+    return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)), _undoes(place, entry))
+
+
+def _undoes(place: _Place, entry: Entry) -> bool:
+    """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
+    return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
 
 
 def _check_tokens(place: _Place, nodes: Sequence[Node], whole: Composition) -> None:
@@ -216,11 +244,3 @@ def _check_one_tensor(place: _Place, node: Node, whole: Composition) -> None:
 
 def _parameters(entries: Sequence[Entry]) -> str:
     return ", ".join(sorted({name for entry in entries if entry.spec for name in entry.spec.parameters}))
-
-
-def _is_batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the first axis is that of the rows, as far as the modules around say (`batch_first`)."""
-    around = [modules[outer] for outer in ancestors(path) if outer in modules]
-    stacks = (nn.TransformerEncoder, nn.TransformerDecoder)  # say nothing themselves
-    around += [module.layers[0] for module in around if isinstance(module, stacks) and len(module.layers)]
-    return False not in [getattr(getattr(module, "self_attn", module), "batch_first", True) for module in around]

@@ -17,8 +17,8 @@ __all__ = ["kind_of", "run_each"]
 _OF_EVERY_MODULE = (frozenset(vars(nn.Module())) | {"shared"}) - {"training"}
 
 
-def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, Adding, int]], axis: int) -> Tensor:
-    """The tensor x with each of these rows changed by its module. Shape: as `view.x`, rows on `axis`.
+def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, Adding, int]]) -> Tensor:
+    """The tensor x with each of these rows changed by its module. Shape: as `view.x`.
 
     Args:
         at: Rows, each with its step and a number for what `kind_of` says of it.
@@ -28,20 +28,20 @@ def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[
         # A compiler follows no shallow copies of modules: there each adapter is a group, and one call, of its own.
         group = step.key if torch.compiler.is_compiling() else kind
         groups.setdefault(group, []).append((row, step))
-    x = view.x
+    x, axis = view.x, view.axis
     for members in groups.values():
         rows = [row for row, _ in members]
         is_whole = rows == list(range(view.x.shape[axis]))
         where = None if is_whole else torch.tensor(rows, device=x.device)
         part = view if where is None else view.select(axis, where)
-        changed = _run_group(site, host, part, [step for _, step in members], axis)
+        changed = _run_group(site, host, part, [step for _, step in members])
         x = changed if where is None else x.index_copy(axis, where, changed)
     return x
 
 
-def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[Adding], axis: int) -> Tensor:
+def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[Adding]) -> Tensor:
     """`run_each` of modules that differ in their tensors alone, one for each row of the view."""
-    step = steps[0]
+    step, axis = steps[0], view.axis
     modules = {step.key: site.get_submodule(step.key) for step in steps}
     module = modules[step.key]
     if len(modules) == 1:
@@ -51,7 +51,8 @@ def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[A
     stream_of_all = view.streams.get(step.key)  # modules of one kind read the same one
 
     def run(tensors: Mapping[str, Tensor], x: Tensor, bare: Tensor, taken: Tensor | None, stream: Tensor | None) -> Tensor:
-        row = View(x, bare, taken, {} if stream is None else {step.key: stream}).map(lambda t: t.unsqueeze(axis))
+        streams = {} if stream is None else {step.key: stream}
+        row = View(x, bare, taken, streams, axis).map(lambda t: t.unsqueeze(axis))
         return plus(row.x, step.delta(_with_tensors(module, tensors), host, row)).squeeze(axis)
 
     given = (view.x, view.bare, view.taken, stream_of_all)
@@ -81,7 +82,8 @@ def _settings(thing: Any) -> Hashable:
     if isinstance(thing, Tensor) or not hasattr(thing, "__dict__"):
         return type(thing), id(thing)  # a kind of its own: nothing is known of it
     held = {name: value for name, value in vars(thing).items() if name not in _OF_EVERY_MODULE}
-    return type(thing), _settings(held)
+    below = _below_of(thing) if isinstance(thing, nn.Module) else {}
+    return type(thing), _settings(held), _settings(below)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -89,11 +91,16 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {
         name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None
     }
-    for name, child in module._modules.items():
-        if child is not None:
-            found |= {f"{name}.{below}": tensor for below, tensor in _tensors(child).items()}
+    for name, child in _below_of(module).items():
+        found |= {f"{name}.{below}": tensor for below, tensor in _tensors(child).items()}
+    return found
+
+
+def _below_of(module: nn.Module) -> dict[str, nn.Module]:
+    """A module's children, and what it shares with others of its adapter, whether it holds that or another does."""
     shared = module.__dict__.get("shared")
-    return found if shared is None else found | {f"shared.{name}": tensor for name, tensor in _tensors(shared).items()}
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    return children if shared is None else {**children, "shared": shared}
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

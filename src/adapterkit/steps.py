@@ -28,18 +28,20 @@ class View(NamedTuple):
         bare: The site's tensor, as the host made it.
         taken: What the host takes; None where no adapter reads that.
         streams: What each adapter that reads a residual stream reads, by its name among the site's children.
+        axis: That of the rows; the tokens are on the other one of the first two.
     """
 
     x: Tensor
     bare: Tensor
     taken: Tensor | None
     streams: dict[str, Tensor]
+    axis: int
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "View":
         """The view with a function of each tensor in its place."""
         streams = {key: function(stream) for key, stream in self.streams.items()}
         taken = None if self.taken is None else function(self.taken)
-        return View(function(self.x), function(self.bare), taken, streams)
+        return View(function(self.x), function(self.bare), taken, streams, self.axis)
 
     def narrow(self, axis: int, start: int, size: int) -> "View":
         """A part of an axis: some tokens, all rows."""

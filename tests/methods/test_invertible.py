@@ -123,3 +123,21 @@ def test_one_feature_is_refused_before_anything_changes() -> None:
 def test_madx_is_an_invertible_adapter_and_pfeiffers(preset: str) -> None:
     kit = ak.wrap(Tiny(PostNormBlock).eval(), IDS)
     assert places(kit, preset) == places(kit, "invertible") + places(kit, "pfeiffer")
+
+
+def test_stacked_adapters_are_undone_last_first() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Identity(), nn.Linear(8, 20))
+    ids = torch.randint(0, 20, (2, 5))
+    kit = ak.wrap(model, ids)
+    for name in ("de", "fr", "en"):
+        kit.add(name, ak.InvertibleConfig(targets=["0"], output_targets=["2"]))
+        with torch.no_grad():
+            for parameter in kit.parameters(name):
+                parameter.normal_(std=0.5)
+    expected = model(ids)
+    for composition in (
+        ak.Stack("de", "fr", "en"),
+        ak.Rows([ak.Stack("fr", ak.Stack("en", "de")), ak.Stack("de", ak.Drop("en", layers=()), "fr")]),
+    ):
+        with kit.active(composition):
+            torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)

@@ -131,6 +131,7 @@ def setting(index: int, **changes: Any) -> Callable[[dict[str, Any]], object]:
         (setting(0, layers=10**6), "a head that is none"),
         (setting(0, name="causal_lm"), r"different names, and \['causal_lm'\]"),
         (setting(2, target="classifier"), "contradicts its place, 'blocks.1.up'"),
+        (head(0, config={"kind": "own", "target": "", "name": "entities"}), "contradicts its place, ''"),
         (head(0, above=None), "has another type or shape"),
         (head(0, width=9), "does not match its config"),
         (head(0, width=2**31 - 1), "does not match its config|describes no adapter"),

@@ -55,9 +55,10 @@ class Layers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores. Shape: (..., width) to (..., outputs)."""
+        drops = self.dropout > 0 and self.training  # without it, dropout costs as much as a small layer
         for layer in self.inner:
-            x = self._activation(layer(F.dropout(x, self.dropout, self.training)))
-        scores: Tensor = self.last(F.dropout(x, self.dropout, self.training))
+            x = self._activation(layer(F.dropout(x, self.dropout) if drops else x))
+        scores: Tensor = self.last(F.dropout(x, self.dropout) if drops else x)
         return scores
 
 

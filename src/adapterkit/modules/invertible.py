@@ -123,6 +123,7 @@ class InvertibleAdapter(nn.Module):
 
     Attributes:
         shared: The coupling; set from outside, after construction.
+        is_inverse: Of several such adapters the last is undone first.
 
     Shape:
         z, x and the result: (..., width)
@@ -136,6 +137,7 @@ class InvertibleAdapter(nn.Module):
         super().__init__()
         self.direction = direction
         self.is_undone = is_undone and direction == "forward"
+        self.is_inverse = direction == "inverse"
 
     @property
     def compute_dtype(self) -> torch.dtype:

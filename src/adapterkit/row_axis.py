@@ -1,0 +1,42 @@
+"""On which axis of a module's tensors the rows of the batch lie, as far as the model's modules say."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .patterns import ancestors
+
+__all__ = ["RowAxes"]
+
+
+class RowAxes:
+    """Where rows lie at each place of a model.
+
+    Inside torch's own layers, and inside what else has a `batch_first`, as that says. Elsewhere on the first axis; not so
+    in a model in which something says `batch_first=False`: it may hand its tensors on as they are, or turn them first.
+
+    Args:
+        modules: The model's modules by path.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        said = {path: _batch_first(module) for path, module in modules.items()}
+        self._said = {path: is_first for path, is_first in said.items() if is_first is not None}
+
+    def at(self, path: str) -> int | None:
+        """The axis of rows in what this module takes and returns; None if that cannot be told."""
+        said = next((self._said[outer] for outer in ancestors(path) if outer in self._said), None)
+        if said is None:
+            return None if False in self._said.values() else 0
+        return 0 if said else 1
+
+
+def _batch_first(module: Any) -> bool | None:
+    """What a module says of itself, if it does."""
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        module = next(iter(module.layers), module)
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        module = module.self_attn
+    said = getattr(module, "batch_first", None)
+    return said if isinstance(said, bool) else None

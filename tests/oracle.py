@@ -1,0 +1,303 @@
+"""What a model must return under a composition, computed plainly: each row alone, adapters one by one.
+
+Nothing here comes from the code that runs compositions. A row of the inputs goes through a bare copy of the model; hooks of
+this file change what its modules take and return, and a functional call what Parameters are, as docs/compositions.md
+defines it. Adapters are asked for their modules and places (`SiteSpec`) alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.composition import Average, BatchSplit, Block, Composition, Rows, Split, Stack, names_in
+from adapterkit.sites import SiteSpec, sites_of
+
+
+class NoMeaningError(Exception):
+    """The composition means nothing for this batch or these places: the model must refuse, with a typed error."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One module of an adapter, at its place."""
+
+    spec: SiteSpec
+    module: Any
+
+
+def pieces_of(model: nn.Module) -> dict[str, list[Piece]]:
+    """Every adapter's modules, host by host in the model's order."""
+    pieces: dict[str, list[Piece]] = {}
+    for _, _, site in sites_of(model):
+        for name in site.entries:
+            for entry, module in site.modules_of(name):
+                assert entry.spec is not None, "heads are no part of this oracle"
+                pieces.setdefault(name, []).append(Piece(entry.spec, module))
+    return pieces
+
+
+def check_rows(composition: Composition | None, count: int) -> None:
+    """Raise NoMeaningError unless a batch of so many rows divides as the composition says, at every depth."""
+    if isinstance(composition, Rows) and len(composition.children) != count:
+        raise NoMeaningError(f"{composition} on {count} rows")
+    if isinstance(composition, BatchSplit):
+        for child, size in zip(composition.children, sizes_in(composition, count), strict=True):
+            check_rows(child, size)
+    elif isinstance(composition, Block):
+        for child in composition.children:
+            check_rows(child, 1 if isinstance(composition, Rows) else count)
+
+
+def sizes_in(composition: BatchSplit | Split, whole: int) -> Sequence[int]:
+    """How many rows, or tokens, each child gets."""
+    sizes = composition.sizes or [whole // len(composition.children)] * len(composition.children)
+    if sum(sizes) != whole:
+        raise NoMeaningError(f"{composition} on {whole}")
+    return sizes
+
+
+def stacked_names(composition: Composition | None) -> list[str] | None:
+    """The names of a composition that is nothing but names one after the other; None for any other."""
+    if not isinstance(composition, Block):
+        return [] if composition is None else [composition]
+    below = [stacked_names(child) for child in composition.children]
+    if not isinstance(composition, Stack) or None in below:
+        return None
+    return [name for names in below for name in names or ()]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a module's hook sees of one row: the tensor as the host made it, what the host takes, and streams by path."""
+
+    host: nn.Module
+    bare: Tensor
+    taken: Any
+    streams: Mapping[tuple[str, Any], Tensor]
+
+    def tokens(self, start: int, size: int, axis: int) -> "Place":
+        """The same, of some tokens."""
+
+        def part(value: Any) -> Any:
+            return value.narrow(axis, start, size) if isinstance(value, Tensor) else value
+
+        streams = {key: part(stream) for key, stream in self.streams.items()}
+        return Place(self.host, part(self.bare), part(self.taken), streams)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row's run.
+
+    Attributes:
+        pieces: The adapters' modules.
+        composition: The whole of it.
+        row: Which row this is.
+        count: Of so many.
+        token_axis: The axis of tokens at the places.
+    """
+
+    pieces: Mapping[str, Sequence[Piece]]
+    composition: Composition | None
+    row: int
+    count: int
+    token_axis: int
+
+    def leave(self, x: Tensor, path: str, at: str, place: Place) -> Tensor:
+        """The tensor as the composition leaves it."""
+
+        def walk(c: Composition | None, row: int, count: int, x: Tensor, place: Place) -> Tensor:
+            if c is None or not any(self._here(name, path, at) for name in names_in(c)):
+                return x
+            if isinstance(c, str):
+                for piece in self._here(c, path, at):
+                    x = x + delta(piece, x, place)
+                return x
+            if isinstance(c, Rows):
+                return walk(c.children[row], 0, 1, x, place)
+            if isinstance(c, BatchSplit):
+                for child, size in zip(c.children, sizes_in(c, count), strict=True):
+                    if row < size:
+                        return walk(child, row, size, x, place)
+                    row -= size
+            if isinstance(c, Stack):
+                for child in c.children:
+                    x = walk(child, row, count, x, place)
+                return x
+            if isinstance(c, Average):
+                weights = c.weights or [1.0] * len(c.children)
+                added = [walk(child, row, count, x, place) - x for child in c.children]
+                return x + sum(weight / sum(weights) * d for weight, d in zip(weights, added, strict=True))
+            if isinstance(c, Split):
+                self._check_tokens(c, path, at, x)
+                parts, start = [], 0
+                for child, size in zip(c.children, sizes_in(c, x.shape[self.token_axis]), strict=True):
+                    part = x.narrow(self.token_axis, start, size)
+                    parts.append(
+                        walk(child, row, count, part, place.tokens(start, size, self.token_axis)) if size else part
+                    )
+                    start += size
+                return torch.cat(parts, self.token_axis)
+            raise NotImplementedError(c)  # Fuse, Parallel and Drop: here
+
+        return walk(self.composition, self.row, self.count, x, place)
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The Parameters that are others under the composition, by name."""
+        changed: dict[str, Tensor] = {}
+        names = stacked_names(self.composition)
+        for name in names_in(self.composition):
+            for piece in self.pieces[name]:
+                if piece.spec.at == "weight" and names is None:
+                    raise NoMeaningError(f"{piece.spec.parameters} of {piece.spec.path!r} is one for all rows and tokens")
+        for name in names or ():
+            done = set()  # a tied Parameter has several places and one module
+            for piece in (piece for piece in self.pieces[name] if piece.spec.at == "weight"):
+                parameter = f"{piece.spec.path}.{piece.spec.parameters[0]}".lstrip(".")
+                mark = (id(model.get_parameter(parameter)), getattr(piece.module, "trained", piece.module))
+                key = next((k for k in changed if model.get_parameter(k) is model.get_parameter(parameter)), parameter)
+                before = changed.get(key, model.get_parameter(parameter))
+                if mark not in done:
+                    changed[key] = piece.module.adapted(before).to(before.dtype)
+                done.add(mark)
+        return changed
+
+    def _here(self, name: str, path: str, at: str) -> list[Piece]:
+        return [piece for piece in self.pieces[name] if (piece.spec.path, piece.spec.at) == (path, at)]
+
+    def _check_tokens(self, c: Split, path: str, at: str, x: Tensor) -> None:
+        held = [piece for name in names_in(c) for piece in self._here(name, path, at)]
+        if x.dim() != 3 or any(piece.spec.axis != -1 for piece in held):
+            raise NoMeaningError(f"{path!r} has no sequence: {tuple(x.shape)}")
+
+
+def delta(piece: Piece, x: Tensor, place: Place) -> Tensor:
+    """What one module adds to x."""
+    spec, module = piece.spec, piece.module
+    if spec.reads == "input":
+        z = place.taken.to(module.compute_dtype) if place.taken.is_floating_point() else place.taken
+        return module(z, place.bare, place.host).to(x.dtype)
+    z = {
+        "site": lambda: x,
+        "norm": lambda: place.host.forward(x),
+        "residual": lambda: place.streams[spec.residual, spec.input],
+        "sum": lambda: x + place.streams[spec.residual, spec.input],
+    }[spec.reads]()
+    z = z.to(module.compute_dtype)
+    return module(z.movedim(spec.axis, -1), x.movedim(spec.axis, -1)).movedim(-1, spec.axis).to(x.dtype)
+
+
+def run_row(model: nn.Module, run: Run, call: Callable[[nn.Module], Any]) -> Any:
+    """What `call(model)` returns for the run's row; the model is a bare one."""
+    active = [piece for name in dict.fromkeys(names_in(run.composition)) for piece in run.pieces[name]]
+    streams: dict[tuple[str, Any], Tensor] = {}
+    with ExitStack() as stack:
+        for path in dict.fromkeys(piece.spec.path for piece in active):
+            host, here = model.get_submodule(path), [piece.spec for piece in active if piece.spec.path == path]
+
+            def enter(host: Any, args: Any, kwargs: Any, path: str = path, specs: Any = here) -> Any:
+                for spec in specs:
+                    if spec.at == "input":
+                        where = argument(args, kwargs, spec.input)
+                        x = value_at((args, kwargs), where)
+                        return replaced((args, kwargs), where, run.leave(x, path, "input", Place(host, x, None, streams)))
+                return None
+
+            def leave(host: Any, args: Any, kwargs: Any, out: Any, path: str = path, specs: Any = here) -> Any:
+                for spec in specs:
+                    if spec.at == "output":
+                        where = spec.output or next(floats(out))
+                        x, taken = value_at(out, where), next(iter((*args, *kwargs.values())), None)
+                        return replaced(out, where, run.leave(x, path, "output", Place(host, x, taken, streams)))
+                return None
+
+            stack.callback(host.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(host.register_forward_hook(leave, with_kwargs=True).remove)
+        for key in {(piece.spec.residual, piece.spec.input) for piece in active if piece.spec.residual is not None}:
+
+            def keep(_module: Any, args: Any, kwargs: Any, key: Any = key) -> None:
+                streams[key] = value_at((args, kwargs), argument(args, kwargs, key[1]))
+
+            stack.callback(model.get_submodule(key[0]).register_forward_pre_hook(keep, with_kwargs=True).remove)
+        changed = run.weights(model)
+
+        class Called(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self) -> Any:
+                return call(self.model)
+
+        return torch.func.functional_call(Called(), {f"model.{name}": tensor for name, tensor in changed.items()}, ())
+
+
+def expected(
+    kit: ak.AdapterKit,
+    bare: nn.Module,
+    composition: Composition | None,
+    inputs: Mapping[str, Tensor],
+    call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    *,
+    row_axis: int = 0,
+) -> Tensor:
+    """What `call(model, inputs)` must be under the composition. Shape: rows on `row_axis`, as those of all inputs.
+
+    Args:
+        kit: Of the adapted model.
+        bare: The same model, as it was before it had adapters.
+
+    Raises:
+        NoMeaningError: the model must refuse.
+    """
+    count = next(iter(inputs.values())).shape[row_axis]
+    check_rows(composition, count)
+    pieces, rows = pieces_of(kit.model), []
+    for row in range(count):
+        run = Run(pieces, composition, row, count, token_axis=1 - row_axis)
+        own = {name: tensor.narrow(row_axis, row, 1) for name, tensor in inputs.items()}
+        rows.append(run_row(bare, run, lambda model, own=own: call(model, own)))
+    return torch.cat(rows, row_axis)
+
+
+def floats(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to the floating-point tensors in what a module takes or returns, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield way
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from floats(item, (*way, key))
+    elif isinstance(value, (tuple, list)):
+        for key, item in enumerate(value):
+            yield from floats(item, (*way, key))
+
+
+def argument(args: Any, kwargs: Any, which: tuple[int | None, str | None] | None) -> tuple[Any, ...]:
+    """The way to an argument of a call; to the first floating-point tensor if none is named."""
+    if which is None:
+        return next(floats((args, kwargs)))
+    position, keyword = which
+    return (1, keyword) if keyword in kwargs else (0, position)
+
+
+def value_at(value: Any, way: tuple[Any, ...]) -> Any:
+    """What lies there."""
+    for key in way:
+        value = value[key]
+    return value
+
+
+def replaced(value: Any, way: tuple[Any, ...], tensor: Tensor) -> Any:
+    """The value with another tensor there."""
+    if not way:
+        return tensor
+    new = replaced(value[way[0]], way[1:], tensor)
+    if isinstance(value, Mapping):
+        return type(value)({**value, way[0]: new})
+    return type(value)(new if key == way[0] else item for key, item in enumerate(value))
