@@ -168,18 +168,28 @@ def _length(example: Example) -> int:
 # --- training: an ordinary PyTorch loop -------------------------------------------------------------------------------
 
 
-def train(model: nn.Module, tokenizer: Any, examples: list[Example], job: Job) -> float:
-    """Train whatever requires grad; return the median seconds of a step."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=job.learning_rate)
-    steps = job.epochs * -(-len(examples) // BATCH_SIZE)
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: list[Example],
+    *,
+    learning_rate: float,
+    epochs: int,
+    seed: int,
+    title: str,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
+) -> float:
+    """Train whatever requires grad; return the median seconds of a step. The penalty is added to each loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    steps = epochs * -(-len(examples) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_down(steps))
-    order, seconds = random.Random(job.seed), []
+    order, seconds = random.Random(seed), []
     model.train()
-    with tqdm(total=steps, desc=f"{job.arm:>9}, seed {job.seed}", unit="step", mininterval=1) as bar:
-        for _ in range(job.epochs):
+    with tqdm(total=steps, desc=f"{title:>11}, seed {seed}", unit="step", mininterval=1) as bar:
+        for _ in range(epochs):
             for inputs, labels in batches(examples, tokenizer, order):
                 started = time.perf_counter()
-                loss = F.cross_entropy(model(**inputs), labels)
+                loss = F.cross_entropy(model(**inputs), labels) + penalty()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -228,7 +238,15 @@ def run_arm(job: Job) -> Result:
         kit.train_adapter("sentiment")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    seconds = train(model, tokenizer, data.train, job)
+    seconds = train(
+        model,
+        tokenizer,
+        data.train,
+        learning_rate=job.learning_rate,
+        epochs=job.epochs,
+        seed=job.seed,
+        title=job.arm,
+    )
     examples = getattr(data, job.split)
     logits = predict(model, tokenizer, examples)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -258,12 +276,12 @@ def base_hash(model: nn.Module) -> str:
     return value.hexdigest()
 
 
-def run_jobs(jobs: list[Job], workers: int = 1) -> list[Result]:
+def run_jobs(jobs: list[Any], workers: int = 1, run: Callable[[Any], Any] = run_arm) -> list[Any]:
     """A fresh process for each job. Several at a time share the processors, so that their timings say little."""
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:
-        return pool.map(run_arm, jobs, chunksize=1)
+        return pool.map(run, jobs, chunksize=1)
 
 
 def reload_and_compare(job: Job) -> None:
