@@ -26,11 +26,7 @@ LAYERS = [
         "swap",
         "row_axis",
         "stacked",
-        "head_calls",
-        "head_output",
-        "head_plan",
-        "head_rows",
-        "head_steps",
+        "heads",
         "mixing",
         "parallel",
         "site_plan",
@@ -45,7 +41,7 @@ LAYERS = [
         "placement",
     },
     {"methods"},
-    {"plan", "attach", "heads", "head_modules", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree"}
+    {"plan", "attach", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree"}
     | {"store"}
     | {"combining", "merging", "merged", "mergeable", "trial"},
     {"kit"},

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 import adapterkit as ak
-from adapterkit import head_calls
 from adapterkit.composition import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack
-from adapterkit.head_plan import head_owner
+from adapterkit.heads import calls
+from adapterkit.heads.plan import head_owner
 
 from .conftest import PostNormBlock, Tiny, randomise
 
@@ -325,7 +325,7 @@ def test_a_sequential_has_its_head_behind_the_last_layer() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x, labels=labels).loss, out.loss)
     assert not isinstance(inner(torch.randn(3, 8)), ak.HeadOutput), "a part that is called by itself has no head"
-    assert head_calls._given.__dict__ == {}
+    assert calls._given.__dict__ == {}
     kit.unwrap()
     assert not model._forward_pre_hooks
 
@@ -924,12 +924,12 @@ def test_nothing_is_left_behind_by_a_call_that_raises() -> None:
     kit.activate(Stack("a", "b"))
     with pytest.raises(IndexError):
         kit.model(input_ids=torch.full((4, 6), 99), labels=torch.tensor([0, 1, 2, 1]))
-    assert head_calls._given.__dict__ == {}
+    assert calls._given.__dict__ == {}
     with pytest.raises(ak.CompatibilityError):
         kit.model(**inputs, labels=torch.tensor([0, 1]))
-    assert head_calls._given.__dict__ == {}
+    assert calls._given.__dict__ == {}
     assert kit.model(**inputs).loss is None
-    assert head_calls._given.__dict__ == {}
+    assert calls._given.__dict__ == {}
 
 
 def test_a_base_checkpoint_loads_strictly_around_heads_on_the_output() -> None:

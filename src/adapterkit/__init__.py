@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         StoreError,
         TargetError,
     )
-    from .head_output import HeadOutput
+    from .heads.output import HeadOutput
     from .kit import AdapterKit, wrap
     from .sites import SiteSpec
     from .store.load import BaseMismatchWarning
@@ -132,7 +132,7 @@ _HOMES = {
     "BottleneckConfig": ".config.bottleneck",
     "CompacterConfig": ".config.compacter",
     "FusionConfig": ".config.fusion",
-    "HeadOutput": ".head_output",
+    "HeadOutput": ".heads.output",
     "IA3Config": ".config.ia3",
     "InvertibleConfig": ".config.invertible",
     "LoRAConfig": ".config.lora",

@@ -22,7 +22,7 @@ from .errors import (
     ConfigError,
     TargetError,
 )
-from .heads import FoundHead, Heads, build_heads, check_apart, check_names, find_heads
+from .heads.find import FoundHead, Heads, build_heads, check_apart, check_names, find_heads
 from .hooks import InputHook, OutputHook, WeightEndHook, WeightHook, forget_compiled, set_hook, sync_site_hooks
 from .layers import check_maps, settings_site
 from .merging import unmerge

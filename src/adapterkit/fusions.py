@@ -14,7 +14,7 @@ from .attach import Part, attach, check_free, detach, device_near, dtype_at, hea
 from .composition import Composition, Fuse, names_in, to_json
 from .config.fusion import FusionConfig
 from .errors import AdapterNameError, CompatibilityError, ConfigError
-from .heads import Heads, check_apart, find_heads
+from .heads.find import Heads, check_apart, find_heads
 from .methods.spellings import no_config, read_json
 from .modules.fusion import Fusion
 from .plan import check_known, check_plans

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .head_calls import CallSlot, taken_off
-from .head_plan import root_of
+from .heads.calls import CallSlot, taken_off
+from .heads.plan import root_of
 from .patterns import SITE, ancestors
 from .record import Handover, Record
 from .sites import located, sites_of

@@ -16,7 +16,7 @@ from .config.fusion import FusionConfig
 from .config.heads import HeadConfig
 from .config.union import Config
 from .errors import ConfigError
-from .heads import Heads
+from .heads.find import Heads
 from .methods.spellings import as_config
 from .record import RECORD, Record
 from .sites import SiteSpec, adapter_names, fusions_of, heads_of, named_parameters, sites_of

@@ -8,7 +8,7 @@ from torch import nn
 
 from .composition import Block, Composition, drops_in, expanded, fusions_in, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
-from .head_steps import RunHeads
+from .heads.steps import RunHeads
 from .hooks import WeightHook, forget_compiled, has_hook
 from .layers import check_dropped
 from .parallel import set_parallel

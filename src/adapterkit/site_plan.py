@@ -10,7 +10,7 @@ from torch import nn
 
 from .composition import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, names_in, to_json
 from .errors import CompatibilityError
-from .head_plan import head_steps
+from .heads.plan import head_steps
 from .layers import in_layers
 from .mixing import Attend, Chain, Group, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
 from .row_division import divides_rows, fixed_rows, row_kinds

@@ -16,7 +16,7 @@ from .config.fusion import FusionConfig
 from .config.heads import HeadConfig
 from .config.union import Config
 from .errors import AdapterKitError
-from .head_calls import CallSlot
+from .heads.calls import CallSlot
 from .names import module_key
 from .ops.parts import Parts
 from .patterns import SITE

@@ -1,4 +1,4 @@
-"""The steps that hooks run: add a delta to a tensor, or change a weight. Those of heads are in `head_steps`.
+"""The steps that hooks run: add a delta to a tensor, or change a weight. Those of heads are in `heads/`.
 
 A step acts on what a hook is given, a whole output or call. Those that add to one tensor of it can also act on that tensor
 alone, or on some of its rows or tokens (a `View`): compositions make use of that.

@@ -13,7 +13,7 @@ from .composition import drops_in, names_in
 from .config.base import AdapterConfig
 from .config.union import Union
 from .errors import AdapterKitError, CompatibilityError, TargetError
-from .head_plan import root_of
+from .heads.plan import root_of
 from .hooks import CallHook, InputHook, OutputHook, WeightHook, has_hook
 from .layers import in_layers
 from .merging import changed_since_merging

@@ -11,7 +11,7 @@ from torch import nn
 from ..attach import Part, attach, build_parts, check_free, device_near
 from ..config.union import Union
 from ..errors import ConfigError
-from ..heads import check_apart, check_names
+from ..heads.find import check_apart, check_names
 from ..methods import method_of
 from ..methods.base import Additive
 from ..plan import check_known

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..attach import Part
 from ..config.heads import OwnHead
 from ..errors import ConfigError
-from ..heads import copy_heads
+from ..heads.find import copy_heads
 from ..sites import HeadSpec, originals_of
 from .sources import Adapter, HeadPlace, wide
 

@@ -18,7 +18,7 @@ from ..config.heads import CustomHead, OwnHead, head_from
 from ..config.union import Config, members
 from ..errors import AdapterKitError, CompatibilityError, ConfigError, StoreError, TargetError
 from ..fusions import attach_fusion, fusion_parts
-from ..heads import FoundHead, check_apart, check_names
+from ..heads.find import FoundHead, check_apart, check_names
 from ..hosts import known_shape, resolve_host
 from ..methods import method_of
 from ..methods.spellings import config_from

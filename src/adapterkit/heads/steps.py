@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import values
-from .composition import Composition
-from .errors import CompatibilityError
-from .head_calls import Call, Wants, check_known, labels_of
-from .head_output import HeadOutput
-from .head_rows import Logits, Piece, joined, laid_out, rows_of_call, some_rows
-from .row_division import rows_of
-from .sites import AdapterSite, Step
-from .values import Path
+from .. import values
+from ..composition import Composition
+from ..errors import CompatibilityError
+from ..row_division import rows_of
+from ..sites import AdapterSite, Step
+from ..values import Path
+from .calls import Call, Wants, check_known, labels_of
+from .output import HeadOutput
+from .rows import Logits, Piece, joined, laid_out, rows_of_call, some_rows
 
 __all__ = ["Head", "Owned", "RunHeads", "UseHead", "UseHeads"]
 

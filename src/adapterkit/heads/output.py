@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .head_rows import Logits
+from .rows import Logits
 
 __all__ = ["HeadOutput"]
 

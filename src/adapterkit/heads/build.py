@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config.heads import (
+from ..config.heads import (
     CausalLMHead,
     ClassificationHead,
     HeadConfig,
@@ -17,8 +17,8 @@ from .config.heads import (
     RegressionHead,
     TaggingHead,
 )
-from .errors import ConfigError, TargetError
-from .modules.heads import (
+from ..errors import ConfigError, TargetError
+from ..modules.heads import (
     ChoiceScorer,
     Classifier,
     Layers,
@@ -28,8 +28,8 @@ from .modules.heads import (
     Tagger,
     TokenPredictor,
 )
-from .patterns import match, modules_by_path
-from .sites import HeadSpec
+from ..patterns import match, modules_by_path
+from ..sites import HeadSpec
 
 __all__ = ["VocabularySize", "build_head"]
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from .composition import Block, Composition, Fuse, Stack, names_in
-from .config.heads import MultipleChoiceHead, QuestionAnsweringHead
-from .errors import CompatibilityError
-from .head_calls import LABELS, SPAN, Wants, masks_of
-from .head_steps import Head, Owned, RunHeads, UseHead, UseHeads, Way
-from .modules.heads import Undoing
-from .patterns import SITE, ancestors
-from .row_division import copies_of_rows, divides_rows, row_kinds
-from .sites import AdapterSite, Entry, Step
+from ..composition import Block, Composition, Fuse, Stack, names_in
+from ..config.heads import MultipleChoiceHead, QuestionAnsweringHead
+from ..errors import CompatibilityError
+from ..modules.heads import Undoing
+from ..patterns import SITE, ancestors
+from ..row_division import copies_of_rows, divides_rows, row_kinds
+from ..sites import AdapterSite, Entry, Step
+from .calls import LABELS, SPAN, Wants, masks_of
+from .steps import Head, Owned, RunHeads, UseHead, UseHeads, Way
 
 __all__ = ["head_owner", "head_steps", "root_of"]
 

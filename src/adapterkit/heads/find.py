@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config.heads import CustomHead, HeadConfig, MultipleChoiceHead, OutputHead, OwnHead
-from .errors import CompatibilityError, ConfigError, TargetError
-from .head_modules import VocabularySize, build_head
-from .head_steps import hidden_in
-from .hooks import remove_hooks
-from .hosts import known_shape, resolve_host
-from .patterns import SITE, ancestors, match, modules_by_path
-from .record import ACTIVATION_LOCK, silenced
-from .sites import HeadSpec
-from .structure.inputs import first_that_runs
-from .structure.trace import ExampleInputs, forward, observe
+from ..config.heads import CustomHead, HeadConfig, MultipleChoiceHead, OutputHead, OwnHead
+from ..errors import CompatibilityError, ConfigError, TargetError
+from ..hooks import remove_hooks
+from ..hosts import known_shape, resolve_host
+from ..patterns import SITE, ancestors, match, modules_by_path
+from ..record import ACTIVATION_LOCK, silenced
+from ..sites import HeadSpec
+from ..structure.inputs import first_that_runs
+from ..structure.trace import ExampleInputs, forward, observe
+from .build import VocabularySize, build_head
+from .steps import hidden_in
 
 __all__ = ["FoundHead", "Heads", "build_heads", "check_apart", "check_names", "copy_heads", "find_heads", "output_host"]
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import CompatibilityError
-from .values import Argument
+from ..errors import CompatibilityError
+from ..values import Argument
 
 __all__ = ["Call", "CallSlot", "Mask", "Wants", "check_known", "labels_of", "masks_of", "taken_off"]
 
