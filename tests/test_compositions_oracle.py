@@ -111,7 +111,11 @@ def check_gradients(host: Built, tree: Any, inputs: dict[str, Tensor]) -> None:
     with host.kit.active(tree):
         found = gradients(host.call(host.kit.model, inputs), parameters)
     for name, gradient in right.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-7, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        # Sums over rows in another order, in the adapter's own dtype.
+        tolerance = max(1e-7, 16 * torch.finfo(gradient.dtype).eps * gradient.abs().max().item())
+        torch.testing.assert_close(
+            found[name], gradient, atol=tolerance, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @on_hosts("pre-norm", "convs", "square encoder, seq first")
