@@ -25,6 +25,7 @@ LAYERS = [
         "sites",
         "swap",
         "row_axis",
+        "row_count",
         "stacked",
         "heads",
         "mixing",

@@ -19,6 +19,7 @@ from . import values
 from .composition import Composition
 from .errors import CompatibilityError
 from .parallel import check_rows
+from .row_count import check_count
 from .row_division import fixed_rows, rows_of, sizes_of
 from .sites import AdapterSite, Step
 from .stacked import run_each
@@ -195,6 +196,8 @@ class RowMix(Group):
         if self.is_parallel:
             check_rows(site.record, self.path, view.x, view.axis)
         rows = self.assign(view.x, view.axis)
+        if not self.is_parallel:
+            check_count(site.record, self.path, view.x, view.axis)
         used = sorted(set(rows))
         if len(used) == 1:
             node = self.nodes[used[0]]
