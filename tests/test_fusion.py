@@ -450,6 +450,8 @@ def test_a_pruned_fusion_weighs_the_most_used_children_alone(tmp_path: Path) -> 
     keep = seen.most_used(2)
     with pytest.raises(ak.CompatibilityError, match="is active with all of its children"):
         kit.prune_fusion(fuse, keep)
+    with kit.base(), pytest.raises(ak.CompatibilityError, match="or will be when a `with` block ends"):
+        kit.prune_fusion(fuse, keep)
     with kit.active(ak.Fuse(*keep, name="a,b,c")):  # without changing it
         expected = kit.model(IDS)
     kit.deactivate()

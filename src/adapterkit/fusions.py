@@ -200,9 +200,10 @@ def prune(model: nn.Module, record: Record, name: str, keep: Sequence[Compositio
         raise ConfigError(f"the fusion {name!r} weighs {list(fuse.children)}; it cannot keep {unknown}")
     kept = [child for child in fuse.children if child in keep]
     pruned = Fuse(*kept, name=name)
-    if name in names_in(record.activation.active):
+    if any(name in names_in(held) for held in record.activation.held):
         raise CompatibilityError(
-            f"the fusion {name!r} is active with all of its children: call kit.deactivate(), prune it, and activate it anew"
+            f"the fusion {name!r} is active with all of its children, or will be when a `with` block ends: call "
+            "kit.deactivate(), prune it, and activate it anew"
         )
     for _, _, site in sites_of(model):
         held = site.entries.get(name, ())
