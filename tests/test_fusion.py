@@ -228,6 +228,8 @@ def test_what_cannot_be_fused_is_refused_and_nothing_changes() -> None:
         (ak.Fuse("a", "nobody"), ak.AdapterNameError, "no adapter 'nobody'"),
         (ak.Fuse("a", "b"), ak.AdapterNameError, "already has an adapter 'a,b'"),
         (ak.Stack("a", "b"), ak.ConfigError, r"takes an ak.Fuse\('a', 'b'\); found Stack"),
+        (ak.Fuse("a,b", "c"), ak.ConfigError, r"Fuse cannot hold Fuse\('a', 'b'\)"),
+        (ak.Fuse("c", ak.Stack("a", "a,b")), ak.ConfigError, r"cannot hold .*Fuse\('a', 'b'\)"),
     ]:
         with pytest.raises(error, match=message):
             kit.add_fusion(fuse)

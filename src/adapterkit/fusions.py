@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import Part, attach, check_free, detach, device_near, dtype_at, head_parts, shared_record
-from .composition import Composition, Fuse, names_in, to_json
+from .composition import Composition, Fuse, expanded, names_in, to_json
 from .config.fusion import FusionConfig
 from .errors import AdapterNameError, CompatibilityError, ConfigError
 from .heads import Heads, check_apart, find_heads
@@ -67,6 +67,7 @@ def add_fusion(
     check_free(model, fuse.fusion)
     for name in [name for name in names_in(fuse) if name != fuse.fusion]:
         check_known(model, name)
+    expanded(fuse, fusions_of(model))  # refuses a fusion among the children
     config = config.override({"children": tuple(map(to_json, fuse.children))})
     parts, found = fusion_parts(model, fuse, config), find_heads(model, heads, example_inputs)
     check_apart([part.path for part in parts], [head.path for head in found if head.is_in_place])
