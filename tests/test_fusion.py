@@ -423,6 +423,15 @@ def test_the_attention_is_read_summed_up_and_left_alone(tmp_path: Path) -> None:
         unseen.mean()
 
 
+def test_the_attention_of_a_checkpointed_forward_is_kept_once() -> None:
+    kit = wrapped()
+    kit.train_fusion("a,b")
+    with kit.fusion_attention() as seen:
+        x = checkpoint(kit.model.blocks[0], kit.model.embedding(IDS), use_reentrant=False)
+        x.sum().backward()
+    assert [len(kept) for kept in seen.weights.values()] == [1, 0]
+
+
 def test_the_attention_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     kit = wrapped()
