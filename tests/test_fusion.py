@@ -228,6 +228,8 @@ def test_what_cannot_be_fused_is_refused_and_nothing_changes() -> None:
         (ak.Fuse("a", "nobody"), ak.AdapterNameError, "no adapter 'nobody'"),
         (ak.Fuse("a", "b"), ak.AdapterNameError, "already has an adapter 'a,b'"),
         (ak.Stack("a", "b"), ak.ConfigError, r"takes an ak.Fuse\('a', 'b'\); found Stack"),
+        (ak.Fuse("a,b", "c"), ak.ConfigError, r"Fuse cannot hold Fuse\('a', 'b'\)"),
+        (ak.Fuse("c", ak.Stack("a", "a,b")), ak.ConfigError, r"cannot hold .*Fuse\('a', 'b'\)"),
     ]:
         with pytest.raises(error, match=message):
             kit.add_fusion(fuse)
@@ -421,6 +423,15 @@ def test_the_attention_is_read_summed_up_and_left_alone(tmp_path: Path) -> None:
         unseen.mean()
 
 
+def test_the_attention_of_a_checkpointed_forward_is_kept_once() -> None:
+    kit = wrapped()
+    kit.train_fusion("a,b")
+    with kit.fusion_attention() as seen:
+        x = checkpoint(kit.model.blocks[0], kit.model.embedding(IDS), use_reentrant=False)
+        x.sum().backward()
+    assert [len(kept) for kept in seen.weights.values()] == [1, 0]
+
+
 def test_the_attention_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     kit = wrapped()
@@ -449,6 +460,8 @@ def test_a_pruned_fusion_weighs_the_most_used_children_alone(tmp_path: Path) -> 
         kit.model(IDS)
     keep = seen.most_used(2)
     with pytest.raises(ak.CompatibilityError, match="is active with all of its children"):
+        kit.prune_fusion(fuse, keep)
+    with kit.base(), pytest.raises(ak.CompatibilityError, match="or will be when a `with` block ends"):
         kit.prune_fusion(fuse, keep)
     with kit.active(ak.Fuse(*keep, name="a,b,c")):  # without changing it
         expected = kit.model(IDS)

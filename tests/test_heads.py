@@ -862,6 +862,16 @@ def test_a_head_that_what_is_active_cannot_choose_is_refused_and_nothing_changes
     kit.verify(inputs).require()
 
 
+def test_a_head_is_refused_too_if_it_could_not_be_chosen_once_a_block_ends() -> None:
+    kit, inputs = kit_of(bert(), {"a": CLASSES, "b": ()}), batch()
+    kit.activate(Average("a", "b"))
+    expected = kit.model(**inputs).logits
+    with kit.base(), pytest.raises(ak.CompatibilityError, match="cannot choose between the heads"):
+        kit.add_head("b", ak.TaggingHead(num_labels=2))
+    assert kit.heads("b") == {}
+    assert torch.equal(kit.model(**inputs).logits, expected)
+
+
 def test_a_merged_adapter_keeps_its_heads_and_gets_no_others() -> None:
     kit, inputs = ak.wrap(bert()), batch()
     kit.add("a", "lora", targets=["query"], rank=2, heads=CLASSES)

@@ -69,12 +69,56 @@ def test_blocks_below_the_first_difference_run_once(block: type[nn.Module], comp
     kit.add("c", "pfeiffer", bottleneck_size=3)
     randomise(kit, "c")
     rows: list[int] = []
-    with (
-        kit.model.blocks[0].attention.register_forward_hook(lambda _m, _a, out: rows.append(len(out[0]))),
-        kit.active(composition),
-    ):
+
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            rows.append(len(x))
+            return super().forward(x)
+
+    kit.model.blocks[0].attention.query.__class__ = Counting
+    with kit.active(composition):
         assert len(kit.model(ids)) == 6
     assert rows == [first]
+
+
+def test_hooks_of_others_in_a_shared_block_see_all_rows() -> None:
+    kit = wrapped(Tiny(PreNormBlock), ids, layers=[1])
+    seen: list[Tensor] = []
+    kit.model.blocks[0].attention.register_forward_hook(lambda _m, _a, out: seen.append(out[0]))
+    with kit.active(ak.Parallel("a", "b")):
+        kit.model(ids)
+    with kit.base():
+        kit.model(ids)
+    torch.testing.assert_close(seen[0], seen[1].repeat(2, 1, 1))
+
+
+class PositionBlock(nn.Module):
+    """A block that is given positions, (seq, hidden)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(hidden), nn.Linear(hidden, 16), nn.Linear(16, hidden)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x) + positions)))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 2), (2, 4), (3, 4)])
+def test_positions_of_as_many_tokens_as_repeated_rows_are_no_rows(rows: int, tokens: int) -> None:
+    class Positioned(Tiny):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embedding(ids)
+            positions = self.embedding.weight[: ids.shape[1]]
+            for block in self.blocks:
+                x = block(x, positions)
+            return self.classifier(x.mean(1))
+
+    kit = ak.wrap(Positioned(PositionBlock).eval(), ids)
+    for name in "ab":
+        kit.add(name, "lora", targets=["down"], layers=[1])
+        randomise(kit, name)
+    batch = torch.arange(rows * tokens).view(rows, tokens) % 11
+    assert_each_alone(kit, ["a", "b"], lambda: kit.model(batch))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -187,6 +231,20 @@ def test_a_mask_over_as_many_tokens_as_there_are_rows_is_asked_about() -> None:
         ak.Parallel("a", "b", shared="mask")
 
 
+def test_a_mask_over_as_many_target_tokens_as_there_are_rows_is_asked_about_too() -> None:
+    model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True).eval()
+    source, target, mask = torch.randn(3, 5, 8), torch.randn(3, 3, 8), torch.zeros(3, 3)
+    kit = ak.wrap(model, (source, target))
+    for name in "ab":
+        kit.add(name, "lora", targets=["linear1"])
+        randomise(kit, name)
+    kit.activate(ak.Parallel("a", "b"))
+    with pytest.raises(ak.CompatibilityError, match=r"'tgt_mask', of shape \(3, 3\), .* shared=\['tgt_mask'\]"):
+        model(source, target, tgt_mask=mask)
+    kit.activate(ak.Parallel("a", "b", shared=["tgt_mask"]))
+    assert len(model(source, target, tgt_mask=mask)) == 6
+
+
 def test_what_runs_outside_of_the_models_own_call_is_refused() -> None:
     kit = wrapped(Tiny(PreNormBlock), ids)
     with (
@@ -245,6 +303,31 @@ def test_a_block_that_runs_again_after_a_difference_is_not_shared_in_silence() -
         kit.model(ids)
     kit.activate(ak.BatchSplit("a", "b"))
     assert len(kit.model(ids.repeat(2, 1))) == 6
+
+
+def test_hidden_states_and_heads_on_them_have_all_rows_where_blocks_are_shared() -> None:
+    """Transformers keeps them by hooks, which it registers in the first call that asks for them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 30}
+    config = transformers.BertConfig(**small, attn_implementation="eager")
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    tokens, asked = torch.randint(0, 30, (2, 5)), {"output_hidden_states": True, "output_attentions": True}
+    kit = ak.wrap(model, {"input_ids": tokens, **asked})
+    for name in "ab":
+        head = ak.ClassificationHead(num_labels=2, output=("hidden_states", 1))
+        kit.add(name, "pfeiffer", layers=[2], bottleneck_size=3, heads=head)
+        randomise(kit, name)
+    with kit.active(ak.Parallel("a", "b")):
+        together = model(tokens, **asked)
+    apart = []
+    for name in "ab":
+        with kit.active(name):
+            apart.append(model(tokens, **asked))
+    torch.testing.assert_close(together.logits, torch.cat([out.logits for out in apart]))
+    for what in ("hidden_states", "attentions"):
+        for index, tensor in enumerate(together.output[what]):
+            torch.testing.assert_close(tensor, torch.cat([out.output[what][index] for out in apart]))
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "llama"])

@@ -32,7 +32,7 @@ from .modules.twin import Twin
 from .names import check_name
 from .patterns import SITE, ancestors, match
 from .placement import resolve
-from .plan import apply
+from .plan import apply, check_plans
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
 from .sites import (
     AdapterSite,
@@ -113,7 +113,9 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
         hosts = record.hosts.get(name, ())
         try:
             _insert(model, record, name, config, parts, trains=trains)
-        except AdapterKitError:  # what is active cannot choose between heads
+            for composition in record.activation.held:
+                check_plans(model, record, composition)
+        except AdapterKitError:  # what is active, now or after a `with` block, cannot choose between heads
             for path, _, site in list(sites_of(model)):
                 if path in {part.path for part in parts}:
                     old = {entry.key for where, entry in held if where == path}

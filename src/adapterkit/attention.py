@@ -144,13 +144,14 @@ def watched(model: nn.Module, record: Record, name: str | None) -> Iterator[Fusi
 
 
 class _Keep:
-    """A hook that keeps the attention."""
+    """A hook that keeps the attention; not that of a forward which checkpointing runs again."""
 
     def __init__(self, kept: list[Tensor]) -> None:
         self._kept = kept
 
     def __call__(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        self._kept.append(output[1].detach())
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+            self._kept.append(output[1].detach())
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import Part, attach, check_free, detach, device_near, dtype_at, head_parts, shared_record
-from .composition import Composition, Fuse, names_in, to_json
+from .composition import Composition, Fuse, expanded, names_in, to_json
 from .config.fusion import FusionConfig
 from .errors import AdapterNameError, CompatibilityError, ConfigError
 from .heads.find import Heads, check_apart, find_heads
@@ -67,6 +67,7 @@ def add_fusion(
     check_free(model, fuse.fusion)
     for name in [name for name in names_in(fuse) if name != fuse.fusion]:
         check_known(model, name)
+    expanded(fuse, fusions_of(model))  # refuses a fusion among the children
     config = config.override({"children": tuple(map(to_json, fuse.children))})
     parts, found = fusion_parts(model, fuse, config), find_heads(model, heads, example_inputs)
     check_apart([part.path for part in parts], [head.path for head in found if head.is_in_place])
@@ -200,9 +201,10 @@ def prune(model: nn.Module, record: Record, name: str, keep: Sequence[Compositio
         raise ConfigError(f"the fusion {name!r} weighs {list(fuse.children)}; it cannot keep {unknown}")
     kept = [child for child in fuse.children if child in keep]
     pruned = Fuse(*kept, name=name)
-    if name in names_in(record.activation.active):
+    if any(name in names_in(held) for held in record.activation.held):
         raise CompatibilityError(
-            f"the fusion {name!r} is active with all of its children: call kit.deactivate(), prune it, and activate it anew"
+            f"the fusion {name!r} is active with all of its children, or will be when a `with` block ends: call "
+            "kit.deactivate(), prune it, and activate it anew"
         )
     for _, _, site in sites_of(model):
         held = site.entries.get(name, ())

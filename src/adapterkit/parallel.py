@@ -89,7 +89,7 @@ class TrimHook(KitHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return `(args, kwargs)` with the first rows. Shape: as given, but for the rows."""
         call = (args, kwargs)
-        is_trimmed = self._is_repeated() and self._rows(call) is not None
+        is_trimmed = not _is_watched(module) and self._is_repeated() and self._rows(call) is not None
         if torch.compiler.is_compiling():
             module.__dict__[_TRIMMED] = is_trimmed
         else:
@@ -120,9 +120,11 @@ class TrimHook(KitHook):
         path = values.find(call)
         if path is None or values.get(call, path).dim() <= self.axis:
             return None
-        rows: int = values.get(call, path).shape[self.axis]
-        squares = [t for _, t in values.tensors(call) if t.dim() == 2 and t.shape[0] == t.shape[1] == rows]
-        return None if rows % self.copies or squares else rows
+        x: Tensor = values.get(call, path)
+        rows: int = x.shape[self.axis]
+        tensors = [tensor for _, tensor in values.tensors(call)]
+        is_doubtful = any(_is_ambiguous(tensor, x, tensors, rows) for tensor in tensors)
+        return None if rows % self.copies or is_doubtful else rows
 
 
 class UntrimHook(KitHook):
@@ -147,6 +149,18 @@ class UntrimHook(KitHook):
             if axis is not None:
                 output = values.put(output, where, torch.cat([tensor] * self.copies, axis))
         return output
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks of others lie in a block: they are to see all rows, and may keep these for the model's output."""
+    inside = [module]
+    for inner in inside:
+        if not all(
+            isinstance(hook, KitHook) for hook in (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
+        ):
+            return True
+        inside += [below for below in inner._modules.values() if below is not None]
+    return False
 
 
 def check_rows(record: Record, path: str, tensor: Tensor, axis: int) -> None:
@@ -223,7 +237,7 @@ def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
         where = None if path[1] in shared else _rows_at(tensor, rows, axis)
         if where is None:
             continue
-        if parallel.shared is None and _is_ambiguous(tensor, reference, rows):
+        if parallel.shared is None and _is_ambiguous(tensor, reference, [t for _, t in tensors], rows):
             raise CompatibilityError(
                 f"argument {path[1]!r}, of shape {tuple(tensor.shape)}, may have the {rows} rows of the batch, or its "
                 f"{rows} tokens: name what is no part of a row, Parallel(..., shared=[{path[1]!r}]), or shared=[] if all is"
@@ -238,7 +252,9 @@ def _rows_at(tensor: Tensor, rows: int, axis: int) -> int | None:
     return next((at for at in axes if tensor.dim() > at and tensor.shape[at] == rows), None)
 
 
-def _is_ambiguous(tensor: Tensor, reference: Tensor, rows: int) -> bool:
-    """Whether a tensor has as many rows as the batch has tokens, and no more axes than a mask or positions of tokens."""
-    has_as_many_tokens = reference.dim() > 1 and reference.shape[0] == reference.shape[1] == rows
-    return has_as_many_tokens and tensor.dim() <= 2 and tensor.shape != reference.shape
+def _is_ambiguous(tensor: Tensor, reference: Tensor, others: Sequence[Tensor], rows: int) -> bool:
+    """Whether a tensor with the batch's rows may be a mask or positions: there are as many tokens, and it has few axes."""
+    if tensor.dim() > 2 or tensor.shape == reference.shape:
+        return False
+    streams = (reference, *(other for other in others if other.dim() == 3))  # (batch, seq, hidden), or the ids
+    return any(stream.dim() > 1 and stream.shape[0] == stream.shape[1] == rows for stream in streams)

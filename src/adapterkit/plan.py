@@ -52,7 +52,7 @@ def activated(model: nn.Module, record: Record, composition: Composition | None)
             apply(model, record)
 
 
-def check_plans(model: nn.Module, record: Record, composition: Composition) -> None:
+def check_plans(model: nn.Module, record: Record, composition: Composition | None) -> None:
     """Raise CompatibilityError if adapters cannot act together as a composition says."""
     _plans(model, record, composition)
 

@@ -123,10 +123,14 @@ class Activation:
         mine = next((name for thread, name in reversed(self._scopes) if thread is me), self._default)
         self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
 
+    @property
+    def held(self) -> tuple[Composition | None, ...]:
+        """What is active, and what will be as scopes that are open end."""
+        return (self.active, self._default, *(held for _, held in self._scopes))
+
     def stays(self, name: str) -> bool:
         """Whether this adapter is active, and still will be when every scope that is open has ended."""
-        held = (self.active, self._default, *(held for _, held in self._scopes))
-        return all(name in names_always(composition) for composition in held)
+        return all(name in names_always(composition) for composition in self.held)
 
     def change_weights(self) -> None:
         """Say that the base's weights are others from now on, though the same adapter is active."""
