@@ -1,0 +1,134 @@
+"""Does swapping the language adapter carry a task over to another language, and is that more than noise?
+
+    python benchmarks/bench_madx.py --select         # choose learning rates, on validation verses
+    python benchmarks/bench_madx.py                  # the chosen ones on test verses, three seeds
+    python benchmarks/bench_madx.py --seeds 5 --workers 2
+
+Both print tables and write them as JSON under benchmarks/results/. What is run is examples/madx.py.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "examples"), str(Path(__file__).parent)]
+
+import madx
+import torch
+from report import write_json
+
+import adapterkit as ak
+
+Results = dict[str, dict[str, dict[str, float]]]
+SELECTION_SEED = 100  # not one of the seeds that are reported
+RATES = {"language_rate": (1e-3, 2e-3, 5e-3), "task_rate": (1e-3, 2e-3, 5e-3)}
+QUICK = madx.Settings(head_steps=2, language_steps=2, task_steps=2, task_verses=64, language_verses=32)
+SHORT = replace(madx.Settings(), language_steps=100, task_steps=100, task_verses=600, language_verses=300)
+
+
+def select(settings: madx.Settings) -> list[dict[str, Any]]:
+    """Learning rates: the language adapters' by the masked-LM loss of the target, the task's by accuracy in the source.
+
+    No label of the target language is used.
+    """
+    source, target = madx.LANGUAGES
+    model, rows = madx.prepare(settings)
+    madx.train_base_head(model, rows, settings)
+    ids, mask, _ = madx.collate(rows[source]["train"][:4])
+    kit, tried = ak.wrap(model, (ids, mask, ids == ids[0, 1])), []
+    for rate in RATES["language_rate"]:
+        kit.add("trial", "madx", seed=SELECTION_SEED)
+        kit.train_adapter("trial")
+        train = rows[target]["train"]
+        madx.train_words(model, train, settings.language_steps, rate, settings, SELECTION_SEED, f"language_rate {rate}")
+        loss = madx.mean_word_loss(model, rows[target]["validation"], settings.language_verses)
+        tried.append({"setting": "language_rate", "value": rate, "masked_lm_loss": loss})
+        kit.remove("trial")
+        print(tried[-1], flush=True)
+    for rate in RATES["task_rate"]:
+        madx.train_task(kit, model, rows[source]["train"], "trial", None, replace(settings, task_rate=rate), SELECTION_SEED)
+        score = madx.accuracy(model, rows[source]["validation"], settings.task_verses)
+        tried.append({"setting": "task_rate", "value": rate, "accuracy": score})
+        kit.remove("trial")
+        print(tried[-1], flush=True)
+    return tried
+
+
+def one(settings: madx.Settings, seed: int) -> Results:
+    """One seed on the test verses."""
+    results = madx.run(settings, seed, "test")
+    print(f"seed {seed}: {results}", flush=True)
+    return results
+
+
+def run_seeds(settings: madx.Settings, seeds: int, workers: int) -> list[Results]:
+    """Each seed in a process of its own."""
+    threads = max(1, torch.get_num_threads() // workers)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:
+        return pool.starmap(one, [(settings, seed) for seed in range(seeds)], chunksize=1)
+
+
+def summarise(runs: list[Results]) -> Results:
+    """Mean and standard deviation over the seeds of each number, as texts are to be read from."""
+    return {
+        kind: {
+            row: {
+                f"{language} {name}": measure([run[kind][row][language] for run in runs])
+                for language in madx.LANGUAGES
+                for name, measure in (("mean", statistics.mean), ("stdev", statistics.stdev))
+            }
+            for row in runs[0][kind]
+        }
+        for kind in runs[0]
+    }
+
+
+def differences(runs: list[Results]) -> dict[str, list[float]]:
+    """Points of accuracy in the target that swapping gains, seed by seed, over the other ways."""
+    _, target = madx.LANGUAGES
+    tasks = [run["tasks"] for run in runs]
+    return {
+        other: [task["swapped (MAD-X)"][target] - task[other][target] for task in tasks]
+        for other in tasks[0]
+        if other != "swapped (MAD-X)"
+    }
+
+
+def show(summary: Results, gains: dict[str, list[float]]) -> None:
+    """Print the tables."""
+    for kind, rows in summary.items():
+        print(f"\n{kind:<28}" + "".join(f"{language:>20}" for language in madx.LANGUAGES))
+        for row, values in rows.items():
+            cells = (f"{values[f'{la} mean']:.3f} ± {values[f'{la} stdev']:.3f}" for la in madx.LANGUAGES)
+            print(f"{row:<28}" + "".join(f"{cell:>20}" for cell in cells))
+    for other, values in gains.items():
+        print(f"swapped minus {other}: " + ", ".join(f"{value:+.1f}" for value in values))
+
+
+def main() -> None:
+    """Select settings, or run the seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--select", action="store_true", help="choose learning rates on validation verses")
+    parser.add_argument("--quick", action="store_true", help="a few steps and two seeds, to see that it runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="seeds at a time")
+    args = parser.parse_args()
+    if args.select:
+        settings = QUICK if args.quick else SHORT
+        write_json("madx_selection", {"settings": asdict(settings), "tried": select(settings)}, quick=args.quick)
+        return
+    settings = QUICK if args.quick else madx.Settings()
+    runs = run_seeds(settings, 2 if args.quick else args.seeds, args.workers)
+    summary, gains = summarise(runs), differences(runs)
+    show(summary, gains)
+    content = {"settings": asdict(settings), "summary": summary, "swapped_minus": gains, "runs": runs}
+    write_json("madx", content, quick=args.quick)
+
+
+if __name__ == "__main__":
+    main()
