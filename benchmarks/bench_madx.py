@@ -27,7 +27,7 @@ Results = dict[str, dict[str, dict[str, float]]]
 SELECTION_SEED = 100  # not one of the seeds that are reported
 RATES = {"language_rate": (1e-3, 2e-3, 5e-3), "task_rate": (1e-3, 2e-3, 5e-3)}
 QUICK = madx.Settings(head_steps=2, language_steps=2, task_steps=2, task_verses=64, language_verses=32)
-SHORT = replace(madx.Settings(), language_steps=100, task_steps=100, task_verses=600, language_verses=300)
+SHORT = replace(madx.Settings(), language_steps=80, task_steps=80, task_verses=500, language_verses=300)
 
 
 def select(settings: madx.Settings) -> list[dict[str, Any]]:
