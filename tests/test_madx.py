@@ -165,7 +165,7 @@ def tiny(example, weights):
     kept = list(range(len(PIECES)))
     encoder = example.base.encoder(file, kept, 1)
     model = example.madx.Reader(encoder, HIDDEN, encoder.embeddings.word_embeddings, 3)
-    draw = random.Random(0)
+    draw = random.Random(0)  # noqa: S311 (a fixture)
     split = [([1, *draw.choices(range(5, 12), k=draw.randint(3, 8)), 2], draw.randrange(3)) for _ in range(40)]
     rows = {language: {"train": split, "validation": split} for language in example.madx.LANGUAGES}
     ids, mask, _ = example.madx.collate(split[:4])
@@ -175,13 +175,13 @@ def tiny(example, weights):
 @pytest.fixture
 def settings(example):
     return example.madx.Settings(
-        batch_size=8, head_steps=3, language_steps=5, task_steps=5, language_rate=0.05, task_rate=0.05
+        batch_size=8, base_steps=3, language_steps=5, task_steps=5, language_rate=0.05, task_rate=0.05
     )
 
 
 def test_a_swapped_language_changes_what_the_task_adapter_sees_and_the_base_stays(example, tiny, settings):
     model, rows, kit, (ids, mask) = tiny
-    example.madx.train_base_head(model, rows, settings)
+    example.madx.train_base(model, rows, settings)
     base = {name: values.clone() for name, values in model.state_dict().items()}
     example.madx.train_languages(kit, model, rows, settings, seed=0)
     languages = [[tensor.clone() for tensor in kit.state_dict(name).values()] for name in example.madx.LANGUAGES]
@@ -224,7 +224,7 @@ def test_what_enters_the_output_embedding_went_through_the_inverse(example, tiny
 
 def test_the_language_adapter_learns_its_language(example, tiny, settings):
     model, rows, kit, _ = tiny
-    example.madx.train_base_head(model, rows, settings)
+    example.madx.train_base(model, rows, settings)
     example.madx.train_languages(kit, model, rows, settings, seed=0)
     losses = example.madx.measure_words(kit, model, rows, "validation", 40)
     assert losses["english adapter"]["english"] < losses["no adapter"]["english"]
