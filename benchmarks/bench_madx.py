@@ -1,19 +1,17 @@
 """Does swapping the language adapter carry a task over to another language, and is that more than noise?
 
-    python benchmarks/bench_madx.py --select         # choose learning rates, on validation verses
-    python benchmarks/bench_madx.py                  # the chosen ones on test verses, three seeds
+    python benchmarks/bench_madx.py                  # three seeds, on test verses
     python benchmarks/bench_madx.py --seeds 5 --workers 2
 
-Both print tables and write them as JSON under benchmarks/results/. What is run is examples/madx.py.
+It prints tables and writes them as JSON under benchmarks/results/. What is run is examples/madx.py.
 """
 
 import argparse
 import multiprocessing
 import statistics
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "examples"), str(Path(__file__).parent)]
 
@@ -23,36 +21,7 @@ from report import write_json
 
 Results = dict[str, dict[str, dict[str, float]]]
 OUT = Path("runs/bench_madx")
-SELECTION_SEED = 100  # not one of the seeds that are reported
-RATES = {"language_rate": (1e-3, 2e-3, 5e-3), "task_rate": (1e-3, 2e-3, 5e-3)}
-QUICK = madx.Settings(base_steps=2, language_steps=2, task_steps=2, task_verses=64, language_verses=32)
-SHORT = replace(madx.Settings(), language_steps=80, task_steps=80, task_verses=500, language_verses=300)
-
-
-def select(settings: madx.Settings) -> list[dict[str, Any]]:
-    """Learning rates: the language adapters' by the masked-LM loss of the target, the task's by accuracy in the source.
-
-    No label of the target language is used.
-    """
-    source, target = madx.LANGUAGES
-    model, rows = madx.build(settings, OUT)
-    kit, tried = madx.wrap(model, rows), []
-    for rate in RATES["language_rate"]:
-        kit.add("trial", "madx", seed=SELECTION_SEED)
-        kit.train_adapter("trial")
-        train = rows[target]["train"]
-        madx.train_words(model, train, settings.language_steps, rate, settings, SELECTION_SEED, f"language_rate {rate}")
-        loss = madx.mean_word_loss(model, rows[target]["validation"], settings.language_verses)
-        tried.append({"setting": "language_rate", "value": rate, "masked_lm_loss": loss})
-        kit.remove("trial")
-        print(tried[-1], flush=True)
-    for rate in RATES["task_rate"]:
-        madx.train_task(kit, model, rows[source]["train"], "trial", None, replace(settings, task_rate=rate), SELECTION_SEED)
-        score = madx.accuracy(model, rows[source]["validation"], settings.task_verses)
-        tried.append({"setting": "task_rate", "value": rate, "accuracy": score})
-        kit.remove("trial")
-        print(tried[-1], flush=True)
-    return tried
+QUICK = madx.Settings(head_steps=2, base_steps=2, language_steps=2, task_steps=2, task_verses=64, language_verses=32)
 
 
 def one(settings: madx.Settings, seed: int) -> Results:
@@ -109,17 +78,12 @@ def show(summary: Results, gains: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    """Select settings, or run the seeds."""
+    """Run the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--select", action="store_true", help="choose learning rates on validation verses")
     parser.add_argument("--quick", action="store_true", help="a few steps and two seeds, to see that it runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="seeds at a time")
     args = parser.parse_args()
-    if args.select:
-        settings = QUICK if args.quick else SHORT
-        write_json("madx_selection", {"settings": asdict(settings), "tried": select(settings)}, quick=args.quick)
-        return
     settings = QUICK if args.quick else madx.Settings()
     runs = run_seeds(settings, 2 if args.quick else args.seeds, args.workers)
     summary, gains = summarise(runs), differences(runs)

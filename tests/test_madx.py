@@ -175,7 +175,7 @@ def tiny(example, weights):
 @pytest.fixture
 def settings(example):
     return example.madx.Settings(
-        batch_size=8, base_steps=3, language_steps=5, task_steps=5, language_rate=0.05, task_rate=0.05
+        batch_size=8, head_steps=3, base_steps=3, language_steps=5, task_steps=5, language_rate=0.05, task_rate=0.05
     )
 
 
