@@ -41,7 +41,7 @@ def run_seeds(settings: madx.Settings, seeds: int, workers: int) -> list[Results
 
 
 def summarise(runs: list[Results]) -> Results:
-    """Mean and standard deviation over the seeds of each number, as texts are to be read from."""
+    """Mean and standard deviation over the seeds of each number."""
     return {
         kind: {
             row: {
@@ -66,15 +66,19 @@ def differences(runs: list[Results]) -> dict[str, list[float]]:
     }
 
 
-def show(summary: Results, gains: dict[str, list[float]]) -> None:
-    """Print the tables."""
-    for kind, rows in summary.items():
-        print(f"\n{kind:<28}" + "".join(f"{language:>20}" for language in madx.LANGUAGES))
-        for row, values in rows.items():
-            cells = (f"{values[f'{la} mean']:.3f} ± {values[f'{la} stdev']:.3f}" for la in madx.LANGUAGES)
-            print(f"{row:<28}" + "".join(f"{cell:>20}" for cell in cells))
-    for other, values in gains.items():
-        print(f"swapped minus {other}: " + ", ".join(f"{value:+.1f}" for value in values))
+def tables(summary: Results, gains: dict[str, list[float]]) -> str:
+    """The numbers as Markdown, as they stand in docs/madx.md."""
+    forms = {"words": ("masked-LM loss, nats a word", "{:.3f} ± {:.3f}"), "tasks": ("accuracy, %", "{:.1f} ± {:.1f}")}
+    lines = []
+    for kind, (title, form) in forms.items():
+        lines += [f"| {title} | {' | '.join(madx.LANGUAGES)} |", "|---" * (1 + len(madx.LANGUAGES)) + "|"]
+        for row, values in summary[kind].items():
+            cells = (form.format(values[f"{la} mean"], values[f"{la} stdev"]) for la in madx.LANGUAGES)
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += [f"| swapped, minus in {madx.LANGUAGES[1]} | points, seed by seed |", "|---|---|"]
+    lines += [f"| {other} | {', '.join(f'{value:+.1f}' for value in values)} |" for other, values in gains.items()]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -87,7 +91,7 @@ def main() -> None:
     settings = QUICK if args.quick else madx.Settings()
     runs = run_seeds(settings, 2 if args.quick else args.seeds, args.workers)
     summary, gains = summarise(runs), differences(runs)
-    show(summary, gains)
+    print(tables(summary, gains))
     content = {"settings": asdict(settings), "summary": summary, "swapped_minus": gains, "runs": runs}
     write_json("madx", content, quick=args.quick)
 

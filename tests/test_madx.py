@@ -228,3 +228,12 @@ def test_the_language_adapter_learns_its_language(example, tiny, settings):
     example.madx.train_languages(kit, model, rows, settings, seed=0)
     losses = example.madx.measure_words(kit, model, rows, "validation", 40)
     assert losses["english adapter"]["english"] < losses["no adapter"]["english"]
+
+
+def test_the_page_says_what_the_numbers_say(example, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import bench_madx
+
+    content = json.loads((ROOT / "benchmarks/results/madx.json").read_text())
+    assert bench_madx.summarise(content["runs"]) == content["summary"]
+    assert bench_madx.tables(content["summary"], content["swapped_minus"]) in (ROOT / "docs/madx.md").read_text()
