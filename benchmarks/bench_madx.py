@@ -7,6 +7,7 @@ It prints tables and writes them as JSON under benchmarks/results/. What is run 
 """
 
 import argparse
+import json
 import multiprocessing
 import statistics
 import sys
@@ -24,20 +25,25 @@ OUT = Path("runs/bench_madx")
 QUICK = madx.Settings(head_steps=2, base_steps=2, language_steps=2, task_steps=2, task_verses=64, language_verses=32)
 
 
-def one(settings: madx.Settings, seed: int) -> Results:
-    """One seed on the test verses."""
+def one(settings: madx.Settings, seed: int, resume: bool) -> Results:
+    """One seed on the test verses; or, to resume, what a run with these settings has written."""
+    path = OUT / f"seed-{seed}" / "results.json"
+    if resume and path.exists():
+        written = json.loads(path.read_text())
+        if (written["settings"], written["split"]) == (asdict(settings), "test"):
+            return {kind: written[kind] for kind in ("words", "tasks")}
     results = madx.run(settings, seed, "test", OUT)
     print(f"seed {seed}: {results}", flush=True)
     return results
 
 
-def run_seeds(settings: madx.Settings, seeds: int, workers: int) -> list[Results]:
+def run_seeds(settings: madx.Settings, seeds: int, workers: int, *, resume: bool) -> list[Results]:
     """Each seed in a process of its own, all on the base that is trained first."""
     madx.build(settings, OUT)
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:
-        return pool.starmap(one, [(settings, seed) for seed in range(seeds)], chunksize=1)
+        return pool.starmap(one, [(settings, seed, resume) for seed in range(seeds)], chunksize=1)
 
 
 def summarise(runs: list[Results]) -> Results:
@@ -87,9 +93,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps and two seeds, to see that it runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="seeds at a time")
+    parser.add_argument("--resume", action="store_true", help="take the seeds that an interrupted run has finished")
     args = parser.parse_args()
     settings = QUICK if args.quick else madx.Settings()
-    runs = run_seeds(settings, 2 if args.quick else args.seeds, args.workers)
+    runs = run_seeds(settings, 2 if args.quick else args.seeds, args.workers, resume=args.resume)
     summary, gains = summarise(runs), differences(runs)
     print(tables(summary, gains))
     content = {"settings": asdict(settings), "summary": summary, "swapped_minus": gains, "runs": runs}

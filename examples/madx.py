@@ -300,7 +300,7 @@ def majority(splits: dict[str, list[Row]], split: str) -> float:
 
 
 def run(settings: Settings, seed: int, split: str, out: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """All of it with one seed; saves the adapters under `out`. The base is the same for all seeds."""
+    """All of it with one seed; the adapters and the numbers go under `out`. The base is the same for all seeds."""
     model, rows = build(settings, out)
     kit = wrap(model, rows)
     for site in kit.sites("madx"):
@@ -310,9 +310,12 @@ def run(settings: Settings, seed: int, split: str, out: Path) -> dict[str, dict[
     ways = train_tasks(kit, model, rows, settings, seed)
     tasks = measure_tasks(kit, model, rows, ways, split, settings.task_verses)
     kit.verify().require()  # that every adapter is in its place, and that no bit of the base moved
+    folder = out / f"seed-{seed}"
     for name in kit.adapters:
-        kit.save(name, out / f"seed-{seed}" / name.replace(" ", "-"))
-    return {"words": words, "tasks": tasks}
+        kit.save(name, folder / name.replace(" ", "-"))
+    results = {"words": words, "tasks": tasks}
+    (folder / "results.json").write_text(json.dumps({"settings": asdict(settings), "split": split, **results}, indent=2))
+    return results
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -335,9 +338,7 @@ def main() -> None:
     results = run(Settings(), args.seed, "test", args.out)
     print("\n" + table("masked-LM loss (nats)", results["words"], "{:.3f}"))
     print("\n" + table("accuracy of the task", results["tasks"], "{:.1f} %"))
-    report = {"settings": asdict(Settings()), "seed": args.seed, **results}
-    (args.out / "results.json").write_text(json.dumps(report, indent=2))
-    print(f"\nadapters: {args.out}   {(time.perf_counter() - started) / 60:.1f} minutes")
+    print(f"\nadapters and numbers: {args.out / f'seed-{args.seed}'}   {(time.perf_counter() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
