@@ -2,8 +2,8 @@
 
     python examples/madx.py
 
-A multilingual transformer that was not trained on Chichewa learns from English labels which part of the Bible a verse is
-from, and is tested on Chichewa verses, of chapters that nothing was trained on:
+What part of the Bible a verse is from, learned from English labels and tested on Chichewa verses, of chapters that nothing
+was trained on. The base is a multilingual transformer, made a masked language model of both languages first. Then:
 
 1. a language adapter for each of the two, with an invertible part, by masked language modelling on unlabelled verses;
 2. a task adapter on labelled English verses, on top of the English language adapter, which stays as it is;
