@@ -18,7 +18,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def madx(session: nox.Session) -> None:
-    """MAD-X in two languages: language adapters under a task adapter, the language swapped. MINUTES minutes on two cores."""
+    """MAD-X: language adapters under a task adapter, the language swapped. 11 minutes of processor time."""
     _install_demo(session)
     _install_madx(session)
     session.run("python", "examples/madx.py", *session.posargs, env=OFFLINE)
