@@ -18,7 +18,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def madx(session: nox.Session) -> None:
-    """MAD-X: language adapters under a task adapter, the language swapped. 11 minutes of processor time."""
+    """MAD-X: language adapters under a task adapter, the language swapped. Some 11 minutes of one processor."""
     _install_demo(session)
     _install_madx(session)
     session.run("python", "examples/madx.py", *session.posargs, env=OFFLINE)
