@@ -39,7 +39,8 @@ def test_the_docs_name_the_sessions_that_exist() -> None:
 
 
 def test_the_parity_page_says_what_its_numbers_say() -> None:
-    parts = [json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("parity", "parity_methods")]
+    names = ("parity", "parity_methods", "parity_compositions")
+    parts = [json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in names]
     assert (ROOT / "docs/parity.md").read_text() == page(*parts)
 
 

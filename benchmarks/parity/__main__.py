@@ -1,6 +1,7 @@
 """Compare adapterkit with the `adapters` and `peft` libraries: `nox -s parity`, or `python -m benchmarks.parity --help`.
 
-It has two parts, the presets of bottlenecks in all families of models, and every other method; the page is of both.
+It has three parts, the presets of bottlenecks in all families of models, every other method, and compositions; the page is
+of all.
 
 Exits with 1 if any case differs for a reason that is not known.
 """
@@ -23,6 +24,11 @@ from tqdm import tqdm
 
 from ..report import RESULTS, write_json
 from .compare import TOLERANCE, Case, Outcome, compare
+from .compositions.cases import QUICK as QUICK_COMPOSED
+from .compositions.cases import composed_cases
+from .compositions.peer import values_start
+from .compositions.run import run_composed
+from .compositions.table import table as compositions_table
 from .defaults import differing_defaults
 from .families import build, families
 from .methods.cases import QUICK as QUICK_FAMILIES
@@ -35,6 +41,7 @@ from .table import page, table
 
 FACTORS: tuple[Factor, ...] = (4, {"default": 4, "1": 2}, {"default": 16, "0": 3, "1": 0.5})
 QUICK = ("bert", "gpt2", "t5")
+PARTS = ("parity", "parity_methods", "parity_compositions")
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 
 
@@ -43,14 +50,16 @@ def main() -> int:
     arguments = _arguments()
     _quiet()
     torch.set_num_threads(1)
-    do_all = not (arguments.presets or arguments.methods)
+    do_all = not (arguments.presets or arguments.methods or arguments.compositions)
     found = []
     if do_all or arguments.presets:
         found += _presets(arguments.families or (QUICK if arguments.quick else families()))
     if do_all or arguments.methods:
         found += _methods(arguments.families or (QUICK_FAMILIES if arguments.quick else families()))
+    if do_all or arguments.compositions:
+        found += _compositions(arguments.families or (QUICK_COMPOSED if arguments.quick else families()))
     if not arguments.quick and not arguments.families:
-        parts = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("parity", "parity_methods")]
+        parts = [json.loads((RESULTS / f"{name}.json").read_text()) for name in PARTS]
         PAGE.write_text(page(*parts))
         print(f"wrote {PAGE}")
     return 1 if "differs" in found else 0
@@ -91,6 +100,24 @@ def _methods(chosen: Sequence[str]) -> list[str]:
     return _counted([outcome.verdict() for outcome in outcomes], ("equal", "explained", "n.a.", "differs"))
 
 
+def _compositions(chosen: Sequence[str]) -> list[str]:
+    """Every composition, in these families; the verdicts."""
+    outcomes = [run_composed(case) for case in tqdm(composed_cases(list(chosen)), unit="case")]
+    told = [outcome.as_json() for outcome in outcomes]
+    print(compositions_table(told))
+    for outcome in outcomes:
+        if outcome.verdict() == "differs":
+            print(f"{outcome.case}: {outcome.as_json()}")
+    start = values_start()
+    result = {
+        "peer": {name: version(name) for name in ("adapters", "transformers")},
+        "cases": told,
+        "values_start": float((start - torch.eye(len(start))).abs().max()),
+    }
+    write_json("parity_compositions", result, quick=list(chosen) != families())
+    return _counted([outcome.verdict() for outcome in outcomes], ("equal", "explained", "differs"))
+
+
 def _counted(verdicts: list[str], kinds: Sequence[str]) -> list[str]:
     """Print how many there are of each verdict, and return them."""
     print(", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds))
@@ -103,6 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", choices=families(), metavar="FAMILY", help="only these: %(choices)s")
     parser.add_argument("--presets", action="store_true", help="only the presets of bottlenecks")
     parser.add_argument("--methods", action="store_true", help="only the other methods")
+    parser.add_argument("--compositions", action="store_true", help="only compositions")
     return parser.parse_args()
 
 

@@ -20,12 +20,16 @@ def float_tensors(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in float_tensors(part)]
 
 
-def gradients_of(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of a random projection of the outputs, the same projection for outputs of the same shapes."""
+def gradients_of(outputs: Sequence[Tensor], leaves: Sequence[Tensor], *, may_be_unused: bool = False) -> list[Tensor]:
+    """The gradients of a random projection of the outputs, the same projection for outputs of the same shapes.
+
+    Args:
+        may_be_unused: A leaf that the outputs do not depend on has gradient zero; else it is an error.
+    """
     draw = torch.Generator().manual_seed(3)
     weights = [torch.randn(output.shape, generator=draw, dtype=output.dtype) for output in outputs]
     total = sum((output * weight).mean() for output, weight in zip(outputs, weights, strict=True))
-    return list(torch.autograd.grad(total, leaves))
+    return list(torch.autograd.grad(total, leaves, allow_unused=may_be_unused, materialize_grads=may_be_unused))
 
 
 def furthest(these: Sequence[Tensor], those: Sequence[Tensor], scale: Callable[[Tensor], Any] = lambda _: 1.0) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import adapters
@@ -13,7 +13,17 @@ from adapters import AdapterConfig, AdapterPlusConfig
 from adapters.methods.bottleneck import BottleneckLayer
 from torch import nn
 
-__all__ = ["LEAVES", "PRESETS", "Factor", "Peer", "PeerSite", "find_sites", "settings"]
+__all__ = [
+    "LEAVES",
+    "PRESETS",
+    "Factor",
+    "Peer",
+    "PeerSite",
+    "bottleneck_layers",
+    "find_sites",
+    "preset_config",
+    "settings",
+]
 
 Factor = float | Mapping[str, float]
 
@@ -81,14 +91,22 @@ class Peer:
 
 def find_sites(model: nn.Module, name: str) -> list[PeerSite]:
     """The bottleneck adapters of this name in a model, block by block."""
+    return [
+        replace(site, module=site.module.adapters[name])
+        for site in bottleneck_layers(model)
+        if name in site.module.adapters
+    ]
+
+
+def bottleneck_layers(model: nn.Module) -> list[PeerSite]:
+    """The places for bottleneck adapters in a model, block by block, each with the module that holds those of all names."""
     paths = {id(module): path for path, module in model.named_modules()}
-    found = []
-    for _, block in model.iter_layers():
-        for module in block.modules():
-            if isinstance(module, BottleneckLayer) and name in module.adapters:
-                path, kind = paths[id(module)], _KINDS[module.location_key]
-                found.append(PeerSite(path, paths[id(block)], kind, module.adapters[name]))
-    return found
+    return [
+        PeerSite(paths[id(module)], paths[id(block)], _KINDS[module.location_key], module)
+        for _, block in model.iter_layers()
+        for module in block.modules()
+        if isinstance(module, BottleneckLayer)
+    ]
 
 
 def preset_config(preset: str, factor: Factor) -> AdapterConfig:

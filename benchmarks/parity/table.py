@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .compositions import table as compositions
 from .methods import table as methods
 
 __all__ = ["page", "table"]
@@ -15,7 +16,7 @@ Cases = Sequence[Mapping[str, Any]]
 _HEAD = """# Parity with the `adapters` and `peft` libraries
 
 `nox -s parity` compares, number by number, with the libraries that people use today: bottlenecks with `adapters`, and
-[every other method](#every-other-method) with both.
+[every other method](#every-other-method) with both, [compositions](#compositions) with `adapters`.
 
 ## Bottlenecks
 
@@ -83,11 +84,45 @@ Above, ours was put where the peer had adapted. By themselves, the presets `lora
 same places but for these. The paper of IA3 scales what enters the feed-forward's last projection, behind the non-linearity.
 
 """
+_COMPOSITIONS = """
+## Compositions
+
+Compared with `adapters` {adapters}, in float64 on tiny models: fusions in {fusion_families} families, every other
+composition in {families}, each over one to three bottlenecks (`seq_bn`, `double_seq_bn`, `par_bn`), LoRAs or IA3s, alone
+and one in another. That library adapts one copy of a model, adapterkit another, with the same tensors, drawn at random,
+those of fusions, too. Compared are outputs and the gradients of all tensors of the adapters and the fusion.
+
+That library is no judge of itself: both are also compared with the definitions, computed row by row, one composition
+without rows in it at a time (`benchmarks/parity/compositions/formula.py`). So `BatchSplit`, `Rows` (its `MultiTask`) and
+`Parallel` are compared with each adapter alone on its rows. The run writes `benchmarks/results/parity_compositions.json`.
+
+**Of {cases} cases {equal} are equal to that library and to the formula; in {explained} that library is wrong in something,
+or refuses it, for a known reason, and ours equals the formula; {differ} differ for an unknown reason.** Equal is within
+1e-09, or within 1e-05 in models that compute in float32 whatever their dtype is.
+
+The number after a semicolon is the largest difference, of outputs and of gradients in parts of the largest entry of their
+tensor, where both are right.
+
+"""
+_FUSIONS = """
+### Fusions
+
+- That library's keys have a bias, and ours none: it adds the same to the score of each child, and the softmax takes it out.
+  Theirs was drawn at random, and outputs are equal without it; its largest gradient is {key_bias:.0e} of that of the
+  weights.
+- Their Wv starts at the identity plus {values_start:.0e} beside the diagonal, ours at the identity.
+- Wv stands there before the sum over children or after it, as `value_before_softmax` says; the cases with either are equal
+  to ours, which has it after the sum.
+"""
+_COMPOSITION_REASONS = """
+### Where that library composes otherwise, and why
+
+"""
 
 
-def page(result: Mapping[str, Any], of_methods: Mapping[str, Any]) -> str:
-    """The docs page, of the presets of bottlenecks and of every other method."""
-    return _bottlenecks(result) + _methods(of_methods)
+def page(result: Mapping[str, Any], of_methods: Mapping[str, Any], of_compositions: Mapping[str, Any]) -> str:
+    """The docs page, of the presets of bottlenecks, of every other method, and of compositions."""
+    return _bottlenecks(result) + _methods(of_methods) + _compositions(of_compositions)
 
 
 def _bottlenecks(result: Mapping[str, Any]) -> str:
@@ -128,6 +163,23 @@ def _methods(result: Mapping[str, Any]) -> str:
         + _PLACES
         + methods.places(result["places"])
     )
+
+
+def _compositions(result: Mapping[str, Any]) -> str:
+    cases: Cases = result["cases"]
+    verdicts = [case["verdict"] for case in cases]
+    fusions = [case for case in cases if case["kind"].startswith("Fuse")]
+    head = _COMPOSITIONS.format(
+        adapters=result["peer"]["adapters"],
+        fusion_families=len(_names(fusions, "host")),
+        families=len(_names([case for case in cases if case["kind"] == "Stack"], "host")),
+        cases=len(cases),
+        equal=verdicts.count("equal"),
+        explained=verdicts.count("explained"),
+        differ=verdicts.count("differs"),
+    )
+    notes = _FUSIONS.format(key_bias=compositions.key_bias(cases), values_start=result["values_start"])
+    return head + compositions.table(cases) + notes + _COMPOSITION_REASONS + compositions.reasons(cases)
 
 
 def table(cases: Cases) -> str:

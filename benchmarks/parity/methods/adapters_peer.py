@@ -26,7 +26,7 @@ from ..peer import LEAVES, find_sites
 from .case import NAME, SHARED, Case, Key, Leaf, Place
 from .draw import draw_
 
-__all__ = ["AdaptersPeer"]
+__all__ = ["AdaptersPeer", "leaves_of", "prepared"]
 
 
 class AdaptersPeer:
@@ -36,13 +36,13 @@ class AdaptersPeer:
         self._case = case
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.model = _prepared(case, host)
+            self.model = prepared(case, host)
             self.model.add_adapter(NAME, config=_config(case))
         self.model.set_active_adapters(NAME)
         if case.method == "invertible":
             self.model.active_head = "lm"
         self.model.double().eval()
-        self.leaves = self._leaves(NAME)
+        self.leaves = leaves_of(self.model, NAME)
         draw_(self.leaves, seed=2)
         if case.setting.startswith("coupling alone"):
             for site in find_sites(self.model, NAME):
@@ -61,7 +61,7 @@ class AdaptersPeer:
         """Add a second adapter of the same config, called "other"."""
         self.model.add_adapter("other", config=_config(self._case))
         self.model.double().eval()
-        leaves = self._leaves("other")
+        leaves = leaves_of(self.model, "other")
         draw_(leaves, seed=4)
         return leaves
 
@@ -79,25 +79,26 @@ class AdaptersPeer:
         self.model.set_active_adapters("combined")
         self.model.double().eval()
 
-    def _leaves(self, name: str) -> dict[Key, Leaf]:
-        """All tensors of an adapter; what sites share comes last."""
-        leaves: dict[Key, Leaf] = {}
-        for path, layer in self.model.named_modules():
-            if isinstance(layer, LoRALayer) and name in layer.loras:
-                found = _of_fused(layer, name) if isinstance(layer, LoRAMergedLinear) else _of_linear(layer, name)
-                leaves |= {Key(Place(path, part), tensor): leaf for part, tensor, leaf in found}
-        for site in find_sites(self.model, name):
-            for tensor, parameter in site.module.named_parameters():
-                called = LEAVES.get(tensor, tensor.replace("adapter_down.0.", "down.").replace("adapter_up.", "up."))
-                leaves[Key(Place(site.block, site.kind), called)] = Leaf(parameter)
-        coupling = getattr(self.model.base_model, "invertible_adapters", {})
-        if name in coupling:
-            leaves |= {Key(Place("coupling"), n): Leaf(p) for n, p in coupling[name].named_parameters()}
-        shared = self.model.base_model.shared_parameters
-        names = {"lora_A": "vera_A", "lora_B": "vera_B"}
-        for tensor, parameter in shared[name].items() if name in shared else ():
-            leaves[Key(SHARED, names.get(tensor, tensor))] = Leaf(parameter, is_trained=tensor == "phm_rule")
-        return leaves
+
+def leaves_of(model: nn.Module, name: str) -> dict[Key, Leaf]:
+    """All tensors of an adapter of that library; what sites share comes last."""
+    leaves: dict[Key, Leaf] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoRALayer) and name in layer.loras:
+            found = _of_fused(layer, name) if isinstance(layer, LoRAMergedLinear) else _of_linear(layer, name)
+            leaves |= {Key(Place(path, part), tensor): leaf for part, tensor, leaf in found}
+    for site in find_sites(model, name):
+        for tensor, parameter in site.module.named_parameters():
+            called = LEAVES.get(tensor, tensor.replace("adapter_down.0.", "down.").replace("adapter_up.", "up."))
+            leaves[Key(Place(site.block, site.kind), called)] = Leaf(parameter)
+    coupling = getattr(model.base_model, "invertible_adapters", {})
+    if name in coupling:
+        leaves |= {Key(Place("coupling"), n): Leaf(p) for n, p in coupling[name].named_parameters()}
+    shared = model.base_model.shared_parameters
+    names = {"lora_A": "vera_A", "lora_B": "vera_B"}
+    for tensor, parameter in shared[name].items() if name in shared else ():
+        leaves[Key(SHARED, names.get(tensor, tensor))] = Leaf(parameter, is_trained=tensor == "phm_rule")
+    return leaves
 
 
 def _of_linear(layer: LoRALayer, name: str) -> Iterator[tuple[str, str, Leaf]]:
@@ -135,7 +136,7 @@ def _block(n: int, size: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[n * size : (n + 1) * size]
 
 
-def _prepared(case: Case, host: nn.Module) -> nn.Module:
+def prepared(case: Case, host: nn.Module) -> nn.Module:
     """A copy with that library's code in it; for language models, which need its own heads, its own class of model."""
     if case.method != "invertible" or case.config.get("plain"):
         model = copy.deepcopy(host)

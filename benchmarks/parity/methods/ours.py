@@ -17,7 +17,7 @@ from .draw import draw_
 from .hosts import Host
 from .own_tensors import own_tensors
 
-__all__ = ["Ours", "PlacesDifferError"]
+__all__ = ["Ours", "PlacesDifferError", "config_of"]
 
 Tensors = Mapping[Key, Tensor]
 # Of each place that is a module or Parameter with a target of its own, one tensor.
@@ -67,7 +67,7 @@ class Ours:
 
     def _add(self, name: str, tensors: Tensors | None) -> dict[Key, Leaf]:
         """Add an adapter that holds these tensors, or drawn ones."""
-        self.kit.add(name, _config(self._case, tensors), seed=1, dtype="float64")
+        self.kit.add(name, config_of(self._case, tensors), seed=1, dtype="float64")
         own = own_tensors(self.model, name)
         leaves = {key: Leaf(it.parameter, it.of, is_trained=it.parameter.requires_grad) for key, it in own.items()}
         if tensors is None:
@@ -86,7 +86,7 @@ class Ours:
         return {key: leaves[key] for key in tensors}
 
 
-def _config(case: Case, tensors: Tensors | None) -> ak.AdapterConfig | ak.Union:
+def config_of(case: Case, tensors: Tensors | None) -> ak.AdapterConfig | ak.Union:
     """The case's settings in our words, at the places of these tensors; of bottlenecks, our presets'."""
     makers: dict[str, Callable[[], ak.AdapterConfig | ak.Union]] = {
         "vera": lambda: ak.VeRAConfig(**_targets(case, tensors), rank=case.config["rank"]),

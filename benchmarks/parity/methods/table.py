@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["limits", "places", "reasons", "table"]
+__all__ = ["fill", "limits", "listed", "number", "places", "reasons", "table"]
 
 Cases = Sequence[Mapping[str, Any]]
 PEERS = ("adapters", "peft")
@@ -24,13 +24,13 @@ def table(cases: Cases) -> str:
 
 def reasons(cases: Cases) -> str:
     """The numbered reasons, each with how far the peer is off, how far ours is, and how well the reason is proven."""
-    return "\n".join(_fill(f"{n}. {_reason(key, cases)}", "   ") for key, n in _marks(cases).items()) + "\n"
+    return "\n".join(fill(f"{n}. {_reason(key, cases)}", "   ") for key, n in _marks(cases).items()) + "\n"
 
 
 def limits(cases: Cases) -> str:
     """What ours does not do."""
     found = dict.fromkeys(r for case in cases for a, r in case["reasons"].items() if case["aspects"][a] == "n.a.")
-    return "\n".join(_fill(f"- {_capital(reason)}.", "  ") for reason in found) + "\n"
+    return "\n".join(fill(f"- {_capital(reason)}.", "  ") for reason in found) + "\n"
 
 
 def places(found: Cases) -> str:
@@ -58,7 +58,7 @@ def _cell(cases: Cases, marks: Mapping[tuple[str, str], int]) -> str:
     parts += [f"{len(found['explained'])} explained {', '.join(f'[{n}]' for n in used)}" if found["explained"] else ""]
     parts += [f"{len(found['n.a.'])} n.a." if found["n.a."] else ""]
     parts += [f"**{len(found['differs'])} differ**" if found["differs"] else ""]
-    return ", ".join(filter(None, parts)) + (f"; {_number(max(apart))}" if apart else "")
+    return ", ".join(filter(None, parts)) + (f"; {number(max(apart))}" if apart else "")
 
 
 def _reason(key: tuple[str, str], cases: Cases) -> str:
@@ -66,16 +66,14 @@ def _reason(key: tuple[str, str], cases: Cases) -> str:
     peer, reason = key
     own = [case for case in cases if case["peer"] == peer]
     given = [(case, a) for case in own for a, v in _aspects(case) if v == "explained" and case["reasons"][a] == reason]
-    methods = _listed(f"{case['method'].replace('_', ' ')}" for case, _ in given)
-    hosts = _listed(case["host"] for case, _ in given)
+    methods = listed(f"{case['method'].replace('_', ' ')}" for case, _ in given)
+    hosts = listed(case["host"] for case, _ in given)
     off = [case["peer_from_formula"][aspect] for case, aspect in given if aspect in case["peer_from_formula"]]
     ours = max(case["ours_from_formula"][aspect] for case, aspect in given)
     proven = [case["peer_proven"][aspect] for case, aspect in given if aspect in case["peer_proven"]]
-    apart = (
-        f"It is off by up to {_number(max(off))}, ours by {_number(ours)}." if off else f"Ours is off by {_number(ours)}."
-    )
-    left = f" The formula with this fault is what it computes, within {_number(max(proven))}." if proven else ""
-    return f"**`{peer}`**, {methods} ({hosts}; {_listed(a for _, a in given)}): {reason}. {apart}{left}"
+    apart = f"It is off by up to {number(max(off))}, ours by {number(ours)}." if off else f"Ours is off by {number(ours)}."
+    left = f" The formula with this fault is what it computes, within {number(max(proven))}." if proven else ""
+    return f"**`{peer}`**, {methods} ({hosts}; {listed(a for _, a in given)}): {reason}. {apart}{left}"
 
 
 def _aspects(case: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -92,7 +90,8 @@ def _marks(cases: Cases) -> dict[tuple[str, str], int]:
     return {key: n for n, key in enumerate(found, start=1)}
 
 
-def _listed(words: Iterable[str]) -> str:
+def listed(words: Iterable[str]) -> str:
+    """Different words, in order, with commas."""
     return ", ".join(dict.fromkeys(words))
 
 
@@ -100,9 +99,11 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _fill(text: str, indent: str) -> str:
+def fill(text: str, indent: str) -> str:
+    """A paragraph in lines."""
     return textwrap.fill(text, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A difference, to its first digit."""
     return "0" if value == 0 else f"{value:.0e}" if value < 0.1 else f"{value:.2g}"
