@@ -42,7 +42,7 @@ LAYERS = [
         "placement",
     },
     {"methods"},
-    {"plan", "attach", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree"}
+    {"plan", "attach", "parts", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree"}
     | {"store"}
     | {"combining", "merging", "merged", "mergeable", "trial"},
     {"kit"},

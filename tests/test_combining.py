@@ -17,6 +17,7 @@ import adapterkit as ak
 from adapterkit import attach
 from adapterkit.layers import setting_at
 from adapterkit.methods import UNION_PRESETS, presets
+from adapterkit.parts import build_parts
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from .modules.hosts import LAYERS, layer, some_input
@@ -559,7 +560,7 @@ def test_ia3_scales_of_parts_are_put_together(ids: Tensor) -> None:
     parts = {"q": ("q", ((0, 8),)), "k": ("k", ((8, 16),)), "v": ("v", ((16, 24),))}
     for name in ("kv", "q", "qv"):  # as roles give them
         sites = [replace(site, parts=tuple(parts[part] for part in name))]
-        attach.attach(model, name, config, attach.build_parts(model, config, sites, []))
+        attach.attach(model, name, config, build_parts(model, config, sites, []))
         randomise(kit, name)
     kit.add("all", config)
     randomise(kit, "all")

@@ -2,17 +2,13 @@
 
 import re
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from .base import base_tensors
 from .composition import names_in
 from .config.base import AdapterConfig
 from .config.fusion import FusionConfig
-from .config.heads import OwnHead
 from .config.union import Config, Union, members
 from .errors import (
     ActivationError,
@@ -22,60 +18,42 @@ from .errors import (
     ConfigError,
     TargetError,
 )
-from .heads.find import FoundHead, Heads, build_heads, check_apart, check_names, find_heads
+from .heads.find import Heads, check_apart, check_names, find_heads
 from .hooks import InputHook, OutputHook, WeightEndHook, WeightHook, forget_compiled, set_hook, sync_site_hooks
-from .layers import check_maps, settings_site
+from .layers import check_maps
 from .merging import unmerge
 from .methods import method_of
-from .methods.base import Sharing
-from .modules.twin import Twin
 from .names import check_name
+from .parts import Part, build_parts, head_parts, tied_groups
 from .patterns import SITE, ancestors, match
 from .placement import resolve
 from .plan import apply, check_plans
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
 from .sites import (
     AdapterSite,
-    HeadSpec,
     SiteSpec,
     adapter_names,
     fusions_of,
     named_parameters,
     open_parameters,
-    parameter_at,
     record_of,
     sites_among,
     sites_of,
 )
 from .spots import asks_for_structure
-from .structure.trace import ExampleInputs, outside_inference_mode
+from .structure.trace import ExampleInputs
 
 __all__ = [
-    "Part",
     "add",
     "add_heads",
     "attach",
-    "build_parts",
     "check_free",
     "detach",
-    "device_near",
-    "dtype_at",
     "find_sites",
-    "head_parts",
     "needs_structure",
     "remove_head",
     "shared_record",
 ]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One module of an adapter, and where it goes: a site, or the host of a head (spec None)."""
-
-    path: str
-    module: nn.Module
-    spec: SiteSpec | None
-    head: HeadSpec | None = None
 
 
 def add(
@@ -151,7 +129,7 @@ def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, 
     """
     named = [index for index, member in enumerate(members(config)) if "targets" in member.model_fields_set]
     outside = [site for site in sites if not {*heads} & {*ancestors(site.path)}]
-    tied = {site for group in _tied(model, sites) if any(site in outside for site in group) for site in group}
+    tied = {site for group in tied_groups(model, sites) if any(site in outside for site in group) for site in group}
     kept = [site for site in sites if site in outside or (site.member in named and site not in tied)]
     if not kept:
         raise TargetError(f"all {len(sites)} sites of the adapter lie in its heads {list(heads)}, which train whole anyway")
@@ -170,96 +148,6 @@ def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs |
 def needs_structure(config: Config) -> bool:
     """Whether a config's places depend on what the model computes."""
     return any(asks_for_structure(m, placement) for m in members(config) for placement in method_of(m).placements(m))
-
-
-@outside_inference_mode()
-def build_parts(
-    model: nn.Module, config: Config, sites: Sequence[SiteSpec], heads: Sequence[FoundHead], *, meta: bool = False
-) -> list[Part]:
-    """The modules of these sites and heads, not yet attached.
-
-    Args:
-        meta: Build what is new without memory or values, for a file to fill.
-    """
-    parts = []
-    for index, member in enumerate(members(config)):
-        with torch.random.fork_rng(devices=[], enabled=member.seed is not None), torch.device("meta" if meta else "cpu"):
-            if member.seed is not None:
-                torch.manual_seed(member.seed)
-            parts += _build(model, member, [site for site in sites if site.member == index])
-    _check_order(parts)
-    if not meta:
-        for part in parts:
-            part.module.to(device_near(model, part.path))
-    return parts + head_parts(model, heads, meta=meta)
-
-
-@outside_inference_mode()
-def head_parts(model: nn.Module, heads: Sequence[FoundHead], *, meta: bool = False) -> list[Part]:
-    """The modules of these heads, not yet attached: on their hosts' devices, but for copies, which lie where the host does.
-
-    Args:
-        meta: Build what is new without memory or values, for a file to fill.
-    """
-    dtype = dtype_at(model, "", None)
-    parts = []
-    for head, module in zip(heads, build_heads(model, heads, dtype, meta=meta), strict=True):
-        if not meta and not isinstance(head.spec.config, OwnHead):
-            module.to(device_near(model, head.path))
-        parts.append(Part(head.path, module, None, head.spec))
-    return parts
-
-
-def _check_order(parts: Sequence[Part]) -> None:
-    """Raise TargetError where a module that needs what the host itself returned would get it from another module."""
-    hosts: dict[str, SiteSpec] = {}
-    for part in parts:
-        if part.spec is None or part.spec.at != "output":
-            continue
-        before = hosts.setdefault(part.path, part.spec)
-        if before is not part.spec and getattr(part.module, "reads_bare_output", False):
-            raise TargetError(
-                f"{part.path!r} is adapted by members {before.member} and {part.spec.member} of a union, and the latter "
-                f"({type(part.module).__name__}) must come first there; change their order"
-            )
-
-
-def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -> list[Part]:
-    """The modules of one config, with what they share reachable from each.
-
-    What several sites share is held by the first in the model alone, so that it trains, moves and is saved once; the
-    sites of a file are in the model's order, those of a config need not be.
-    """
-    method = method_of(config)
-    order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    dtypes = {id(site): dtype_at(model, site.path, config.dtype) for site in sites}
-    shared = method.shared(config, sites, dtype=dtypes[id(sites[0])]) if isinstance(method, Sharing) and sites else None
-    built: dict[int, nn.Module] = {}
-    for tied in _tied(model, sites):
-        site, first = settings_site(config, tied), min(tied, key=lambda site: order[site.path])
-        module = method.build(config, site, host=model.get_submodule(site.path), dtype=dtypes[id(first)])
-        if site.parameters and not hasattr(module, "adapted"):
-            raise TargetError(
-                f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
-                f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
-            )
-        built |= {id(site): module if site is first else Twin(module) for site in tied}
-    parts = [Part(site.path, built[id(site)], site) for site in sites]
-    if shared is not None:
-        holding = [part for part in parts if not isinstance(part.module, Twin)]
-        owner = min(holding, key=lambda part: order[part.path])
-        for part in holding:
-            (part.module._modules if part is owner else part.module.__dict__)["shared"] = shared
-    return parts
-
-
-def _tied(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSpec]]:
-    """The sites, those at the same Parameter together."""
-    groups: dict[object, list[SiteSpec]] = {}
-    for site in sites:
-        parameter = parameter_at(model.get_submodule(site.path), site.parameters[0]) if site.parameters else None
-        groups.setdefault(site if parameter is None else (id(parameter), site.tag, site.parts), []).append(site)
-    return list(groups.values())
 
 
 def attach(model: nn.Module, name: str, config: Config | FusionConfig, parts: Sequence[Part]) -> None:
@@ -382,31 +270,6 @@ def _member_with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig
     named = {name: getattr(config, name) for name in type(config).model_fields}
     lists = {name: value for name, value in named.items() if isinstance(value, tuple) and any(map(callable, value))}
     return config.override({name: paths(value) for name, value in lists.items()})
-
-
-def parameter_near(model: nn.Module, path: str) -> torch.Tensor:
-    """A floating-point tensor of the host's, or of the innermost module around it that has one."""
-    for around in ancestors(path):
-        for _, tensor in base_tensors(model.get_submodule(around)):
-            if tensor.is_floating_point():
-                return tensor
-    return torch.empty(0)
-
-
-def device_near(model: nn.Module, path: str) -> torch.device:
-    """Where the host computes: where its parameters are or, if accelerate moves them, where it moves them to."""
-    for around in ancestors(path):
-        device = getattr(getattr(model.get_submodule(around), "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.empty(0, device=device).device
-    return parameter_near(model, path).device
-
-
-def dtype_at(model: nn.Module, path: str, given: str | None) -> torch.dtype:
-    """As given, else float32, on half-precision and quantised hosts as well; float64 on a float64 host."""
-    if given is not None:
-        return getattr(torch, given)  # type: ignore[no-any-return]  # one of `DType`
-    return torch.float64 if parameter_near(model, path).dtype == torch.float64 else torch.float32
 
 
 def check_unsharded(model: nn.Module) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import Part, attach, check_free, detach, device_near, dtype_at, head_parts, shared_record
+from .attach import attach, check_free, detach, shared_record
 from .composition import Composition, Fuse, expanded, names_in, to_json
 from .config.fusion import FusionConfig
 from .errors import AdapterNameError, CompatibilityError, ConfigError
 from .heads.find import Heads, check_apart, find_heads
 from .methods.spellings import no_config, read_json
 from .modules.fusion import Fusion
+from .parts import Part, device_near, dtype_at, head_parts
 from .plan import check_known, check_plans
 from .record import Record
 from .sites import AdapterSite, SiteSpec, fusions_of, located, sites_of

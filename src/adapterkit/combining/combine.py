@@ -8,12 +8,13 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..attach import Part, attach, build_parts, check_free, device_near
+from ..attach import attach, check_free
 from ..config.union import Union
 from ..errors import ConfigError
 from ..heads.find import check_apart, check_names
 from ..methods import method_of
 from ..methods.base import Additive
+from ..parts import Part, build_parts, device_near
 from ..plan import check_known
 from ..structure.trace import outside_inference_mode
 from .heads import combined_heads

@@ -6,10 +6,10 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from ..attach import Part
 from ..config.heads import OwnHead
 from ..errors import ConfigError
 from ..heads.find import copy_heads
+from ..parts import Part
 from ..sites import HeadSpec, originals_of
 from .sources import Adapter, HeadPlace, wide
 

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..attach import Part, attach, build_parts, check_free, device_near, head_parts
+from ..attach import attach, check_free
 from ..base import fingerprint
 from ..composition import Fuse, to_json
 from ..config.fusion import FusionConfig
@@ -22,6 +22,7 @@ from ..heads.find import FoundHead, check_apart, check_names
 from ..hosts import known_shape, resolve_host
 from ..methods import method_of
 from ..methods.spellings import config_from
+from ..parts import Part, build_parts, device_near, head_parts
 from ..patterns import ancestors, modules_by_path
 from ..sites import HeadSpec, SiteSpec
 from ..structure.trace import ExampleInputs, outside_inference_mode
