@@ -60,8 +60,9 @@ def types(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """All quick benchmarks; `nox -s bench -- hooks` runs one of them in full."""
     _install_demo(session)
-    _install_madx(session)
     names = session.posargs or ["discovery", "drop", "fusion", "hooks", "madx", "rows", "savings", "sentiment"]
+    if "madx" in names:
+        _install_madx(session)
     for name in names:
         data = [_rated_sentences(session)] if name == "fusion" else []
         quick = [] if session.posargs else ["--quick"]
