@@ -26,6 +26,7 @@ LAYERS = [
         "swap",
         "row_axis",
         "stacked",
+        "generation",
         "head_calls",
         "head_output",
         "head_plan",

@@ -872,6 +872,19 @@ def test_a_head_is_refused_too_if_it_could_not_be_chosen_once_a_block_ends() -> 
     assert torch.equal(kit.model(**inputs).logits, expected)
 
 
+def test_generation_does_not_take_the_scores_of_classes_for_those_of_tokens() -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=19)
+    model, prompts = GPT2LMHeadModel(config).eval(), torch.randint(0, 19, (2, 4))
+    kit = ak.wrap(model, prompts)
+    kit.add("a", "pfeiffer", bottleneck_size=2, heads=ak.ClassificationHead(num_labels=2, output="logits"))
+    kit.activate("a")
+    assert model(prompts).logits.shape == (2, 2)
+    with pytest.raises(ak.CompatibilityError, match=r"next token, and the active heads \['classification'\]"):
+        model.generate(prompts, max_new_tokens=2)
+    with kit.base():
+        assert len(model.generate(prompts, max_new_tokens=2)) == 2
+
+
 def test_a_merged_adapter_keeps_its_heads_and_gets_no_others() -> None:
     kit, inputs = ak.wrap(bert()), batch()
     kit.add("a", "lora", targets=["query"], rank=2, heads=CLASSES)

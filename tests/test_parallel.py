@@ -330,6 +330,28 @@ def test_hidden_states_and_heads_on_them_have_all_rows_where_blocks_are_shared()
             torch.testing.assert_close(tensor, torch.cat([out.output[what][index] for out in apart]))
 
 
+def test_generation_is_refused_and_has_the_batch_repeated_by_hand() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, bos_token_id=0, eos_token_id=29)
+    model, prompts = transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 29, (2, 5))
+    kit = wrapped(model, prompts)
+
+    def generated(tokens: Tensor) -> Any:
+        return model.generate(tokens, min_new_tokens=3, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+    with (
+        kit.active(ak.Parallel("a", "b")),
+        pytest.raises(ak.CompatibilityError, match=r"BatchSplit\('a', 'b'\), and .*\(2, 1\)"),
+    ):
+        generated(prompts)
+    with kit.active(ak.BatchSplit("a", "b")):
+        together = generated(prompts.repeat(2, 1))
+    for name, part in zip("ab", together.chunk(2), strict=True):
+        with kit.active(name):
+            assert torch.equal(part, generated(prompts))
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "llama"])
 def test_transformers_run_several_adapters_side_by_side(name: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import values
 from .composition import Parallel, parallel_in
 from .errors import CompatibilityError
+from .generation import is_generating
 from .hooks import KitHook, forget_compiled, has_hook, remove_hooks, set_hook
 from .layers import stack_of
 from .record import RECORD, Record
@@ -57,6 +58,7 @@ class RepeatHook(KitHook):
         parallel = parallel_in(record.activation.active)
         if parallel is None or not record.activation.check(record.activation.active):
             return None
+        _refuse_generation(parallel)
         call, rows = _repeated((args, kwargs), parallel, row_axis_of(module))
         if not torch.compiler.is_compiling():
             _thread.runs[id(record)] = _Run(rows)
@@ -223,6 +225,16 @@ def row_axis_of(module: nn.Module) -> int:
     if not type(module).__module__.startswith("torch.nn"):
         return 0
     return 1 if any(getattr(inner, "batch_first", True) is False for inner in module.modules()) else 0
+
+
+def _refuse_generation(parallel: Parallel) -> None:
+    """Raise CompatibilityError inside `generate`, which goes on with as many rows as it was given."""
+    if is_generating():
+        count, children = len(parallel.children), ", ".join(map(repr, parallel.children))
+        raise CompatibilityError(
+            f"generate goes on with the rows that it was given, and Parallel returns {count} times as many: activate "
+            f"ak.BatchSplit({children}), and generate from prompts.repeat({count}, 1)"
+        )
 
 
 def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
