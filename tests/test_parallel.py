@@ -330,6 +330,21 @@ def test_hidden_states_and_heads_on_them_have_all_rows_where_blocks_are_shared()
             torch.testing.assert_close(tensor, torch.cat([out.output[what][index] for out in apart]))
 
 
+def test_as_many_images_as_channels_are_no_tokens() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**small, image_size=8, patch_size=4)).eval()
+    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 1])
+    kit = wrapped(model, images)
+    with kit.active(ak.Parallel("a", "b")):
+        loss = model(images, labels=labels).loss
+    apart = []
+    for name in "ab":
+        with kit.active(name):
+            apart.append(model(images, labels=labels).loss)
+    torch.testing.assert_close(loss, torch.stack(apart).mean())
+
+
 def test_generation_is_refused_and_has_the_batch_repeated_by_hand() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -269,4 +269,4 @@ def _is_ambiguous(tensor: Tensor, reference: Tensor, others: Sequence[Tensor], r
     if tensor.dim() > 2 or tensor.shape == reference.shape:
         return False
     streams = (reference, *(other for other in others if other.dim() == 3))  # (batch, seq, hidden), or the ids
-    return any(stream.dim() > 1 and stream.shape[0] == stream.shape[1] == rows for stream in streams)
+    return any(stream.dim() in (2, 3) and stream.shape[0] == stream.shape[1] == rows for stream in streams)
