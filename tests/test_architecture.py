@@ -27,6 +27,7 @@ LAYERS = [
         "row_axis",
         "row_count",
         "stacked",
+        "generation",
         "heads",
         "mixing",
         "parallel",

@@ -222,6 +222,28 @@ def test_question_answering_takes_positions_as_transformers_does() -> None:
     start, end = torch.tensor([0, 1, 2, 3]), torch.tensor([[1], [2], [3], [4]])
     out = kit.model(**inputs, start_positions=start, end_positions=end)
     assert torch.equal(out.loss, kit.model(**inputs, labels=torch.stack([start, end[:, 0]], 1)).loss)
+    listed = kit.model(**inputs, start_positions=start.tolist(), end_positions=end[:, 0].tolist())
+    assert torch.equal(listed.loss, out.loss)
+    with pytest.raises(ak.CompatibilityError, match="start_positions and end_positions; found start_positions alone"):
+        kit.model(**inputs, start_positions=start)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8, torch.bool])
+def test_labels_are_whole_numbers_of_any_type(dtype: torch.dtype) -> None:
+    kit, inputs = kit_of(bert(), {"a": ak.ClassificationHead(num_labels=2)}), batch()
+    kit.activate("a")
+    labels = torch.tensor([0, 1, 1, 0])
+    assert torch.equal(kit.model(**inputs, labels=labels.to(dtype)).loss, kit.model(**inputs, labels=labels).loss)
+
+
+def test_a_label_of_several_that_is_not_known_does_not_count() -> None:
+    kit, inputs = kit_of(bert(), {"a": ak.MultiLabelHead(num_labels=2)}), batch()
+    kit.activate("a")
+    out = kit.model(**inputs, labels=torch.tensor([[0, 1], [1, -100], [-100, -100], [1, 1]]))
+    known, targets = [0, 1, 2, 6, 7], torch.tensor([0.0, 1, 1, 1, 1])
+    expected = F.binary_cross_entropy_with_logits(out.logits.flatten()[known], targets)
+    torch.testing.assert_close(out.loss, expected)
+    assert kit.model(**inputs, labels=torch.full((4, 2), -100)).loss == 0
 
 
 def test_choices_may_have_an_axis_of_their_own() -> None:
@@ -646,6 +668,9 @@ def test_a_model_of_transformers_tells_what_its_own_head_calls_its_outputs(tmp_p
     assert kit.labels("a") == {"classifier": labels}
     kit.add("b", ADAPTER, heads=ak.OwnHead("classifier", labels=("x", "y", "z"), name="mine"))
     assert kit.labels("b") == {"mine": {0: "x", 1: "y", 2: "z"}}
+    kit.model.config.id2label = {str(index): label for index, label in labels.items()}  # as JSON has it
+    kit.add("json", ADAPTER, heads=["classifier"])
+    assert kit.labels("json") == {"classifier": labels}
     plain = ak.wrap(BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)))
     plain.add("a", ADAPTER, heads=["classifier"])
     assert plain.labels("a") == {}, "LABEL_0, LABEL_1 are no names"
@@ -870,6 +895,19 @@ def test_a_head_is_refused_too_if_it_could_not_be_chosen_once_a_block_ends() -> 
         kit.add_head("b", ak.TaggingHead(num_labels=2))
     assert kit.heads("b") == {}
     assert torch.equal(kit.model(**inputs).logits, expected)
+
+
+def test_generation_does_not_take_the_scores_of_classes_for_those_of_tokens() -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=19)
+    model, prompts = GPT2LMHeadModel(config).eval(), torch.randint(0, 19, (2, 4))
+    kit = ak.wrap(model, prompts)
+    kit.add("a", "pfeiffer", bottleneck_size=2, heads=ak.ClassificationHead(num_labels=2, output="logits"))
+    kit.activate("a")
+    assert model(prompts).logits.shape == (2, 2)
+    with pytest.raises(ak.CompatibilityError, match=r"next token, and the active heads \['classification'\]"):
+        model.generate(prompts, max_new_tokens=2)
+    with kit.base():
+        assert len(model.generate(prompts, max_new_tokens=2)) == 2
 
 
 def test_a_merged_adapter_keeps_its_heads_and_gets_no_others() -> None:

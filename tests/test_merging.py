@@ -261,9 +261,9 @@ class Scaling:
 
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit import attach, methods
+    from adapterkit import attach, methods, parts
 
-    for module in (methods, attach):
+    for module in (methods, attach, parts):
         known = module.method_of
         monkeypatch.setattr(
             module, "method_of", lambda c, known=known: Scaling() if isinstance(c, ScalingConfig) else known(c)

@@ -330,6 +330,43 @@ def test_hidden_states_and_heads_on_them_have_all_rows_where_blocks_are_shared()
             torch.testing.assert_close(tensor, torch.cat([out.output[what][index] for out in apart]))
 
 
+def test_as_many_images_as_channels_are_no_tokens() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**small, image_size=8, patch_size=4)).eval()
+    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 1])
+    kit = wrapped(model, images)
+    with kit.active(ak.Parallel("a", "b")):
+        loss = model(images, labels=labels).loss
+    apart = []
+    for name in "ab":
+        with kit.active(name):
+            apart.append(model(images, labels=labels).loss)
+    torch.testing.assert_close(loss, torch.stack(apart).mean())
+
+
+def test_generation_is_refused_and_has_the_batch_repeated_by_hand() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, bos_token_id=0, eos_token_id=29)
+    model, prompts = transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 29, (2, 5))
+    kit = wrapped(model, prompts)
+
+    def generated(tokens: Tensor) -> Any:
+        return model.generate(tokens, min_new_tokens=3, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+    with (
+        kit.active(ak.Parallel("a", "b")),
+        pytest.raises(ak.CompatibilityError, match=r"BatchSplit\('a', 'b'\), and .*\(2, 1\)"),
+    ):
+        generated(prompts)
+    with kit.active(ak.BatchSplit("a", "b")):
+        together = generated(prompts.repeat(2, 1))
+    for name, part in zip("ab", together.chunk(2), strict=True):
+        with kit.active(name):
+            assert torch.equal(part, generated(prompts))
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "llama"])
 def test_transformers_run_several_adapters_side_by_side(name: str) -> None:
     transformers = pytest.importorskip("transformers")

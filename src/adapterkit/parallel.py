@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import values
 from .composition import Parallel, parallel_in
 from .errors import CompatibilityError
+from .generation import is_generating
 from .hooks import KitHook, forget_compiled, has_hook, remove_hooks, set_hook
 from .layers import stack_of
 from .record import RECORD, Record
@@ -57,6 +58,7 @@ class RepeatHook(KitHook):
         parallel = parallel_in(record.activation.active)
         if parallel is None or not record.activation.check(record.activation.active):
             return None
+        _refuse_generation(parallel)
         call, rows = _repeated((args, kwargs), parallel, row_axis_of(module))
         if not torch.compiler.is_compiling():
             _thread.runs[id(record)] = _Run(rows)
@@ -225,6 +227,16 @@ def row_axis_of(module: nn.Module) -> int:
     return 1 if any(getattr(inner, "batch_first", True) is False for inner in module.modules()) else 0
 
 
+def _refuse_generation(parallel: Parallel) -> None:
+    """Raise CompatibilityError inside `generate`, which goes on with as many rows as it was given."""
+    if is_generating():
+        count, children = len(parallel.children), ", ".join(map(repr, parallel.children))
+        raise CompatibilityError(
+            f"generate goes on with the rows that it was given, and Parallel returns {count} times as many: activate "
+            f"ak.BatchSplit({children}), and generate from prompts.repeat({count}, 1)"
+        )
+
+
 def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
     """The call with its rows repeated, and their number then."""
     tensors = list(values.tensors(call))
@@ -257,4 +269,4 @@ def _is_ambiguous(tensor: Tensor, reference: Tensor, others: Sequence[Tensor], r
     if tensor.dim() > 2 or tensor.shape == reference.shape:
         return False
     streams = (reference, *(other for other in others if other.dim() == 3))  # (batch, seq, hidden), or the ids
-    return any(stream.dim() > 1 and stream.shape[0] == stream.shape[1] == rows for stream in streams)
+    return any(stream.dim() in (2, 3) and stream.shape[0] == stream.shape[1] == rows for stream in streams)

@@ -129,12 +129,20 @@ def masks_of(root: nn.Module) -> tuple[Mask, ...]:
 def taken_off(wants: Wants, root: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, Call]:
     """The arguments that are left for the model, and what heads get of the call. Shapes: as given; choices made rows."""
     labels = kwargs.get(LABELS)
-    if labels is None and all(kwargs.get(name) is not None for name in SPAN) and SPAN[0] in wants.names:
-        labels = torch.stack([kwargs[name].reshape(-1) for name in SPAN], -1)
+    if labels is None and SPAN[0] in wants.names:
+        labels = _span(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in wants.names}
     if wants.choices is not None:
         args, kwargs = _as_rows(wants.choices, args, kwargs)
     return args, kwargs, Call(root, labels, _mask(wants.masks, (args, kwargs)))
+
+
+def _span(kwargs: Any) -> Tensor | None:
+    """Where answers start and end, (batch, 2); None if the call does not say. Raises CompatibilityError: only one."""
+    given = {name: kwargs[name] for name in SPAN if kwargs.get(name) is not None}
+    if len(given) == 1:
+        raise CompatibilityError(f"an answer has {' and '.join(SPAN)}; found {next(iter(given))} alone")
+    return torch.stack([torch.as_tensor(given[name]).reshape(-1) for name in SPAN], -1) if given else None
 
 
 def _as_rows(choices: int, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -195,7 +195,7 @@ def _labels_of_model(model: nn.Module, widths: set[int]) -> tuple[str, ...] | No
     labels = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(labels, Mapping) or len(labels) not in widths:
         return None
-    named = [labels.get(index) for index in range(len(labels))]
+    named = [labels.get(index, labels.get(str(index))) for index in range(len(labels))]  # JSON has no other keys
     is_default = named == [f"LABEL_{index}" for index in range(len(named))]
     wrong = is_default or len({*named}) < len(named) or not all(isinstance(name, str) and name for name in named)
     return None if wrong else tuple(map(str, named))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import values
 from ..composition import Composition
 from ..errors import CompatibilityError
+from ..generation import is_generating
 from ..row_division import rows_of
 from ..sites import AdapterSite, Step
 from ..values import Path
@@ -152,6 +153,7 @@ class RunHeads(Step):
         call = site.call.take()
         if call is None:
             return value
+        self._refuse_generation()
         pieces, absent = self._run(site, call, value)
         every = None if self._is_one else sorted({row for piece in pieces for row in piece.rows} | {*absent})
         heads, logits = self._in_order(pieces, every)
@@ -159,6 +161,15 @@ class RunHeads(Step):
         each = list(losses.values())
         loss = None if not each else each[0] if len(each) == 1 else torch.stack(each).sum()
         return HeadOutput(loss, logits, losses, heads, value)
+
+    def _refuse_generation(self) -> None:
+        """Raise CompatibilityError inside `generate`, which takes any logits for those of the next token."""
+        heads = [head for held in self.owned if held is not None for head in held.heads[:1]]
+        if any(head.undoes is None for head in heads) and is_generating():
+            raise CompatibilityError(
+                f"generate wants the scores of a next token, and the active heads {[head.name for head in heads]} make "
+                "others: kit.remove_head takes one away, kit.load(…, heads=False) leaves all out"
+            )
 
     @property
     def _is_one(self) -> bool:

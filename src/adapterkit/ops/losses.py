@@ -15,8 +15,7 @@ IGNORED = -100  # a label that says: nothing here
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy. Labels of -100 do not count. Shape: logits (..., classes), labels (...) of whole numbers."""
-    labels = _fitting(labels, logits.shape[:-1])
-    _check_whole(labels)
+    labels = _whole(_fitting(labels, logits.shape[:-1]))
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
@@ -27,8 +26,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of every label. Shape: logits and labels (batch, labels)."""
-    return F.binary_cross_entropy_with_logits(logits.float(), _fitting(labels, logits.shape).float())
+    """Binary cross-entropy of every label. Labels of -100 do not count. Shape: logits and labels (batch, labels)."""
+    labels = _fitting(labels, logits.shape).float()
+    counts = (labels != IGNORED).float()
+    total = F.binary_cross_entropy_with_logits(logits.float(), labels, weight=counts, reduction="sum")
+    return total / counts.sum().clamp(min=1)
 
 
 def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -43,8 +45,7 @@ def span_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Shape: logits (batch, seq, 2), labels (batch, 2): the positions of start and end.
     """
-    labels, length = _fitting(labels, (logits.shape[0], 2)), logits.shape[1]
-    _check_whole(labels)
+    labels, length = _whole(_fitting(labels, (logits.shape[0], 2))), logits.shape[1]
     inside = torch.where((labels >= 0) & (labels < length), labels, IGNORED)
     return class_loss(logits.transpose(1, 2), inside)
 
@@ -62,6 +63,8 @@ def _fitting(labels: Tensor, shape: Sequence[int]) -> Tensor:
     return labels
 
 
-def _check_whole(labels: Tensor) -> None:
+def _whole(labels: Tensor) -> Tensor:
+    """The labels as torch wants them, of whatever whole type they are. Raises CompatibilityError: they are fractions."""
     if labels.is_floating_point():
         raise CompatibilityError(f"labels here are whole numbers; found {labels.dtype}")
+    return labels.long()
