@@ -12,10 +12,11 @@ import adapterkit as ak
 
 from ..methods.case import Case, Key
 
-__all__ = ["BOTTLENECKS", "NAMES", "ComposedCase", "Tensors"]
+__all__ = ["BOTTLENECKS", "METHODS", "NAMES", "ComposedCase", "Tensors"]
 
 NAMES = ("a", "b", "c")
 BOTTLENECKS = ("seq_bn", "double_seq_bn", "par_bn")
+METHODS = (*BOTTLENECKS, "lora", "ia3")
 # By the name of an adapter or a fusion.
 Tensors = Mapping[str, Mapping[Key, Tensor]]
 

@@ -9,7 +9,7 @@ import adapterkit as ak
 
 from ..explained import explanation
 from ..families import families
-from .case import BOTTLENECKS, ComposedCase
+from .case import BOTTLENECKS, METHODS, ComposedCase
 
 __all__ = ["QUICK", "composed_cases"]
 
@@ -34,7 +34,7 @@ _SETTINGS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 def composed_cases(chosen: list[str]) -> list[ComposedCase]:
     """Every case of these families, those of one family and method together."""
     found = [case for case in (*_fusions(), *_alone(), *_nested(), *_dropped()) if case.host in chosen]
-    return sorted(found, key=lambda case: (chosen.index(case.host), case.method))
+    return sorted(found, key=lambda case: (chosen.index(case.host), METHODS.index(case.method)))
 
 
 def _case(kind: str, method: str, host: str, composition: ak.Composition, told: str = "", **more: Any) -> ComposedCase:
@@ -68,7 +68,7 @@ def _fusions() -> Iterator[ComposedCase]:
 
 def _alone() -> Iterator[ComposedCase]:
     for host in CORE:
-        for method in (*BOTTLENECKS, "lora", "ia3"):
+        for method in METHODS:
             is_fused = host == "gpt2" and method in ("lora", "ia3")
             yield _case("Stack", method, host, ak.Stack("a", "b"))
             yield _case("Stack", method, host, ak.Stack("c", "a", "b"))
@@ -76,7 +76,7 @@ def _alone() -> Iterator[ComposedCase]:
             yield _case("Average", method, host, ak.Average("a", "b", "c", weights=(0.5, 0.2, 0.9)))
             yield _case("BatchSplit", method, host, ak.BatchSplit("a", "b", sizes=(1, 2)))
             yield _case("BatchSplit", method, host, ak.BatchSplit("b", "c", "a", sizes=(1, 1, 1)))
-            yield _case("Rows", method, host, ak.Rows(("b", "a", "b")))
+            yield _case("Rows", method, host, ak.Rows(("b", "a", "a")))
             yield _case("Parallel", method, host, ak.Parallel("a", "b"))
             yield _case("Parallel", method, host, ak.Parallel("c", "a", "b"))
             if host in ("t5", "bart"):
@@ -121,7 +121,7 @@ def _nested() -> Iterator[ComposedCase]:
 
 def _dropped() -> Iterator[ComposedCase]:
     for host in CORE:
-        for method in (*BOTTLENECKS, "lora", "ia3"):
+        for method in METHODS:
             yield _case("Drop", method, host, ak.Drop("a", layers=(0,)))
-    for method in (*BOTTLENECKS, "lora", "ia3"):
+    for method in METHODS:
         yield _case("Drop", method, "bert", ak.Drop(ak.BatchSplit("a", "b", sizes=(1, 2)), layers=(0, 2)))
