@@ -1144,6 +1144,7 @@ def test_in_any_order_of_steps_merging_changes_no_output_and_unmerging_restores_
                     kit.remove(name)
                 case ["add", name]:
                     kit.add(name, LORA.override({"targets": ["value"]}))
+                    randomise(kit, name)  # merging what is new would change no bit
                 case ["copy"]:
                     model = copy.deepcopy(model)
                     kit = ak.wrap(model, ids)
