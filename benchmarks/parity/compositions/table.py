@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..methods.table import fill, listed, number
+from .case import METHODS
 
 __all__ = ["key_bias", "reasons", "table"]
 
@@ -14,7 +15,7 @@ Cases = Sequence[Mapping[str, Any]]
 
 def table(cases: Cases) -> str:
     """Compositions by methods, in Markdown: how many cases are equal, by how much, and why others are not."""
-    marks, methods = _marks(cases), dict.fromkeys(case["method"] for case in cases)
+    marks, methods = _marks(cases), [m for m in METHODS if any(case["method"] == m for case in cases)]
     lines = [f"| composition | {' | '.join(f'`{method}`' for method in methods)} |", "|---" * (len(methods) + 1) + "|"]
     for kind in dict.fromkeys(case["kind"] for case in cases):
         cells = [_cell([c for c in cases if (c["kind"], c["method"]) == (kind, method)], marks) for method in methods]
