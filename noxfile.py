@@ -34,9 +34,9 @@ def madx(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite, in under three minutes on two cores."""
+    """The test suite, in some five minutes on two cores."""
     session.install(
-        *CONSTRAINTS, "-e", ".", "accelerate", "hypothesis", "numpy", "pytest", "pytest-xdist", "rich", "transformers"
+        *CONSTRAINTS, "-e", ".[cli,plot]", "accelerate", "hypothesis", "numpy", "pytest", "pytest-xdist", "transformers"
     )
     session.run("pytest", "-n", "2", *session.posargs, env=OFFLINE)
 
@@ -52,7 +52,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """The strict type checker."""
-    session.install(*CONSTRAINTS, "-e", ".[cli]", "mypy")
+    session.install(*CONSTRAINTS, "-e", ".[cli,plot]", "mypy")
     session.run("mypy")
 
 
