@@ -25,7 +25,7 @@ LAYERS = [
         "sites",
         "swap",
         "row_axis",
-        "row_count",
+        "batch",
         "stacked",
         "generation",
         "heads",

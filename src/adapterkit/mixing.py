@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import values
+from .batch import check_repeated, check_sizes
 from .composition import Composition
 from .errors import CompatibilityError
-from .parallel import check_rows
-from .row_count import check_count
 from .row_division import fixed_rows, rows_of, sizes_of
 from .sites import AdapterSite, Step
 from .stacked import run_each
@@ -193,11 +192,11 @@ class RowMix(Group):
         Chains go level by level, all rows at once; at each level, modules that differ in their weights alone are one
         stacked computation.
         """
-        if self.is_parallel:
-            check_rows(site.record, self.path, view.x, view.axis)
+        if self.is_parallel:  # first: it says more than that there are no equal parts
+            check_repeated(site.record, self.path, view.x, view.axis)
         rows = self.assign(view.x, view.axis)
         if not self.is_parallel:
-            check_count(site.record, self.path, view.x, view.axis)
+            check_sizes(site.record, self.path, view.x, view.axis)
         used = sorted(set(rows))
         if len(used) == 1:
             node = self.nodes[used[0]]

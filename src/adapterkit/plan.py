@@ -6,15 +6,14 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .composition import Block, Composition, drops_in, expanded, fusions_in, names_always, names_in, parallel_in
+from .composition import Block, Composition, drops_in, expanded, fusions_in, names_always, names_in
 from .errors import ActivationError, AdapterNameError, ConfigError
 from .heads.steps import RunHeads
 from .hooks import WeightHook, forget_compiled, has_hook
 from .layers import check_dropped
-from .parallel import set_parallel
+from .parallel import set_batch_hooks
 from .record import ACTIVATION_LOCK, Record
 from .row_axis import RowAxes
-from .row_count import set_counting
 from .site_plan import SitePlan, keys_of, plan_at
 from .sites import AdapterSite, adapter_names, fusions_of, sites_among, specs_of
 from .steps import Pass
@@ -120,9 +119,7 @@ def _put(model: nn.Module, record: Record, plans: Plans) -> None:
         site.weight_steps = plan.weight or idle
     if is_stale:
         forget_compiled()
-    dividing = [path for path, _, _, plan in plans if plan.divides_rows]
-    set_parallel(model, record, dividing)
-    set_counting(model, record, bool(dividing) and parallel_in(active) is None)
+    set_batch_hooks(model, record, [path for path, _, _, plan in plans if plan.divides_rows])
 
 
 def check_known(model: nn.Module, name: object) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from .patterns import ancestors
 
-__all__ = ["RowAxes"]
+__all__ = ["RowAxes", "axis_of_call"]
 
 
 class RowAxes:
@@ -30,6 +30,13 @@ class RowAxes:
         if said is None:
             return None if False in self._said.values() else 0
         return 0 if said else 1
+
+
+def axis_of_call(module: nn.Module) -> int:
+    """The axis of rows in what a module takes: the second of torch's own that are, or hold, `batch_first=False`."""
+    if not type(module).__module__.startswith("torch.nn"):
+        return 0
+    return 1 if any(_batch_first(inner) is False for inner in module.modules()) else 0
 
 
 def _batch_first(module: Any) -> bool | None:

@@ -9,17 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.errors import CompatibilityError
-from adapterkit.modules.heads import (
-    ChoiceScorer,
-    Classifier,
-    Layers,
-    MultiLabelClassifier,
-    Regressor,
-    SpanFinder,
-    Tagger,
-    TokenPredictor,
-)
-from adapterkit.ops.losses import class_loss
+from adapterkit.modules.heads import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
+from adapterkit.ops.losses import class_loss, label_loss, span_loss, target_loss
 from adapterkit.ops.pooling import pooled
 
 HIDDEN = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
@@ -63,7 +54,7 @@ def test_layers_have_the_non_linearity_between_them() -> None:
 
 
 def test_a_classifier_has_the_cross_entropy() -> None:
-    head, labels = Classifier(layers(3), pooling="mean"), torch.tensor([0, 2, 1, 1])
+    head, labels = RowScorer(layers(3), class_loss, pooling="mean"), torch.tensor([0, 2, 1, 1])
     logits = head(HIDDEN, MASK)
     torch.testing.assert_close(logits, head.layers(pooled(HIDDEN, MASK, "mean")))
     torch.testing.assert_close(head.loss(logits, labels), F.cross_entropy(logits, labels))
@@ -81,13 +72,13 @@ def test_labels_of_minus_100_do_not_count_and_a_batch_of_them_costs_nothing() ->
 
 
 def test_a_multi_label_classifier_has_the_binary_cross_entropy() -> None:
-    head, labels = MultiLabelClassifier(layers(3)), torch.tensor([[0, 1, 1]] * 4)
+    head, labels = RowScorer(layers(3), label_loss), torch.tensor([[0, 1, 1]] * 4)
     logits = head(HIDDEN)
     torch.testing.assert_close(head.loss(logits, labels), F.binary_cross_entropy_with_logits(logits, labels.float()))
 
 
 def test_a_regressor_has_the_squared_error() -> None:
-    one, two = Regressor(layers(1)), Regressor(layers(2), pooling="last")
+    one, two = RowScorer(layers(1), target_loss), RowScorer(layers(2), target_loss, pooling="last")
     for labels in (torch.randn(4), torch.randn(4, 1)):
         torch.testing.assert_close(one.loss(one(HIDDEN), labels), F.mse_loss(one(HIDDEN)[:, 0], labels.flatten()))
     labels = torch.randn(4, 2)
@@ -97,7 +88,7 @@ def test_a_regressor_has_the_squared_error() -> None:
 
 
 def test_a_tagger_scores_each_position() -> None:
-    head, labels = Tagger(layers(3)), torch.randint(0, 3, (4, 5))
+    head, labels = TokenScorer(layers(3), class_loss), torch.randint(0, 3, (4, 5))
     labels[0, 3:] = -100
     logits = head(HIDDEN)
     assert logits.shape == (4, 5, 3)
@@ -116,7 +107,7 @@ def test_choices_are_rows_that_lie_together() -> None:
 
 
 def test_a_span_has_a_start_and_an_end() -> None:
-    head, labels = SpanFinder(layers(2)), torch.tensor([[0, 1], [2, 4], [1, 1], [3, 99]])
+    head, labels = TokenScorer(layers(2), span_loss), torch.tensor([[0, 1], [2, 4], [1, 1], [3, 99]])
     logits = head(HIDDEN)
     start, end = logits[..., 0], logits[..., 1]
     parts = [F.cross_entropy(start[i : i + 1], labels[i : i + 1, 0]) for i in range(4)]
@@ -167,12 +158,19 @@ def test_half_precision_embeddings_are_read_as_they_are() -> None:
     torch.testing.assert_close(logits, (HIDDEN @ weight.float().T), atol=0.1, rtol=0.1)
 
 
-@pytest.mark.parametrize("made", [Classifier, MultiLabelClassifier, Regressor, Tagger, SpanFinder])
-def test_losses_reach_every_parameter(made: Any) -> None:
-    head: nn.Module = made(layers(2, layers=3))
-    logits = head(HIDDEN)
-    labels = {Classifier: torch.zeros(4).long(), Tagger: torch.zeros(4, 5).long(), SpanFinder: torch.zeros(4, 2).long()}
-    loss = head.loss(logits, labels.get(made, torch.rand(4, 2)))
+@pytest.mark.parametrize(
+    ("made", "loss_of", "labels"),
+    [
+        (RowScorer, class_loss, torch.zeros(4).long()),
+        (RowScorer, label_loss, torch.tensor([[0.0, 1.0]] * 4)),
+        (RowScorer, target_loss, torch.tensor([[0.2, -0.7]] * 4)),
+        (TokenScorer, class_loss, torch.zeros(4, 5).long()),
+        (TokenScorer, span_loss, torch.zeros(4, 2).long()),
+    ],
+)
+def test_losses_reach_every_parameter(made: Any, loss_of: Any, labels: Tensor) -> None:
+    head: nn.Module = made(layers(2, layers=3), loss_of)
+    loss = head.loss(head(HIDDEN), labels)
     assert loss.shape == ()
     assert math.isfinite(loss.item())
     loss.backward()

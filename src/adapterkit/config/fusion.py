@@ -65,7 +65,10 @@ class FusionConfig(Settings):
     def _has_effect(self) -> "FusionConfig":
         """Refuse settings that would do nothing."""
         if not self.value and (self.regularization or "value_init" in self.model_fields_set):
-            raise ValueError("value=False has no Wv to regularise or initialise: give regularization=0, and no value_init")
+            raise ValueError(
+                "value=False has no Wv to regularise or initialise: give regularization=0, and no value_init; found "
+                f"regularization={self.regularization}, value_init={self.value_init!r}"
+            )
         if self.temperature_step and self.temperature <= 1:
             raise ValueError(f"temperature_step lowers a temperature above 1; found temperature={self.temperature}")
         return self

@@ -156,6 +156,9 @@ class _WithLabels(OutputHead):
     labels: Labels = None
     num_labels: Size | None = None
 
+    def __init__(self, labels: Sequence[str] | None = None, **settings: Any) -> None:
+        super().__init__(**_given(labels=labels), **settings)
+
     @model_validator(mode="after")
     def _know_how_many(self) -> "_WithLabels":
         given, named = self.num_labels, self.labels
@@ -185,9 +188,6 @@ class ClassificationHead(_WithLabels):
     kind: Literal["classification"] = "classification"
     pooling: Pooling = "first"
 
-    def __init__(self, labels: Sequence[str] | None = None, **settings: Any) -> None:
-        super().__init__(**_given(labels=labels), **settings)
-
 
 class MultiLabelHead(_WithLabels):
     """Any number of labels for each row. Labels (batch, labels), 0 or 1; binary cross-entropy.
@@ -203,9 +203,6 @@ class MultiLabelHead(_WithLabels):
     kind: Literal["multi_label"] = "multi_label"
     pooling: Pooling = "first"
 
-    def __init__(self, labels: Sequence[str] | None = None, **settings: Any) -> None:
-        super().__init__(**_given(labels=labels), **settings)
-
 
 class TaggingHead(_WithLabels):
     """One class for each position. Labels (batch, seq), -100 where there is none; cross-entropy.
@@ -218,9 +215,6 @@ class TaggingHead(_WithLabels):
     """
 
     kind: Literal["tagging"] = "tagging"
-
-    def __init__(self, labels: Sequence[str] | None = None, **settings: Any) -> None:
-        super().__init__(**_given(labels=labels), **settings)
 
 
 class RegressionHead(OutputHead):

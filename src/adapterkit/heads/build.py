@@ -18,16 +18,8 @@ from ..config.heads import (
     TaggingHead,
 )
 from ..errors import ConfigError, TargetError
-from ..modules.heads import (
-    ChoiceScorer,
-    Classifier,
-    Layers,
-    MultiLabelClassifier,
-    Regressor,
-    SpanFinder,
-    Tagger,
-    TokenPredictor,
-)
+from ..modules.heads import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
+from ..ops.losses import class_loss, label_loss, span_loss, target_loss
 from ..patterns import match, modules_by_path
 from ..sites import HeadSpec
 
@@ -36,12 +28,12 @@ __all__ = ["VocabularySize", "build_head"]
 Build = Callable[[Any, Callable[[int], Layers]], nn.Module]
 
 _BUILDS: dict[type[HeadConfig], Build] = {
-    ClassificationHead: lambda head, layers: Classifier(layers(head.size), pooling=head.pooling),
-    MultiLabelHead: lambda head, layers: MultiLabelClassifier(layers(head.size), pooling=head.pooling),
-    TaggingHead: lambda head, layers: Tagger(layers(head.size)),
-    RegressionHead: lambda head, layers: Regressor(layers(head.num_targets), pooling=head.pooling),
+    ClassificationHead: lambda head, layers: RowScorer(layers(head.size), class_loss, pooling=head.pooling),
+    MultiLabelHead: lambda head, layers: RowScorer(layers(head.size), label_loss, pooling=head.pooling),
+    TaggingHead: lambda head, layers: TokenScorer(layers(head.size), class_loss),
+    RegressionHead: lambda head, layers: RowScorer(layers(head.num_targets), target_loss, pooling=head.pooling),
     MultipleChoiceHead: lambda head, layers: ChoiceScorer(layers(1), choices=head.num_choices, pooling=head.pooling),
-    QuestionAnsweringHead: lambda _head, layers: SpanFinder(layers(2)),
+    QuestionAnsweringHead: lambda _head, layers: TokenScorer(layers(2), span_loss),
 }
 
 

@@ -97,7 +97,7 @@ def check_names(heads: Sequence[HeadSpec], in_place: Sequence[str]) -> None:
     if len(on_output) > 1 and any(isinstance(head.config, MultipleChoiceHead) for head in on_output):
         raise ConfigError(
             "a MultipleChoiceHead takes several rows for one example, and other heads on the output do not: give it to an "
-            "adapter that has no others"
+            f"adapter that has no others; found {names}"
         )
 
 

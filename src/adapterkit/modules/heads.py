@@ -4,7 +4,7 @@ forward(hidden, mask) -> logits        mask: 1 where a position is real, 0 where
 loss(logits, labels) -> a scalar
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,13 +14,12 @@ from torch.nn import functional as F
 from ..errors import CompatibilityError
 from ..ops import activations
 from ..ops.activations import NonLinearity
-from ..ops.losses import class_loss, label_loss, next_token_loss, span_loss, target_loss
+from ..ops.losses import class_loss, next_token_loss
 from ..ops.pooling import Pooling, pooled
 
-__all__ = [
-    "ChoiceScorer", "Classifier", "Layers", "MultiLabelClassifier", "Regressor", "SpanFinder", "Tagger", "TokenPredictor",
-    "Undoing",
-]  # fmt: skip
+__all__ = ["ChoiceScorer", "Layers", "Loss", "RowScorer", "TokenPredictor", "TokenScorer", "Undoing"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Layers(nn.Module):
@@ -62,104 +61,56 @@ class Layers(nn.Module):
         return scores
 
 
-class Classifier(nn.Module):
-    """One class for each row.
+class RowScorer(nn.Module):
+    """Scores for each row: of classes, of labels, of targets.
 
     Args:
         layers: Make the scores.
+        loss: Of scores and labels.
         pooling: Which positions they are made of.
 
     Shape:
-        hidden (batch, seq, width) or (batch, width), logits (batch, classes), labels (batch)
+        hidden (batch, seq, width) or (batch, width), logits (batch, outputs); labels as the loss takes them
     """
 
-    def __init__(self, layers: Layers, *, pooling: Pooling = "first") -> None:
+    def __init__(self, layers: Layers, loss: Loss, *, pooling: Pooling = "first") -> None:
         super().__init__()
-        self.layers, self.pooling = layers, pooling
+        self.layers, self.pooling, self._loss = layers, pooling, loss
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the logits. Shape: (batch, classes)."""
+        """Return the logits. Shape: (batch, outputs)."""
         scores: Tensor = self.layers(pooled(hidden, mask, self.pooling))
         return scores
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy. Shape: scalar."""
-        return class_loss(logits, labels)
+        """The loss. Shape: scalar."""
+        return self._loss(logits, labels)
 
 
-class MultiLabelClassifier(nn.Module):
-    """Any number of labels for each row.
-
-    Args:
-        layers: Make the scores.
-        pooling: Which positions they are made of.
-
-    Shape:
-        hidden (batch, seq, width) or (batch, width), logits and labels (batch, labels)
-    """
-
-    def __init__(self, layers: Layers, *, pooling: Pooling = "first") -> None:
-        super().__init__()
-        self.layers, self.pooling = layers, pooling
-
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the logits. Shape: (batch, labels)."""
-        scores: Tensor = self.layers(pooled(hidden, mask, self.pooling))
-        return scores
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Binary cross-entropy. Shape: scalar."""
-        return label_loss(logits, labels)
-
-
-class Regressor(nn.Module):
-    """Numbers for each row.
-
-    Args:
-        layers: Make the numbers.
-        pooling: Which positions they are made of.
-
-    Shape:
-        hidden (batch, seq, width) or (batch, width), logits and labels (batch, targets); labels (batch) for one target
-    """
-
-    def __init__(self, layers: Layers, *, pooling: Pooling = "first") -> None:
-        super().__init__()
-        self.layers, self.pooling = layers, pooling
-
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the numbers. Shape: (batch, targets)."""
-        scores: Tensor = self.layers(pooled(hidden, mask, self.pooling))
-        return scores
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error. Shape: scalar."""
-        return target_loss(logits, labels)
-
-
-class Tagger(nn.Module):
-    """One class for each position.
+class TokenScorer(nn.Module):
+    """Scores for each position: of classes, or of being the start and the end of an answer.
 
     Args:
         layers: Make the scores.
+        loss: Of scores and labels.
 
     Shape:
-        hidden (batch, seq, width), logits (batch, seq, classes), labels (batch, seq), -100 where there is none
+        hidden (batch, seq, width), logits (batch, seq, outputs); labels as the loss takes them
     """
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, loss: Loss) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self._loss = layers, loss
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the logits. Shape: (batch, seq, classes)."""
+        """Return the logits. Shape: (batch, seq, outputs)."""
         _check_sequence(hidden)
         scores: Tensor = self.layers(hidden)
         return scores
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy. Shape: scalar."""
-        return class_loss(logits, labels)
+        """The loss. Shape: scalar."""
+        return self._loss(logits, labels)
 
 
 class ChoiceScorer(nn.Module):
@@ -194,31 +145,6 @@ class ChoiceScorer(nn.Module):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy. Shape: scalar."""
         return class_loss(logits, labels)
-
-
-class SpanFinder(nn.Module):
-    """Where an answer starts and ends in the sequence.
-
-    Args:
-        layers: Make two scores for a position.
-
-    Shape:
-        hidden (batch, seq, width), logits (batch, seq, 2), labels (batch, 2): the positions of start and end
-    """
-
-    def __init__(self, layers: Layers) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the logits. Shape: (batch, seq, 2)."""
-        _check_sequence(hidden)
-        scores: Tensor = self.layers(hidden)
-        return scores
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy over positions, the mean of starts and ends. Shape: scalar."""
-        return span_loss(logits, labels)
 
 
 @runtime_checkable

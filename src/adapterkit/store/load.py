@@ -197,7 +197,7 @@ def _empty_parts(
     config, parts = _empty_adapter(model, manifest) if fuse is None else _empty_fusion(model, manifest, fuse)
     replaced = [head.path for head in heads if head.is_in_place]
     if len(set(replaced)) < len(replaced):
-        raise StoreError("it names a head twice")
+        raise StoreError(f"it names a head twice: {sorted(replaced)}")
     check_names([head.spec for head in heads], replaced)
     check_apart([part.path for part in parts], replaced)
     return config, parts + head_parts(model, heads, meta=True)
@@ -225,7 +225,7 @@ def _empty_adapter(model: nn.Module, manifest: Manifest) -> tuple[Config, list[P
         if site.at != "weight" and resolve_host(site.path, modules, at_input=site.at == "input") != site.path:
             raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
     if len({(site.path, site.member, site.tag, site.parameters[:1]) for site in sites}) < len(sites):
-        raise StoreError("it names a site twice")
+        raise StoreError(f"it names a site twice: {sorted(site.path for site in sites)}")
     return config, build_parts(model, config, sites, (), meta=True)
 
 

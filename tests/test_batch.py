@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.row_count import CountHook, _thread
+from adapterkit.batch import BatchHook, _thread
 
 from .conftest import randomise
 
@@ -37,7 +37,7 @@ def test_tokens_of_all_sequences_are_not_taken_for_rows(composition: object) -> 
     kit.activate(composition)
     with pytest.raises(ak.CompatibilityError, match=r"'tokens' .* 12 rows on axis 0, .* called with sizes \[3, 4\]"):
         kit.model(torch.randn(4, 3, 8))
-    assert not _thread.sizes, "nothing is left behind"
+    assert not _thread.calls, "nothing is left behind"
 
 
 def test_the_batch_is_divided_wherever_the_model_is_called_from() -> None:
@@ -52,7 +52,7 @@ def test_the_batch_is_divided_wherever_the_model_is_called_from() -> None:
         "a part that is called on its own has no batch to compare with"
     )
     kit.activate("a")
-    assert not any(isinstance(hook, CountHook) for hook in kit.model._forward_pre_hooks.values())
+    assert not any(isinstance(hook, BatchHook) for hook in kit.model._forward_pre_hooks.values())
 
 
 def test_a_list_has_as_many_rows_as_items() -> None:

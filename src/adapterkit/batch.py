@@ -1,0 +1,200 @@
+"""The batch that a model is called with, known while the model runs: what is divided at a place must be its rows.
+
+A hook on the model keeps the sizes of its call where rows run different adapters, and repeats the batch for a Parallel. In
+eager mode only: a compiler sees neither what is kept nor the checks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import values
+from .composition import Parallel
+from .errors import CompatibilityError
+from .generation import is_generating
+from .hooks import KitHook
+from .record import RECORD, Record
+
+__all__ = [
+    "Batch",
+    "BatchEndHook",
+    "BatchHook",
+    "check_repeated",
+    "check_sizes",
+    "is_ambiguous",
+    "rows_at",
+    "running",
+]
+
+
+@dataclass
+class Batch:
+    """What a model was called with.
+
+    Attributes:
+        sizes: Those of what may be rows: the first two axes of tensors, the lengths of lists.
+        rows: Of a batch that is repeated for a Parallel; None for any other.
+        has_diverged: Whether the Parallel's children have differed yet.
+    """
+
+    sizes: frozenset[int]
+    rows: int | None = None
+    has_diverged: bool = False
+
+
+class _Thread(threading.local):
+    """The calls that this thread is in, by the `id` of the model's record, the innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, list[Batch]] = {}
+
+
+_thread = _Thread()
+
+
+class BatchHook(KitHook):
+    """Keep what the model is called with, the batch repeated for each child of a Parallel, if one is active.
+
+    `parallel`: that one; `axis`: that of the rows.
+    """
+
+    is_pre = True
+    parallel: Parallel | None = None
+    axis = 0
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return `(args, kwargs)`, each tensor with the batch's rows as often as there are children. Shape: as given."""
+        record: Record = module.__dict__[RECORD]
+        call = (args, kwargs)
+        rows = None
+        if self.parallel is not None and record.activation.check(record.activation.active):
+            _refuse_generation(self.parallel)
+            call, rows = _repeated(call, self.parallel, self.axis)
+        if not torch.compiler.is_compiling():
+            sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
+            _thread.calls.setdefault(id(record), []).append(Batch(sizes, rows))
+        return None if rows is None else call
+
+
+class BatchEndHook(KitHook):
+    """Forget the call, after an exception, too."""
+
+    always = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Leave the output alone. Shape: any."""
+        if torch.compiler.is_compiling():
+            return
+        calls = _thread.calls.get(id(module.__dict__[RECORD]), [])
+        if calls:
+            calls.pop()
+        if not calls:
+            _thread.calls.pop(id(module.__dict__[RECORD]), None)
+
+
+def running(record: Record) -> Batch | None:
+    """What the model was called with that this thread is running; None outside of a call that was seen."""
+    calls = _thread.calls.get(id(record))
+    return calls[-1] if calls else None
+
+
+def check_sizes(record: Record, path: str, tensor: Tensor, axis: int) -> None:
+    """Raise CompatibilityError where the rows of a tensor that are divided cannot be those of the batch."""
+    if _is_unseen():
+        return
+    batch, size = running(record), tensor.shape[axis]
+    if batch is not None and batch.sizes and size not in batch.sizes:
+        raise CompatibilityError(
+            f"{path!r} has a tensor of shape {tuple(tensor.shape)}, with {size} rows on axis {axis}, and the model was "
+            f"called with sizes {sorted(batch.sizes)}: that is not the batch whose rows are divided. Leave this place out "
+            "with exclude="
+        )
+
+
+def check_repeated(record: Record, path: str, tensor: Tensor, axis: int) -> None:
+    """Raise CompatibilityError where a tensor at which a Parallel's children differ does not have its repeated rows."""
+    if _is_unseen():
+        return
+    batch = running(record)
+    if batch is None or batch.rows is None:
+        raise CompatibilityError(
+            f"Parallel repeats the batch as the model itself is called, and {path!r} ran outside of that: call the model"
+        )
+    batch.has_diverged = True
+    if tensor.dim() <= axis or tensor.shape[axis] != batch.rows:
+        raise CompatibilityError(
+            f"{path!r} has a tensor of shape {tuple(tensor.shape)}, the repeated batch {batch.rows} rows, which should be "
+            f"on axis {axis}: exclude this place, or run the children one by one"
+        )
+
+
+def _is_unseen() -> bool:
+    """Whether no call is seen here: under a compiler, and where checkpointing runs a forward again."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0
+
+
+def rows_at(tensor: Tensor, rows: int, axis: int) -> int | None:
+    """The axis of a tensor's rows; None if it has none of the batch's."""
+    axes = (axis, 0) if tensor.dim() <= 2 else (axis,)  # masks over padding have rows first, whatever the stream has
+    return next((at for at in axes if tensor.dim() > at and tensor.shape[at] == rows), None)
+
+
+def is_ambiguous(tensor: Tensor, reference: Tensor, others: Sequence[Tensor], rows: int) -> bool:
+    """Whether a tensor with the batch's rows may be a mask or positions: tokens are as many, and it has few axes."""
+    if tensor.dim() > 2 or tensor.shape == reference.shape:
+        return False
+    streams = (reference, *(other for other in others if other.dim() == 3))  # (batch, seq, hidden), or the ids
+    return any(stream.dim() in (2, 3) and stream.shape[0] == stream.shape[1] == rows for stream in streams)
+
+
+def _refuse_generation(parallel: Parallel) -> None:
+    """Raise CompatibilityError inside `generate`, which goes on with as many rows as it was given."""
+    if is_generating():
+        count, children = len(parallel.children), ", ".join(map(repr, parallel.children))
+        raise CompatibilityError(
+            f"generate goes on with the rows that it was given, and Parallel returns {count} times as many: activate "
+            f"ak.BatchSplit({children}), and generate from prompts.repeat({count}, 1)"
+        )
+
+
+def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
+    """The call with its rows repeated, and their number then."""
+    tensors = list(values.tensors(call))
+    reference = next((tensor for _, tensor in tensors if tensor.dim() > axis), None)
+    if reference is None:
+        found = [type(value).__name__ for value in (*call[0], *call[1].values())]
+        raise CompatibilityError(
+            f"Parallel repeats the rows of what the model takes, and this call has no tensor with rows; found {found}"
+        )
+    rows, copies = reference.shape[axis], len(parallel.children)
+    shared = parallel.shared or ()
+    for path, tensor in tensors:
+        where = None if path[1] in shared else rows_at(tensor, rows, axis)
+        if where is None:
+            continue
+        if parallel.shared is None and is_ambiguous(tensor, reference, [t for _, t in tensors], rows):
+            raise CompatibilityError(
+                f"argument {path[1]!r}, of shape {tuple(tensor.shape)}, may have the {rows} rows of the batch, or its "
+                f"{rows} tokens: name what is no part of a row, Parallel(..., shared=[{path[1]!r}]), or shared=[] if all is"
+            )
+        call = values.put(call, path, torch.cat([tensor] * copies, where))
+    return call, rows * copies
+
+
+def _sizes_in(value: Any) -> Iterator[int]:
+    """The sizes of what may be rows."""
+    if isinstance(value, Tensor):
+        yield from value.shape[:2]
+    elif isinstance(value, (list, tuple)):
+        yield len(value)
+        for item in value:
+            yield from _sizes_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _sizes_in(item)
