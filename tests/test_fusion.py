@@ -433,7 +433,6 @@ def test_the_attention_of_a_checkpointed_forward_is_kept_once() -> None:
 
 
 def test_the_attention_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     kit = wrapped()
     kit.activate("a,b")
     with kit.fusion_attention() as seen:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -207,7 +208,11 @@ def test_torchs_own_encoder_is_repeated_on_its_axis_of_rows(batch_first: bool) -
     x = torch.randn(3, 5, 8) if batch_first else torch.randn(5, 3, 8)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
     kit = wrapped(model, x, layers=[1, 2])
-    run = lambda: model(x, src_key_padding_mask=padding).transpose(0, 0 if batch_first else 1)  # noqa: E731
+
+    def run() -> Tensor:
+        out: Tensor = model(x, src_key_padding_mask=padding)
+        return out if batch_first else out.transpose(0, 1)
+
     assert len(assert_each_alone(kit, ["a", "b"], run)) == 6
 
 
@@ -307,7 +312,6 @@ def test_a_block_that_runs_again_after_a_difference_is_not_shared_in_silence() -
 
 def test_hidden_states_and_heads_on_them_have_all_rows_where_blocks_are_shared() -> None:
     """Transformers keeps them by hooks, which it registers in the first call that asks for them."""
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 30}
     config = transformers.BertConfig(**small, attn_implementation="eager")
@@ -331,7 +335,6 @@ def test_hidden_states_and_heads_on_them_have_all_rows_where_blocks_are_shared()
 
 
 def test_as_many_images_as_channels_are_no_tokens() -> None:
-    transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**small, image_size=8, patch_size=4)).eval()
     images, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 1])
@@ -346,7 +349,6 @@ def test_as_many_images_as_channels_are_no_tokens() -> None:
 
 
 def test_generation_is_refused_and_has_the_batch_repeated_by_hand() -> None:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, bos_token_id=0, eos_token_id=29)
     model, prompts = transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 29, (2, 5))
@@ -369,7 +371,6 @@ def test_generation_is_refused_and_has_the_batch_repeated_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "llama"])
 def test_transformers_run_several_adapters_side_by_side(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 30}
     configs = {

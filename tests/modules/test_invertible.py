@@ -69,14 +69,15 @@ def test_the_inverse_undoes_it(width: int, block: Block, factor: float, non_line
     e = size * torch.randn(3, 4, width, dtype=torch.float64)
     y, single, f = e + c(e), e.float(), copy.deepcopy(c).float()
     scale = max(1.0, y.abs().max().item())
-    roundings = 4500  # that many, of the dtype: an error in the first half goes through a network into the second
-    assert (y + c(y, inverse=True) - e).abs().max() <= roundings * torch.finfo(torch.float64).eps * scale
+    assert (y + c(y, inverse=True) - e).abs().max() <= 1e-12 * scale
+    # In float32 no better than what it undoes is known: as far as the inverse moves where that is off by its rounding.
+    rounding = torch.finfo(torch.float32).eps * scale
+    off = y + rounding * torch.randn_like(y)
+    moved = (off + c(off, inverse=True) - e).abs().max()
     y = single + f(single)
-    assert (y + f(y, inverse=True) - single).abs().max() <= roundings * torch.finfo(torch.float32).eps * scale
+    assert (y + f(y, inverse=True) - single).abs().max() <= 4 * (moved + rounding)
     back = e + c(e, inverse=True)  # and the other way round
-    assert (back + c(back) - e).abs().max() <= roundings * torch.finfo(torch.float64).eps * max(
-        1.0, back.abs().max().item()
-    )
+    assert (back + c(back) - e).abs().max() <= 1e-12 * max(1.0, back.abs().max().item())
 
 
 @pytest.mark.parametrize("block", BLOCKS)
