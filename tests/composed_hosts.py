@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,14 @@ class Built:
     Attributes:
         bare: The model as it was before.
         names: Of the adapters.
+        fusions: Over some of them.
     """
 
     host: Host
     kit: ak.AdapterKit
     bare: nn.Module
     names: tuple[str, ...]
+    fusions: tuple[ak.Fuse, ...]
 
     def call(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return first(model(**inputs))
@@ -266,8 +268,22 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> Built:
             continue  # no biases, say
         randomise(kit, adapter)
         names.append(adapter)
+    fusions = tuple(_fusions(kit, names))
     torch.random.set_rng_state(state)
-    return Built(host, kit, bare, tuple(names))
+    return Built(host, kit, bare, tuple(names), fusions)
+
+
+def _fusions(kit: ak.AdapterKit, names: Sequence[str]) -> Iterator[ak.Fuse]:
+    """Some fusions of adapters that can be fused, over compositions as well."""
+    for one, other in zip(names[::3], names[1::3], strict=False):
+        nested = ak.Stack(other, one), ak.Drop(one, layers=[0]), ak.Average(one, other)
+        for fuse in (ak.Fuse(one, other, name=f"f {one}"), ak.Fuse(*nested, name=f"g {one}")):
+            try:
+                kit.add_fusion(fuse)
+            except ak.AdapterKitError:  # a child changes a Parameter, or another tensor
+                continue
+            randomise(kit, fuse.fusion)
+            yield fuse
 
 
 def example(host: Host, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Block, Composition, Rows, Split, Stack, names_in
+from adapterkit.composition import (
+    Average,
+    BatchSplit,
+    Block,
+    Composition,
+    Drop,
+    Fuse,
+    Parallel,
+    Rows,
+    Split,
+    Stack,
+    names_in,
+)
 from adapterkit.sites import SiteSpec, sites_of
 
 
@@ -50,7 +62,27 @@ def check_rows(composition: Composition | None, count: int) -> None:
             check_rows(child, size)
     elif isinstance(composition, Block):
         for child in composition.children:
-            check_rows(child, 1 if isinstance(composition, Rows) else count)
+            size = count // len(composition.children) if isinstance(composition, Parallel) else count
+            check_rows(child, 1 if isinstance(composition, Rows) else size)
+
+
+def copies_in(composition: Composition | None) -> int:
+    """How often the batch runs."""
+    if not isinstance(composition, Block):
+        return 1
+    below = max([1, *map(copies_in, composition.children)])
+    return below * len(composition.children) if isinstance(composition, Parallel) else below
+
+
+def check_drops(composition: Composition | None, pieces: Mapping[str, Sequence[Piece]]) -> None:
+    """Raise NoMeaningError for a Drop of layers that there are not around what it drops."""
+    if isinstance(composition, Drop):
+        places = [piece.spec.layer for name in names_in(composition) for piece in pieces[name]]
+        for index in composition.layers if places else ():
+            if not any(place is not None and -place[1] <= index < place[1] for place in places):
+                raise NoMeaningError(f"{composition}: no layer {index}")
+    for child in composition.children if isinstance(composition, Block) else ():
+        check_drops(child, pieces)
 
 
 def sizes_in(composition: BatchSplit | Split, whole: int) -> Sequence[int]:
@@ -61,14 +93,43 @@ def sizes_in(composition: BatchSplit | Split, whole: int) -> Sequence[int]:
     return sizes
 
 
-def stacked_names(composition: Composition | None) -> list[str] | None:
-    """The names of a composition that is nothing but names one after the other; None for any other."""
+def child_of_row(c: Rows | Parallel | BatchSplit, row: int, count: int) -> tuple[Composition | None, int, int]:
+    """What a row of so many runs, and which row it is there, of how many."""
+    if isinstance(c, Rows):
+        return c.children[row], 0, 1
+    sizes = sizes_in(c, count) if isinstance(c, BatchSplit) else [count // len(c.children)] * len(c.children)
+    index = 0
+    while row >= sizes[index]:
+        row, index = row - sizes[index], index + 1
+    return c.children[index], row, sizes[index]
+
+
+Layers = frozenset[int]
+ALL: Layers = frozenset()  # none is dropped
+
+
+def named_in(composition: Composition | None, dropped: Layers = ALL) -> Iterator[tuple[str, Layers]]:
+    """The adapters of a composition, in order, each with the layers in which it is dropped."""
+    if isinstance(composition, Drop):
+        dropped = dropped | {*composition.layers}
+    if isinstance(composition, Block):
+        for child in composition.children:
+            yield from named_in(child, dropped)
+    elif composition is not None:
+        yield composition, dropped
+
+
+def is_stacked(composition: Composition | None) -> bool:
+    """Whether a composition is nothing but names one after the other, in some layers or all."""
     if not isinstance(composition, Block):
-        return [] if composition is None else [composition]
-    below = [stacked_names(child) for child in composition.children]
-    if not isinstance(composition, Stack) or None in below:
-        return None
-    return [name for names in below for name in names or ()]
+        return True
+    return isinstance(composition, (Stack, Drop)) and all(map(is_stacked, composition.children))
+
+
+def is_dropped(piece: Piece, dropped: Layers) -> bool:
+    """Whether a module lies in one of these layers, which may be counted from the end."""
+    layer = piece.spec.layer
+    return layer is not None and bool({layer[0], layer[0] - layer[1]} & dropped)
 
 
 @dataclass(frozen=True)
@@ -111,53 +172,49 @@ class Run:
     def leave(self, x: Tensor, path: str, at: str, place: Place) -> Tensor:
         """The tensor as the composition leaves it."""
 
-        def walk(c: Composition | None, row: int, count: int, x: Tensor, place: Place) -> Tensor:
-            if c is None or not any(self._here(name, path, at) for name in names_in(c)):
+        def walk(c: Composition | None, row: int, count: int, x: Tensor, place: Place, off: Layers) -> Tensor:
+            if c is None or not any(self._here(name, path, at, layers) for name, layers in named_in(c, off)):
                 return x
             if isinstance(c, str):
-                for piece in self._here(c, path, at):
+                for piece in self._here(c, path, at, off):
                     x = x + delta(piece, x, place)
                 return x
-            if isinstance(c, Rows):
-                return walk(c.children[row], 0, 1, x, place)
-            if isinstance(c, BatchSplit):
-                for child, size in zip(c.children, sizes_in(c, count), strict=True):
-                    if row < size:
-                        return walk(child, row, size, x, place)
-                    row -= size
+            if isinstance(c, (Rows, Parallel, BatchSplit)):
+                child, row, count = child_of_row(c, row, count)
+                return walk(child, row, count, x, place, off)
+            if isinstance(c, Drop):
+                return walk(c.children[0], row, count, x, place, off | {*c.layers})
             if isinstance(c, Stack):
-                for child in self._in_order(c, path, at):
-                    x = walk(child, row, count, x, place)
+                for child in self._in_order(c, path, at, off):
+                    x = walk(child, row, count, x, place, off)
                 return x
-            if isinstance(c, Average):
+            if isinstance(c, (Average, Fuse)):
+                added = [walk(child, row, count, x, place, off) - x for child in c.children]
+                if isinstance(c, Fuse):
+                    return x + fused(self._here(c.fusion, path, at, off)[0], added, x, place)
                 weights = c.weights or [1.0] * len(c.children)
-                added = [walk(child, row, count, x, place) - x for child in c.children]
                 return x + sum(weight / sum(weights) * d for weight, d in zip(weights, added, strict=True))
-            if isinstance(c, Split):
-                self._check_tokens(c, path, at, x)
-                parts, start = [], 0
-                for child, size in zip(c.children, sizes_in(c, x.shape[self.token_axis]), strict=True):
-                    part = x.narrow(self.token_axis, start, size)
-                    parts.append(
-                        walk(child, row, count, part, place.tokens(start, size, self.token_axis)) if size else part
-                    )
-                    start += size
-                return torch.cat(parts, self.token_axis)
-            raise NotImplementedError(c)  # Fuse, Parallel and Drop: here
+            assert isinstance(c, Split), c
+            self._check_tokens(c, path, at, x, off)
+            parts, start = [], 0
+            for child, size in zip(c.children, sizes_in(c, x.shape[self.token_axis]), strict=True):
+                part, there = x.narrow(self.token_axis, start, size), place.tokens(start, size, self.token_axis)
+                parts.append(walk(child, row, count, part, there, off) if size else part)
+                start += size
+            return torch.cat(parts, self.token_axis)
 
-        return walk(self.composition, self.row, self.count, x, place)
+        return walk(self.composition, self.row, self.count, x, place, ALL)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The Parameters that are others under the composition, by name."""
         changed: dict[str, Tensor] = {}
-        names = stacked_names(self.composition)
-        for name in names_in(self.composition):
-            for piece in self.pieces[name]:
-                if piece.spec.at == "weight" and names is None:
-                    raise NoMeaningError(f"{piece.spec.parameters} of {piece.spec.path!r} is one for all rows and tokens")
-        for name in names or ():
+        for name, dropped in named_in(self.composition):
             done = set()  # a tied Parameter has several places and one module
-            for piece in (piece for piece in self.pieces[name] if piece.spec.at == "weight"):
+            for piece in self.pieces[name]:
+                if piece.spec.at != "weight" or is_dropped(piece, dropped):
+                    continue
+                if not is_stacked(self.composition):
+                    raise NoMeaningError(f"{piece.spec.parameters} of {piece.spec.path!r} is one for all rows and tokens")
                 parameter = f"{piece.spec.path}.{piece.spec.parameters[0]}".lstrip(".")
                 mark = (id(model.get_parameter(parameter)), getattr(piece.module, "trained", piece.module))
                 key = next((k for k in changed if model.get_parameter(k) is model.get_parameter(parameter)), parameter)
@@ -167,17 +224,21 @@ class Run:
                 done.add(mark)
         return changed
 
-    def _here(self, name: str, path: str, at: str) -> list[Piece]:
-        return [piece for piece in self.pieces[name] if (piece.spec.path, piece.spec.at) == (path, at)]
+    def _here(self, name: str, path: str, at: str, off: Layers) -> list[Piece]:
+        here = [piece for piece in self.pieces[name] if (piece.spec.path, piece.spec.at) == (path, at)]
+        return [piece for piece in here if not is_dropped(piece, off)]
 
-    def _in_order(self, c: Stack, path: str, at: str) -> list[Composition]:
+    def _in_order(self, c: Stack, path: str, at: str, off: Layers) -> list[Composition]:
         """The children as they come, but for what takes back a change made before (invertible adapters): the last first."""
-        held = {child: [piece for name in names_in(child) for piece in self._here(name, path, at)] for child in c.children}
+        held = {
+            child: [piece for name, layers in named_in(child, off) for piece in self._here(name, path, at, layers)]
+            for child in c.children
+        }
         undoing = [child for child in c.children if held[child] and all(is_inverse(piece) for piece in held[child])]
         return [*(child for child in c.children if child not in undoing), *reversed(undoing)]
 
-    def _check_tokens(self, c: Split, path: str, at: str, x: Tensor) -> None:
-        held = [piece for name in names_in(c) for piece in self._here(name, path, at)]
+    def _check_tokens(self, c: Split, path: str, at: str, x: Tensor, off: Layers) -> None:
+        held = [piece for name, layers in named_in(c, off) for piece in self._here(name, path, at, layers)]
         if x.dim() != 3 or any(piece.spec.axis != -1 for piece in held):
             raise NoMeaningError(f"{path!r} has no sequence: {tuple(x.shape)}")
 
@@ -193,14 +254,30 @@ def delta(piece: Piece, x: Tensor, place: Place) -> Tensor:
     if spec.reads == "input":
         z = place.taken.to(module.compute_dtype) if place.taken.is_floating_point() else place.taken
         return module(z, place.bare, place.host).to(x.dtype)
-    z = {
+    z = read(spec, x, place).to(module.compute_dtype)
+    return module(z.movedim(spec.axis, -1), x.movedim(spec.axis, -1)).movedim(-1, spec.axis).to(x.dtype)
+
+
+def fused(piece: Piece, added: Sequence[Tensor], x: Tensor, place: Place) -> Tensor:
+    """What a fusion adds to x, by its formula: attention over what its children add (docs/fusion.md)."""
+    axis, p = piece.spec.axis, dict(piece.module.named_parameters())
+    u = torch.stack([d.movedim(axis, -1) for d in added], -2)  # (..., children, hidden)
+    q = torch.nn.functional.linear(read(piece.spec, x, place).movedim(axis, -1), p["query_weight"], p["query_bias"])
+    attention = (torch.einsum("...ch,kh->...ck", u, p["key_weight"]) * q.unsqueeze(-2)).sum(-1).softmax(-1)
+    values = torch.einsum("...ch,kh->...ck", u, p["value_weight"])
+    return (attention.unsqueeze(-1) * values).sum(-2).movedim(-1, axis)
+
+
+def read(spec: SiteSpec, x: Tensor, place: Place) -> Tensor:
+    """What a module reads at its place."""
+    reads = {
         "site": lambda: x,
         "norm": lambda: place.host.forward(x),
         "residual": lambda: place.streams[spec.residual, spec.input],
         "sum": lambda: x + place.streams[spec.residual, spec.input],
-    }[spec.reads]()
-    z = z.to(module.compute_dtype)
-    return module(z.movedim(spec.axis, -1), x.movedim(spec.axis, -1)).movedim(-1, spec.axis).to(x.dtype)
+    }
+    z: Tensor = reads[spec.reads]()
+    return z
 
 
 def run_row(model: nn.Module, run: Run, call: Callable[[nn.Module], Any]) -> Any:
@@ -257,7 +334,9 @@ def expected(
     *,
     row_axis: int = 0,
 ) -> Tensor:
-    """What `call(model, inputs)` must be under the composition. Shape: rows on `row_axis`, as those of all inputs.
+    """What `call(model, inputs)` must be under the composition: rows on `row_axis`, as those of all inputs.
+
+    Under a Parallel the batch is there once for each child.
 
     Args:
         kit: Of the adapted model.
@@ -266,12 +345,14 @@ def expected(
     Raises:
         NoMeaningError: the model must refuse.
     """
-    count = next(iter(inputs.values())).shape[row_axis]
+    given = next(iter(inputs.values())).shape[row_axis]
+    count = given * copies_in(composition)
     check_rows(composition, count)
     pieces, rows = pieces_of(kit.model), []
+    check_drops(composition, pieces)
     for row in range(count):
         run = Run(pieces, composition, row, count, token_axis=1 - row_axis)
-        own = {name: tensor.narrow(row_axis, row, 1) for name, tensor in inputs.items()}
+        own = {name: tensor.narrow(row_axis, row % given, 1) for name, tensor in inputs.items()}
         rows.append(run_row(bare, run, lambda model, own=own: call(model, own)))
     return torch.cat(rows, row_axis)
 

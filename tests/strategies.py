@@ -77,13 +77,14 @@ def is_identity_at_init(config: ak.BottleneckConfig) -> bool:
 
 
 @st.composite
-def compositions(draw: st.DrawFn, names: st.SearchStrategy[str], rows: int | None, tokens: int, depth: int = 3) -> Any:
+def compositions(draw: st.DrawFn, names: st.SearchStrategy[Any], rows: int | None, tokens: int, depth: int = 3) -> Any:
     """A tree of compositions; most fit a batch of so many rows, and a sequence of so many tokens.
 
     Args:
+        names: Of adapters; fusions, too.
         rows: None inside one row, which nothing divides.
     """
-    kinds = ["name", "name", "Stack", "Average", "Split"] + ["Rows", "Rows", "BatchSplit", "BatchSplit"] * (
+    kinds = ["name", "name", "Stack", "Average", "Split", "Drop"] + ["Rows", "Rows", "BatchSplit", "BatchSplit"] * (
         rows is not None
     )
     kind = draw(st.sampled_from(kinds if depth else ["name"]))
@@ -96,6 +97,8 @@ def compositions(draw: st.DrawFn, names: st.SearchStrategy[str], rows: int | Non
     if kind == "Rows":
         count = rows if draw(st.integers(0, 9)) else draw(st.integers(1, 5))
         return ak.Rows([child(None) if draw(st.integers(0, 3)) else None for _ in range(count or 1)])
+    if kind == "Drop":
+        return ak.Drop(child(), layers=draw(st.lists(st.sampled_from([0, 1, -1, 5]), max_size=2)))
     count = draw(st.integers(1, 3))
     if kind == "Stack":
         return ak.Stack(*(child() for _ in range(count)))

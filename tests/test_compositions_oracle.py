@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Rows, Split, Stack, names_in
+from adapterkit.composition import Average, BatchSplit, Parallel, Rows, Split, Stack, names_in
 
 from .composed_hosts import HOSTS, ROWS, TINY, TOKENS, WIDTH, Blocks, Built, built, encoder, example, input_ids
 from .conftest import PostNormBlock, PreNormBlock, randomise
@@ -55,7 +55,9 @@ def check(host: Built, composition: Any, inputs: dict[str, Tensor], tolerance: f
 
 def holds_for_trees(host: Built, law: Any, examples: int, names: Any = None) -> None:
     """Check a law of compositions on random ones of the host's adapters."""
-    trees = compositions(st.sampled_from(names or host.names), ROWS, TOKENS).filter(lambda tree: any(names_in(tree)))
+    held = names or host.names
+    leaves = [*held, *(fuse for fuse in host.fusions if {*names_in(fuse)} <= {*held, fuse.fusion})]
+    trees = compositions(st.sampled_from(leaves), ROWS, TOKENS).filter(lambda tree: any(names_in(tree)))
     settings(max_examples=examples, suppress_health_check=list(HealthCheck))(given(trees)(law))()
 
 
@@ -71,6 +73,22 @@ def test_each_row_is_what_its_own_composition_gives_it(name: str) -> None:
     inputs = example(host.host, torch.float32)
     with torch.no_grad():
         holds_for_trees(host, lambda tree: check(host, tree, inputs), 25)
+
+
+@on_hosts("pre-norm", "encoder, seq first", "gpt2")
+def test_each_child_of_a_parallel_gets_the_whole_batch(name: str) -> None:
+    host = built(name)
+    inputs = example(host.host, torch.float32)
+    leaf = st.sampled_from([*rest(host), *host.fusions])
+    children = st.lists(compositions(leaf, ROWS, TOKENS, 2), min_size=1, max_size=2)
+    trees = children.map(lambda held: Parallel(*held)) | st.builds(
+        lambda below, held: Stack(below, Parallel(*held)), compositions(leaf, None, TOKENS, 1), children
+    )
+    trees = trees.filter(lambda tree: any(names_in(tree)))
+    with torch.no_grad():
+        settings(max_examples=20, suppress_health_check=list(HealthCheck))(
+            given(trees)(lambda tree: check(host, tree, inputs))
+        )()
 
 
 @on_hosts("pre-norm", "convs", "recurrent", "square encoder, seq first")

@@ -276,6 +276,14 @@ def test_places_that_do_not_have_the_batchs_rows_are_refused() -> None:
         kit.model(torch.randn(3, 5, 8))
 
 
+def test_the_rows_of_a_batch_are_counted_where_all_of_them_run_the_same_too() -> None:
+    kit = wrapped(Tiny(PreNormBlock), ids)
+    kit.activate(ak.Stack("c", ak.Parallel(ak.Rows(["a", "a"]), ak.Rows(["a", "a"]))))
+    with pytest.raises(ak.CompatibilityError, match="Rows names 2 rows, and the batch has 3"):
+        kit.model(ids)
+    assert len(kit.model(ids[:2])) == 4
+
+
 def test_a_call_without_rows_is_refused() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:

@@ -20,6 +20,7 @@ from .errors import CompatibilityError
 from .generation import is_generating
 from .hooks import KitHook
 from .record import RECORD, Record
+from .row_division import rows_of
 
 __all__ = [
     "Batch",
@@ -76,6 +77,7 @@ class BatchHook(KitHook):
         if self.parallel is not None and record.activation.check(record.activation.active):
             _refuse_generation(self.parallel)
             call, rows = _repeated(call, self.parallel, self.axis)
+            rows_of(record.activation.active, rows)  # places at which all rows run the same do not count them
         if not torch.compiler.is_compiling():
             sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
             _thread.calls.setdefault(id(record), []).append(Batch(sizes, rows))
