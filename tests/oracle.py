@@ -145,7 +145,8 @@ class Place:
         """The same, of some tokens."""
 
         def part(value: Any) -> Any:
-            return value.narrow(axis, start, size) if isinstance(value, Tensor) else value
+            is_sequence = isinstance(value, Tensor) and value.shape[: axis + 1] == self.bare.shape[: axis + 1]
+            return value.narrow(axis, start, size) if is_sequence else value  # not the image that an embedding takes
 
         streams = {key: part(stream) for key, stream in self.streams.items()}
         return Place(self.host, part(self.bare), part(self.taken), streams)
@@ -347,9 +348,12 @@ def expected(
     """
     given = next(iter(inputs.values())).shape[row_axis]
     count = given * copies_in(composition)
-    check_rows(composition, count)
     pieces, rows = pieces_of(kit.model), []
     check_drops(composition, pieces)
+    acting = any(not is_dropped(piece, off) for name, off in named_in(composition) for piece in pieces[name])
+    if not acting and count == given:
+        composition = None  # dropped everywhere: nothing divides the rows, whatever it says of them
+    check_rows(composition, count)
     for row in range(count):
         run = Run(pieces, composition, row, count, token_axis=1 - row_axis)
         own = {name: tensor.narrow(row_axis, row % given, 1) for name, tensor in inputs.items()}
