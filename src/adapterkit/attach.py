@@ -31,6 +31,7 @@ from .plan import apply, check_plans
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
 from .sites import (
     AdapterSite,
+    Entry,
     SiteSpec,
     adapter_names,
     fusions_of,
@@ -88,19 +89,24 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
     config, trains = held[0][1].config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
     parts = head_parts(model, found)
     with ACTIVATION_LOCK:
-        hosts = record.hosts.get(name, ())
         try:
             _insert(model, record, name, config, parts, trains=trains)
             for composition in record.activation.held:
                 check_plans(model, record, composition)
         except AdapterKitError:  # what is active, now or after a `with` block, cannot choose between heads
-            for path, _, site in list(sites_of(model)):
-                if path in {part.path for part in parts}:
-                    old = {entry.key for where, entry in held if where == path}
-                    _drop(model, record, name, path, {entry.key for entry in site.entries[name]} - old)
-            record.hosts[name] = hosts
-            _refresh(model, record)
+            _keep_only(model, record, name, held)
             raise
+
+
+def _keep_only(model: nn.Module, record: Record, name: str, held: Sequence[tuple[str, Entry]]) -> None:
+    """Let go of an adapter's modules but these, each given with its host's path."""
+    keys = {(path, entry.key) for path, entry in held}
+    for path, _, site in list(sites_of(model)):
+        others = {entry.key for entry in site.entries.get(name, ()) if (path, entry.key) not in keys}
+        if others:
+            _drop(model, record, name, path, others)
+    record.hosts[name] = tuple(path for path, _ in held)
+    _refresh(model, record)
 
 
 def remove_head(model: nn.Module, name: str, head: str) -> None:

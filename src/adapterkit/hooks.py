@@ -5,6 +5,7 @@ their own adapters. They are told apart from anyone else's hooks by their class.
 """
 
 import sys
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .heads.calls import CallSlot, taken_off
 from .heads.plan import root_of
 from .patterns import SITE, ancestors
 from .record import Handover, Record
-from .sites import located, sites_of
+from .sites import AdapterSite, located, sites_of
 from .swap import put_weights, take_weights
 from .values import Argument, argument_path
 
@@ -250,38 +251,47 @@ def forget_compiled() -> None:
 def sync_site_hooks(model: nn.Module, record: Record) -> None:
     """Register the hooks that the model's sites need, and remove those that none needs any more."""
     modules = dict(model.named_modules())
-    ports: dict[str, StreamPort] = {}
+    ports: dict[str, StreamPort] = defaultdict(StreamPort)
     encoders: set[str] = set()
     for path, host, site in sites_of(model):
-        entries = [entry for entries in site.entries.values() for entry in entries]
-        specs = [entry.spec for entry in entries]
-        set_hook(host, OutputHook, any(s is None or s.at == "output" for s in specs), record)
-        for kind, at in ((WeightHook, "weight"), (InputHook, "input")):
-            _set_pre_hook(host, kind, any(s is not None and s.at == at for s in specs), record)
-        set_hook(host, WeightEndHook, has_hook(host, WeightHook), record)
-        if has_hook(host, WeightEndHook) and has_hook(host, OutputHook):
-            remove_hooks(host, OutputHook)  # so that it comes first again
-            set_hook(host, OutputHook, True, record)
+        _sync_host_hooks(host, site, record)
+        _open_ports(path, site, modules, ports)
         encoders |= {above for above in ancestors(path) if isinstance(modules.get(above), nn.TransformerEncoder)}
-        for entry in entries:
-            spec = located(entry.spec, path) if entry.spec else None
-            if entry.handover and spec and spec.residual is not None:
-                ports.setdefault(spec.residual, StreamPort()).gives.append((entry.handover, spec.input))
-                around = _called_around(spec.residual, path, modules)
-                ports.setdefault(around, StreamPort()).clears.append(entry.handover)
-        for root in {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}:
-            ports.setdefault(root, StreamPort()).calls.append(site.call)
-            ports[root].clears.append(site.call)
     for path, module in modules.items():
-        port = ports.get(path)
-        set_hook(module, CallHook, port is not None and bool(port.calls), record)
-        _set_pre_hook(module, StreamHook, port is not None and bool(port.gives), record)
-        set_hook(module, ClearHook, port is not None and bool(port.clears), record)
+        port = ports.get(path, StreamPort())
+        set_hook(module, CallHook, bool(port.calls), record)
+        _set_pre_hook(module, StreamHook, bool(port.gives), record)
+        set_hook(module, ClearHook, bool(port.clears), record)
         set_hook(module, EncoderHook, path in encoders, record)
-        if port is not None:
+        if path in ports:
             module.__dict__[PORT] = port
         else:
             module.__dict__.pop(PORT, None)
+
+
+def _sync_host_hooks(host: nn.Module, site: AdapterSite, record: Record) -> None:
+    """Register the hooks of one host that its site needs, and remove those that it does not."""
+    places = {"output" if e.spec is None else e.spec.at for entries in site.entries.values() for e in entries}
+    set_hook(host, OutputHook, "output" in places, record)
+    _set_pre_hook(host, WeightHook, "weight" in places, record)
+    _set_pre_hook(host, InputHook, "input" in places, record)
+    set_hook(host, WeightEndHook, "weight" in places, record)
+    if {"output", "weight"} <= places:
+        remove_hooks(host, OutputHook)  # so that it comes first again
+        set_hook(host, OutputHook, True, record)
+
+
+def _open_ports(path: str, site: AdapterSite, modules: dict[str, nn.Module], ports: dict[str, StreamPort]) -> None:
+    """Say at which modules streams and calls are taken for a site, and where what nobody took is let go."""
+    entries = [entry for entries in site.entries.values() for entry in entries]
+    for entry in entries:
+        spec = located(entry.spec, path) if entry.spec else None
+        if entry.handover and spec and spec.residual is not None:
+            ports[spec.residual].gives.append((entry.handover, spec.input))
+            ports[_called_around(spec.residual, path, modules)].clears.append(entry.handover)
+    for root in {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}:
+        ports[root].calls.append(site.call)
+        ports[root].clears.append(site.call)
 
 
 def _set_pre_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Record) -> None:
