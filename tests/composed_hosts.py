@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.methods import UNION_PRESETS, presets
 
-from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
+from .conftest import Attention, PostNormBlock, PreNormBlock, Tiny, randomise
 from .methods.test_every_method import PRESETS, first, give_biases, gpt2, llama
 
 ROWS, TOKENS, WIDTH = 4, 6, 8
@@ -26,14 +26,18 @@ class Host:
         build: Makes one.
         inputs: Of a batch of so many rows; keyword arguments.
         adapters: Configs by name, beside the presets.
+        without: Presets that it has none of: at places where tokens lie otherwise, say.
         row_axis: The axis of rows of all inputs, and of the output.
+        token_axis: The axis of tokens at all places; None if there are no sequences.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
     adapters: Mapping[str, Any]
     with_presets: bool = True
+    without: Collection[str] = ()
     row_axis: int = 0
+    token_axis: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,51 @@ class Blocks(Tiny):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+class FlatBlock(PreNormBlock):
+    """Its feed-forward takes the tokens of all rows on one axis, as that of OPT and of mixtures of experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))[0]
+        flat = x.flatten(0, 1)
+        return (flat + self.mlp(self.norm_2(flat))).view_as(x)
+
+
+class Windows(Blocks):
+    """Its blocks take the two halves of each row as if they were rows, as Swin does."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        windows = x.unflatten(1, (2, -1)).flatten(0, 1)
+        for block in self.blocks:
+            windows = block(windows)
+        return windows.reshape(x.shape)
+
+
+class TokensFirst(Attention):
+    """Takes (seq, batch, hidden), and says so nowhere, as XLNet does."""
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v = (layer(hidden_states).transpose(0, 1) for layer in (self.query, self.key, self.value))
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return self.out((weights @ v).transpose(0, 1)), weights
+
+
+class TokensFirstBlock(PreNormBlock):
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden)
+        self.attention = TokensFirst(hidden)
+
+
+class TokensFirstInside(Blocks):
+    """Turns its tensors after the embedding, and back at the end."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids).transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return x.transpose(0, 1)
 
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
@@ -223,15 +272,35 @@ RECURRENT = {
     "bias": ak.BitFitConfig(targets=["lstm"]),
 }
 
+OUTSIDE = ("embedd", "invertible", "glow")  # at the embedding
+INSIDE = {name: config for name, config in TINY.items() if not any(word in name for word in OUTSIDE)}
+AT_THE_EMBEDDING = ("invertible", "madx", "seq_bn_inv")
+# A gate takes the first axis for that of rows unless it is told otherwise; in bfloat16, what a product of matrices that are
+# turned is rounded to depends on their number of rows.
+TURNED = {name: config for name, config in INSIDE.items() if name not in ("gated", "lora gated", "unipelt", "half")}
+TURNED["gated"] = B(targets=["attention"], output=0, bottleneck_size=2, gating=True, batch_axis=1)
+
 HOSTS: dict[str, Host] = {
     "pre-norm": Host(lambda: Blocks(PreNormBlock), ids, TINY),
     "post-norm": Host(lambda: Blocks(PostNormBlock), ids, TINY),
+    "flat tokens": Host(lambda: Blocks(FlatBlock), ids, TINY),
+    "windows": Host(lambda: Windows(PreNormBlock), ids, INSIDE, without=AT_THE_EMBEDDING, token_axis=None),
+    "tokens first inside": Host(
+        lambda: TokensFirstInside(TokensFirstBlock), ids, TURNED, without=AT_THE_EMBEDDING, token_axis=0
+    ),
+    "square, tokens first inside": Host(
+        lambda: TokensFirstInside(TokensFirstBlock),
+        lambda rows: {"ids": torch.randint(0, 11, (rows, ROWS))},
+        TURNED,
+        without=AT_THE_EMBEDDING,
+        token_axis=0,
+    ),
     "encoder": Host(lambda: encoder(True), lambda rows: {"src": torch.randn(rows, TOKENS, WIDTH)}, ENCODER),
     "encoder, seq first": Host(
-        lambda: encoder(False), lambda rows: {"src": torch.randn(TOKENS, rows, WIDTH)}, ENCODER, row_axis=1
+        lambda: encoder(False), lambda rows: {"src": torch.randn(TOKENS, rows, WIDTH)}, ENCODER, row_axis=1, token_axis=0
     ),
     "square encoder, seq first": Host(
-        lambda: encoder(False), lambda rows: {"src": torch.randn(ROWS, rows, WIDTH)}, ENCODER, row_axis=1
+        lambda: encoder(False), lambda rows: {"src": torch.randn(ROWS, rows, WIDTH)}, ENCODER, row_axis=1, token_axis=0
     ),
     "convs": Host(Convs, lambda rows: {"x": torch.randn(rows, 3, 9, 9)}, CONVS, with_presets=False),
     "recurrent": Host(Recurrent, ids, RECURRENT, with_presets=False),
@@ -257,6 +326,7 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> Built:
         *(
             (f"preset {preset}{again}", preset, small if _has_factor(preset) else {})
             for preset in PRESETS * host.with_presets
+            if preset not in host.without
             for again in ("", " again")
         ),
     ]:

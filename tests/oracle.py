@@ -119,6 +119,17 @@ def named_in(composition: Composition | None, dropped: Layers = ALL) -> Iterator
         yield composition, dropped
 
 
+def named_for(c: Composition | None, row: int, count: int, dropped: Layers = ALL) -> Iterator[tuple[str, Layers]]:
+    """`named_in` what one row of so many runs."""
+    if isinstance(c, (Rows, Parallel, BatchSplit)):
+        yield from named_for(*child_of_row(c, row, count), dropped)
+    elif isinstance(c, Block):
+        for child in c.children:
+            yield from named_for(child, row, count, dropped | {*c.layers} if isinstance(c, Drop) else dropped)
+    else:
+        yield from named_in(c, dropped)
+
+
 def is_stacked(composition: Composition | None) -> bool:
     """Whether a composition is nothing but names one after the other, in some layers or all."""
     if not isinstance(composition, Block):
@@ -161,20 +172,21 @@ class Run:
         composition: The whole of it.
         row: Which row this is.
         count: Of so many.
-        token_axis: The axis of tokens at the places.
+        token_axis: The axis of tokens at the places; None where there are no sequences.
     """
 
     pieces: Mapping[str, Sequence[Piece]]
     composition: Composition | None
     row: int
     count: int
-    token_axis: int
+    token_axis: int | None
 
     def leave(self, x: Tensor, path: str, at: str, place: Place) -> Tensor:
         """The tensor as the composition leaves it."""
 
         def walk(c: Composition | None, row: int, count: int, x: Tensor, place: Place, off: Layers) -> Tensor:
-            if c is None or not any(self._here(name, path, at, layers) for name, layers in named_in(c, off)):
+            held = [piece for name, layers in named_for(c, row, count, off) for piece in self._here(name, path, at, layers)]
+            if c is None or not held:
                 return x
             if isinstance(c, str):
                 for piece in self._here(c, path, at, off):
@@ -196,13 +208,14 @@ class Run:
                 weights = c.weights or [1.0] * len(c.children)
                 return x + sum(weight / sum(weights) * d for weight, d in zip(weights, added, strict=True))
             assert isinstance(c, Split), c
-            self._check_tokens(c, path, at, x, off)
-            parts, start = [], 0
-            for child, size in zip(c.children, sizes_in(c, x.shape[self.token_axis]), strict=True):
-                part, there = x.narrow(self.token_axis, start, size), place.tokens(start, size, self.token_axis)
+            if self.token_axis is None or x.dim() != 3 or any(piece.spec.axis != -1 for piece in held):
+                raise NoMeaningError(f"{path!r} has no sequence: {tuple(x.shape)}")
+            axis, parts, start = self.token_axis, [], 0
+            for child, size in zip(c.children, sizes_in(c, x.shape[axis]), strict=True):
+                part, there = x.narrow(axis, start, size), place.tokens(start, size, axis)
                 parts.append(walk(child, row, count, part, there, off) if size else part)
                 start += size
-            return torch.cat(parts, self.token_axis)
+            return torch.cat(parts, axis)
 
         return walk(self.composition, self.row, self.count, x, place, ALL)
 
@@ -237,11 +250,6 @@ class Run:
         }
         undoing = [child for child in c.children if held[child] and all(is_inverse(piece) for piece in held[child])]
         return [*(child for child in c.children if child not in undoing), *reversed(undoing)]
-
-    def _check_tokens(self, c: Split, path: str, at: str, x: Tensor, off: Layers) -> None:
-        held = [piece for name, layers in named_in(c, off) for piece in self._here(name, path, at, layers)]
-        if x.dim() != 3 or any(piece.spec.axis != -1 for piece in held):
-            raise NoMeaningError(f"{path!r} has no sequence: {tuple(x.shape)}")
 
 
 def is_inverse(piece: Piece) -> bool:
@@ -334,6 +342,7 @@ def expected(
     call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
     *,
     row_axis: int = 0,
+    token_axis: int | None = 1,
 ) -> Tensor:
     """What `call(model, inputs)` must be under the composition: rows on `row_axis`, as those of all inputs.
 
@@ -342,6 +351,7 @@ def expected(
     Args:
         kit: Of the adapted model.
         bare: The same model, as it was before it had adapters.
+        token_axis: At its places; None if there are no sequences.
 
     Raises:
         NoMeaningError: the model must refuse.
@@ -355,7 +365,7 @@ def expected(
         composition = None  # dropped everywhere: nothing divides the rows, whatever it says of them
     check_rows(composition, count)
     for row in range(count):
-        run = Run(pieces, composition, row, count, token_axis=1 - row_axis)
+        run = Run(pieces, composition, row, count, token_axis=token_axis)
         own = {name: tensor.narrow(row_axis, row % given, 1) for name, tensor in inputs.items()}
         rows.append(run_row(bare, run, lambda model, own=own: call(model, own)))
     return torch.cat(rows, row_axis)

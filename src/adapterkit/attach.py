@@ -1,7 +1,7 @@
 """Add adapters to a model and remove them: all or nothing."""
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,9 +26,10 @@ from .methods import method_of
 from .names import check_name
 from .parts import Part, build_parts, head_parts, tied_groups
 from .patterns import SITE, ancestors, match
-from .placement import resolve
+from .placement import check_row_axis, resolve
 from .plan import apply, check_plans
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
+from .row_axis import Layouts
 from .sites import (
     AdapterSite,
     Entry,
@@ -38,10 +39,12 @@ from .sites import (
     named_parameters,
     open_parameters,
     record_of,
+    rows_in,
     sites_among,
     sites_of,
 )
 from .spots import asks_for_structure
+from .structure.rows import discover_rows
 from .structure.trace import ExampleInputs
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "find_sites",
     "needs_structure",
     "remove_head",
+    "seen_rows",
     "shared_record",
 ]
 
@@ -72,7 +76,12 @@ def add(
     if replaced:
         sites = _outside_heads(model, sites, config, replaced)
         check_apart([site.path for site in sites], replaced)
-    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, found))
+    rows = seen_rows(model, config, example_inputs)
+    for site in sites:
+        layout = rows_in(rows.get(site.path, {}), site)
+        if layout is not None and layout.axis is not None:
+            check_row_axis(site.path, layout.axis, members(config)[site.member])
+    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, found), rows)
 
 
 def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: ExampleInputs | None = None) -> None:
@@ -90,7 +99,7 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
     parts = head_parts(model, found)
     with ACTIVATION_LOCK:
         try:
-            _insert(model, record, name, config, parts, trains=trains)
+            _insert(model, record, name, config, parts, trains=trains, rows={})
             for composition in record.activation.held:
                 check_plans(model, record, composition)
         except AdapterKitError:  # what is active, now or after a `with` block, cannot choose between heads
@@ -156,8 +165,28 @@ def needs_structure(config: Config) -> bool:
     return any(asks_for_structure(m, placement) for m in members(config) for placement in method_of(m).placements(m))
 
 
-def attach(model: nn.Module, name: str, config: Config | FusionConfig, parts: Sequence[Part]) -> None:
+def seen_rows(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> Mapping[str, Layouts]:
+    """By the path of each module: where the rows of a batch lie in its tensors, as running the model shows.
+
+    It is run on the inputs, if there are any; on tiny ones, if the config's places are found by running it, too.
+    """
+    if example_inputs is None and not needs_structure(config):
+        return {}
+    with ACTIVATION_LOCK, silenced():
+        return discover_rows(model, example_inputs)
+
+
+def attach(
+    model: nn.Module,
+    name: str,
+    config: Config | FusionConfig,
+    parts: Sequence[Part],
+    rows: Mapping[str, Layouts] | None = None,
+) -> None:
     """Put an adapter's (or a fusion's) modules into the model. Nothing can fail from here on but a lack of memory.
+
+    Args:
+        rows: What `seen_rows` says of the model.
 
     Raises:
         AdapterNameError: the name is taken, or cannot be a name.
@@ -167,11 +196,18 @@ def attach(model: nn.Module, name: str, config: Config | FusionConfig, parts: Se
     record = shared_record(model)
     model.__dict__[RECORD] = record
     with ACTIVATION_LOCK:
-        _insert(model, record, name, config, parts, trains=record.frozen is None)
+        _insert(model, record, name, config, parts, trains=record.frozen is None, rows=rows or {})
 
 
 def _insert(
-    model: nn.Module, record: Record, name: str, config: Config | FusionConfig, parts: Sequence[Part], *, trains: bool
+    model: nn.Module,
+    record: Record,
+    name: str,
+    config: Config | FusionConfig,
+    parts: Sequence[Part],
+    *,
+    trains: bool,
+    rows: Mapping[str, Layouts],
 ) -> None:
     """Put modules of an adapter into the model, after those that it has."""
     for part in parts:
@@ -180,6 +216,7 @@ def _insert(
         if not isinstance(site, AdapterSite):
             site = host._modules[SITE] = AdapterSite(record, part.path)
             site.train(host.training)
+        site.rows = site.rows or rows.get(part.path, {})
         handover = Handover() if part.spec is not None and part.spec.residual is not None else None
         open_parameters(part.module.train(host.training), trains)
         site.insert(name, part.module, config, part.spec, handover, part.head)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .composition import Parallel
+from .composition import Composition, Parallel
 from .errors import CompatibilityError
 from .generation import is_generating
 from .hooks import KitHook
 from .record import RECORD, Record
-from .row_division import rows_of
+from .row_axis import rows_at
+from .row_division import fixed_rows, least_rows, rows_of
 
 __all__ = [
     "Batch",
@@ -29,7 +30,6 @@ __all__ = [
     "check_repeated",
     "check_sizes",
     "is_ambiguous",
-    "rows_at",
     "running",
 ]
 
@@ -40,12 +40,14 @@ class Batch:
 
     Attributes:
         sizes: Those of what may be rows: the first two axes of tensors, the lengths of lists.
-        rows: Of a batch that is repeated for a Parallel; None for any other.
+        rows: As many as its first tensor has on the axis of rows, a repeated batch those of all; None without a tensor.
+        is_repeated: Whether a Parallel repeats the batch.
         has_diverged: Whether the Parallel's children have differed yet.
     """
 
     sizes: frozenset[int]
     rows: int | None = None
+    is_repeated: bool = False
     has_diverged: bool = False
 
 
@@ -73,15 +75,17 @@ class BatchHook(KitHook):
         """Return `(args, kwargs)`, each tensor with the batch's rows as often as there are children. Shape: as given."""
         record: Record = module.__dict__[RECORD]
         call = (args, kwargs)
-        rows = None
-        if self.parallel is not None and record.activation.check(record.activation.active):
+        first = next((tensor for _, tensor in values.tensors(call) if tensor.dim() > self.axis), None)
+        rows = None if first is None else first.shape[self.axis]
+        is_repeated = self.parallel is not None and record.activation.check(record.activation.active)
+        if self.parallel is not None and is_repeated:
             _refuse_generation(self.parallel)
             call, rows = _repeated(call, self.parallel, self.axis)
             rows_of(record.activation.active, rows)  # places at which all rows run the same do not count them
         if not torch.compiler.is_compiling():
             sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
-            _thread.calls.setdefault(id(record), []).append(Batch(sizes, rows))
-        return None if rows is None else call
+            _thread.calls.setdefault(id(record), []).append(Batch(sizes, rows, is_repeated))
+        return call if is_repeated else None
 
 
 class BatchEndHook(KitHook):
@@ -119,17 +123,47 @@ def check_sizes(record: Record, path: str, tensor: Tensor, axis: int) -> None:
         )
 
 
-def check_repeated(record: Record, path: str, tensor: Tensor, axis: int) -> None:
+def indices_per_row(record: Record, path: str, tensor: Tensor, axis: int, composition: Composition | None) -> int:
+    """How many indices of an axis each row has, where they lie there one after the other.
+
+    A composition without sizes takes the fewest rows that it can divide, each of several of the batch.
+
+    Raises:
+        CompatibilityError: nothing says how many rows there are, or they are not those of the composition.
+    """
+    fixed, size = fixed_rows(composition), tensor.shape[axis]
+    batch = None if _is_unseen() else running(record)
+    seen = fixed if batch is None or batch.rows is None else batch.rows
+    wrong = None
+    if seen is not None:
+        try:
+            rows_of(composition, seen)
+        except CompatibilityError as error:
+            wrong = str(error)
+        if size % max(1, seen):
+            wrong = f"the batch has {seen} rows"
+    elif not _is_unseen() or torch.compiler.is_compiling():  # in a recomputation it was seen when this ran first
+        wrong = "nothing says how many rows there are; say it by Rows or ak.BatchSplit(..., sizes=[...])"
+    if wrong is not None:
+        raise CompatibilityError(
+            f"{path!r} has a tensor of shape {tuple(tensor.shape)}, in which each row of the batch is several indices of "
+            f"axis {axis}: {wrong}. Else exclude this place"
+        )
+    return size // max(1, least_rows(composition) if fixed is None else fixed)
+
+
+def check_repeated(record: Record, path: str, tensor: Tensor, axis: int, per_row: int) -> None:
     """Raise CompatibilityError where a tensor at which a Parallel's children differ does not have its repeated rows."""
     if _is_unseen():
         return
     batch = running(record)
-    if batch is None or batch.rows is None:
+    if batch is None or not batch.is_repeated or batch.rows is None:
         raise CompatibilityError(
             f"Parallel repeats the batch as the model itself is called, and {path!r} ran outside of that: call the model"
         )
     batch.has_diverged = True
-    if tensor.dim() <= axis or tensor.shape[axis] != batch.rows:
+    size = tensor.shape[axis] if tensor.dim() > axis else None
+    if size is None or (size % batch.rows if per_row > 1 else size != batch.rows):
         raise CompatibilityError(
             f"{path!r} has a tensor of shape {tuple(tensor.shape)}, the repeated batch {batch.rows} rows, which should be "
             f"on axis {axis}: exclude this place, or run the children one by one"
@@ -139,12 +173,6 @@ def check_repeated(record: Record, path: str, tensor: Tensor, axis: int) -> None
 def _is_unseen() -> bool:
     """Whether no call is seen here: under a compiler, and where checkpointing runs a forward again."""
     return torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0
-
-
-def rows_at(tensor: Tensor, rows: int, axis: int) -> int | None:
-    """The axis of a tensor's rows; None if it has none of the batch's."""
-    axes = (axis, 0) if tensor.dim() <= 2 else (axis,)  # masks over padding have rows first, whatever the stream has
-    return next((at for at in axes if tensor.dim() > at and tensor.shape[at] == rows), None)
 
 
 def is_ambiguous(tensor: Tensor, reference: Tensor, others: Sequence[Tensor], rows: int) -> bool:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .batch import check_repeated, check_sizes
+from .batch import check_repeated, check_sizes, indices_per_row
 from .composition import Composition
 from .errors import CompatibilityError
+from .row_axis import RowLayout
 from .row_division import fixed_rows, rows_of, sizes_of
 from .sites import AdapterSite, Step
 from .stacked import run_each
@@ -175,12 +176,13 @@ class RowMix(Group):
     path: str
     is_parallel: bool = False
 
-    def assign(self, x: Tensor, axis: int) -> list[int]:
+    def assign(self, view: View) -> list[int]:
         """Which node each row has. Raises CompatibilityError: the tensor does not have as many rows."""
+        x, axis = view.x, view.axis
         try:
             if x.dim() <= axis or axis == self.leaves[0].step.spec.axis % x.dim():
                 raise CompatibilityError(f"it has no rows on axis {axis}")
-            rows = rows_of(self.composition, x.shape[axis])
+            rows = rows_of(self.composition, view.rows)
         except CompatibilityError as error:
             raise CompatibilityError(f"at {self.path!r}, a tensor of shape {tuple(x.shape)}: {error}") from error
         number = {kind: i for i, kind in enumerate(self.kinds)}
@@ -193,9 +195,9 @@ class RowMix(Group):
         stacked computation.
         """
         if self.is_parallel:  # first: it says more than that there are no equal parts
-            check_repeated(site.record, self.path, view.x, view.axis)
-        rows = self.assign(view.x, view.axis)
-        if not self.is_parallel:
+            check_repeated(site.record, self.path, view.x, view.axis, view.per_row)
+        rows = self.assign(view)
+        if not self.is_parallel and view.per_row == 1:
             check_sizes(site.record, self.path, view.x, view.axis)
         used = sorted(set(rows))
         if len(used) == 1:
@@ -208,9 +210,9 @@ class RowMix(Group):
             view = view._replace(x=run_each(site, host, view, at))
         for i in used:
             if i not in chains:
-                where = torch.tensor([row for row, j in enumerate(rows) if j == i], device=view.x.device)
-                changed = self.nodes[i].run(site, host, view.select(view.axis, where))
-                view = view._replace(x=view.x.index_copy(view.axis, where, changed))
+                where = view.indices([row for row, j in enumerate(rows) if j == i])
+                changed = self.nodes[i].run(site, host, view.select(where))
+                view = view._replace(x=view.put(where, changed))
         return view.x
 
 
@@ -220,12 +222,12 @@ class Mix(Step):
 
     Args:
         node: What a composition is at this site.
-        axis: That of the rows; None where it is the one that has as many as the composition needs.
+        rows: How they lie; None where they are on the axis that has as many as the composition needs.
     """
 
     node: Node
     adapter: Composition | None
-    axis: int | None
+    rows: RowLayout | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` with that tensor replaced. Shape: as it was."""
@@ -243,12 +245,15 @@ class Mix(Step):
             stream = step.handover.take() if getattr(step, "handover", None) else None
             if stream is not None:
                 streams[step.key] = stream
-        return values.put(value, path, self.node.run(site, host, View(x, x, taken, streams, self._row_axis(x))))
+        axis, per_row = self._row_axis(x), 1
+        if self.rows is not None and self.rows.is_flat:
+            per_row = indices_per_row(site.record, steps[0].spec.path, x, axis, self.adapter)
+        return values.put(value, path, self.node.run(site, host, View(x, x, taken, streams, axis, per_row)))
 
     def _row_axis(self, x: Tensor) -> int:
         """The axis of the rows. Raises CompatibilityError: their number does not tell it."""
-        if self.axis is not None:
-            return self.axis
+        if self.rows is not None:
+            return self.rows.axis or 0
         spec, rows = self.node.readers[0].spec, fixed_rows(self.adapter)
         features = spec.axis % max(1, x.dim())
         found = [axis for axis, size in enumerate(x.shape[:2]) if size == rows and axis != features]

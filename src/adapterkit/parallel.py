@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .batch import BatchEndHook, BatchHook, is_ambiguous, rows_at, running
+from .batch import BatchEndHook, BatchHook, is_ambiguous, running
 from .composition import Parallel, parallel_in
 from .errors import CompatibilityError
 from .hooks import KitHook, forget_compiled, remove_hooks, set_hook
 from .layers import stack_of
 from .record import Record
-from .row_axis import axis_of_call
+from .row_axis import RowLayout, axis_of_call, rows_at
 
 __all__ = ["set_batch_hooks"]
 
@@ -80,7 +80,7 @@ class TrimHook(_Sharing):
                 f"the model ran a block ({type(module).__name__}) below the first one whose adapters differ, and after it, "
                 "so that Parallel cannot share it: run the model on batch.repeat(...) under ak.BatchSplit instead"
             )
-        return batch is not None and batch.rows is not None
+        return batch is not None and batch.is_repeated
 
     def _rows(self, call: Any) -> int | None:
         """The rows of the batch; None where another tensor has that size for another reason, as a mask over tokens may."""
@@ -116,11 +116,11 @@ class UntrimHook(_Sharing):
         return output
 
 
-def set_batch_hooks(model: nn.Module, record: Record, dividing: Sequence[str]) -> None:
+def set_batch_hooks(model: nn.Module, record: Record, dividing: Sequence[tuple[str, RowLayout | None]]) -> None:
     """Have the hooks that the active composition needs.
 
     Args:
-        dividing: The hosts, heads apart, at which rows run different adapters.
+        dividing: The hosts, heads apart, at which rows run different adapters, each with how rows lie there.
     """
     parallel = parallel_in(record.activation.active)
     old = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, BatchHook)), None)
@@ -129,11 +129,11 @@ def set_batch_hooks(model: nn.Module, record: Record, dividing: Sequence[str]) -
     for kind in (BatchHook, BatchEndHook):
         remove_hooks(model, kind)
         set_hook(model, kind, parallel is not None or bool(dividing), record)  # after those that take labels off the call
-    if parallel is None and (old is None or old.parallel is None):
-        return  # a compiler takes these hooks for nothing: what it made without them is right
     for hook in model._forward_pre_hooks.values():
         if isinstance(hook, BatchHook):
             hook.parallel, hook.axis = parallel, axis_of_call(model)
+    if parallel is None and (old is None or old.parallel is None):
+        return  # a compiler takes these hooks for nothing: what it made without them is right
     for block in model.modules():
         for sharing in (TrimHook, UntrimHook):
             remove_hooks(block, sharing)
@@ -154,16 +154,21 @@ def _share(block: nn.Module, parallel: Parallel, record: Record) -> None:
             hook.record = record
 
 
-def _shared_blocks(model: nn.Module, dividing: Sequence[str]) -> list[nn.Module]:
-    """The blocks below the first in which children differ, where they differ in one stack of blocks and nowhere else."""
+def _shared_blocks(model: nn.Module, dividing: Sequence[tuple[str, RowLayout | None]]) -> list[nn.Module]:
+    """The blocks below the first in which children differ, where they differ in one stack of blocks and nowhere else.
+
+    None where a block would have its rows on another axis than what it holds, as far as that is known.
+    """
     modules = dict(model.named_modules())
-    places = [stack_of(path, modules) for path in dividing]
+    places = [stack_of(path, modules) for path, _ in dividing]
     stacks = {None if place is None else place[0] for place in places}
     if len(stacks) != 1 or None in stacks:
         return []
     first = min(index for _, index, _ in filter(None, places))
     (stack,) = stacks
-    return list(modules[str(stack)].children())[:first]
+    shared = list(modules[str(stack)].children())[:first]
+    axes = {rows.axis for _, rows in dividing if rows is not None}
+    return shared if axes == {axis_of_call(block) for block in shared} else []
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from .structure.roles import role_paths
 from .structure.trace import ExampleInputs, observe, runs_around
 from .weights import weight_sites
 
-__all__ = ["resolve"]
+__all__ = ["check_row_axis", "resolve"]
 
 
 def resolve(
@@ -98,7 +98,7 @@ def _site(
     input_width, residual = shape.width, spot.residual
     if residual is not None and spot.reads_own_input:
         input_width = _input_width(residual, modules[residual], shape, seen)
-    _check_rows(spot.path, modules, config)
+    check_row_axis(spot.path, RowAxes(modules).at(spot.path), config)
     return SiteSpec(
         path=spot.path,
         host=host_type(host),
@@ -209,16 +209,15 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
     )
 
 
-def _check_rows(path: str, modules: dict[str, nn.Module], config: ActivationConfig) -> None:
-    """Raise TargetError where a row-wise setting would take the first axis for rows, and the host says that it is not."""
+def check_row_axis(path: str, axis: int | None, config: AdapterConfig) -> None:
+    """Raise TargetError where a row-wise setting takes the first axis for that of rows, and it is or may be another."""
     by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
     if not by_row or getattr(config, "batch_axis", None) is not None:
         return
-    axis = RowAxes(modules).at(path)
     if axis != 0:
-        where = "lies in a module" if axis else "may take or return what a module does"
+        found = "has" if axis else "may have, as other modules of the model,"
         raise TargetError(
-            f"{path!r} {where} whose batch is on axis 1 (batch_first=False); gating and stochastic_depth need to know: set "
+            f"{path!r} {found} its batch on axis 1 (batch_first=False); gating and stochastic_depth need to know: set "
             f"batch_axis={1 if axis else '0 or 1'}"
         )
 

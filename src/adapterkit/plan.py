@@ -119,7 +119,7 @@ def _put(model: nn.Module, record: Record, plans: Plans) -> None:
         site.weight_steps = plan.weight or idle
     if is_stale:
         forget_compiled()
-    set_batch_hooks(model, record, [path for path, _, _, plan in plans if plan.divides_rows])
+    set_batch_hooks(model, record, [(path, step.rows) for path, _, _, plan in plans for step in plan.dividing])
 
 
 def check_known(model: nn.Module, name: object) -> None:

@@ -1,13 +1,34 @@
-"""On which axis of a module's tensors the rows of the batch lie, as far as the model's modules say."""
+"""Where the rows of the batch lie in a module's tensors, as far as the modules say, or running the model showed."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .patterns import ancestors
+from .values import Path
 
-__all__ = ["RowAxes", "axis_of_call"]
+__all__ = ["NO_ROWS", "Layouts", "RowAxes", "RowLayout", "axis_of_call", "rows_at"]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How the rows of a batch lie in a tensor.
+
+    Attributes:
+        axis: On which axis; None if it is one tensor for all rows.
+        is_flat: A row is several indices of that axis, one after the other: its tokens, say, or windows of its image.
+    """
+
+    axis: int | None
+    is_flat: bool = False
+
+
+NO_ROWS = RowLayout(None)
+# Of a module: how rows lie in its tensors, as running it showed. By "input" or "output", then the way there in the call,
+# `(args, kwargs)`, or in what it returns; of its first floating-point tensor, by that word alone as well.
+Layouts = Mapping[Path, RowLayout]
 
 
 class RowAxes:
@@ -37,6 +58,12 @@ def axis_of_call(module: nn.Module) -> int:
     if not type(module).__module__.startswith("torch.nn"):
         return 0
     return 1 if any(_batch_first(inner) is False for inner in module.modules()) else 0
+
+
+def rows_at(tensor: Tensor, rows: int, axis: int) -> int | None:
+    """The axis of a tensor's rows; None if it has none of the batch's."""
+    axes = (axis, 0) if tensor.dim() <= 2 else (axis,)  # masks over padding have rows first, whatever the stream has
+    return next((at for at in axes if tensor.dim() > at and tensor.shape[at] == rows), None)
 
 
 def _batch_first(module: Any) -> bool | None:

@@ -5,7 +5,7 @@ import math
 from .composition import BatchSplit, Block, Composition, Parallel, Rows
 from .errors import CompatibilityError
 
-__all__ = ["copies_of_rows", "divides_rows", "fixed_rows", "row_kinds", "rows_of", "sizes_of"]
+__all__ = ["copies_of_rows", "divides_rows", "fixed_rows", "least_rows", "row_kinds", "rows_of", "sizes_of"]
 
 
 def rows_of(composition: Composition | None, count: int) -> tuple[Composition | None, ...]:
@@ -54,7 +54,7 @@ def row_kinds(composition: Composition | None) -> tuple[Composition | None, ...]
         CompatibilityError: sizes in it contradict one another.
     """
     fixed = fixed_rows(composition)
-    return tuple(dict.fromkeys(rows_of(composition, _unit_rows(composition) if fixed is None else fixed)))
+    return tuple(dict.fromkeys(rows_of(composition, least_rows(composition) if fixed is None else fixed)))
 
 
 def fixed_rows(composition: Composition | None) -> int | None:
@@ -70,11 +70,11 @@ def fixed_rows(composition: Composition | None) -> int | None:
     return fixed if fixed is None or not is_divided else fixed * len(composition.children)
 
 
-def _unit_rows(composition: Composition | None) -> int:
+def least_rows(composition: Composition | None) -> int:
     """The least number of rows that a composition without sizes can divide."""
     if not isinstance(composition, Block):
         return 1
-    unit = math.lcm(*map(_unit_rows, composition.children))
+    unit = math.lcm(*map(least_rows, composition.children))
     return unit * len(composition.children) if isinstance(composition, (BatchSplit, Parallel)) else unit
 
 

@@ -13,8 +13,9 @@ from .errors import CompatibilityError
 from .heads.plan import head_steps
 from .layers import in_layers
 from .mixing import Attend, Chain, Group, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
+from .row_axis import NO_ROWS, RowLayout
 from .row_division import divides_rows, fixed_rows, row_kinds
-from .sites import AdapterSite, Entry, Step
+from .sites import AdapterSite, Entry, Step, rows_in
 from .stacked import kind_of
 from .steps import AdaptWeight, AddDelta, Adding, AddProjected
 
@@ -30,9 +31,10 @@ class SitePlan:
     weight: tuple[Step, ...]
 
     @property
-    def divides_rows(self) -> bool:
-        """Whether rows run different adapters here, heads apart."""
-        return any(isinstance(step, Mix) and isinstance(step.node, RowMix) for step in (*self.input, *self.output))
+    def dividing(self) -> tuple[Mix, ...]:
+        """The steps, heads apart, at which rows run different adapters."""
+        mixes = (step for step in (*self.input, *self.output) if isinstance(step, Mix))
+        return tuple(step for step in mixes if isinstance(step.node, RowMix))
 
 
 def plan_at(
@@ -46,7 +48,7 @@ def plan_at(
     """The plan of a composition at the site of this host, without what is merged into its weights.
 
     Args:
-        row_axis: See `RowAxes.at`.
+        row_axis: What the model's modules say of it; see `RowAxes.at`.
 
     Raises:
         CompatibilityError: its adapters cannot act together here as it says.
@@ -124,13 +126,25 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
     if not node.leaves:  # those that have modules here get no rows
         return ()
     _check_one_tensor(place, node, composition)
-    return (Mix(node, composition, _row_axis(place, node, composition)),)
+    return (Mix(node, composition, _rows_at(place, node, composition)),)
 
 
-def _row_axis(place: _Place, node: Node, composition: Composition) -> int | None:
-    """The axis of rows at a place; None where their number is to tell it. Raises CompatibilityError: it cannot."""
-    if place.row_axis is not None or multiplies_rows(composition) or not _divides(node):
-        return place.row_axis or 0
+def _rows_at(place: _Place, node: Node, composition: Composition) -> RowLayout | None:
+    """How rows lie in a place's tensor; None where their number is to tell it.
+
+    Raises:
+        CompatibilityError: it cannot tell; or the tensor is one for all rows, or no sequence of tokens.
+    """
+    seen = rows_in(place.site.rows, node.readers[0].spec)
+    said = None if place.row_axis is None else RowLayout(place.row_axis)
+    if not _divides(node):
+        return said or RowLayout(0)
+    if seen is not None:
+        _check_divisible(place, node, seen, composition)
+    if seen is not None and seen.axis is not None:
+        return seen
+    if said is not None or multiplies_rows(composition):
+        return said or RowLayout(0)
     if fixed_rows(composition) is None:
         raise CompatibilityError(
             f"{composition!r} cannot act on {place.path!r}: some modules of the model have the rows of the batch on axis 1 "
@@ -140,9 +154,25 @@ def _row_axis(place: _Place, node: Node, composition: Composition) -> int | None
     return None
 
 
-def _divides(node: Node) -> bool:
-    """Whether a node divides rows or tokens, or holds one that does."""
-    return isinstance(node, (RowMix, TokenMix)) or (isinstance(node, Group) and any(map(_divides, node.nodes)))
+def _check_divisible(place: _Place, node: Node, rows: RowLayout, composition: Composition) -> None:
+    """Raise CompatibilityError where a place's tensor does not hold what a node divides, as running the model showed."""
+    if rows == NO_ROWS and _divides(node, RowMix):
+        raise CompatibilityError(
+            f"{composition!r} cannot act on {place.path!r}: its tensor there is one for all rows of the batch. "
+            "Exclude this place"
+        )
+    if rows.is_flat and _divides(node, TokenMix):
+        raise CompatibilityError(
+            f"{composition!r} cannot act on {place.path!r}: its tensor there holds the tokens of a row, or windows "
+            "of them, on the axis of rows, and no sequence. Exclude this place"
+        )
+
+
+def _divides(node: Node, *kinds: type[Node]) -> bool:
+    """Whether a node is, or holds, one of these kinds; of those that divide rows or tokens, if none are named."""
+    if isinstance(node, kinds or (RowMix, TokenMix)):
+        return True
+    return isinstance(node, Group) and any(_divides(inner, *kinds) for inner in node.nodes)
 
 
 def _is_in_order(composition: Composition | None) -> bool:

@@ -21,6 +21,7 @@ from .names import module_key
 from .ops.parts import Parts
 from .patterns import SITE
 from .record import RECORD, Handover, Record
+from .row_axis import Layouts, RowLayout
 from .structure.anatomy import Norm
 from .values import Path
 
@@ -41,6 +42,7 @@ __all__ = [
     "owner_at",
     "parameter_at",
     "record_of",
+    "rows_in",
     "site_key",
     "sites_among",
     "sites_of",
@@ -165,6 +167,16 @@ class Step:
         yield from ()
 
 
+def rows_in(layouts: Layouts, spec: SiteSpec) -> RowLayout | None:
+    """Of where rows lie in the tensors of a host, what is said of the one at a place; None if nothing is."""
+    if spec.at == "output":
+        ways: list[Path] = [("output", *(spec.output or ()))]
+    else:
+        position, keyword = spec.input or (None, None)
+        ways = [("input", side, key) for side, key in ((1, keyword), (0, position)) if key is not None] or [("input",)]
+    return next((layouts[way] for way in ways if way in layouts), None)
+
+
 class AdapterSite(nn.Module):
     """Holds the adapters of one host module; registered as its child, so that it moves, saves and copies with it.
 
@@ -182,6 +194,7 @@ class AdapterSite(nn.Module):
         # Of the Parameters into which adapters are merged, by their names from the host on.
         self.originals: dict[str, Original] = {}
         self.host_path = host_path
+        self.rows: Layouts = {}  # where rows lie in what the host takes and returns, as far as it was seen
         self.register_load_state_dict_post_hook(_forgive_absent_adapters)  # type: ignore[no-untyped-call]  # torch's
 
     def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:

@@ -28,15 +28,14 @@ def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[
         # A compiler follows no shallow copies of modules: there each adapter is a group, and one call, of its own.
         group = step.key if torch.compiler.is_compiling() else kind
         groups.setdefault(group, []).append((row, step))
-    x, axis = view.x, view.axis
+    result = view
     for members in groups.values():
         rows = [row for row, _ in members]
-        is_whole = rows == list(range(view.x.shape[axis]))
-        where = None if is_whole else torch.tensor(rows, device=x.device)
-        part = view if where is None else view.select(axis, where)
+        where = None if rows == list(range(view.rows)) else view.indices(rows)
+        part = view if where is None else view.select(where)
         changed = _run_group(site, host, part, [step for _, step in members])
-        x = changed if where is None else x.index_copy(axis, where, changed)
-    return x
+        result = result._replace(x=changed if where is None else result.put(where, changed))
+    return result.x
 
 
 def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[Adding]) -> Tensor:
@@ -48,17 +47,16 @@ def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[A
         return plus(view.x, step.delta(module, host, view))
     own = {key: _tensors(module) for key, module in modules.items()}
     stacked = {name: torch.stack([own[step.key][name] for step in steps]) for name in own[step.key]}
-    stream_of_all = view.streams.get(step.key)  # modules of one kind read the same one
 
     def run(tensors: Mapping[str, Tensor], x: Tensor, bare: Tensor, taken: Tensor | None, stream: Tensor | None) -> Tensor:
         streams = {} if stream is None else {step.key: stream}
-        row = View(x, bare, taken, streams, axis).map(lambda t: t.unsqueeze(axis))
-        return plus(row.x, step.delta(_with_tensors(module, tensors), host, row)).squeeze(axis)
+        return plus(x, step.delta(_with_tensors(module, tensors), host, View(x, bare, taken, streams, axis)))
 
-    given = (view.x, view.bare, view.taken, stream_of_all)
+    by_row = view.map(lambda tensor: tensor.unflatten(axis, (view.rows, view.per_row)))  # type: ignore[no-untyped-call]  # torch's
+    given = (by_row.x, by_row.bare, by_row.taken, by_row.streams.get(step.key))  # modules of one kind read one stream
     axes = (0, *(None if tensor is None else axis for tensor in given))
     changed: Tensor = torch.vmap(run, in_dims=axes, out_dims=axis, randomness="different")(stacked, *given)
-    return changed
+    return changed.flatten(axis, axis + 1)
 
 
 def kind_of(step: Adding, module: nn.Module) -> Hashable:

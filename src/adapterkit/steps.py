@@ -4,7 +4,7 @@ A step acts on what a hook is given, a whole output or call. Those that add to o
 alone, or on some of its rows or tokens (a `View`): compositions make use of that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -29,6 +29,7 @@ class View(NamedTuple):
         taken: What the host takes; None where no adapter reads that.
         streams: What each adapter that reads a residual stream reads, by its name among the site's children.
         axis: That of the rows; the tokens are on the other one of the first two.
+        per_row: How many indices of that axis each row has, one after the other.
     """
 
     x: Tensor
@@ -36,20 +37,38 @@ class View(NamedTuple):
     taken: Tensor | None
     streams: dict[str, Tensor]
     axis: int
+    per_row: int = 1
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self.x.shape[self.axis] // self.per_row
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "View":
         """The view with a function of each tensor in its place."""
         streams = {key: function(stream) for key, stream in self.streams.items()}
         taken = None if self.taken is None else function(self.taken)
-        return View(function(self.x), function(self.bare), taken, streams, self.axis)
+        return self._replace(x=function(self.x), bare=function(self.bare), taken=taken, streams=streams)
 
     def narrow(self, axis: int, start: int, size: int) -> "View":
         """A part of an axis: some tokens, all rows."""
         return self.map(lambda tensor: tensor.narrow(axis, start, size))
 
-    def select(self, axis: int, where: Tensor) -> "View":
-        """These indices of an axis: some rows."""
-        return self.map(lambda tensor: tensor.index_select(axis, where))
+    def indices(self, rows: Sequence[int]) -> Tensor:
+        """Where these rows lie on their axis. Shape: (rows * per_row,)."""
+        where = torch.tensor(rows, device=self.x.device)
+        if self.per_row == 1:
+            return where
+        within = torch.arange(self.per_row, device=self.x.device)
+        return (where[:, None] * self.per_row + within).flatten()
+
+    def select(self, where: Tensor) -> "View":
+        """These indices of the axis of rows: some rows."""
+        return self.map(lambda tensor: tensor.index_select(self.axis, where))
+
+    def put(self, where: Tensor, changed: Tensor) -> Tensor:
+        """The tensor x with others at these indices. Shape: as x."""
+        return self.x.index_copy(self.axis, where, changed)
 
 
 def plus(x: Tensor, delta: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..attach import attach, check_free
+from ..attach import attach, check_free, seen_rows
 from ..base import fingerprint
 from ..composition import Fuse, to_json
 from ..config.fusion import FusionConfig
@@ -100,7 +100,7 @@ def load_adapter(
     if isinstance(config, FusionConfig):
         attach_fusion(model, name, config, parts)
     else:
-        attach(model, name, config, parts)
+        attach(model, name, config, parts, seen_rows(model, config, example_inputs))
     return name
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from threading import Lock
+from typing import Generic, TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -19,11 +21,37 @@ from .key import structure_key
 from .sublayers import dissect
 from .trace import ExampleInputs
 
-__all__ = ["Discovery", "discover"]
+__all__ = ["Discovery", "Remembered", "discover"]
 
-_REMEMBERED: OrderedDict[str, tuple[Anatomy, ExampleInputs]] = OrderedDict()
+T = TypeVar("T")
 _LIMIT = 32
-_LOCK = Lock()
+
+
+class Remembered(Generic[T]):
+    """What was found for the last models, by the key of their structure."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[str, T] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: str, find: Callable[[], T]) -> T:
+        """What was found for this structure, by now if not before. Raises what `find` raises."""
+        found = self._held.get(key)
+        found = find() if found is None else found
+        with self._lock:
+            self._held[key] = found
+            self._held.move_to_end(key)
+            while len(self._held) > _LIMIT:
+                self._held.popitem(last=False)
+        return found
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._held.clear()
+
+
+_REMEMBERED: Remembered[tuple[Anatomy, ExampleInputs]] = Remembered()
 
 
 class Discovery:
@@ -72,18 +100,13 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> t
         raise CompatibilityError(
             f"{type(model).__name__} has lazy layers ({lazy[0]!r}), which have no shape yet; run it once"
         )
-    key = structure_key(model, example_inputs)
-    found = _REMEMBERED.get(key)
-    if found is None:
+
+    def find() -> tuple[Anatomy, ExampleInputs]:
         if example_inputs is None:
             inputs, graph = first_that_runs(model, partial(record, model))
         else:
             inputs, graph = (), record(model, example_inputs)
-        found = dissect(Flow(graph), modules_by_path(model)), inputs
-    with _LOCK:
-        _REMEMBERED[key] = found
-        _REMEMBERED.move_to_end(key)
-        while len(_REMEMBERED) > _LIMIT:
-            _REMEMBERED.popitem(last=False)
-    anatomy, inputs = found
+        return dissect(Flow(graph), modules_by_path(model)), inputs
+
+    anatomy, inputs = _REMEMBERED.get(structure_key(model, example_inputs), find)
     return anatomy, moved_to(inputs if example_inputs is None else example_inputs, model)
