@@ -50,6 +50,7 @@ def examine_one(catalogue: str, name: str) -> Report:
     import torch
 
     from benchmarks.zoo.gates import GateError, examine, outputs
+    from benchmarks.zoo.rows import check_rows
 
     models = import_module(f"benchmarks.zoo.{catalogue}")
     torch.set_num_threads(1)
@@ -64,6 +65,8 @@ def examine_one(catalogue: str, name: str) -> Report:
         outputs(model, inputs)
         outcome = "failed"
         report = examine(model, inputs, models.IRREGULAR.get(name), getattr(models, "KINDS", {}).get(name))
+        if "epsilon" in report:
+            report["rows"] = check_rows(model, inputs)
         outcome = _outcome(report)
     except GateError as error:
         report = {"reason": str(error)}

@@ -233,11 +233,11 @@ def check_files(kit: ak.AdapterKit, model: nn.Module, inputs: Inputs, preset: st
         _same(f"{preset}: after save and load", adapted, outputs(model, inputs))
 
 
-def randomise(kit: ak.AdapterKit, seed: int = 7) -> None:
-    """Draw every adapter tensor anew."""
+def randomise(kit: ak.AdapterKit, name: str = "zoo", seed: int = 7) -> None:
+    """Draw every tensor of an adapter anew."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in kit.parameters("zoo"):
+        for parameter in kit.parameters(name):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
 
 

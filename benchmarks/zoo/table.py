@@ -45,13 +45,15 @@ made small. Nothing is known to adapterkit of any: their places are found by tra
    their tensors gets a gradient.
 4. A deep copy, a state dict, and a saved and loaded adapter give the same output, bit for bit.
 5. After removal the output, the keys and the hooks are as before.
+6. Two adapters in one batch (`Rows`, `BatchSplit`, `Parallel`): each row is what its adapter alone gives it, or a typed
+   error says why not. Not compared is what the base itself gives otherwise to a row in a batch than alone.
 
 A CNN is told by what its branches do, and refused: its gate is that the presets say so and leave it alone. The run writes
 `benchmarks/results/zoo_*.json`, from them this page, and a list of all places, `zoo_*_sites.json`, with which
 `nox -s zoo -- --check` compares: a place that a new release of a library moves is a difference.
 
-| | there are | build | of these run | have residual sub-layers | of these pass every gate | CNNs, refused | seconds |
-|---|---|---|---|---|---|---|---|
+| | there are | build | of these run | have sub-layers | of these pass each gate | rows as alone | CNNs, refused | seconds |
+|---|---|---|---|---|---|---|---|---|
 """
 _LISTS = {
     "failed": "These do not pass",
@@ -84,6 +86,7 @@ def summary(reports: Reports) -> str:
     return (
         f"{len(reports)} types, {n['built']} build, {n['ran']} of these run ({_share(n['ran'], n['built'])}); "
         f"{n['with']} have residual sub-layers, {n['passed']} of these pass every gate ({_share(n['passed'], n['with'])}); "
+        f"each row is as alone in {n['alone']}, {n['rows refused']} refuse, {n['rows not comparable']} cannot be compared; "
         f"{n['convolutional']} are CNNs"
     )
 
@@ -91,13 +94,24 @@ def summary(reports: Reports) -> str:
 def _numbers(reports: Reports) -> dict[str, int]:
     counts = Counter(report["outcome"] for report in reports.values())
     built = len(reports) - counts["does not build"]
+    rows = Counter(_rows_of(report) for report in reports.values() if "rows" in report)
     return {
         "built": built,
         "ran": built - counts["does not run"],
         "with": counts["passed"] + counts["failed"],
         "passed": counts["passed"],
         "convolutional": counts["convolutional"],
+        "alone": rows["alone"],
+        "rows refused": rows["refused"],
+        "rows not comparable": rows["not comparable"],
     }
+
+
+def _rows_of(report: Mapping[str, Any]) -> str:
+    """What came of two adapters in one batch."""
+    if report["rows"] == "each as alone":
+        return "alone"
+    return "refused" if report["rows"].startswith("refused") else "not comparable"
 
 
 def _share(part: int, whole: int) -> str:
@@ -114,6 +128,7 @@ def _row(catalogue: str, run: Run) -> str:
         f"{n['ran']} ({_share(n['ran'], n['built'])})",
         n["with"],
         f"{n['passed']} (**{_share(n['passed'], n['with'])}**)",
+        f"{n['alone']} of {n['alone'] + n['rows refused']}",
         n["convolutional"],
         run["seconds"],
     )
@@ -132,6 +147,8 @@ def _section(catalogue: str, reports: Reports, templates: Mapping[str, list[str]
         lines.append(f"| {' | '.join(build)} | {_codes(names)} |")
     for outcome, start in _LISTS.items():
         lines += _with_reasons(start, {name: reports[name] for name in _of(reports, outcome)})
+    divided = {name: {"reason": r["rows"]} for name, r in reports.items() if _rows_of({"rows": "", **r}) == "refused"}
+    lines += _with_reasons("These refuse two adapters in one batch", divided)
     refused, without = _of(reports, "convolutional"), _of(reports, "no sub-layers")
     if refused:
         lines += ["", _wrapped(f"**These are CNNs** ({len(refused)}), and refused: {_codes(refused)}.")]
