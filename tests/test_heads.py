@@ -156,7 +156,9 @@ def test_each_kind_of_head_trains_saves_and_loads(which: str, tmp_path: Any) -> 
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"
 )  # torch's own, of hooks on what it compiles
-@pytest.mark.parametrize("which", HEADS)
+@pytest.mark.parametrize(
+    "which", [w if w in ("classification", "tagging") else pytest.param(w, marks=pytest.mark.slow) for w in HEADS]
+)
 def test_each_kind_of_head_compiles_without_a_graph_break(which: str) -> None:
     head, labels, _ = HEADS[which]
     kit, inputs = kit_of(bert(), {"a": head}), batch()
