@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 
+from .composed_hosts import TokensFirstBlock, TokensFirstInside
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from .test_compositions_run import IDS, KIT, hidden, names, same
 
@@ -316,6 +317,27 @@ def test_a_block_that_runs_again_after_a_difference_is_not_shared_in_silence() -
         kit.model(ids)
     kit.activate(ak.BatchSplit("a", "b"))
     assert len(kit.model(ids.repeat(2, 1))) == 6
+
+
+class TurnedWithin(PreNormBlock):
+    """Takes (seq, batch, hidden), and computes with the batch first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("block", [TurnedWithin, TokensFirstBlock])
+def test_blocks_with_tokens_first_are_not_shared_by_halves_of_their_tokens(block: type[nn.Module]) -> None:
+    ids = torch.randint(0, 11, (3, 4))
+    kit = ak.wrap(TokensFirstInside(block).eval(), ids)
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=["blocks.*.mlp"], bottleneck_size=3, layers=[1]))
+        randomise(kit, name)
+    with kit.active(ak.Parallel("a", "b")):
+        together = kit.model(ids)
+    for name, found in zip("ab", together.chunk(2), strict=True):
+        with kit.active(name):
+            torch.testing.assert_close(found, kit.model(ids), atol=1e-6, rtol=1e-5)
 
 
 def test_hidden_states_and_heads_on_them_have_all_rows_where_blocks_are_shared() -> None:

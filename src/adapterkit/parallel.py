@@ -83,7 +83,7 @@ class TrimHook(_Sharing):
         return batch is not None and batch.is_repeated
 
     def _rows(self, call: Any) -> int | None:
-        """The rows of the batch; None where another tensor has that size for another reason, as a mask over tokens may."""
+        """The rows of the batch; None where they lie elsewhere, or another tensor has that size (a mask over tokens)."""
         path = values.find(call)
         if path is None or values.get(call, path).dim() <= self.axis:
             return None
@@ -91,7 +91,9 @@ class TrimHook(_Sharing):
         rows: int = x.shape[self.axis]
         tensors = [tensor for _, tensor in values.tensors(call)]
         is_doubtful = any(is_ambiguous(tensor, x, tensors, rows) for tensor in tensors)
-        return None if rows % self.copies or is_doubtful else rows
+        batch = None if torch.compiler.is_compiling() else running(self.record)
+        is_other = batch is not None and rows != batch.rows
+        return None if rows % self.copies or is_doubtful or is_other else rows
 
 
 class UntrimHook(_Sharing):
