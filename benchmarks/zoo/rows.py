@@ -78,7 +78,8 @@ def _apart(both: Sequence[Tensor], alone: Sequence[Sequence[Tensor]], tolerance:
     for index, tensor in enumerate(both):
         for axis in range(min(2, tensor.dim())):
             rows = [row[index] for row in alone]
-            if all(row.dim() > axis and row.shape[axis] == 1 for row in rows) and _close(tensor, rows, axis, tolerance):
+            are_rows = len({row.shape for row in rows}) == 1 and rows[0].shape[axis : axis + 1] == (1,)
+            if are_rows and _close(tensor, rows, axis, tolerance):
                 yield index, axis
                 break
 
@@ -86,7 +87,7 @@ def _apart(both: Sequence[Tensor], alone: Sequence[Sequence[Tensor]], tolerance:
 def _compare(tree: Any, found: Sequence[Tensor], rows: Sequence[Sequence[Tensor]], apart: _Apart, tolerance: float) -> None:
     for index, axis in apart:
         if len({row[index].shape for row in rows}) > 1:
-            continue  # as long as its numbers say: sound of so many frames
+            continue  # as long as its numbers say, as sound may be
         if len(found) != len(rows[0]) or not _close(found[index], [row[index] for row in rows], axis, tolerance):
             raise GateError(f"{tree!r}: a row of output {index} is not what its adapter alone gives it")
 
