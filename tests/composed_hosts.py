@@ -78,6 +78,17 @@ class Convs(nn.Module):
         return self.head(x.mean((-1, -2)))
 
 
+class TokensFirstModel(nn.Module):
+    """A model of the user's that takes (seq, batch) and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.encoder, self.out = nn.Embedding(11, WIDTH), encoder(False), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.encoder(self.embedding(ids)))
+
+
 class Recurrent(nn.Module):
     """An embedding, an LSTM and a layer for each token."""
 
@@ -244,6 +255,12 @@ ENCODER = {
     "attention's q": L(targets=["@attention.q"], rank=2),
     "ia3": ak.IA3Config(targets=["linear1"], feedforward_targets=["linear2"]),
 }
+AROUND = {
+    **{name: config for name, config in ENCODER.items() if name not in ("at the root", "before the end")},
+    "embedded": B(targets=["embedding"], bottleneck_size=2),
+    "lora embedding": L(targets=["embedding", "out"], rank=2),
+    "out": B(targets=["out"], bottleneck_size=2),
+}
 CONVS = {
     "stem": L(targets=["stem"], rank=2),
     "stem 2": L(targets=["stem"], rank=2),
@@ -301,6 +318,9 @@ HOSTS: dict[str, Host] = {
     ),
     "square encoder, seq first": Host(
         lambda: encoder(False), lambda rows: {"src": torch.randn(ROWS, rows, WIDTH)}, ENCODER, row_axis=1, token_axis=0
+    ),
+    "square, tokens first": Host(
+        TokensFirstModel, lambda rows: {"ids": torch.randint(0, 11, (ROWS, rows))}, AROUND, row_axis=1, token_axis=0
     ),
     "convs": Host(Convs, lambda rows: {"x": torch.randn(rows, 3, 9, 9)}, CONVS, with_presets=False),
     "recurrent": Host(Recurrent, ids, RECURRENT, with_presets=False),

@@ -26,7 +26,7 @@ from .oracle import NoMeaningError, expected, pieces_of
 from .strategies import compositions
 
 FAST = ["pre-norm", "post-norm", "encoder", "encoder, seq first", "square encoder, seq first", "convs", "recurrent"]
-LAID = ["flat tokens", "windows", "tokens first inside", "square, tokens first inside"]
+LAID = ["flat tokens", "windows", "tokens first inside", "square, tokens first inside", "square, tokens first"]
 
 
 def on_hosts(*fast: str) -> Any:
@@ -396,7 +396,7 @@ def test_a_mean_of_narrow_adapters_is_not_rounded_to_their_dtype() -> None:
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("norm", "'norm' has its batch on axis 1 .* set batch_axis=1"), ("after", "set batch_axis=0 or 1")],
+    [("norm", "'norm' has its batch on axis 1; .* set batch_axis=1"), ("after", "set batch_axis=0 or 1")],
 )
 def test_a_gate_asks_where_rows_are_that_may_be_on_the_second_axis(target: str, message: str) -> None:
     kit = ak.wrap(Turned() if target == "after" else encoder(False))

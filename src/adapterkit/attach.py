@@ -26,8 +26,8 @@ from .methods import method_of
 from .names import check_name
 from .parts import Part, build_parts, head_parts, tied_groups
 from .patterns import SITE, ancestors, match
-from .placement import check_row_axis, resolve
-from .plan import apply, check_plans
+from .placement import check_row_axes, resolve
+from .plan import apply, check_plans, layouts_of
 from .record import ACTIVATION_LOCK, RECORD, Handover, Record, silenced
 from .row_axis import Layouts
 from .sites import (
@@ -39,7 +39,6 @@ from .sites import (
     named_parameters,
     open_parameters,
     record_of,
-    rows_in,
     sites_among,
     sites_of,
 )
@@ -56,7 +55,7 @@ __all__ = [
     "find_sites",
     "needs_structure",
     "remove_head",
-    "seen_rows",
+    "seen_layouts",
     "shared_record",
 ]
 
@@ -76,12 +75,8 @@ def add(
     if replaced:
         sites = _outside_heads(model, sites, config, replaced)
         check_apart([site.path for site in sites], replaced)
-    rows = seen_rows(model, config, example_inputs)
-    for site in sites:
-        layout = rows_in(rows.get(site.path, {}), site)
-        if layout is not None and layout.axis is not None:
-            check_row_axis(site.path, layout.axis, members(config)[site.member])
-    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, found), rows)
+    layouts = seen_layouts(model, config, sites, example_inputs)
+    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, found), layouts)
 
 
 def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: ExampleInputs | None = None) -> None:
@@ -99,7 +94,7 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
     parts = head_parts(model, found)
     with ACTIVATION_LOCK:
         try:
-            _insert(model, record, name, config, parts, trains=trains, rows={})
+            _insert(model, record, name, config, parts, trains=trains)
             for composition in record.activation.held:
                 check_plans(model, record, composition)
         except AdapterKitError:  # what is active, now or after a `with` block, cannot choose between heads
@@ -165,15 +160,24 @@ def needs_structure(config: Config) -> bool:
     return any(asks_for_structure(m, placement) for m in members(config) for placement in method_of(m).placements(m))
 
 
-def seen_rows(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> Mapping[str, Layouts]:
-    """By the path of each module: where the rows of a batch lie in its tensors, as running the model shows.
+def seen_layouts(
+    model: nn.Module, config: Config, sites: Sequence[SiteSpec], example_inputs: ExampleInputs | None
+) -> Mapping[str, Layouts]:
+    """By the path of each module: where the rows of a batch lie in its tensors, as running the model shows or has shown.
 
     It is run on the inputs, if there are any; on tiny ones, if the config's places are found by running it, too.
+
+    Raises:
+        TargetError: the config has a row-wise setting that would take another axis for that of rows.
     """
-    if example_inputs is None and not needs_structure(config):
-        return {}
-    with ACTIVATION_LOCK, silenced():
-        return discover_rows(model, example_inputs)
+    record = record_of(model)
+    layouts = {} if record is None else layouts_of(model, record)
+    is_new = any(site.path not in layouts for site in sites)
+    if is_new and (example_inputs is not None or needs_structure(config)):
+        with ACTIVATION_LOCK, silenced():
+            layouts = discover_rows(model, example_inputs) or layouts
+    check_row_axes(model, sites, members(config), layouts)
+    return layouts
 
 
 def attach(
@@ -181,22 +185,29 @@ def attach(
     name: str,
     config: Config | FusionConfig,
     parts: Sequence[Part],
-    rows: Mapping[str, Layouts] | None = None,
+    layouts: Mapping[str, Layouts] | None = None,
 ) -> None:
-    """Put an adapter's (or a fusion's) modules into the model. Nothing can fail from here on but a lack of memory.
+    """Put an adapter's (or a fusion's) modules into the model: the last step, after which nothing can fail.
 
     Args:
-        rows: What `seen_rows` says of the model.
+        layouts: What `seen_layouts` says of the model, if it was asked.
 
     Raises:
         AdapterNameError: the name is taken, or cannot be a name.
-        CompatibilityError: two parts of the model were wrapped apart.
+        CompatibilityError: two parts of the model were wrapped apart; or what was seen of it now refutes what is active.
     """
     check_free(model, name)
     record = shared_record(model)
-    model.__dict__[RECORD] = record
     with ACTIVATION_LOCK:
-        _insert(model, record, name, config, parts, trains=record.frozen is None, rows=rows or {})
+        before, record.layouts = record.layouts, record.layouts if layouts is None else layouts
+        try:
+            for composition in record.activation.held if record.layouts is not before else ():
+                check_plans(model, record, composition)
+        except AdapterKitError:
+            record.layouts = before
+            raise
+        model.__dict__[RECORD] = record
+        _insert(model, record, name, config, parts, trains=record.frozen is None)
 
 
 def _insert(
@@ -207,7 +218,6 @@ def _insert(
     parts: Sequence[Part],
     *,
     trains: bool,
-    rows: Mapping[str, Layouts],
 ) -> None:
     """Put modules of an adapter into the model, after those that it has."""
     for part in parts:
@@ -216,7 +226,6 @@ def _insert(
         if not isinstance(site, AdapterSite):
             site = host._modules[SITE] = AdapterSite(record, part.path)
             site.train(host.training)
-        site.rows = site.rows or rows.get(part.path, {})
         handover = Handover() if part.spec is not None and part.spec.residual is not None else None
         open_parameters(part.module.train(host.training), trains)
         site.insert(name, part.module, config, part.spec, handover, part.head)

@@ -20,7 +20,7 @@ from .errors import CompatibilityError
 from .generation import is_generating
 from .hooks import KitHook
 from .record import RECORD, Record
-from .row_axis import rows_at
+from .row_axis import RowLayout, first_with_rows, rows_at, tokens_in
 from .row_division import fixed_rows, least_rows, rows_of
 
 __all__ = [
@@ -29,7 +29,9 @@ __all__ = [
     "BatchHook",
     "check_repeated",
     "check_sizes",
+    "indices_per_row",
     "is_ambiguous",
+    "is_of_tokens",
     "running",
 ]
 
@@ -41,12 +43,14 @@ class Batch:
     Attributes:
         sizes: Those of what may be rows: the first two axes of tensors, the lengths of lists.
         rows: As many as its first tensor has on the axis of rows, a repeated batch those of all; None without a tensor.
+        tokens: How many each row may have.
         is_repeated: Whether a Parallel repeats the batch.
         has_diverged: Whether the Parallel's children have differed yet.
     """
 
     sizes: frozenset[int]
     rows: int | None = None
+    tokens: frozenset[int] = frozenset()
     is_repeated: bool = False
     has_diverged: bool = False
 
@@ -75,8 +79,9 @@ class BatchHook(KitHook):
         """Return `(args, kwargs)`, each tensor with the batch's rows as often as there are children. Shape: as given."""
         record: Record = module.__dict__[RECORD]
         call = (args, kwargs)
-        first = next((tensor for _, tensor in values.tensors(call) if tensor.dim() > self.axis), None)
+        first = first_with_rows(call, self.axis)
         rows = None if first is None else first.shape[self.axis]
+        tokens = frozenset[int]() if rows is None else tokens_in(call, rows, self.axis)
         is_repeated = self.parallel is not None and record.activation.check(record.activation.active)
         if self.parallel is not None and is_repeated:
             _refuse_generation(self.parallel)
@@ -84,7 +89,7 @@ class BatchHook(KitHook):
             rows_of(record.activation.active, rows)  # places at which all rows run the same do not count them
         if not torch.compiler.is_compiling():
             sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
-            _thread.calls.setdefault(id(record), []).append(Batch(sizes, rows, is_repeated))
+            _thread.calls.setdefault(id(record), []).append(Batch(sizes, rows, tokens, is_repeated))
         return call if is_repeated else None
 
 
@@ -123,33 +128,37 @@ def check_sizes(record: Record, path: str, tensor: Tensor, axis: int) -> None:
         )
 
 
-def indices_per_row(record: Record, path: str, tensor: Tensor, axis: int, composition: Composition | None) -> int:
-    """How many indices of an axis each row has, where they lie there one after the other.
+def indices_per_row(record: Record, path: str, tensor: Tensor, layout: RowLayout, composition: Composition | None) -> int:
+    """How many indices of its axis each row has in a tensor that has several for each, one after the other.
 
     A composition without sizes takes the fewest rows that it can divide, each of several of the batch.
 
     Raises:
-        CompatibilityError: nothing says how many rows there are, or they are not those of the composition.
+        CompatibilityError: the rows are not those of the composition, or the tensor is not that of all their tokens.
     """
-    fixed, size = fixed_rows(composition), tensor.shape[axis]
+    fixed, size = fixed_rows(composition), tensor.shape[layout.axis or 0]
+    rows = max(1, least_rows(composition) if fixed is None else fixed)
     batch = None if _is_unseen() else running(record)
-    seen = fixed if batch is None or batch.rows is None else batch.rows
-    wrong = None
-    if seen is not None:
+    wrong = f"{rows} rows do not divide it" if size % rows else None
+    if batch is not None and batch.rows:
         try:
-            rows_of(composition, seen)
+            rows_of(composition, batch.rows)
         except CompatibilityError as error:
             wrong = str(error)
-        if size % max(1, seen):
-            wrong = f"the batch has {seen} rows"
-    elif not _is_unseen() or torch.compiler.is_compiling():  # in a recomputation it was seen when this ran first
-        wrong = "nothing says how many rows there are; say it by Rows or ak.BatchSplit(..., sizes=[...])"
-    if wrong is not None:
+        if size % batch.rows or (layout.of_tokens and size // batch.rows not in batch.tokens):
+            wrong = f"{batch.rows} rows of {sorted(batch.tokens)} tokens do not make it"
+    if wrong is not None and size:
         raise CompatibilityError(
             f"{path!r} has a tensor of shape {tuple(tensor.shape)}, in which each row of the batch is several indices of "
-            f"axis {axis}: {wrong}. Else exclude this place"
+            f"axis {layout.axis}: {wrong}. Name as many rows as there are, or exclude this place"
         )
-    return size // max(1, least_rows(composition) if fixed is None else fixed)
+    return max(1, size // rows)
+
+
+def is_of_tokens(record: Record, size: int) -> bool:
+    """Whether an axis may be that of the tokens of a row, as far as the model's call is seen."""
+    batch = None if _is_unseen() else running(record)
+    return batch is None or size in batch.tokens
 
 
 def check_repeated(record: Record, path: str, tensor: Tensor, axis: int, per_row: int) -> None:
@@ -195,8 +204,7 @@ def _refuse_generation(parallel: Parallel) -> None:
 
 def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
     """The call with its rows repeated, and their number then."""
-    tensors = list(values.tensors(call))
-    reference = next((tensor for _, tensor in tensors if tensor.dim() > axis), None)
+    tensors, reference = list(values.tensors(call)), first_with_rows(call, axis)
     if reference is None:
         found = [type(value).__name__ for value in (*call[0], *call[1].values())]
         raise CompatibilityError(

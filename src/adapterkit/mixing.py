@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import values
-from .batch import check_repeated, check_sizes, indices_per_row
+from .batch import check_repeated, check_sizes, indices_per_row, is_of_tokens
 from .composition import Composition
 from .errors import CompatibilityError
 from .row_axis import RowLayout
@@ -150,6 +150,11 @@ class TokenMix(Group):
                 f"Split divides a sequence, and {self.path!r} has a tensor of shape {tuple(view.x.shape)}"
             )
         axis = 1 - view.axis
+        if view.per_row > 1 and not is_of_tokens(site.record, view.x.shape[axis]):
+            raise CompatibilityError(
+                f"Split divides a sequence, and {self.path!r} has a tensor of shape {tuple(view.x.shape)}, in which each "
+                f"row of the batch is several indices of axis {view.axis}: windows of it. Exclude this place"
+            )
         sizes = sizes_of(self.sizes, len(self.nodes), view.x.shape[axis], f"the sequence at {self.path!r}")
         parts, start = [], 0
         for node, size in zip(self.nodes, sizes, strict=True):
@@ -182,7 +187,7 @@ class RowMix(Group):
         try:
             if x.dim() <= axis or axis == self.leaves[0].step.spec.axis % x.dim():
                 raise CompatibilityError(f"it has no rows on axis {axis}")
-            rows = rows_of(self.composition, view.rows)
+            rows = rows_of(self.composition, view.row_count)
         except CompatibilityError as error:
             raise CompatibilityError(f"at {self.path!r}, a tensor of shape {tuple(x.shape)}: {error}") from error
         number = {kind: i for i, kind in enumerate(self.kinds)}
@@ -194,6 +199,14 @@ class RowMix(Group):
         Chains go level by level, all rows at once; at each level, modules that differ in their weights alone are one
         stacked computation.
         """
+        others = [tensor for tensor in (view.taken, *view.streams.values()) if tensor is not None]
+        size = view.x.shape[view.axis : view.axis + 1]
+        if any(tensor.shape[view.axis : view.axis + 1] != size for tensor in others):
+            shapes = [tuple(tensor.shape) for tensor in others]
+            raise CompatibilityError(
+                f"{self.composition!r} at {self.path!r} divides the rows of a tensor of shape {tuple(view.x.shape)}, and "
+                f"its adapters read tensors of shapes {shapes}: other rows. Name another `residual`, or exclude this place"
+            )
         if self.is_parallel:  # first: it says more than that there are no equal parts
             check_repeated(site.record, self.path, view.x, view.axis, view.per_row)
         rows = self.assign(view)
@@ -222,12 +235,12 @@ class Mix(Step):
 
     Args:
         node: What a composition is at this site.
-        rows: How they lie; None where they are on the axis that has as many as the composition needs.
+        layout: How rows lie; None where they are on the axis that has as many as the composition needs.
     """
 
     node: Node
     adapter: Composition | None
-    rows: RowLayout | None
+    layout: RowLayout | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` with that tensor replaced. Shape: as it was."""
@@ -246,14 +259,14 @@ class Mix(Step):
             if stream is not None:
                 streams[step.key] = stream
         axis, per_row = self._row_axis(x), 1
-        if self.rows is not None and self.rows.is_flat:
-            per_row = indices_per_row(site.record, steps[0].spec.path, x, axis, self.adapter)
+        if self.layout is not None and self.layout.is_flat:
+            per_row = indices_per_row(site.record, steps[0].spec.path, x, self.layout, self.adapter)
         return values.put(value, path, self.node.run(site, host, View(x, x, taken, streams, axis, per_row)))
 
     def _row_axis(self, x: Tensor) -> int:
         """The axis of the rows. Raises CompatibilityError: their number does not tell it."""
-        if self.rows is not None:
-            return self.rows.axis or 0
+        if self.layout is not None and self.layout.axis is not None:
+            return self.layout.axis
         spec, rows = self.node.readers[0].spec, fixed_rows(self.adapter)
         features = spec.axis % max(1, x.dim())
         found = [axis for axis, size in enumerate(x.shape[:2]) if size == rows and axis != features]

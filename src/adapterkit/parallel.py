@@ -6,7 +6,7 @@ Blocks below the first one where children differ compute the first rows alone, a
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .errors import CompatibilityError
 from .hooks import KitHook, forget_compiled, remove_hooks, set_hook
 from .layers import stack_of
 from .record import Record
-from .row_axis import RowLayout, axis_of_call, rows_at
+from .row_axis import NO_ROWS, Layouts, RowLayout, axis_of_call, rows_at
 
 __all__ = ["set_batch_hooks"]
 
@@ -118,11 +118,14 @@ class UntrimHook(_Sharing):
         return output
 
 
-def set_batch_hooks(model: nn.Module, record: Record, dividing: Sequence[tuple[str, RowLayout | None]]) -> None:
+def set_batch_hooks(
+    model: nn.Module, record: Record, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
+) -> None:
     """Have the hooks that the active composition needs.
 
     Args:
         dividing: The hosts, heads apart, at which rows run different adapters, each with how rows lie there.
+        layouts: What was seen of where rows lie in what modules take, by path.
     """
     parallel = parallel_in(record.activation.active)
     old = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, BatchHook)), None)
@@ -131,35 +134,40 @@ def set_batch_hooks(model: nn.Module, record: Record, dividing: Sequence[tuple[s
     for kind in (BatchHook, BatchEndHook):
         remove_hooks(model, kind)
         set_hook(model, kind, parallel is not None or bool(dividing), record)  # after those that take labels off the call
+    seen = next(
+        (rows.axis for way, rows in layouts.get("", {}).items() if way[0] == "input" and rows.axis is not None), None
+    )
     for hook in model._forward_pre_hooks.values():
         if isinstance(hook, BatchHook):
-            hook.parallel, hook.axis = parallel, axis_of_call(model)
+            hook.parallel, hook.axis = parallel, axis_of_call(model) if seen is None else seen
     if parallel is None and (old is None or old.parallel is None):
         return  # a compiler takes these hooks for nothing: what it made without them is right
     for block in model.modules():
         for sharing in (TrimHook, UntrimHook):
             remove_hooks(block, sharing)
     if parallel is not None:
-        for block in _shared_blocks(model, dividing):
-            _share(block, parallel, record)
+        for block, axis in _shared_blocks(model, dividing, layouts):
+            _share(block, axis, parallel, record)
     forget_compiled()
 
 
-def _share(block: nn.Module, parallel: Parallel, record: Record) -> None:
-    """Have a block compute the rows of the first child alone."""
+def _share(block: nn.Module, axis: int, parallel: Parallel, record: Record) -> None:
+    """Have a block compute the rows of the first child alone, which it takes on this axis."""
     for kind in (TrimHook, UntrimHook):
         set_hook(block, kind, True, record)
     for hook in (*block._forward_pre_hooks.values(), *block._forward_hooks.values()):
         if isinstance(hook, _Sharing):
-            hook.copies, hook.axis = len(parallel.children), axis_of_call(block)
+            hook.copies, hook.axis = len(parallel.children), axis
         if isinstance(hook, TrimHook):
             hook.record = record
 
 
-def _shared_blocks(model: nn.Module, dividing: Sequence[tuple[str, RowLayout | None]]) -> list[nn.Module]:
+def _shared_blocks(
+    model: nn.Module, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
+) -> list[tuple[nn.Module, int]]:
     """The blocks below the first in which children differ, where they differ in one stack of blocks and nowhere else.
 
-    None where a block would have its rows on another axis than what it holds, as far as that is known.
+    Each with the axis of the rows that it takes: as that was seen or else, if the places have theirs there, as it says.
     """
     modules = dict(model.named_modules())
     places = [stack_of(path, modules) for path, _ in dividing]
@@ -168,9 +176,16 @@ def _shared_blocks(model: nn.Module, dividing: Sequence[tuple[str, RowLayout | N
         return []
     first = min(index for _, index, _ in filter(None, places))
     (stack,) = stacks
-    shared = list(modules[str(stack)].children())[:first]
-    axes = {rows.axis for _, rows in dividing if rows is not None}
-    return shared if axes == {axis_of_call(block) for block in shared} else []
+    at_places = {rows.axis for _, rows in dividing if rows is not None}
+    shared: list[tuple[nn.Module, int]] = []
+    for name, block in [*modules[str(stack)].named_children()][:first]:
+        seen = layouts.get(f"{stack}.{name}".lstrip("."), {}).get(("input",))
+        said = RowLayout(axis_of_call(block)) if at_places == {axis_of_call(block)} else NO_ROWS
+        layout = said if seen is None else seen
+        if layout.axis is None or layout.is_flat:
+            return []
+        shared.append((block, layout.axis))
+    return shared
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from .errors import TargetError
 from .hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
 from .layers import check_layers, in_layers, layer_of
 from .patterns import matches_nothing, modules_by_path
-from .row_axis import RowAxes
-from .sites import SiteSpec
+from .row_axis import Layouts, RowAxes
+from .sites import SiteSpec, layout_of
 from .spots import Placement, Spot, find_spots
 from .structure.anatomy import Anatomy, Norm
 from .structure.discover import Discovery
@@ -24,7 +24,7 @@ from .structure.roles import role_paths
 from .structure.trace import ExampleInputs, observe, runs_around
 from .weights import weight_sites
 
-__all__ = ["check_row_axis", "resolve"]
+__all__ = ["check_row_axes", "resolve"]
 
 
 def resolve(
@@ -98,7 +98,6 @@ def _site(
     input_width, residual = shape.width, spot.residual
     if residual is not None and spot.reads_own_input:
         input_width = _input_width(residual, modules[residual], shape, seen)
-    check_row_axis(spot.path, RowAxes(modules).at(spot.path), config)
     return SiteSpec(
         path=spot.path,
         host=host_type(host),
@@ -209,17 +208,26 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
     )
 
 
-def check_row_axis(path: str, axis: int | None, config: AdapterConfig) -> None:
-    """Raise TargetError where a row-wise setting takes the first axis for that of rows, and it is or may be another."""
-    by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
-    if not by_row or getattr(config, "batch_axis", None) is not None:
-        return
-    if axis != 0:
-        found = "has" if axis else "may have, as other modules of the model,"
-        raise TargetError(
-            f"{path!r} {found} its batch on axis 1 (batch_first=False); gating and stochastic_depth need to know: set "
-            f"batch_axis={1 if axis else '0 or 1'}"
-        )
+def check_row_axes(
+    model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: Mapping[str, Layouts]
+) -> None:
+    """Raise TargetError where a row-wise setting takes the first axis for that of rows, and it is or may be another.
+
+    Args:
+        configs: Those of the sites' members.
+        layouts: What was seen of where rows lie, by path.
+    """
+    axes = RowAxes(dict(model.named_modules()))
+    for site in sites:
+        config, seen = configs[site.member], layout_of(layouts.get(site.path, {}), site)
+        by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
+        axis = axes.at(site.path) if seen is None else seen.axis or 0
+        if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
+            found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
+            raise TargetError(
+                f"{site.path!r} {found} its batch on axis 1; gating and stochastic_depth need to know: set "
+                f"batch_axis={1 if axis else '0 or 1'}"
+            )
 
 
 def _check_norm(path: str, host: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What runs: the active adapter or composition, compiled into the steps of each site."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -12,13 +12,13 @@ from .heads.steps import RunHeads
 from .hooks import WeightHook, forget_compiled, has_hook
 from .layers import check_dropped
 from .parallel import set_batch_hooks
-from .record import ACTIVATION_LOCK, Record
-from .row_axis import RowAxes
+from .record import ACTIVATION_LOCK, RECORD, Record
+from .row_axis import Layouts, RowAxes
 from .site_plan import SitePlan, keys_of, plan_at
 from .sites import AdapterSite, adapter_names, fusions_of, sites_among, specs_of
 from .steps import Pass
 
-__all__ = ["activate", "activated", "apply", "check_active", "check_known", "check_plans"]
+__all__ = ["activate", "activated", "apply", "check_active", "check_known", "check_plans", "layouts_of"]
 
 
 def activate(model: nn.Module, record: Record, composition: Composition | None) -> None:
@@ -93,11 +93,16 @@ Plans = Sequence[tuple[str, nn.Module, AdapterSite, SitePlan]]
 def _plans(model: nn.Module, record: Record, composition: Composition | None) -> Plans:
     """What a composition becomes at the site of each host, in the model's order."""
     modules = dict(model.named_modules())
-    axes = RowAxes(modules)
+    axes, layouts = RowAxes(modules), layouts_of(model, record)
     return [
-        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, record.merged))
+        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts.get(path, {}), record.merged))
         for path, host, site in sites_among(modules)
     ]
+
+
+def layouts_of(model: nn.Module, record: Record) -> Mapping[str, Layouts]:
+    """What was seen of where rows lie, by path; nothing of a part of the model, in which paths are others."""
+    return record.layouts if model.__dict__.get(RECORD) is record else {}
 
 
 def _put(model: nn.Module, record: Record, plans: Plans) -> None:
@@ -119,7 +124,8 @@ def _put(model: nn.Module, record: Record, plans: Plans) -> None:
         site.weight_steps = plan.weight or idle
     if is_stale:
         forget_compiled()
-    set_batch_hooks(model, record, [(path, step.rows) for path, _, _, plan in plans for step in plan.dividing])
+    dividing = [(path, step.layout) for path, _, _, plan in plans for step in plan.dividing]
+    set_batch_hooks(model, record, dividing, layouts_of(model, record))
 
 
 def check_known(model: nn.Module, name: object) -> None:

@@ -6,7 +6,7 @@ the model, and found again by `ak.wrap`.
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .composition import Composition, names_always, names_in
 from .errors import ActivationError, CompatibilityError
+from .row_axis import Layouts
 
 __all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Handover", "Record", "silenced"]
 
@@ -301,6 +302,7 @@ class Record:
         omit_adapters: `state_dict()` leaves adapters out.
         last_hook_id: The highest id among hooks registered here.
         hosts: Where each adapter was attached.
+        layouts: Where rows of a batch lie in what each module takes and returns, by its path, as far as that was seen.
         merged: The adapters that are merged into the weights, in order, each with the flags `requires_grad` that its
             parameters had before; the original weights lie in the sites.
     """
@@ -311,6 +313,7 @@ class Record:
         self.omit_adapters = False
         self.last_hook_id = -1
         self.hosts: dict[str, tuple[str, ...]] = {}
+        self.layouts: Mapping[str, Layouts] = {}
         self.merged: dict[str, tuple[bool, ...]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -8,8 +8,19 @@ from torch import Tensor, nn
 
 from .patterns import ancestors
 from .values import Path
+from .values import tensors as tensors_in
 
-__all__ = ["NO_ROWS", "Layouts", "RowAxes", "RowLayout", "axis_of_call", "rows_at"]
+__all__ = [
+    "NO_ROWS",
+    "UNCLEAR",
+    "Layouts",
+    "RowAxes",
+    "RowLayout",
+    "axis_of_call",
+    "first_with_rows",
+    "rows_at",
+    "tokens_in",
+]
 
 
 @dataclass(frozen=True)
@@ -17,15 +28,17 @@ class RowLayout:
     """How the rows of a batch lie in a tensor.
 
     Attributes:
-        axis: On which axis; None if it is one tensor for all rows.
+        axis: On which axis; None if it is one tensor for all rows or, where rows are flat, if it is unclear which is whose.
         is_flat: A row is several indices of that axis, one after the other: its tokens, say, or windows of its image.
+        of_tokens: They are as many as its tokens.
     """
 
     axis: int | None
     is_flat: bool = False
+    of_tokens: bool = False
 
 
-NO_ROWS = RowLayout(None)
+NO_ROWS, UNCLEAR = RowLayout(None), RowLayout(None, is_flat=True)
 # Of a module: how rows lie in its tensors, as running it showed. By "input" or "output", then the way there in the call,
 # `(args, kwargs)`, or in what it returns; of its first floating-point tensor, by that word alone as well.
 Layouts = Mapping[Path, RowLayout]
@@ -64,6 +77,18 @@ def rows_at(tensor: Tensor, rows: int, axis: int) -> int | None:
     """The axis of a tensor's rows; None if it has none of the batch's."""
     axes = (axis, 0) if tensor.dim() <= 2 else (axis,)  # masks over padding have rows first, whatever the stream has
     return next((at for at in axes if tensor.dim() > at and tensor.shape[at] == rows), None)
+
+
+def first_with_rows(call: Any, axis: int) -> Tensor | None:
+    """The tensor of a model's call that says how many rows there are: the first of two axes or more, else of enough."""
+    tensors = [tensor for _, tensor in tensors_in(call) if tensor.dim() > axis]
+    return next((tensor for tensor in tensors if tensor.dim() > 1), tensors[0] if tensors else None)
+
+
+def tokens_in(call: Any, rows: int, axis: int) -> frozenset[int]:
+    """How many tokens the rows of a call may have: the sizes of its tensors on the axis beside that of the rows."""
+    tensors = (tensor for _, tensor in tensors_in(call) if tensor.dim() > 1)
+    return frozenset(tensor.shape[1 - axis] for tensor in tensors if tensor.shape[axis] == rows)
 
 
 def _batch_first(module: Any) -> bool | None:

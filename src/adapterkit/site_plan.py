@@ -13,9 +13,9 @@ from .errors import CompatibilityError
 from .heads.plan import head_steps
 from .layers import in_layers
 from .mixing import Attend, Chain, Group, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
-from .row_axis import NO_ROWS, RowLayout
+from .row_axis import NO_ROWS, UNCLEAR, Layouts, RowLayout
 from .row_division import divides_rows, fixed_rows, row_kinds
-from .sites import AdapterSite, Entry, Step, rows_in
+from .sites import AdapterSite, Entry, Step, layout_of
 from .stacked import kind_of
 from .steps import AdaptWeight, AddDelta, Adding, AddProjected
 
@@ -32,9 +32,9 @@ class SitePlan:
 
     @property
     def dividing(self) -> tuple[Mix, ...]:
-        """The steps, heads apart, at which rows run different adapters."""
+        """The steps, heads apart, that need to know the batch: rows run different adapters there, or lie flat."""
         mixes = (step for step in (*self.input, *self.output) if isinstance(step, Mix))
-        return tuple(step for step in mixes if isinstance(step.node, RowMix))
+        return tuple(step for step in mixes if isinstance(step.node, RowMix) or (step.layout and step.layout.is_flat))
 
 
 def plan_at(
@@ -43,20 +43,26 @@ def plan_at(
     row_axis: int | None,
     site: AdapterSite,
     composition: Composition | None,
+    layouts: Layouts,
     merged: Collection[str] = (),
 ) -> SitePlan:
     """The plan of a composition at the site of this host, without what is merged into its weights.
 
     Args:
         row_axis: What the model's modules say of it; see `RowAxes.at`.
+        layouts: What was seen of where rows lie.
 
     Raises:
         CompatibilityError: its adapters cannot act together here as it says.
     """
-    heads = head_steps(path, modules, site, composition, row_axis or 0)
+    seen = layouts.get(("output",))
+    head_axis = row_axis if seen is None or seen.is_flat else seen.axis
+    heads = head_steps(path, modules, site, composition, head_axis or 0)
     if not heads and not any(name in site.entries for name in names_in(composition)):
         return SitePlan((), (), ())
-    steps = {at: _steps(_Place(path, site, at, row_axis, merged), composition) for at in ("input", "output", "weight")}
+    steps = {
+        at: _steps(_Place(path, site, at, row_axis, layouts, merged), composition) for at in ("input", "output", "weight")
+    }
     return SitePlan(steps["input"], (*steps["output"], *heads), steps["weight"])
 
 
@@ -85,6 +91,7 @@ class _Place:
     site: AdapterSite
     at: str
     row_axis: int | None
+    layouts: Layouts
     merged: Collection[str]
     dropped: tuple[int, ...] = ()  # the layers in which nothing acts
     kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
@@ -126,21 +133,26 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
     if not node.leaves:  # those that have modules here get no rows
         return ()
     _check_one_tensor(place, node, composition)
-    return (Mix(node, composition, _rows_at(place, node, composition)),)
+    if isinstance(node, RowMix) and len({*node.nodes}) == 1 and layout_of(place.layouts, node.readers[0].spec) == NO_ROWS:
+        node = node.nodes[0]  # the same for all rows, as the tensor is
+    return (Mix(node, composition, _layout_at(place, node, composition)),)
 
 
-def _rows_at(place: _Place, node: Node, composition: Composition) -> RowLayout | None:
+def _layout_at(place: _Place, node: Node, composition: Composition) -> RowLayout | None:
     """How rows lie in a place's tensor; None where their number is to tell it.
 
     Raises:
-        CompatibilityError: it cannot tell; or the tensor is one for all rows, or no sequence of tokens.
+        CompatibilityError: it cannot tell, or the tensor is one for all rows.
     """
-    seen = rows_in(place.site.rows, node.readers[0].spec)
+    seen = layout_of(place.layouts, node.readers[0].spec)
     said = None if place.row_axis is None else RowLayout(place.row_axis)
     if not _divides(node):
         return said or RowLayout(0)
-    if seen is not None:
-        _check_divisible(place, node, seen, composition)
+    if seen is not None and seen.axis is None and _divides(node, RowMix):
+        what = "holds no fixed number of tokens of each row" if seen == UNCLEAR else "is one for all rows of the batch"
+        raise CompatibilityError(
+            f"{composition!r} cannot act on {place.path!r}: its tensor there {what}. Exclude this place"
+        )
     if seen is not None and seen.axis is not None:
         return seen
     if said is not None or multiplies_rows(composition):
@@ -152,20 +164,6 @@ def _rows_at(place: _Place, node: Node, composition: Composition) -> RowLayout |
             "ak.BatchSplit(..., sizes=[...]), or exclude this place"
         )
     return None
-
-
-def _check_divisible(place: _Place, node: Node, rows: RowLayout, composition: Composition) -> None:
-    """Raise CompatibilityError where a place's tensor does not hold what a node divides, as running the model showed."""
-    if rows == NO_ROWS and _divides(node, RowMix):
-        raise CompatibilityError(
-            f"{composition!r} cannot act on {place.path!r}: its tensor there is one for all rows of the batch. "
-            "Exclude this place"
-        )
-    if rows.is_flat and _divides(node, TokenMix):
-        raise CompatibilityError(
-            f"{composition!r} cannot act on {place.path!r}: its tensor there holds the tokens of a row, or windows "
-            "of them, on the axis of rows, and no sequence. Exclude this place"
-        )
 
 
 def _divides(node: Node, *kinds: type[Node]) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "adapter_names",
     "fusions_of",
     "heads_of",
+    "layout_of",
     "located",
     "named_parameters",
     "open_parameters",
@@ -42,7 +43,6 @@ __all__ = [
     "owner_at",
     "parameter_at",
     "record_of",
-    "rows_in",
     "site_key",
     "sites_among",
     "sites_of",
@@ -167,8 +167,8 @@ class Step:
         yield from ()
 
 
-def rows_in(layouts: Layouts, spec: SiteSpec) -> RowLayout | None:
-    """Of where rows lie in the tensors of a host, what is said of the one at a place; None if nothing is."""
+def layout_of(layouts: Layouts, spec: SiteSpec) -> RowLayout | None:
+    """Of how rows lie in the tensors of a host, what was seen of the one at a place; None if nothing was."""
     if spec.at == "output":
         ways: list[Path] = [("output", *(spec.output or ()))]
     else:
@@ -194,7 +194,6 @@ class AdapterSite(nn.Module):
         # Of the Parameters into which adapters are merged, by their names from the host on.
         self.originals: dict[str, Original] = {}
         self.host_path = host_path
-        self.rows: Layouts = {}  # where rows lie in what the host takes and returns, as far as it was seen
         self.register_load_state_dict_post_hook(_forgive_absent_adapters)  # type: ignore[no-untyped-call]  # torch's
 
     def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:

@@ -31,7 +31,7 @@ def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[
     result = view
     for members in groups.values():
         rows = [row for row, _ in members]
-        where = None if rows == list(range(view.rows)) else view.indices(rows)
+        where = None if rows == list(range(view.row_count)) else view.indices(rows)
         part = view if where is None else view.select(where)
         changed = _run_group(site, host, part, [step for _, step in members])
         result = result._replace(x=changed if where is None else result.put(where, changed))
@@ -52,7 +52,7 @@ def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[A
         streams = {} if stream is None else {step.key: stream}
         return plus(x, step.delta(_with_tensors(module, tensors), host, View(x, bare, taken, streams, axis)))
 
-    by_row = view.map(lambda tensor: tensor.unflatten(axis, (view.rows, view.per_row)))  # type: ignore[no-untyped-call]  # torch's
+    by_row = view.map(lambda tensor: tensor.unflatten(axis, (view.row_count, view.per_row)))  # type: ignore[no-untyped-call]  # torch's
     given = (by_row.x, by_row.bare, by_row.taken, by_row.streams.get(step.key))  # modules of one kind read one stream
     axes = (0, *(None if tensor is None else axis for tensor in given))
     changed: Tensor = torch.vmap(run, in_dims=axes, out_dims=axis, randomness="different")(stacked, *given)

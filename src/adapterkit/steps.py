@@ -40,7 +40,7 @@ class View(NamedTuple):
     per_row: int = 1
 
     @property
-    def rows(self) -> int:
+    def row_count(self) -> int:
         """How many rows there are."""
         return self.x.shape[self.axis] // self.per_row
 

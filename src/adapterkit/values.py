@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Argument", "Path", "argument_path", "find", "get", "put", "tensors"]
+__all__ = ["Argument", "Path", "argument_path", "find", "get", "keys", "put", "tensors"]
 
 Path = tuple[int | str, ...]
 Argument = tuple[int | None, str | None]  # of a call: its position and its keyword
@@ -36,6 +36,11 @@ def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         return
     for key, item in _items(value):
         yield from tensors(item, (*path, key))
+
+
+def keys(value: Any) -> list[int | str]:
+    """The keys of its parts, in order: a part may be given by its position among them, too."""
+    return [key for key, _ in _items(value)]
 
 
 def get(value: Any, path: Path) -> Any:
@@ -90,7 +95,7 @@ def argument_path(call: tuple[Any, ...], argument: Argument) -> Path:
 
 def _name_of(value: Any, key: int | str) -> int | str:
     """The key of a part that may be given by its position, too, as named tuples and ModelOutputs allow."""
-    names = [name for name, _ in _items(value)]
+    names = keys(value)
     return names[key] if isinstance(key, int) and key not in names else key
 
 

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..attach import attach, check_free, seen_rows
+from ..attach import attach, check_free, seen_layouts
 from ..base import fingerprint
 from ..composition import Fuse, to_json
 from ..config.fusion import FusionConfig
@@ -71,6 +71,7 @@ def load_adapter(
         StoreError: the files are missing, damaged, hostile or too new, or have a head whose module was not given.
         CompatibilityError: the model's structure differs at the adapter's sites, or its config leads to others; or an
             adapter that a fusion weighs is not there. Says which.
+        TargetError: its gate, or its stochastic depth, would take another axis for that of the rows.
         AdapterNameError: the name is taken.
     """
     directory = Path(directory)
@@ -86,7 +87,9 @@ def load_adapter(
     except (AdapterKitError, RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise StoreError(f"the manifest in {str(directory)!r} describes no adapter for this model: {error}") from error
     if not isinstance(config, FusionConfig):
-        check_places(model, config, [part.spec for part in parts if part.spec is not None], example_inputs, directory)
+        sites = [part.spec for part in parts if part.spec is not None]
+        check_places(model, config, sites, example_inputs, directory)
+        layouts = seen_layouts(model, config, sites, example_inputs)
     tensors = _parse_tensors(directory, manifest, content)
     _fill(model, parts, tensors, heads=heads is not False, source=directory)
     if not any_base and fingerprint(model) != manifest.base.fingerprint:
@@ -100,7 +103,7 @@ def load_adapter(
     if isinstance(config, FusionConfig):
         attach_fusion(model, name, config, parts)
     else:
-        attach(model, name, config, parts, seen_rows(model, config, example_inputs))
+        attach(model, name, config, parts, layouts)
     return name
 
 

@@ -45,6 +45,7 @@ def observe(
     paths: Iterable[str],
     look: Callable[[str, nn.Module, Any, Any, Any], T],
     *,
+    within: AbstractContextManager[Any] | None = None,
     training: bool = False,
 ) -> dict[str, list[T]]:
     """What `look(path, module, args, kwargs, output)` makes of each call of these modules, in one forward: see `forward`.
@@ -64,7 +65,7 @@ def observe(
                     calls.append(look(path, module, args, kwargs, output))
 
             stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
-        forward(model, inputs, training=training)
+        forward(model, inputs, within=within, training=training)
     return seen
 
 
