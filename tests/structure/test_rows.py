@@ -362,3 +362,17 @@ def test_a_stream_of_other_rows_is_refused_by_row_as_it_is_alone() -> None:
     for tree in ("a", ak.Rows(["a", "b", "a", "b"])):
         with kit.active(tree), pytest.raises(ak.CompatibilityError, match=r"read (a tensor of shape|tensors of shapes)"):
             kit.model(ids())
+
+
+class Again(Blocks):
+    """Runs itself on the other half of its tokens."""
+
+    def forward(self, ids: Tensor, *, again: bool = True) -> Tensor:
+        half = self(ids[:, ::2], again=False).mean(1, keepdim=True) if again else 0.0
+        return super().forward(ids) + half
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_model_that_calls_itself_says_nothing() -> None:
+    assert discover_rows(Again(PreNormBlock).eval(), ids()) == {}
+    assert discover_rows(torch.jit.trace(Blocks(PreNormBlock).eval(), ids()), ids()) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +47,10 @@ def _seen(model: nn.Module, inputs: ExampleInputs) -> dict[str, Layouts]:
             batches = _two_rows(inputs, axis)
         except (TypeError, ValueError, RuntimeError):  # containers that cannot be copied, tensors that cannot be cut
             return {}
-        found = {} if batches is None else _compared(model, batches, axis)
-        if found:
-            return found
+        with suppress(CompatibilityError):  # it does not run on so few
+            found = {} if batches is None else _compared(model, batches, axis)
+            if found:
+                return found
     return {}
 
 
@@ -59,6 +61,8 @@ def _compared(model: nn.Module, batches: Sequence[ExampleInputs], axis: int) -> 
     shapes = _ShapesByData()  # type: ignore[no-untyped-call]  # torch's
     both = observe(model, batches[0], paths, _look, within=shapes)
     one, other = (observe(model, batch, paths, _look) for batch in batches[1:])
+    if not all(len(seen.get("", ())) == 1 for seen in (both, one, other)):  # it calls itself, or is TorchScript
+        return {}
     (output,), (first,), (second,) = both[""], one[""], other[""]
     tensors = [
         (output[way], first[way], second[way]) for way in output if way[0] == "output" and way in first and way in second
