@@ -140,7 +140,7 @@ def test_importing_brings_in_the_core_dependencies_only() -> None:
 def test_importing_takes_at_most_250_ms_over_torch() -> None:
     """Of processor time: another process on the same machine must not decide."""
     code = "import torch, time; t = time.process_time(); import adapterkit; print(time.process_time() - t)"
-    assert min(float(in_new_process(code)) for _ in range(5)) < 0.25
+    assert any(float(in_new_process(code)) < 0.25 for _ in range(5))
 
 
 def test_the_types_are_shipped() -> None:

@@ -26,7 +26,7 @@ from .oracle import NoMeaningError, expected, pieces_of
 from .strategies import compositions
 
 FAST = ["pre-norm", "post-norm", "encoder", "encoder, seq first", "square encoder, seq first", "convs", "recurrent"]
-LAID = ["flat tokens", "windows", "tokens first inside", "square, tokens first inside", "square, tokens first"]
+LAID = ["flat tokens", "windows", "square, tokens first inside", "square, tokens first"]
 
 
 def on_hosts(*fast: str) -> Any:
@@ -75,10 +75,10 @@ def test_each_row_is_what_its_own_composition_gives_it(name: str) -> None:
     host = built(name)
     inputs = example(host.host, torch.float32)
     with torch.no_grad():
-        holds_for_trees(host, lambda tree: check(host, tree, inputs), 20)
+        holds_for_trees(host, lambda tree: check(host, tree, inputs), 12)
 
 
-@on_hosts("pre-norm", "encoder, seq first", "flat tokens", "square, tokens first inside", "gpt2")
+@on_hosts("pre-norm", "encoder, seq first", "flat tokens", "square, tokens first inside")
 def test_each_child_of_a_parallel_gets_the_whole_batch(name: str) -> None:
     host = built(name)
     inputs = example(host.host, torch.float32)
@@ -89,7 +89,7 @@ def test_each_child_of_a_parallel_gets_the_whole_batch(name: str) -> None:
     )
     trees = trees.filter(lambda tree: any(names_in(tree)))
     with torch.no_grad():
-        settings(max_examples=12, suppress_health_check=list(HealthCheck))(
+        settings(max_examples=8, suppress_health_check=list(HealthCheck))(
             given(trees)(lambda tree: check(host, tree, inputs))
         )()
 

@@ -81,7 +81,7 @@ def frames(counter: list[int]) -> Callable[..., Callable[..., object]]:
     return compile_graph
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_model_compiles_as_one_graph_and_switching_is_right(place: str, ids: Tensor, training: bool) -> None:
     block, config = PLACES[place]
