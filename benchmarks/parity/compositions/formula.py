@@ -249,7 +249,7 @@ def _product(each: list[dict[Key, Tensor]], _weights: list[float]) -> dict[Key, 
 
 
 def _mean(each: list[dict[Key, Tensor]], weights: list[float]) -> dict[Key, Tensor]:
-    return {key: sum(w * held[key] for w, held in zip(weights, each, strict=True)) for key in each[0]}  # type: ignore[misc]
+    return {key: sum(w * held[key] for w, held in zip(weights, each, strict=True)) for key in each[0]}  # type: ignore[misc]  # sum starts at 0
 
 
 def _serial(case: ComposedCase, each: list[Terms]) -> Terms:

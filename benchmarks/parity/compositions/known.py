@@ -53,7 +53,7 @@ def _has(case: ComposedCase, *kinds: type[Any]) -> bool:
 def _is_nested(case: ComposedCase) -> bool:
     """Whether a composition stands in another that prepares what its children read: any but a Stack."""
     return any(
-        not isinstance(block, (ak.Stack, ak.Drop)) and not all(isinstance(child, str) for child in block.children)  # type: ignore[union-attr]  # no name
+        not isinstance(block, (ak.Stack, ak.Drop)) and not all(isinstance(child, str) for child in block.children)  # type: ignore[union-attr]  # a block, not a name
         for block in _blocks(case.composition)
     )
 
