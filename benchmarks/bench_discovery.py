@@ -19,9 +19,9 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, T5Config, T5Model
 
 import adapterkit as ak
-from adapterkit.structure import discover as discovery
-from adapterkit.structure.inputs import tiny_inputs
-from adapterkit.structure.trace import call_with
+from adapterkit.structure.anatomy import discover as discovery
+from adapterkit.structure.tracing.forward import call_with
+from adapterkit.structure.tracing.inputs import tiny_inputs
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "BERT-base": lambda: BertModel(BertConfig()),

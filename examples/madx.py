@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import adapterkit as ak
-from adapterkit.composition import Composition
+from adapterkit.composition.nodes import Composition
 
 LANGUAGES = ("english", "chichewa")  # source, target
 Row = tuple[list[int], int]  # token ids, label

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition import (
+from adapterkit.composition.nodes import (
     Average,
     BatchSplit,
     Block,
@@ -27,7 +27,7 @@ from adapterkit.composition import (
     Stack,
     names_in,
 )
-from adapterkit.sites import SiteSpec, sites_of
+from adapterkit.runtime.site import SiteSpec, sites_of
 
 
 class NoMeaningError(Exception):

@@ -5,8 +5,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 import adapterkit as ak
-from adapterkit.names import MAX_LENGTH
-from adapterkit.ops.activations import NON_LINEARITIES
+from adapterkit.composition.names import MAX_LENGTH
+from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
 
 adapter_names = (
     st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=MAX_LENGTH)

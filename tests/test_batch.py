@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.batch import BatchHook, _thread
+from adapterkit.runtime.compose.batch import BatchHook, _thread
 
 from .conftest import randomise
 

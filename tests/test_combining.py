@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import adapterkit as ak
-from adapterkit import attach
-from adapterkit.layers import setting_at
+from adapterkit.lifecycle import attach
+from adapterkit.lifecycle.build import build_parts
 from adapterkit.methods import UNION_PRESETS, presets
-from adapterkit.parts import build_parts
+from adapterkit.placement.layers import setting_at
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from .modules.hosts import LAYERS, layer, some_input

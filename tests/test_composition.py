@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adapterkit as ak
-from adapterkit.composition import (
+from adapterkit.composition.nodes import (
     Average,
     BatchSplit,
     Drop,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Parallel, Rows, Split, Stack, names_in
+from adapterkit.composition.nodes import Average, BatchSplit, Parallel, Rows, Split, Stack, names_in
 
 from .composed_hosts import HOSTS, ROWS, TINY, TOKENS, WIDTH, Blocks, Built, built, encoder, example, input_ids
 from .conftest import PostNormBlock, PreNormBlock, randomise

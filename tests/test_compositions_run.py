@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Block, Drop, Fuse, Rows, Split, Stack, names_in
-from adapterkit.row_division import rows_of
+from adapterkit.composition.nodes import Average, BatchSplit, Block, Drop, Fuse, Rows, Split, Stack, names_in
+from adapterkit.composition.rows import rows_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Drop, Rows, Split, Stack
-from adapterkit.mixing import Mix
-from adapterkit.record import _handed
-from adapterkit.sites import sites_of
-from adapterkit.steps import AddDelta, Pass
+from adapterkit.composition.nodes import Average, BatchSplit, Drop, Rows, Split, Stack
+from adapterkit.runtime.compose.plan_nodes import Mix
+from adapterkit.runtime.site import sites_of
+from adapterkit.runtime.state import _handed
+from adapterkit.runtime.steps import AddDelta, Pass
 
 from .conftest import PreNormBlock, Tiny, randomise
 from .test_compositions_run import CONFIGS, hidden

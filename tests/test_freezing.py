@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.base import digest
+from adapterkit.runtime.originals import digest
 
 from .conftest import Tiny
 

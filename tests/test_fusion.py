@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.modules.fusion import Fusion
+from adapterkit.nn.fusion import Fusion
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 

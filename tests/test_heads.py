@@ -28,8 +28,8 @@ from transformers import (
 )
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack
-from adapterkit.heads import calls
+from adapterkit.composition.nodes import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack
+from adapterkit.heads import call as calls
 from adapterkit.heads.plan import head_owner
 
 from .conftest import PostNormBlock, Tiny, randomise
@@ -440,7 +440,7 @@ def test_gradients_and_losses_of_a_mixed_batch_are_those_of_the_separate_runs(co
     out.loss.backward()
     mixed = {name: [p.grad.clone() for p in kit.parameters(name, heads=True)] for name in ("a", "b")}
     kit.model.zero_grad()
-    from adapterkit.row_division import rows_of
+    from adapterkit.composition.rows import rows_of
 
     for name in ("a", "b"):
         where = [index for index, kind in enumerate(rows_of(composition, 4)) if kind == name]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import adapterkit as ak
-from adapterkit import values
-from adapterkit.hosts import channel_axis
+from adapterkit.structure import pytree as values
+from adapterkit.structure.hosts import channel_axis
 
 from .conftest import randomise
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import adapterkit as ak
-from adapterkit.modules.invertible import Coupling
+from adapterkit.nn.invertible import Coupling
 
 ROOT = Path(__file__).parents[1]
 HIDDEN, PIECES = 32, ["<s>", "<pad>", "</s>", "<unk>", "▁in", "▁the", "▁beginning", "▁pa", "chi", "yambi", "▁", "<mask>"]

@@ -17,11 +17,11 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.attach import shared_record
-from adapterkit.hooks import KitHook
-from adapterkit.merged import merged_weights
-from adapterkit.merging import merge
-from adapterkit.sites import originals_of
+from adapterkit.lifecycle.attach import shared_record
+from adapterkit.lifecycle.merging.merge import merge
+from adapterkit.lifecycle.merging.merged_weights import merged_weights
+from adapterkit.runtime.hooks import KitHook
+from adapterkit.runtime.site import originals_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from .modules.hosts import Conv1D
@@ -251,7 +251,7 @@ class Scaling:
     presets: ClassVar[dict[str, Any]] = {}
 
     def placements(self, config: ScalingConfig) -> Any:
-        from adapterkit.spots import Placement
+        from adapterkit.placement.targets import Placement
 
         return (Placement(at=config.where, level="projection", reads="site"),)
 
@@ -261,7 +261,9 @@ class Scaling:
 
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit import attach, methods, parts
+    from adapterkit import methods
+    from adapterkit.lifecycle import attach
+    from adapterkit.lifecycle import build as parts
 
     for module in (methods, attach, parts):
         known = module.method_of
@@ -1066,7 +1068,7 @@ def test_a_part_of_the_model_cannot_be_merged_alone(kit: ak.AdapterKit) -> None:
 
 
 def test_an_interrupted_write_is_undone(kit: ak.AdapterKit, monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> None:
-    from adapterkit import merging
+    from adapterkit.lifecycle.merging import merge as merging
 
     before, expected, write, written = weights(kit.model), kit.model(ids), merging._overwrite, []
 
@@ -1166,7 +1168,7 @@ def test_in_any_order_of_steps_merging_changes_no_output_and_unmerging_restores_
 @given(st.permutations(["a", "b", "c"]), st.permutations(["a", "b", "c"]), st.integers(0, 3))
 def test_of_several_in_the_weights_any_can_be_taken_out(order: list[str], out: list[str], count: int) -> None:
     """Compositions are to come: what lies below them already keeps the rest, whatever the order."""
-    from adapterkit import merging
+    from adapterkit.lifecycle.merging import merge as merging
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)).double()

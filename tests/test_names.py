@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 
 from adapterkit import AdapterNameError
-from adapterkit.names import adapter_name, check_name, module_key
-from adapterkit.sites import AdapterSite
+from adapterkit.composition.names import adapter_name, check_name, module_key
+from adapterkit.runtime.site import AdapterSite
 
 from .strategies import adapter_names
 

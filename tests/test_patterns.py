@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from adapterkit import TargetError
-from adapterkit.patterns import match, modules_by_path, nearest_to
+from adapterkit.placement.patterns import match, modules_by_path, nearest_to
 
 from .conftest import Tiny
 

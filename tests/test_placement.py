@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterkit as ak
-from adapterkit.sites import sites_of
+from adapterkit.runtime.site import sites_of
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.record import silenced
-from adapterkit.structure import discover
+from adapterkit.runtime.state import silenced
+from adapterkit.structure.anatomy import discover
 
 from .conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 
@@ -131,7 +131,7 @@ def test_an_exception_in_mid_forward_leaves_nothing_behind(ids: Tensor, config: 
     with pytest.raises(ZeroDivisionError, match="zero"):
         kit.model(ids)
     handle.remove()
-    from adapterkit.record import _handed
+    from adapterkit.runtime.state import _handed
 
     assert not _handed.__dict__
     assert torch.equal(kit.model(ids), expected)

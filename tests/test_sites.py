@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.sites import AdapterSite
+from adapterkit.runtime.site import AdapterSite
 
 from .conftest import PostNormBlock, Tiny, randomise
 

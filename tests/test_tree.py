@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import adapterkit as ak
-from adapterkit.sites import sites_of
-from adapterkit.steps import Pass
-from adapterkit.tree import Mark, Node, tree_of
-from adapterkit.tree.cells import number, size
-from adapterkit.tree.fold import cut, numbers_as_text
+from adapterkit.inspection.tree import Mark, Node, tree_of
+from adapterkit.inspection.tree.cells import number, size
+from adapterkit.inspection.tree.fold import cut, numbers_as_text
+from adapterkit.runtime.site import sites_of
+from adapterkit.runtime.steps import Pass
 
 from .structure.hosts import (
     WIDTH,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
-from adapterkit import values
+from adapterkit.structure import pytree as values
 
 Pair = namedtuple("Pair", ["first", "second"])
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2Model, T5Config, T5ForConditionalGeneration
 
 import adapterkit as ak
-from adapterkit.sites import sites_of
+from adapterkit.runtime.site import sites_of
 
 from .conftest import PreNormBlock, Tiny, randomise
 

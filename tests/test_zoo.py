@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from adapterkit.structure.discover import discover
+from adapterkit.structure.anatomy.discover import discover
 from benchmarks.zoo.handwritten_models import KINDS, build, names
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapterkit.config.bottleneck import BottleneckConfig
+from adapterkit.methods.bottleneck import BottleneckConfig
 from adapterkit.methods.spellings import as_config
 
 from .peer import PRESETS, settings

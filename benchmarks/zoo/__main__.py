@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zoo.examine import OUTCOMES, examine_all
-from benchmarks.zoo.table import CATALOGUES, PAGE, RESULTS, load, page, summary
+from .examine import OUTCOMES, examine_all
+from .table import CATALOGUES, PAGE, RESULTS, load, page, summary
 
 
 def main() -> int:
@@ -57,7 +57,7 @@ def _options() -> argparse.Namespace:
 
 def _write(catalogue: str, reports: dict[str, dict[str, Any]], seconds: float) -> None:
     """The JSON of all reports, and the golden file of site templates."""
-    from benchmarks.report import environment
+    from ..report import environment
 
     golden = {name: report.pop("templates") for name, report in reports.items() if "templates" in report}
     _golden(catalogue).write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")

@@ -49,8 +49,8 @@ def examine_one(catalogue: str, name: str) -> Report:
     """Build an architecture, run it, and put it through the gates."""
     import torch
 
-    from benchmarks.zoo.gates import GateError, examine, outputs
-    from benchmarks.zoo.rows import check_rows
+    from .gates import GateError, examine, outputs
+    from .rows import check_rows
 
     models = import_module(f"benchmarks.zoo.{catalogue}")
     torch.set_num_threads(1)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit import values
-from adapterkit.structure.anatomy import Anatomy, Sublayer
-from adapterkit.structure.blocks import template_of
-from adapterkit.structure.discover import discover
-from adapterkit.structure.epsilon import epsilon_test
+from adapterkit.structure import pytree as values
+from adapterkit.structure.anatomy.blocks import template_of
+from adapterkit.structure.anatomy.description import Anatomy, Sublayer
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.anatomy.epsilon import epsilon_test
 
 PRESETS = ("pfeiffer", "houlsby")
 SMALL = {"bottleneck_size": 8, "non_linearity": "gelu", "seed": 1}

@@ -8,19 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.handwritten import language, libraries, mixers, vision
-from benchmarks.zoo.handwritten.parts import (
-    BATCH,
-    DEPTH,
-    HEADS,
-    TOKENS,
-    WIDTH,
-    Tokens,
-    features,
-    image,
-    tokens,
-)
-from benchmarks.zoo.weights import randomise
+from .handwritten import language, libraries, mixers, vision
+from .handwritten.parts import BATCH, DEPTH, HEADS, TOKENS, WIDTH, Tokens, features, image, tokens
+from .weights import randomise
 
 __all__ = ["IRREGULAR", "KINDS", "LIBRARIES", "build", "check_builds", "names"]
 

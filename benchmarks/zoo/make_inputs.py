@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.shrink import IMAGE, VOCAB, configs_in
+from .shrink import IMAGE, VOCAB, configs_in
 
 __all__ = ["BATCH", "TOKENS", "completed", "inputs_that_run", "setting", "tensor_for"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.make_inputs import BATCH, TOKENS, setting, tensor_for
-from benchmarks.zoo.shrink import IMAGE, PATCH
+from .make_inputs import BATCH, TOKENS, setting, tensor_for
+from .shrink import IMAGE, PATCH
 
 __all__ = ["INPUTS"]
 

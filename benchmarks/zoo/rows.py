@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from benchmarks.zoo.gates import SMALL, GateError, Inputs, outputs, randomise
+
+from .gates import SMALL, GateError, Inputs, outputs, randomise
 
 __all__ = ["check_rows"]
 

@@ -12,11 +12,11 @@ from transformers import AutoModel, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from benchmarks.zoo.make_inputs import completed, inputs_that_run
-from benchmarks.zoo.own_inputs import INPUTS
-from benchmarks.zoo.settings import CONFIGS, EXPLAINED, IRREGULAR, SETTINGS, UNRUNNABLE
-from benchmarks.zoo.shrink import WAYS, override, set_as_given
-from benchmarks.zoo.weights import randomise
+from .make_inputs import completed, inputs_that_run
+from .own_inputs import INPUTS
+from .settings import CONFIGS, EXPLAINED, IRREGULAR, SETTINGS, UNRUNNABLE
+from .shrink import WAYS, override, set_as_given
+from .weights import randomise
 
 __all__ = ["EXPLAINED", "IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
 

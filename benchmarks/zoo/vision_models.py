@@ -15,7 +15,7 @@ from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as video_swin
 from torchvision.models.video.mvit import MSBlockConfig
 
-from benchmarks.zoo.weights import randomise
+from .weights import randomise
 
 __all__ = ["EXPLAINED", "IRREGULAR", "LIBRARIES", "build", "check_builds", "names"]
 

@@ -13,14 +13,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapterdrop import random_drop
-    from .attention import FusionAttention, draw_attention
-    from .composition import Average, BatchSplit, Drop, Fuse, Parallel, Rows, Split, Stack
-    from .config.bitfit import BitFitConfig
-    from .config.bottleneck import BottleneckConfig
-    from .config.compacter import CompacterConfig
+    from .composition.nodes import Average, BatchSplit, Drop, Fuse, Parallel, Rows, Split, Stack
+    from .composition.random_drop import random_drop
     from .config.fusion import FusionConfig
-    from .config.heads import (
+    from .config.union import Union
+    from .errors import (
+        ActivationError,
+        AdapterKitError,
+        AdapterNameError,
+        CompatibilityError,
+        ConfigError,
+        MissingExtraError,
+        StoreError,
+        TargetError,
+    )
+    from .heads.config import (
         CausalLMHead,
         ClassificationHead,
         CustomHead,
@@ -32,28 +39,21 @@ if TYPE_CHECKING:
         RegressionHead,
         TaggingHead,
     )
-    from .config.ia3 import IA3Config
-    from .config.invertible import InvertibleConfig
-    from .config.lora import LoRAConfig
-    from .config.norm_tuning import NormTuningConfig
-    from .config.union import Union
-    from .config.vera import VeRAConfig
-    from .errors import (
-        ActivationError,
-        AdapterKitError,
-        AdapterNameError,
-        CompatibilityError,
-        ConfigError,
-        MissingExtraError,
-        StoreError,
-        TargetError,
-    )
     from .heads.output import HeadOutput
+    from .inspection.fusion_attention import FusionAttention, draw_attention
     from .kit import AdapterKit, wrap
-    from .sites import SiteSpec
+    from .methods.bitfit import BitFitConfig
+    from .methods.bottleneck import BottleneckConfig
+    from .methods.compacter import CompacterConfig
+    from .methods.ia3 import IA3Config
+    from .methods.invertible import InvertibleConfig
+    from .methods.lora import LoRAConfig
+    from .methods.norm_tuning import NormTuningConfig
+    from .methods.vera import VeRAConfig
+    from .runtime.site import SiteSpec
+    from .store.check_sites import PlacesNotCheckedWarning
     from .store.load import BaseMismatchWarning
     from .store.manifest import Metadata
-    from .store.places import PlacesNotCheckedWarning
 
 __version__ = "0.1.0"
 
@@ -109,40 +109,43 @@ __all__ = [
 
 # Where each public name lives; the others are errors.
 _HOMES = {
-    **dict.fromkeys(("Average", "BatchSplit", "Drop", "Fuse", "Parallel", "Rows", "Split", "Stack"), ".composition"),
-    **dict.fromkeys(("FusionAttention", "draw_attention"), ".attention"),
-    **dict.fromkeys(
-        (
-            "CausalLMHead",
-            "ClassificationHead",
-            "CustomHead",
-            "MaskedLMHead",
-            "MultiLabelHead",
-            "MultipleChoiceHead",
-            "OwnHead",
-            "QuestionAnsweringHead",
-            "RegressionHead",
-            "TaggingHead",
-        ),
-        ".config.heads",
-    ),
     "AdapterKit": ".kit",
+    "Average": ".composition.nodes",
     "BaseMismatchWarning": ".store.load",
-    "BitFitConfig": ".config.bitfit",
-    "BottleneckConfig": ".config.bottleneck",
-    "CompacterConfig": ".config.compacter",
+    "BatchSplit": ".composition.nodes",
+    "BitFitConfig": ".methods.bitfit",
+    "BottleneckConfig": ".methods.bottleneck",
+    "CausalLMHead": ".heads.config",
+    "ClassificationHead": ".heads.config",
+    "CompacterConfig": ".methods.compacter",
+    "CustomHead": ".heads.config",
+    "Drop": ".composition.nodes",
+    "Fuse": ".composition.nodes",
+    "FusionAttention": ".inspection.fusion_attention",
     "FusionConfig": ".config.fusion",
     "HeadOutput": ".heads.output",
-    "IA3Config": ".config.ia3",
-    "InvertibleConfig": ".config.invertible",
-    "LoRAConfig": ".config.lora",
+    "IA3Config": ".methods.ia3",
+    "InvertibleConfig": ".methods.invertible",
+    "LoRAConfig": ".methods.lora",
+    "MaskedLMHead": ".heads.config",
     "Metadata": ".store.manifest",
-    "NormTuningConfig": ".config.norm_tuning",
-    "PlacesNotCheckedWarning": ".store.places",
-    "SiteSpec": ".sites",
+    "MultiLabelHead": ".heads.config",
+    "MultipleChoiceHead": ".heads.config",
+    "NormTuningConfig": ".methods.norm_tuning",
+    "OwnHead": ".heads.config",
+    "Parallel": ".composition.nodes",
+    "PlacesNotCheckedWarning": ".store.check_sites",
+    "QuestionAnsweringHead": ".heads.config",
+    "RegressionHead": ".heads.config",
+    "Rows": ".composition.nodes",
+    "SiteSpec": ".runtime.site",
+    "Split": ".composition.nodes",
+    "Stack": ".composition.nodes",
+    "TaggingHead": ".heads.config",
     "Union": ".config.union",
-    "VeRAConfig": ".config.vera",
-    "random_drop": ".adapterdrop",
+    "VeRAConfig": ".methods.vera",
+    "draw_attention": ".inspection.fusion_attention",
+    "random_drop": ".composition.random_drop",
     "wrap": ".kit",
 }
 

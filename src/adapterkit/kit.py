@@ -9,21 +9,27 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from . import attach, attention, combining, freezing, fusions, merging, plan, store
-from .attention import FusionAttention
-from .composition import Composition, Fuse
+from . import store
+from .composition.nodes import Composition, Fuse
 from .config.fusion import FusionConfig
-from .config.heads import HeadConfig
 from .config.union import Config
 from .errors import ConfigError
+from .heads.config import HeadConfig
 from .heads.find import Heads
+from .inspection import fusion_attention as attention
+from .inspection.fusion_attention import FusionAttention
+from .inspection.summary import Summary, summarise
+from .inspection.tree import Tree, tree_of
+from .inspection.verify import Verification, verify
+from .lifecycle import activate as plan
+from .lifecycle import attach, combining
+from .lifecycle import freeze as freezing
+from .lifecycle import fusion as fusions
+from .lifecycle.merging import merge as merging
 from .methods.spellings import as_config
-from .record import RECORD, Record
-from .sites import SiteSpec, adapter_names, fusions_of, heads_of, named_parameters, sites_of
-from .structure.trace import ExampleInputs
-from .summary import Summary, summarise
-from .tree import Tree, tree_of
-from .verify import Verification, verify
+from .runtime.site import SiteSpec, adapter_names, fusions_of, heads_of, named_parameters, sites_of
+from .runtime.state import RECORD, Record
+from .structure.tracing.forward import ExampleInputs
 
 __all__ = ["AdapterKit", "wrap"]
 

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.config.heads import HEADS, HeadConfig, head_from
+from adapterkit.heads.config import HEADS, HeadConfig, head_from
 
 EXAMPLES: list[HeadConfig] = [
     ak.OwnHead("classifier", labels=("a", "b"), name="mine"),

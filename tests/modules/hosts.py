@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adapterkit.ops.projections import Projection, projection_of
+from adapterkit.nn.functional.projections import Projection, projection_of
 
 
 class Conv1D(nn.Module):

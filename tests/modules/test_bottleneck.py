@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterkit.modules.bottleneck import BottleneckAdapter
-from adapterkit.ops.activations import NON_LINEARITIES
+from adapterkit.nn.bottleneck import BottleneckAdapter
+from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
 
 
 def random_adapter(**options: object) -> BottleneckAdapter:

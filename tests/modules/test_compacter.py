@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adapterkit.errors import ConfigError
-from adapterkit.modules.compacter import CompacterAdapter, SharedFactors
-from adapterkit.ops.activations import NON_LINEARITIES
+from adapterkit.nn.compacter import CompacterAdapter, SharedFactors
+from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
 
 KINDS: list[dict[str, Any]] = [
     {},

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapterkit.errors import CompatibilityError, ConfigError
-from adapterkit.modules.dora import DoRA, magnitude_of
-from adapterkit.ops.parts import Parts
-from adapterkit.ops.projections import parameter_projection
+from adapterkit.nn.dora import DoRA, magnitude_of
+from adapterkit.nn.functional.projections import parameter_projection
+from adapterkit.nn.functional.slices import Parts
 
 from .hosts import LAYERS, Adapted, Conv1D, convs, exact, geometry, layer, parts_of, randomise, run, run_merged, some_input
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.errors import CompatibilityError
-from adapterkit.modules.heads import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
-from adapterkit.ops.losses import class_loss, label_loss, span_loss, target_loss
-from adapterkit.ops.pooling import pooled
+from adapterkit.heads.losses import class_loss, label_loss, span_loss, target_loss
+from adapterkit.heads.modules import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
+from adapterkit.heads.pooling import pooled
 
 HIDDEN = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adapterkit.errors import ConfigError
-from adapterkit.modules.invertible import Block, Coupling, InvertibleAdapter
-from adapterkit.ops.activations import NON_LINEARITIES
+from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
+from adapterkit.nn.invertible import Block, Coupling, InvertibleAdapter
 
 BLOCKS: list[Block] = ["nice", "glow"]
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapterkit.errors import CompatibilityError, ConfigError
-from adapterkit.modules.lora import LoRA
-from adapterkit.ops.parts import Parts
-from adapterkit.ops.projections import parameter_projection
+from adapterkit.nn.functional.projections import parameter_projection
+from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.lora import LoRA
 
 from .hosts import LAYERS, Adapted, convs, exact, geometry, layer, parts_of, randomise, run, run_merged, some_input
 

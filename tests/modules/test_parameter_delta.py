@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from adapterkit.modules.parameter_delta import ParameterDelta
+from adapterkit.nn.parameter_delta import ParameterDelta
 
 from .hosts import randomise
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adapterkit.errors import CompatibilityError, ConfigError
-from adapterkit.modules.scaling import IA3
-from adapterkit.ops.parts import Parts
-from adapterkit.ops.projections import parameter_projection
+from adapterkit.nn.functional.projections import parameter_projection
+from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.ia3 import IA3
 
 from .hosts import LAYERS, convs, exact, geometry, layer, parts_of, randomise, run_merged, some_input
 

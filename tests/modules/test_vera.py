@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapterkit.errors import ConfigError
-from adapterkit.modules.vera import VeRA, VeRABases
-from adapterkit.ops.parts import Parts
-from adapterkit.ops.projections import parameter_projection
+from adapterkit.nn.functional.projections import parameter_projection
+from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.vera import VeRA, VeRABases
 
 from .hosts import Adapted, Conv1D, exact, geometry, layer, parts_of, randomise, run, run_merged, some_input
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterkit.ops.combining import concatenated, factored, reduced, refitted, relative_error
-from adapterkit.ops.low_rank import LowRank
-from adapterkit.ops.parts import Parts
-from adapterkit.ops.projections import Projection, parameter_projection
+from adapterkit.nn.functional.low_rank import LowRank
+from adapterkit.nn.functional.low_rank_sums import concatenated, factored, reduced, refitted, relative_error
+from adapterkit.nn.functional.projections import Projection, parameter_projection
+from adapterkit.nn.functional.slices import Parts
 
 from ..modules.hosts import LAYERS, convs, geometry, layer, parts_of
 

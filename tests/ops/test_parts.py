@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterkit.errors import ConfigError
-from adapterkit.ops.parts import Parts, PartsLayout
+from adapterkit.nn.functional.slices import Parts, PartsLayout
 
 from ..modules.hosts import parts_of
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapterkit.ops.phm import phm_linear, phm_weight
+from adapterkit.nn.functional.phm import phm_linear, phm_weight
 
 
 def kronecker_sum(rule: Tensor, left: Tensor, right: Tensor | None) -> Tensor:

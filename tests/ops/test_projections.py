@@ -4,7 +4,7 @@ from hypothesis import given
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from adapterkit.ops.projections import Projection, parameter_projection, project, projection_of
+from adapterkit.nn.functional.projections import Projection, parameter_projection, project, projection_of
 
 from ..modules.hosts import LAYERS, Conv1D, convs, geometry, layer, some_input
 

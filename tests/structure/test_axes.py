@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.structure.discover import discover
+from adapterkit.structure.anatomy.discover import discover
 
 from .hosts import VOCAB, WIDTH, FeedForward, Model, Pre, randomised
 

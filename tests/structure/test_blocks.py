@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterkit as ak
-from adapterkit.structure.discover import discover
+from adapterkit.structure.anatomy.discover import discover
 
 from .hosts import VOCAB, WIDTH, Attention, FeedForward, Model, Post, Pre, randomised
 

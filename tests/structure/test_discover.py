@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.structure import discover as discovery
-from adapterkit.structure.anatomy import Sublayer
-from adapterkit.structure.discover import discover
-from adapterkit.structure.epsilon import epsilon_test
+from adapterkit.structure.anatomy import discover as discovery
+from adapterkit.structure.anatomy.description import Sublayer
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.anatomy.epsilon import epsilon_test
 
 from .hosts import (
     VOCAB,

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.structure.discover import discover
-from adapterkit.structure.inputs import tiny_inputs
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.tracing.inputs import tiny_inputs
 
 from .hosts import VOCAB, Model, Pre, randomised
 

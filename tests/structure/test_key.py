@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.structure.discover import discover
-from adapterkit.structure.key import structure_key
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.tracing.key import structure_key
 
 from .hosts import VOCAB, WIDTH, Model, Post, Pre, randomised
 

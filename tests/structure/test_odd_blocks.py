@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterkit.structure.discover import discover
-from adapterkit.structure.epsilon import epsilon_test
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.anatomy.epsilon import epsilon_test
 
 from .hosts import VOCAB, WIDTH, Attention, FeedForward, Model, Pre, randomised
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.row_axis import NO_ROWS, UNCLEAR, RowLayout
-from adapterkit.structure.rows import discover_rows
+from adapterkit.structure.tracing.row_layout import NO_ROWS, UNCLEAR, RowLayout
+from adapterkit.structure.tracing.rows import discover_rows
 
 from ..composed_hosts import Blocks, FlatBlock, TokensFirstBlock, TokensFirstInside, Windows, encoder
 from ..conftest import PostNormBlock, PreNormBlock, randomise

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterkit as ak
-from adapterkit.structure import discover as discovery
-from adapterkit.structure.anatomy import Slices
-from adapterkit.structure.discover import discover
-from adapterkit.structure.slices import fused_slices
+from adapterkit.structure.anatomy import discover as discovery
+from adapterkit.structure.anatomy.description import Slices
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.anatomy.fused import fused_slices
 
 from .hosts import HEADS, VOCAB, WIDTH, Model, Pre, randomised
 

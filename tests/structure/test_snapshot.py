@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.structure.trace import forward, untouched
+from adapterkit.structure.tracing.forward import forward, untouched
 
 from .hosts import VOCAB, WIDTH, Model, Pre, randomised
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.structure.anatomy import Anatomy
-from adapterkit.structure.discover import discover
-from adapterkit.structure.epsilon import Moved, epsilon_test
+from adapterkit.structure.anatomy.description import Anatomy
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.anatomy.epsilon import Moved, epsilon_test
 
 from .hosts import HEADS, VOCAB, WIDTH, Attention, FeedForward, Model, Pre, randomised
 

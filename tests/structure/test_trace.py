@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.structure import discover as discovery
-from adapterkit.structure.discover import discover
-from adapterkit.structure.trace import forward
+from adapterkit.structure.anatomy import discover as discovery
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.tracing.forward import forward
 
 from .hosts import VOCAB, WIDTH, Model, Post, Pre, randomised
 

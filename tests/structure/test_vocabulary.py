@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterkit as ak
-from adapterkit.structure.discover import discover
-from adapterkit.structure.roles import role_paths, role_places
+from adapterkit.structure.anatomy.discover import discover
+from adapterkit.structure.anatomy.roles import role_paths, role_places
 
 from .hosts import VOCAB, WIDTH, Model, Pre, randomised
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition import fusions_in, names_in
+from adapterkit.composition.nodes import fusions_in, names_in
 
 from ..measure import default_dtype, float_tensors, furthest, gradients_of, relative
 from ..methods.adapters_peer import prepared

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapterkit.ops.parts import Parts
-from adapterkit.sites import SiteSpec, sites_of
+from adapterkit.nn.functional.slices import Parts
+from adapterkit.runtime.site import SiteSpec, sites_of
 
 from .case import SHARED, Key, Place
 

@@ -8,18 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.zoo.handwritten.parts import (
-    DEPTH,
-    HEADS,
-    VOCAB,
-    WIDTH,
-    Attention,
-    Block,
-    FeedForward,
-    Gated,
-    Tokens,
-    rotated,
-)
+from .parts import DEPTH, HEADS, VOCAB, WIDTH, Attention, Block, FeedForward, Gated, Tokens, rotated
 
 __all__ = [
     "GPTJ",

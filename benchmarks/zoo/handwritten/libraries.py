@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.zoo.handwritten.parts import DEPTH, HEADS, TOKENS, VOCAB, WIDTH, rotated
+from .parts import DEPTH, HEADS, TOKENS, VOCAB, WIDTH, rotated
 
 __all__ = ["NanoGPT", "OpenCLIP", "XTransformer"]
 

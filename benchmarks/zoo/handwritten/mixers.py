@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.zoo.handwritten.parts import HEADS, WIDTH, Block, FeedForward, Gated
+from .parts import HEADS, WIDTH, Block, FeedForward, Gated
 
 __all__ = ["GMLP", "RWKV", "FNet", "LinearAttention", "Mamba", "mlp_mixer", "retnet"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.handwritten.parts import DEPTH, HEADS, WIDTH, Attention, Block, FeedForward
+from .parts import DEPTH, HEADS, WIDTH, Attention, Block, FeedForward
 
 __all__ = ["ConvNeXt", "DiT", "Flamingo", "Perceiver", "UViT", "Windows"]
 

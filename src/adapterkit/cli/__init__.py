@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import AdapterKitError
-from .base import Command
+from .command import Command
 from .inspect import Inspect
 
 __all__ = ["COMMANDS", "main"]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterKitError, CompatibilityError, ConfigError, MissingExtraError
-from ..structure.discover import discover
+from ..structure.anatomy.discover import discover
 
 __all__ = ["MODEL", "load_model"]
 

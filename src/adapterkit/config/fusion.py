@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import DType, Int, Probability, Settings
+from .settings import DType, Int, Probability, Settings
 
 __all__ = ["FusionConfig"]
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from ..errors import ConfigError
-from .base import AdapterConfig, Settings
 from .problems import no_setting
+from .settings import AdapterConfig, Settings
 
 __all__ = ["Config", "Union", "members"]
 

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.heads import (
+from ..errors import ConfigError, TargetError
+from ..placement.patterns import match, modules_by_path
+from ..runtime.site import HeadSpec
+from .config import (
     CausalLMHead,
     ClassificationHead,
     HeadConfig,
@@ -17,11 +20,8 @@ from ..config.heads import (
     RegressionHead,
     TaggingHead,
 )
-from ..errors import ConfigError, TargetError
-from ..modules.heads import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
-from ..ops.losses import class_loss, label_loss, span_loss, target_loss
-from ..patterns import match, modules_by_path
-from ..sites import HeadSpec
+from .losses import class_loss, label_loss, span_loss, target_loss
+from .modules import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
 
 __all__ = ["VocabularySize", "build_head"]
 

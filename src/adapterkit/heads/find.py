@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.heads import CustomHead, HeadConfig, MultipleChoiceHead, OutputHead, OwnHead
 from ..errors import CompatibilityError, ConfigError, TargetError
-from ..hooks import remove_hooks
-from ..hosts import known_shape, resolve_host
-from ..patterns import SITE, ancestors, match, modules_by_path
-from ..record import ACTIVATION_LOCK, silenced
-from ..sites import HeadSpec
-from ..structure.inputs import first_that_runs
-from ..structure.trace import ExampleInputs, forward, observe
+from ..placement.patterns import SITE, ancestors, match, modules_by_path
+from ..runtime.hooks import remove_hooks
+from ..runtime.site import HeadSpec
+from ..runtime.state import ACTIVATION_LOCK, silenced
+from ..structure.hosts import known_shape, resolve_host
+from ..structure.tracing.forward import ExampleInputs, forward, observe
+from ..structure.tracing.inputs import first_that_runs
 from .build import VocabularySize, build_head
+from .config import CustomHead, HeadConfig, MultipleChoiceHead, OutputHead, OwnHead
 from .steps import hidden_in
 
 __all__ = ["FoundHead", "Heads", "build_heads", "check_apart", "check_names", "copy_heads", "find_heads", "output_host"]

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from ..composition import Block, Composition, Fuse, Stack, names_in
-from ..config.heads import MultipleChoiceHead, QuestionAnsweringHead
+from ..composition.nodes import Block, Composition, Fuse, Stack, names_in
+from ..composition.rows import copies_of_rows, divides_rows, row_kinds
 from ..errors import CompatibilityError
-from ..modules.heads import Undoing
-from ..patterns import SITE, ancestors
-from ..row_division import copies_of_rows, divides_rows, row_kinds
-from ..sites import AdapterSite, Entry, Step
-from .calls import LABELS, SPAN, Wants, masks_of
+from ..placement.patterns import SITE, ancestors
+from ..runtime.site import AdapterSite, Entry, Step
+from .call import LABELS, SPAN, Wants, masks_of
+from .config import MultipleChoiceHead, QuestionAnsweringHead
+from .modules import Undoing
 from .steps import Head, Owned, RunHeads, UseHead, UseHeads, Way
 
 __all__ = ["head_owner", "head_steps", "root_of"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import values
 from ..errors import CompatibilityError
+from ..structure import pytree as values
 
 __all__ = ["Logits", "Piece", "joined", "laid_out", "rows_of_call", "some_rows"]
 

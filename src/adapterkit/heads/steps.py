@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import values
-from ..composition import Composition
+from ..composition.nodes import Composition
+from ..composition.rows import rows_of
 from ..errors import CompatibilityError
-from ..generation import is_generating
-from ..row_division import rows_of
-from ..sites import AdapterSite, Step
-from ..values import Path
-from .calls import Call, Wants, check_known, labels_of
+from ..runtime.compose.generation import is_generating
+from ..runtime.site import AdapterSite, Step
+from ..structure import pytree as values
+from ..structure.pytree import Path
+from .call import Call, Wants, check_known, labels_of
 from .output import HeadOutput
 from .rows import Logits, Piece, joined, laid_out, rows_of_call, some_rows
 

@@ -9,19 +9,19 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ..config.base import ActivationConfig, AdapterConfig, Targets
+from ..config.settings import ActivationConfig, AdapterConfig, Targets
 from ..errors import ConfigError
-from ..layers import setting_at
-from ..sites import SiteSpec
-from ..spots import Placement
-from ..weights import projection_at
-from .base import Additive, Method, Sharing
+from ..placement.layers import setting_at
+from ..placement.targets import Placement
+from ..placement.weights import projection_at
+from ..runtime.site import SiteSpec
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
 from .compacter import Compacter
 from .ia3 import IA3
 from .invertible import Invertible
 from .lora import LoRA
+from .method import Additive, Method, Sharing
 from .norm_tuning import NormTuning
 from .vera import VeRA
 

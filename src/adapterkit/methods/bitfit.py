@@ -2,17 +2,34 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from ..config.bitfit import BitFitConfig
-from ..modules.parameter_delta import ParameterDelta
-from ..sites import SiteSpec
-from ..spots import Placement
+from ..config.settings import AdapterConfig, Targets
+from ..nn.parameter_delta import ParameterDelta
+from ..placement.targets import Placement
+from ..runtime.site import SiteSpec
 
-__all__ = ["BitFit"]
+__all__ = ["BitFit", "BitFitConfig"]
+
+
+class BitFitConfig(AdapterConfig):
+    """Train the biases: a trained change, zero at first, is added to each.
+
+    Targets are Parameters, or modules whose biases are meant: `["query"]`, `["LayerNorm.bias"]`; by default every bias of
+    the model. A model without any is refused.
+
+    Every setting: see `AdapterConfig`.
+
+    Reference: Ben Zaken et al. 2022, arXiv:2106.10199.
+    """
+
+    method: Literal["bitfit"] = "bitfit"
+    targets: Targets = Field(default=("**",), min_length=1)
+
 
 _BIAS = re.compile(r"(.*_)?bias(_.*)?")  # bias, in_proj_bias, bias_ih_l0
 

@@ -4,16 +4,50 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from ..config.invertible import InvertibleConfig
+from ..config.settings import ActivationConfig, Targets
 from ..errors import TargetError
-from ..modules.invertible import Coupling, InvertibleAdapter
-from ..patterns import is_role
-from ..sites import SiteSpec
-from ..spots import Placement
+from ..nn.functional.non_linearities import NonLinearity
+from ..nn.invertible import Block, Coupling, InvertibleAdapter
+from ..placement.patterns import is_role
+from ..placement.targets import Placement
+from ..runtime.site import SiteSpec
+from .bottleneck import Factor
 
-__all__ = ["Invertible"]
+__all__ = ["Invertible", "InvertibleConfig"]
+
+
+class InvertibleConfig(ActivationConfig):
+    """An invertible map of the embeddings, undone before the output embedding: the language part of MAD-X.
+
+    Each half of the features is changed by a two-layer network of the other half. Where the model has an output embedding
+    (a language model's last projection), what enters it goes through the exact inverse.
+
+    All places share one coupling. An encoder-decoder whose stacks have an embedding each has it behind both, which is
+    what one shared embedding asks for; the inverse is before the decoder's output embedding. Widths must be equal.
+
+    Args:
+        targets: Modules behind which the coupling is.
+        output_targets: Modules before which its inverse is. The role matches nothing in a model without an output
+            embedding, and that is no error; a pattern must match. () for none: the coupling is not undone.
+        block: "nice" (additive coupling) or "glow" (affine coupling).
+        reduction_factor: Half the embedding's width / inner width of the networks.
+        non_linearity: The function between their layers.
+
+    Every other setting: see `ActivationConfig`.
+
+    Reference: Pfeiffer et al. 2020, arXiv:2005.00052, section 4; NICE: Dinh et al. 2015, arXiv:1410.8516; GLOW: Kingma
+    and Dhariwal 2018, arXiv:1807.03039.
+    """
+
+    method: Literal["invertible"] = "invertible"
+    targets: Targets = Field(default=("@embedding",), min_length=1)
+    output_targets: Targets = ("@output_embedding",)
+    block: Block = "nice"
+    reduction_factor: Factor = 2.0
+    non_linearity: NonLinearity = "relu"
 
 
 class Invertible:

@@ -2,21 +2,78 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
-from ..config.lora import LoRAConfig
-from ..host_weight import base_weight, check_multiplies
-from ..layers import setting_at
-from ..modules.dora import DoRA, magnitude_of
-from ..modules.lora import LoRA as LoRAModule
-from ..sites import SiteSpec
-from ..spots import Placement
-from ..weights import projection_at
+from ..config.settings import AdapterConfig, Int, Probability, Size, Targets, check_map, number_by_place
+from ..nn.dora import DoRA, magnitude_of
+from ..nn.lora import LoRA as LoRAModule
+from ..nn.lora import LoRAInit
+from ..placement.layers import setting_at
+from ..placement.targets import Placement
+from ..placement.weights import projection_at
+from ..runtime.site import SiteSpec
+from .host_weight import base_weight, check_multiplies
 
-__all__ = ["LoRA"]
+__all__ = ["LoRA", "LoRAConfig"]
+
+Alpha = Annotated[float, Field(gt=0)]
+
+
+class LoRAConfig(AdapterConfig):
+    """A low-rank change of a weight: W + scaling * B A, with A (rank, in) and B (out, rank).
+
+    The scaling is alpha / rank. Targets are linear, convolutional and embedding layers, Parameters of two or more axes (the
+    projections of nn.MultiheadAttention, experts of a mixture), or roles: of a projection that is fused for query, key and
+    value, `"@attention.q"` is the query's slice. The papers adapt the attention's query and value; rank and alpha are
+    those of the first one for RoBERTa.
+
+    Args:
+        rank: Inner width. A map `{"default": 8, "layer.0.**": 16}` sets it by pattern or layer; the longest that fits wins.
+        alpha: Numerator of the scaling; a map as well.
+        use_rslora: Scale by alpha / sqrt(rank) instead, which keeps large ranks stable.
+        use_dora: Weight-decomposed: the changed weight is brought to trained lengths, one for each output feature.
+        dropout: Probability of dropping an input feature of A in training. Not at Parameters, whose input is not seen.
+        bias: Train a bias with it (of a host that has none: it cannot be merged).
+        gating: A trained gate in (0, 1) for each row; it cannot be merged.
+        batch_axis: The axis of rows, for the gate.
+        init: "lora" (A Kaiming-uniform, B zero) or "gaussian" (A normal, B zero); of an embedding A is the zero one.
+
+    Every other setting: see `AdapterConfig`.
+
+    Reference: Hu et al. 2022, arXiv:2106.09685; rank-stabilised: Kalajdzievski 2023, arXiv:2312.03732; DoRA: Liu et al.
+    2024, arXiv:2402.09353; gating: Mao et al. 2022, arXiv:2110.07577.
+    """
+
+    method: Literal["lora"] = "lora"
+    targets: Targets = Field(default=("@attention.q", "@attention.v"), min_length=1)
+    rank: Annotated[
+        Size | Annotated[dict[str, Size], AfterValidator(check_map)],
+        Field(description=number_by_place("a whole number of 1 or more", "8")),
+    ] = 8
+    alpha: Annotated[
+        Alpha | Annotated[dict[str, Alpha], AfterValidator(check_map)],
+        Field(description=number_by_place("a number above 0", "8")),
+    ] = 8.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    dropout: Probability = 0.0
+    bias: bool = False
+    gating: bool = False
+    batch_axis: Annotated[Int, Field(ge=0)] = 0
+    init: LoRAInit = "lora"
+
+    @model_validator(mode="after")
+    def _check(self) -> "LoRAConfig":
+        if self.use_dora and (self.gating or self.bias):
+            raise ValueError(
+                f"use_dora=True changes a weight's direction and length; gating={self.gating} and bias={self.bias} are "
+                "LoRA's alone"
+            )
+        return self
 
 
 class LoRA:

@@ -1,18 +1,34 @@
 """Norm tuning as a method."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from ..config.norm_tuning import NormTuningConfig
-from ..hosts import is_norm
-from ..modules.parameter_delta import ParameterDelta
-from ..sites import SiteSpec
-from ..spots import Placement
+from ..config.settings import AdapterConfig, Targets
+from ..nn.parameter_delta import ParameterDelta
+from ..placement.targets import Placement
+from ..runtime.site import SiteSpec
+from ..structure.hosts import is_norm
 
-__all__ = ["NormTuning"]
+__all__ = ["NormTuning", "NormTuningConfig"]
+
+
+class NormTuningConfig(AdapterConfig):
+    """Train the weights and biases of norms: a trained change, zero at first, is added to each.
+
+    Targets are norms or their Parameters; by default every norm of the model.
+
+    Every setting: see `AdapterConfig`.
+
+    Reference: Qi et al. 2022, "Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models",
+    arXiv:2211.08682; Zhao et al. 2024, arXiv:2312.11420.
+    """
+
+    method: Literal["norm_tuning"] = "norm_tuning"
+    targets: Targets = Field(default=("**",), min_length=1)
 
 
 class NormTuning:

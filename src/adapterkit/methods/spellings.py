@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.base import AdapterConfig, Settings
+from ..config.settings import AdapterConfig, Settings
 from ..config.union import Config, Union
 from ..errors import ConfigError
 from . import UNION_PRESETS, method_named, preset_named, preset_names

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..base import base_parameters, fingerprint
-from ..hosts import host_type
-from ..patterns import ancestors
+from ..placement.patterns import ancestors
+from ..runtime.originals import base_parameters, fingerprint
+from ..structure.hosts import host_type
 from .manifest import BaseIdentity, Metadata
 
 __all__ = ["base_identity", "output_structure", "structure_of"]

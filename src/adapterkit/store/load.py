@@ -10,27 +10,27 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..attach import attach, check_free, seen_layouts
-from ..base import fingerprint
-from ..composition import Fuse, to_json
+from ..composition.nodes import Fuse, to_json
 from ..config.fusion import FusionConfig
-from ..config.heads import CustomHead, OwnHead, head_from
 from ..config.union import Config, members
 from ..errors import AdapterKitError, CompatibilityError, ConfigError, StoreError, TargetError
-from ..fusions import attach_fusion, fusion_parts
+from ..heads.config import CustomHead, OwnHead, head_from
 from ..heads.find import FoundHead, check_apart, check_names
-from ..hosts import known_shape, resolve_host
+from ..lifecycle.attach import attach, check_free, seen_layouts
+from ..lifecycle.build import Part, build_parts, device_near, head_parts
+from ..lifecycle.fusion import attach_fusion, fusion_parts
 from ..methods import method_of
 from ..methods.spellings import config_from
-from ..parts import Part, build_parts, device_near, head_parts
-from ..patterns import ancestors, modules_by_path
-from ..sites import HeadSpec, SiteSpec
-from ..structure.trace import ExampleInputs, outside_inference_mode
-from .children import fuse_from
+from ..placement.patterns import ancestors, modules_by_path
+from ..runtime.originals import fingerprint
+from ..runtime.site import HeadSpec, SiteSpec
+from ..structure.hosts import known_shape, resolve_host
+from ..structure.tracing.forward import ExampleInputs, outside_inference_mode
+from .check_sites import check_places
 from .files import read_manifest_bytes, read_tensors_bytes
+from .fused_adapters import fuse_from
 from .identity import structure_of
 from .manifest import HeadRecord, Manifest, PlaceRecord, SiteRecord, parse_manifest
-from .places import check_places
 from .tensors import dtype_name, tensor_key
 
 __all__ = ["BaseMismatchWarning", "load_adapter", "read_manifest"]

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..config.base import describe
+from ..config.settings import describe
 from ..errors import StoreError
-from ..structure.anatomy import Norm
+from ..structure.anatomy.description import Norm
 
 __all__ = [
     "FORMAT_VERSION", "BaseIdentity", "ChildRecord", "Manifest", "Metadata", "Metric", "SiteRecord", "TensorRecord",

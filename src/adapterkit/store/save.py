@@ -13,13 +13,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ..config.base import describe
-from ..config.heads import OwnHead
+from ..config.settings import describe
 from ..errors import StoreError
-from ..hosts import host_type
-from ..sites import Entry, HeadSpec, located
-from .children import children_of
+from ..heads.config import OwnHead
+from ..runtime.site import Entry, HeadSpec, located
+from ..structure.hosts import host_type
 from .files import CARD_MARK, replace_adapter
+from .fused_adapters import children_of
 from .identity import base_identity, output_structure, structure_of
 from .manifest import FORMAT_VERSION, HeadRecord, Manifest, Metadata, SiteRecord, TensorRecord
 from .tensors import Held, digest_of, dtype_name, held_by, tensors_of

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..modules.twin import trained
-from ..sites import Entry, HeadSpec, SiteSpec, sites_of
+from ..nn.twin import trained
+from ..runtime.site import Entry, HeadSpec, SiteSpec, sites_of
 
 __all__ = ["Held", "digest_of", "dtype_name", "held_by", "tensor_key", "tensors_of"]
 

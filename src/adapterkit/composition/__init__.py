@@ -1,0 +1,1 @@
+"""Compositions: which adapters run, in which order, on which rows."""

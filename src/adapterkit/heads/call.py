@@ -1,0 +1,221 @@
+"""What heads on a model's output take of its call: labels, which the model itself need not know, and the mask.
+
+A hook on the model takes the labels off the call and leaves them here for the step that runs the heads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CompatibilityError
+from ..structure.pytree import Argument
+
+__all__ = ["Call", "CallSlot", "Mask", "Wants", "check_known", "labels_of", "masks_of", "taken_off"]
+
+LABELS, SPAN = "labels", ("start_positions", "end_positions")
+
+# What a mask may be called, whether it marks padding, and the arguments by which another sequence than its own comes out.
+_MASKS = (
+    ("decoder_attention_mask", False, ()),
+    ("tgt_key_padding_mask", True, ()),
+    ("attention_mask", False, ("decoder_input_ids", "decoder_inputs_embeds")),
+    ("src_key_padding_mask", True, ("tgt",)),
+)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """An argument that says which positions are real.
+
+    Attributes:
+        argument: Its position and keyword in the model's call.
+        is_padding: It says which are not.
+        unless: Where any of these arguments is given, it is not that of the model's output.
+    """
+
+    argument: Argument
+    is_padding: bool
+    unless: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What active heads want of a call.
+
+    Attributes:
+        names: Keywords that are theirs and not the model's.
+        choices: Inputs with an axis of so many choices are made rows; None for no such axis.
+        masks: What may be the mask, the first that is given.
+    """
+
+    names: tuple[str, ...]
+    choices: int | None
+    masks: tuple[Mask, ...]
+
+
+class Call(NamedTuple):
+    """What a call had for heads.
+
+    Attributes:
+        root: The module that was called.
+        labels: A tensor, or a mapping of them by adapter or head; None if there were none.
+        mask: 1 where a position is real. Shape: (batch, seq).
+    """
+
+    root: nn.Module
+    labels: Any
+    mask: Tensor | None
+
+
+class CallSlot:
+    """Carries what a call had for heads from the hook that takes it to the step that runs them.
+
+    Per thread in eager mode; as a plain attribute under `torch.compile`.
+
+    Attributes:
+        wants: What active heads want; None if there are none.
+    """
+
+    def __init__(self) -> None:
+        self.wants: Wants | None = None
+        self._traced: Call | None = None
+
+    def give(self, call: Call) -> None:
+        """Leave it for the heads."""
+        if torch.compiler.is_compiling():
+            self._traced = call
+        else:
+            _given.__dict__[str(id(self))] = call
+
+    def take(self) -> Call | None:
+        """Take it away; None if none was left."""
+        # torch.compile runs the hooks of the outermost module as graphs of their own: one may be compiled, the other not.
+        call, self._traced = self._traced, None
+        return self._given_here() if call is None else call
+
+    def drop(self) -> None:
+        """Take it away unseen."""
+        self._traced = None
+        self._given_here()
+
+    def _given_here(self) -> Call | None:
+        """What this thread left."""
+        call: Call | None = _given.__dict__.pop(str(id(self)), None)
+        return call
+
+
+_given = threading.local()
+
+
+def masks_of(root: nn.Module) -> tuple[Mask, ...]:
+    """What may be the mask in calls of a model, the likeliest first, by what its `forward` takes."""
+    parameters = inspect.signature(root.forward).parameters
+    names, takes_any = list(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def argument(name: str) -> Argument:
+        return (names.index(name) if name in names else None), name
+
+    known = [(name, is_padding, unless) for name, is_padding, unless in _MASKS if name in names or takes_any]
+    return tuple(Mask(argument(name), is_padding, tuple(map(argument, unless))) for name, is_padding, unless in known)
+
+
+def taken_off(wants: Wants, root: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, Call]:
+    """The arguments that are left for the model, and what heads get of the call. Shapes: as given; choices made rows."""
+    labels = kwargs.get(LABELS)
+    if labels is None and SPAN[0] in wants.names:
+        labels = _span(kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in wants.names}
+    if wants.choices is not None:
+        args, kwargs = _as_rows(wants.choices, args, kwargs)
+    return args, kwargs, Call(root, labels, _mask(wants.masks, (args, kwargs)))
+
+
+def _span(kwargs: Any) -> Tensor | None:
+    """Where answers start and end, (batch, 2); None if the call does not say. Raises CompatibilityError: only one."""
+    given = {name: kwargs[name] for name in SPAN if kwargs.get(name) is not None}
+    if len(given) == 1:
+        raise CompatibilityError(f"an answer has {' and '.join(SPAN)}; found {next(iter(given))} alone")
+    return torch.stack([torch.as_tensor(given[name]).reshape(-1) for name in SPAN], -1) if given else None
+
+
+def _as_rows(choices: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Inputs (batch, choices, ...) as (batch * choices, ...), if that is what the first of them is."""
+    tensors = {**dict(enumerate(args)), **kwargs}
+    tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    key, first = next(iter(tensors.items()), (None, None))
+    if first is None:
+        return args, kwargs
+    # Token ids are (batch, seq), images (batch, channels, height, width).
+    axes = 4 if key == "inputs_embeds" else 5 if first.is_floating_point() else 3
+    if first.dim() != axes or first.shape[1] != choices:
+        return args, kwargs
+    batch = tuple(first.shape[:2])
+
+    def flat(value: Any) -> Any:
+        return value.flatten(0, 1) if isinstance(value, Tensor) and tuple(value.shape[:2]) == batch else value
+
+    return tuple(map(flat, args)), {name: flat(value) for name, value in kwargs.items()}
+
+
+def _mask(masks: tuple[Mask, ...], call: Any) -> Tensor | None:
+    """The mask of the model's output, with 1 for what is real; None without one. Shape: as given."""
+    for mask in masks:
+        found = _argument(call, mask.argument)
+        if isinstance(found, Tensor) and all(_argument(call, other) is None for other in mask.unless):
+            if not mask.is_padding:
+                return found
+            return ~found if found.dtype is torch.bool else found == 0
+    return None
+
+
+def _argument(call: Any, argument: Argument) -> Any:
+    """An argument of a call; None if it is not there."""
+    (position, keyword), (args, kwargs) = argument, call
+    if keyword in kwargs:
+        return kwargs[keyword]
+    return args[position] if position is not None and position < len(args) else None
+
+
+def labels_of(labels: Any, owner: str, head: str, *, is_alone: bool, owners: tuple[str, ...]) -> tuple[Any, bool]:
+    """The labels that are meant for a head, and whether they are for every row of the batch; None for none.
+
+    Args:
+        labels: What the model was called with.
+        owner: The head's adapter.
+        head: Its name.
+        is_alone: Whether it is the only one of its adapter.
+        owners: All adapters whose heads run.
+
+    Raises:
+        CompatibilityError: one tensor is to be for several heads.
+    """
+    if not isinstance(labels, Mapping):
+        found, is_shared = labels, True
+    else:
+        found, is_shared = labels.get(owner), False
+        if found is None and head not in owners:
+            return labels.get(head), False
+        if isinstance(found, Mapping):
+            return found.get(head), False
+    if found is not None and not is_alone:
+        raise CompatibilityError(
+            f"adapter {owner!r} has several heads, and one tensor of labels is not for all of them: give "
+            f"labels={{{head!r}: …}}, by their names"
+        )
+    return found, is_shared
+
+
+def check_known(labels: Any, owners: tuple[str, ...], heads: tuple[str, ...]) -> None:
+    """Raise CompatibilityError for labels under a name that is neither that of an adapter nor that of a head that runs."""
+    unknown = [key for key in labels if key not in owners and key not in heads] if isinstance(labels, Mapping) else []
+    if unknown:
+        raise CompatibilityError(
+            f"labels are for {unknown}, which runs no head here: adapters {list(owners)} do, with heads {list(heads)}"
+        )

@@ -1,0 +1,85 @@
+"""A table of the adapters in a model."""
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+
+from torch import nn
+
+from ..composition.nodes import names_in
+from ..runtime.originals import base_parameters
+from ..runtime.site import adapter_names, sites_of
+from ..runtime.state import Record
+
+__all__ = ["AdapterRow", "Summary", "summarise"]
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter: its name and method, sites, parameters (heads apart), bytes with heads, share of θ in percent."""
+
+    name: str
+    method: str
+    sites: int
+    parameters: int
+    head_parameters: int
+    size_bytes: int
+    percent: float
+    is_active: bool
+    is_training: bool
+    is_merged: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is in a model; `print` it for a table."""
+
+    base_parameters: int
+    base_bytes: int
+    adapters: tuple[AdapterRow, ...]
+
+    def __str__(self) -> str:
+        head = ("adapter", "method", "sites", "parameters", "head", "bytes", "% of base", "active", "training", "merged")
+        rows = [tuple(_text(value) for value in astuple(row)) for row in self.adapters]
+        base = ("(base)", "", "", _text(self.base_parameters), "", _text(self.base_bytes), "100.00", "", "", "")
+        return table([head, *rows, base])
+
+
+def summarise(model: nn.Module, record: Record) -> Summary:
+    """Count what the base and each adapter hold."""
+    base = [p for _, p in base_parameters(model)]
+    total = sum(p.numel() for p in base)
+    rows = []
+    for name in adapter_names(model):
+        held = [pair for _, _, site in sites_of(model) for pair in site.modules_of(name)]
+        own = [p for entry, module in held if entry.spec is not None for p in module.parameters()]
+        heads = [p for entry, module in held if entry.spec is None for p in module.parameters()]
+        rows.append(
+            AdapterRow(
+                name=name,
+                method=held[0][0].config.method,
+                sites=sum(entry.spec is not None for entry, _ in held),
+                parameters=sum(p.numel() for p in own),
+                head_parameters=sum(p.numel() for p in heads),
+                size_bytes=sum(p.numel() * p.element_size() for p in own + heads),
+                percent=100 * sum(p.numel() for p in own) / max(1, total),
+                is_active=name in names_in(record.activation.active),
+                is_training=any(p.requires_grad for p in own),
+                is_merged=name in record.merged,
+            )
+        )
+    return Summary(total, sum(p.numel() * p.element_size() for p in base), tuple(rows))
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Rows of text in columns."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,169 @@
+"""Make the tree of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ...composition.nodes import names_in
+from ...errors import CompatibilityError
+from ...placement.patterns import SITE, modules_by_path
+from ...runtime.originals import base_parameters
+from ...runtime.site import AdapterSite, record_of
+from ...runtime.state import ACTIVATION_LOCK, silenced
+from ...structure import pytree as values
+from ...structure.anatomy.discover import Discovery
+from ...structure.hosts import channel_axis, known_shape
+from ...structure.tracing.forward import ExampleInputs, observe
+from ..summary import AdapterRow, summarise
+from .fold import cut, folded
+from .meaning import Meaning, meanings
+from .nodes import Mark, Node
+from .tree import AdapterLine, Tree
+
+__all__ = ["tree_of"]
+
+_PARAMETRISED = "parametrizations"
+
+
+def tree_of(model: nn.Module, example_inputs: ExampleInputs | None = None, *, depth: int | None = None) -> Tree:
+    """The tree of a model. Traces it for roles and widths; one that cannot be traced has a tree, too, and says why.
+
+    Args:
+        model: Any module, on any device, on `meta` too.
+        example_inputs: Inputs that it runs on; tiny ones are made if there are none.
+        depth: Levels to show below the root; all if None.
+    """
+    look = _look(model, example_inputs)
+    root = _Grower(model, look).root()
+    record = record_of(model)
+    rows = summarise(model, record).adapters if record is not None else ()
+    return Tree(cut(root, depth), tuple(map(_line, rows)), look.note)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a trace showed: what modules are, their (input, output) widths, and what went wrong."""
+
+    meanings: dict[str, Meaning]
+    widths: dict[str, tuple[int | None, int | None]]
+    note: str | None
+
+
+def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
+    discovery = Discovery(model, example_inputs)
+    try:
+        with ACTIVATION_LOCK, silenced():
+            found = meanings(discovery.anatomy)
+            widths = _widths(model, discovery.inputs)
+    except CompatibilityError as error:
+        return _Look({}, {}, f"roles unknown: {' '.join(str(error).split())}")
+    return _Look(found, widths, None if found else "no roles: a trace shows no sub-layers that are added to a stream")
+
+
+def _widths(model: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[int | None, int | None]]:
+    """(input, output) widths of each module that runs on the inputs."""
+
+    def look(_path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[int | None, int | None]:
+        return _features(module, (args, kwargs)), _features(module, output)
+
+    paths = [path for path, module in model.named_modules() if SITE not in path.split(".")]
+    return {path: calls[0] for path, calls in observe(model, inputs, paths, look).items() if calls}
+
+
+def _features(module: nn.Module, value: Any) -> int | None:
+    """Features of the first floating-point tensor in a value that a module took or returned."""
+    path = values.find(value)
+    tensor = None if path is None else values.get(value, path)
+    if not isinstance(tensor, Tensor) or not tensor.dim():
+        return None
+    axis = channel_axis(module, tuple(tensor.shape))
+    return None if axis is None else tensor.shape[axis]
+
+
+def _line(row: AdapterRow) -> AdapterLine:
+    return AdapterLine(row.name, row.method, row.sites, row.parameters, row.percent, row.is_active, row.is_training)
+
+
+class _Grower:
+    """Grows the nodes of a model, each module once: under the first of its names."""
+
+    def __init__(self, model: nn.Module, look: _Look) -> None:
+        self.model, self.look = model, look
+        self.owners = {id(parameter): name for name, parameter in base_parameters(model)}
+        self.modules = modules_by_path(model)
+        self.first: dict[int, str] = {}
+        for path, module in self.modules.items():
+            self.first.setdefault(id(module), path)
+        record = record_of(model)
+        self.active = set(names_in(record.activation.active)) if record is not None else set()
+
+    def root(self) -> Node:
+        """The node of the whole model."""
+        return self._node(type(self.model).__name__, "", self.model)
+
+    def _node(self, label: str, path: str, module: nn.Module) -> Node:
+        own = list(self._own_parameters(module))
+        counted = [p for name, p in own if self.owners.get(id(p)) == f"{path}.{name}".lstrip(".")]
+        counted = [p for p in counted if not is_lazy(p)]
+        is_again = self.first[id(module)] != path and any(True for _ in module.parameters())
+        children = () if is_again else folded(self._children(path, module))
+        said = self.look.meanings.get(path, Meaning())
+        input_width, width = self._width(path, module)
+        return Node(
+            label=label,
+            type=type(module).__name__,
+            paths=(path,),
+            roles=said.roles,
+            notes=said.notes,
+            width=width,
+            input_width=input_width,
+            shapes=tuple((name, () if is_lazy(p) else tuple(p.shape), str(p.dtype)[6:]) for name, p in own),
+            parameters=sum(p.numel() for p in counted) + sum(c.count * c.parameters for c in children),
+            size_bytes=sum(p.numel() * p.element_size() for p in counted) + sum(c.count * c.size_bytes for c in children),
+            trainable=sum(p.numel() for p in counted if p.requires_grad) + sum(c.count * c.trainable for c in children),
+            tied_to=self.first[id(module)] if is_again else self._owner(path, [p for _, p in own]),
+            adapters=tuple(self._adapters(module)),
+            children=children,
+        )
+
+    def _children(self, path: str, module: nn.Module, prefix: str = "") -> Iterator[Node]:
+        """The nodes in a module that are worth a line; those in a list of modules, which never runs, as its own."""
+        for name, child in module._modules.items():
+            inner = f"{path}.{name}".lstrip(".")
+            if child is None or name in (SITE, _PARAMETRISED):
+                continue
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and self.first[id(child)] == inner:
+                yield from self._children(inner, child, f"{prefix}{name}.")
+                continue
+            node = self._node(f"{prefix}{name}", inner, child)
+            if node.is_shown:
+                yield node
+
+    def _own_parameters(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """A module's own parameters with their names, those that it computes from others by these."""
+        yield from ((name, p) for name, p in module._parameters.items() if p is not None)
+        if _PARAMETRISED in module._modules:
+            yield from module.get_submodule(_PARAMETRISED).named_parameters(prefix=_PARAMETRISED)
+
+    def _owner(self, path: str, own: Iterable[nn.Parameter]) -> str | None:
+        """The path of the module that owns the largest of a module's parameters, if another does."""
+        largest = max((p for p in own if not is_lazy(p)), key=lambda p: p.numel(), default=None)
+        owner = path if largest is None else self.owners.get(id(largest), path).rpartition(".")[0]
+        inside = owner == path or owner.startswith(f"{path}.{_PARAMETRISED}".lstrip("."))
+        return None if largest is None or inside else owner
+
+    def _width(self, path: str, module: nn.Module) -> tuple[int | None, int | None]:
+        """(input, output) widths: as the type tells, else as the trace shows."""
+        known = known_shape(module)
+        return self.look.widths.get(path, (None, None)) if known is None else (known.input_width, known.width)
+
+    def _adapters(self, module: nn.Module) -> Iterator[Mark]:
+        site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
+        for name, entries in site.entries.items() if isinstance(site, AdapterSite) else ():
+            for entry in entries:
+                yield Mark(name, entry.spec.at if entry.spec else "head", name in self.active)

@@ -1,0 +1,150 @@
+"""What runs: the active adapter or composition, compiled into the steps of each site."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..composition.nodes import Block, Composition, drops_in, expanded, fusions_in, names_always, names_in
+from ..errors import ActivationError, AdapterNameError, ConfigError
+from ..heads.steps import RunHeads
+from ..placement.layers import check_dropped
+from ..runtime.compose.compile import SitePlan, keys_of, plan_at
+from ..runtime.compose.parallel import set_batch_hooks
+from ..runtime.hooks import WeightHook, forget_compiled, has_hook
+from ..runtime.site import AdapterSite, adapter_names, fusions_of, sites_among, specs_of
+from ..runtime.state import ACTIVATION_LOCK, RECORD, Record
+from ..runtime.steps import Pass
+from ..structure.tracing.row_layout import Layouts, RowAxes
+
+__all__ = ["activate", "activated", "apply", "check_active", "check_known", "check_plans", "layouts_of"]
+
+
+def activate(model: nn.Module, record: Record, composition: Composition | None) -> None:
+    """Make an adapter or a composition active; None is the base alone.
+
+    Raises:
+        CompatibilityError: adapters that cannot act together as it says, with the place and the reason.
+        ActivationError: another thread is running the model with another adapter, or another one is merged.
+    """
+    plans = _plans(model, record, composition)
+    with ACTIVATION_LOCK:
+        _check_merged(record, composition)
+        record.activation.switch(composition)
+        _put(model, record, plans)
+
+
+@contextmanager
+def activated(model: nn.Module, record: Record, composition: Composition | None) -> Iterator[None]:
+    """Make an adapter or a composition active within a `with` block; see `activate`."""
+    plans = _plans(model, record, composition)
+    with ACTIVATION_LOCK:
+        _check_merged(record, composition)
+        record.activation.enter(composition)
+        _put(model, record, plans)
+    try:
+        yield
+    finally:
+        with ACTIVATION_LOCK:
+            record.activation.leave()
+            apply(model, record)
+
+
+def check_plans(model: nn.Module, record: Record, composition: Composition | None) -> None:
+    """Raise CompatibilityError if adapters cannot act together as a composition says."""
+    _plans(model, record, composition)
+
+
+def apply(model: nn.Module, record: Record) -> None:
+    """Put the steps of what is active at every site."""
+    _put(model, record, _plans(model, record, record.activation.active))
+
+
+def check_active(model: nn.Module, composition: Composition) -> Composition:
+    """The composition, if it is one, and the model has all of its adapters; what they weigh in the place of fusions.
+
+    Raises:
+        AdapterNameError: no adapter or fusion has such a name.
+        ConfigError: several adapters in a list, a tuple or a set.
+        TargetError: a Drop of a layer that there is not.
+    """
+    if isinstance(composition, (list, tuple, set)):
+        raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition}")
+    fusions = fusions_of(model)
+    for fuse in fusions_in(composition):
+        if fuse.fusion not in fusions:
+            raise AdapterNameError(
+                f"the model has no fusion {fuse.fusion!r}; kit.add_fusion({fuse!r}) makes one, to be trained. "
+                f"It has: {list(fusions) or 'none'}"
+            )
+    for name in dict.fromkeys(names_in(composition)) if isinstance(composition, Block) else (composition,):
+        check_known(model, name)
+    for drop in drops_in(composition):
+        specs = [spec for name in dict.fromkeys(names_in(drop)) for _, spec in specs_of(model, name)]
+        if specs:  # else there is nothing to drop
+            check_dropped([spec.layer for spec in specs], drop.layers)
+    return expanded(composition, fusions)  # type: ignore[return-value]  # None of None alone
+
+
+Plans = Sequence[tuple[str, nn.Module, AdapterSite, SitePlan]]
+
+
+def _plans(model: nn.Module, record: Record, composition: Composition | None) -> Plans:
+    """What a composition becomes at the site of each host, in the model's order."""
+    modules = dict(model.named_modules())
+    axes, layouts = RowAxes(modules), layouts_of(model, record)
+    return [
+        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts.get(path, {}), record.merged))
+        for path, host, site in sites_among(modules)
+    ]
+
+
+def layouts_of(model: nn.Module, record: Record) -> Mapping[str, Layouts]:
+    """What was seen of where rows lie, by path; nothing of a part of the model, in which paths are others."""
+    return record.layouts if model.__dict__.get(RECORD) is record else {}
+
+
+def _put(model: nn.Module, record: Record, plans: Plans) -> None:
+    """Have the sites run these plans."""
+    active = record.activation.active
+    # A model in which nothing was ever active needs no checks, and its hooks stay empty.
+    idle = (Pass(active),) if record.activation.was_used else ()
+    is_stale = False
+    for _, host, site, plan in plans:
+        keys = keys_of((*plan.input, *plan.output))
+        for entry in (entry for entries in site.entries.values() for entry in entries):
+            if entry.handover is not None:
+                entry.handover.is_wanted = entry.key in keys
+        site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
+        site.call.wants = next((step.wants for step in plan.output if isinstance(step, RunHeads)), None)
+        # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
+        # the way of its Parameters.
+        is_stale |= (plan.weight or idle) != site.weight_steps and has_hook(host, WeightHook)
+        site.weight_steps = plan.weight or idle
+    if is_stale:
+        forget_compiled()
+    dividing = [(path, step.layout) for path, _, _, plan in plans for step in plan.dividing]
+    set_batch_hooks(model, record, dividing, layouts_of(model, record))
+
+
+def check_known(model: nn.Module, name: object) -> None:
+    """Raise AdapterNameError, with the nearest names, unless the model has this adapter."""
+    names = adapter_names(model)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=3)
+        hint = f"Did you mean {', '.join(map(repr, near))}?" if near else f"It has: {names or 'none'}."
+        if name is None:
+            hint += " The base alone runs after kit.deactivate(), or inside `with kit.base():`."
+        raise AdapterNameError(f"the model has no adapter {name!r}. {hint}")
+
+
+def _check_merged(record: Record, composition: Composition | None) -> None:
+    """Raise ActivationError unless what is to be active runs all that is merged on every row."""
+    always = names_always(composition)
+    others = [merged for merged in record.merged if merged not in always]
+    if others:
+        raise ActivationError(
+            f"cannot run {'the base' if composition is None else repr(composition)} alone: {others[0]!r} is merged into "
+            f"the weights, and would run as well. Call kit.unmerge({others[0]!r}) first"
+        )

@@ -1,0 +1,199 @@
+"""The freezing manager: θ stays as it is, φ trains.
+
+It owns `requires_grad`, keeps the running statistics of frozen norms from moving, and makes the first tensor of the
+stream require grad, without which reentrant gradient checkpointing trains nothing on a frozen base (but where the model
+says that it is not checkpointed: see docs/decisions/0005).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ActivationError
+from ..placement.patterns import ancestors, modules_by_path
+from ..runtime.hooks import KitHook, forget_compiled, has_hook, remove_hooks, require_input_grad, set_hook
+from ..runtime.originals import base_digests, base_parameters
+from ..runtime.site import open_parameters, sites_of
+from ..runtime.state import RECORD, Frozen, Record
+from ..structure import pytree as values
+
+__all__ = ["check_may_train", "freeze", "set_training", "unfreeze"]
+
+
+class FrozenNormHook(KitHook):
+    """Let a norm with running statistics normalise with them, and leave them alone, in `model.train()` too."""
+
+    is_pre = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Switch this norm, and no other module, to eval mode, if `model.train()` switched it on. Shape: any."""
+        if module.training:
+            module.training = False
+
+
+class ScriptedNormsHook(KitHook):
+    """Do for the scripted norms in a model what `FrozenNormHook` does for others: they call no Python hooks."""
+
+    is_pre = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Switch every scripted norm in the model, and nothing else, to eval mode. Shape: any."""
+        for norm in scripted_norms(module):
+            norm.training = False
+
+
+class CheckpointAware(KitHook):
+    """Base of the hooks that gradient checkpointing needs.
+
+    `flagged`: the modules that say whether they are checkpointed, by the attribute that transformers gives them. Where
+    there are any, and none is, gradients need not go below the first adapter, which saves a block's share of backward.
+    """
+
+    flagged: tuple[nn.Module, ...] = ()
+
+    def is_idle(self) -> bool:
+        """Whether nothing needs this hook now."""
+        if torch.compiler.is_compiling():
+            return True
+        return bool(self.flagged) and not any(module.gradient_checkpointing for module in self.flagged)
+
+
+class StreamStartHook(CheckpointAware):
+    """Make what an embedding returns require grad, in grad mode."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return the output, requiring grad. Shape: (..., hidden)."""
+        return None if self.is_idle() else require_input_grad(output)
+
+
+class RootInputHook(CheckpointAware):
+    """Make the model's floating-point input require grad, in grad mode.
+
+    That is its first tensor, or one given by keyword that is not called a mask; masks come after token ids, and a mask
+    that requires grad would keep attention off its fast kernels.
+    """
+
+    is_pre = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return the arguments, the first floating one requiring grad. Shape: as given."""
+        if self.is_idle():
+            return None
+        positions = [i for i, value in enumerate(args) if isinstance(value, Tensor)][:1]
+        keywords = [key for key, value in kwargs.items() if isinstance(value, Tensor) and "mask" not in key]
+        for path in [*((0, i) for i in positions), *((1, key) for key in keywords)]:
+            if values.get((args, kwargs), path).is_floating_point():
+                return require_input_grad((args, kwargs), path)
+        return None
+
+
+def freeze(model: nn.Module, record: Record, *, reentrant: bool = True) -> None:
+    """Freeze the base: no gradients, no moving statistics. Remembers what it finds; freezing twice changes nothing.
+
+    Args:
+        reentrant: Whether the model may be checkpointed in the reentrant way, which gives gradients only where what goes
+            in requires one. It is asked of models alone that do not say so themselves.
+    """
+    modules = modules_by_path(model)
+    model.__dict__[RECORD] = record
+    if record.frozen is None:
+        record.frozen = Frozen(
+            requires_grad={name: p.requires_grad for name, p in base_parameters(model)},
+            digests=base_digests(model),
+            own_mode={
+                path: module.training
+                for path, module in modules.items()
+                if has_running_statistics(module) and module.training != _mode_around(path, modules)
+            },
+        )
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad_(False)
+    scripted = scripted_norms(model)
+    for norm in scripted:
+        norm.training = False  # at once, for what does not run through the model's own forward
+    starts = reentrant or any(map(_says_whether_checkpointed, modules.values()))
+    for module in modules.values():
+        set_hook(module, FrozenNormHook, has_running_statistics(module) and not is_scripted(module), record)
+        set_hook(module, StreamStartHook, starts and isinstance(module, (nn.Embedding, nn.EmbeddingBag)), record)
+    set_hook(model, ScriptedNormsHook, bool(scripted), record)
+    set_hook(model, RootInputHook, starts, record)
+    _tell_who_is_checkpointed(modules)
+    forget_compiled()
+
+
+def unfreeze(model: nn.Module, record: Record) -> None:
+    """Undo `freeze`: every base parameter trains, or not, as it did before; norms follow the mode around them again."""
+    if record.frozen is None:
+        return
+    for name, parameter in base_parameters(model):
+        parameter.requires_grad_(record.frozen.requires_grad.get(name, parameter.requires_grad))
+    modules = modules_by_path(model)
+    for path, module in modules.items():
+        if has_hook(module, FrozenNormHook) or (is_scripted(module) and has_running_statistics(module)):
+            around = _mode_around(path, modules)
+            module.training = record.frozen.own_mode.get(path, module.training if around is None else around)
+        for kind in (FrozenNormHook, ScriptedNormsHook, StreamStartHook, RootInputHook):
+            remove_hooks(module, kind)
+    record.frozen = None
+    forget_compiled()
+
+
+def _tell_who_is_checkpointed(modules: dict[str, nn.Module]) -> None:
+    """Give the hooks the modules that say whether they are checkpointed, as it is now or will be switched later.
+
+    Those around an embedding are left out: a hook that led back to its own module would keep the model from being freed.
+    Layers remain, which are switched with them.
+    """
+    around = {above for path, m in modules.items() if has_hook(m, StreamStartHook) for above in ancestors(path)}
+    flagged = tuple(m for path, m in modules.items() if _says_whether_checkpointed(m) and path not in around)
+    for module in modules.values():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(hook, CheckpointAware):
+                hook.flagged = flagged
+
+
+def _says_whether_checkpointed(module: nn.Module) -> bool:
+    """Whether a module has the attribute by which transformers switches gradient checkpointing."""
+    return isinstance(getattr(module, "gradient_checkpointing", None), bool)
+
+
+def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:
+    """Whether the module around this one is in training mode; None for the root."""
+    return modules[path.rpartition(".")[0]].training if path else None
+
+
+def check_may_train(record: Record, name: str) -> None:
+    """Raise ActivationError if the adapter is merged: its parameters do not run then."""
+    if name in record.merged:
+        raise ActivationError(
+            f"adapter {name!r} is merged into the weights, so that its parameters do not run and cannot train. Call "
+            f"kit.unmerge({name!r}) first"
+        )
+
+
+def set_training(model: nn.Module, record: Record, name: str, trains: bool) -> None:
+    """Open or close an adapter's parameters, its heads' too. Raises ActivationError if it is to train, yet merged."""
+    if trains:
+        check_may_train(record, name)
+    elif name in record.merged:
+        record.merged[name] = ()  # so that unmerging opens none of them
+    for _, _, site in sites_of(model):
+        for _, module in site.modules_of(name):
+            open_parameters(module, trains)
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether the module normalises with running statistics (BatchNorm, InstanceNorm and their like)."""
+    held = {name for name, buffer in module._buffers.items() if buffer is not None}
+    return {"running_mean", "running_var"} <= held
+
+
+def scripted_norms(model: nn.Module) -> list[nn.Module]:
+    """The norms with running statistics among the model's TorchScript modules."""
+    return [module for module in model.modules() if is_scripted(module) and has_running_statistics(module)]
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether the module runs as TorchScript, which calls none of its hooks."""
+    return isinstance(module, torch.jit.ScriptModule)

@@ -1,0 +1,219 @@
+"""AdapterFusion: trained attention over adapters. A fusion is held, trained and moved as an adapter is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..composition.nodes import Composition, Fuse, expanded, names_in, to_json
+from ..config.fusion import FusionConfig
+from ..errors import AdapterNameError, CompatibilityError, ConfigError
+from ..heads.find import Heads, check_apart, find_heads
+from ..methods.spellings import no_config, read_json
+from ..nn.fusion import Fusion
+from ..runtime.site import AdapterSite, SiteSpec, fusions_of, located, sites_of
+from ..runtime.state import Record
+from ..structure.tracing.forward import ExampleInputs, outside_inference_mode
+from .activate import check_known, check_plans
+from .attach import attach, check_free, detach, shared_record
+from .build import Part, device_near, dtype_at, head_parts
+
+__all__ = [
+    "add_fusion",
+    "anneal",
+    "as_fusion_config",
+    "attach_fusion",
+    "fusion_modules",
+    "fusion_of",
+    "fusion_parts",
+    "loss",
+    "prune",
+]
+
+
+def as_fusion_config(config: FusionConfig | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> FusionConfig:
+    """A config from "dynamic", "static", a config, a mapping or a path to JSON.
+
+    Raises:
+        ConfigError: not one of these, or bad settings.
+    """
+    if isinstance(config, FusionConfig):
+        return config.override(overrides)
+    if isinstance(config, str) and config in FusionConfig.presets:
+        return FusionConfig(**FusionConfig.presets[config]).override(overrides)
+    settings = config if isinstance(config, Mapping) else read_json(config)
+    if settings is None:
+        raise ConfigError(no_config(config, [*FusionConfig.presets]))
+    return FusionConfig(**settings).override(overrides)
+
+
+def add_fusion(
+    model: nn.Module,
+    fuse: Composition,
+    config: FusionConfig,
+    heads: Heads = (),
+    example_inputs: ExampleInputs | None = None,
+) -> None:
+    """Add a fusion that weighs the children of a Fuse, or raise and leave the model as it was.
+
+    Raises: see `AdapterKit.add_fusion`.
+    """
+    if not isinstance(fuse, Fuse):
+        raise ConfigError(f"add_fusion takes an ak.Fuse('a', 'b'); found {fuse!r}")
+    check_free(model, fuse.fusion)
+    for name in [name for name in names_in(fuse) if name != fuse.fusion]:
+        check_known(model, name)
+    expanded(fuse, fusions_of(model))  # refuses a fusion among the children
+    config = config.override({"children": tuple(map(to_json, fuse.children))})
+    parts, found = fusion_parts(model, fuse, config), find_heads(model, heads, example_inputs)
+    check_apart([part.path for part in parts], [head.path for head in found if head.is_in_place])
+    attach_fusion(model, fuse.fusion, config, parts + head_parts(model, found))
+
+
+def attach_fusion(model: nn.Module, name: str, config: FusionConfig, parts: Sequence[Part]) -> None:
+    """Put a fusion's modules into the model. Raises CompatibilityError if its adapters cannot act together."""
+    attach(model, name, config, parts)
+    try:
+        check_plans(model, shared_record(model), fusions_of(model)[name])
+    except BaseException:
+        detach(model, name)
+        raise
+
+
+@outside_inference_mode()
+def fusion_parts(model: nn.Module, fuse: Fuse, config: FusionConfig, *, meta: bool = False) -> list[Part]:
+    """New modules of a fusion, one for each tensor that its children change.
+
+    Args:
+        meta: Build them without memory or values, for a file to fill.
+
+    Raises:
+        CompatibilityError: a child changes a Parameter, or none changes anything.
+        ConfigError: without a projection, the queries do not fit the keys.
+    """
+    places = list(_places(model, fuse, config))
+    if not places:
+        raise CompatibilityError(
+            f"{fuse!r} has nothing to weigh: its adapters have no modules in this {type(model).__name__}"
+        )
+    with torch.random.fork_rng(devices=[], enabled=config.seed is not None), torch.device("meta" if meta else "cpu"):
+        if config.seed is not None:
+            torch.manual_seed(config.seed)
+        parts = [Part(spec.path, _build(model, spec, config), spec) for spec in places]
+    for part in parts if not meta else ():
+        part.module.to(device_near(model, part.path))
+    return parts
+
+
+def _places(model: nn.Module, fuse: Fuse, config: FusionConfig) -> Iterator[SiteSpec]:
+    """Each tensor that children change, as a place of the fusion."""
+    for path, _, site in sites_of(model):
+        held = [entry for name in names_in(fuse) for entry in site.entries.get(name, ()) if entry.spec is not None]
+        specs = [located(entry.spec, path) for entry in held if entry.spec is not None]
+        for spec in {spec.at: spec for spec in reversed(specs)}.values():
+            if spec.at == "weight":
+                raise CompatibilityError(
+                    f"{fuse!r} cannot weigh what is done at {path!r}: an adapter there changes the Parameter "
+                    f"{spec.parameters[0]!r}, which all tokens share. Fuse adapters of layers, or stack these"
+                )
+            yield _place(spec, config)
+
+
+def _place(spec: SiteSpec, config: FusionConfig) -> SiteSpec:
+    """The place of a fusion, where the first of its children is at this one."""
+    spec = replace(spec, tag=spec.at, member=0, parts=())  # the tag tells two at one host apart
+    if config.query_reads == "adapter" and spec.reads != "input":
+        return spec
+    argument = spec.input if spec.residual is None else None  # that of the host, not of the stream's module
+    return replace(
+        spec, reads="site", input_width=spec.width, residual=None, input=argument if spec.at == "input" else None
+    )
+
+
+def _build(model: nn.Module, spec: SiteSpec, config: FusionConfig) -> Fusion:
+    if not config.query and spec.input_width != spec.width:
+        raise ConfigError(
+            f"query=False compares what is read at {spec.path!r}, of {spec.input_width} features, with what is added, of "
+            f"{spec.width}; leave query=True, or give query_reads='site'"
+        )
+    return Fusion(
+        spec.width,
+        query_size=spec.input_width,
+        query=config.query,
+        key=config.key,
+        value=config.value,
+        value_init=config.value_init,
+        residual_before=config.residual_before,
+        temperature=config.temperature,
+        dropout=config.dropout,
+        dtype=dtype_at(model, spec.path, config.dtype),
+    )
+
+
+def fusion_of(model: nn.Module, fuse: Composition) -> tuple[str, Fuse]:
+    """The name of a fusion in the model, and what it weighs. Raises AdapterNameError: there is none."""
+    name = fuse.fusion if isinstance(fuse, Fuse) else fuse
+    fusions = fusions_of(model)
+    if name not in fusions:
+        raise AdapterNameError(
+            f"the model has no fusion {name!r}; it has: {list(fusions) or 'none'}. kit.add_fusion makes one"
+        )
+    return str(name), fusions[str(name)]
+
+
+def fusion_modules(model: nn.Module, name: str) -> Iterator[tuple[str, SiteSpec, Fusion]]:
+    """A fusion's modules, each with its host's path and its place."""
+    for path, _, site in sites_of(model):
+        for entry, module in site.modules_of(name):
+            if entry.spec is not None and isinstance(module, Fusion):
+                yield path, entry.spec, module
+
+
+def loss(model: nn.Module, names: Sequence[str]) -> Tensor:
+    """The regularisation of fusions: the weighted squared distance of each Wv to the identity. Shape: ()."""
+    terms = [
+        _config(site, name).regularization * module.distance_to_identity()
+        for name in names
+        for _, _, site in sites_of(model)
+        for _, module in site.modules_of(name)
+        if isinstance(module, Fusion)
+    ]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def anneal(model: nn.Module, name: str) -> None:
+    """Lower the temperature of a fusion by a step, down to 1."""
+    for _, _, site in sites_of(model):
+        for _, module in site.modules_of(name):
+            if isinstance(module, Fusion) and module.temperature > 1:
+                module.temperature.sub_(_config(site, name).temperature_step).clamp_(min=1)
+
+
+def prune(model: nn.Module, record: Record, name: str, keep: Sequence[Composition]) -> Fuse:
+    """Let a fusion weigh fewer children from now on, and return what it weighs. Raises: see `AdapterKit.prune_fusion`."""
+    fuse = fusion_of(model, name)[1]
+    unknown = [child for child in keep if child not in fuse.children]
+    if unknown:
+        raise ConfigError(f"the fusion {name!r} weighs {list(fuse.children)}; it cannot keep {unknown}")
+    kept = [child for child in fuse.children if child in keep]
+    pruned = Fuse(*kept, name=name)
+    if any(name in names_in(held) for held in record.activation.held):
+        raise CompatibilityError(
+            f"the fusion {name!r} is active with all of its children, or will be when a `with` block ends: call "
+            "kit.deactivate(), prune it, and activate it anew"
+        )
+    for _, _, site in sites_of(model):
+        held = site.entries.get(name, ())
+        config = {"children": tuple(map(to_json, kept))}
+        if held:
+            site.entries[name] = tuple(replace(entry, config=_config(site, name).override(config)) for entry in held)
+    return pruned
+
+
+def _config(site: AdapterSite, name: str) -> FusionConfig:
+    return site.entries[name][0].config  # type: ignore[return-value]  # a fusion's is one

@@ -1,0 +1,1 @@
+"""Write adapters into the base's weights, and take them out again."""

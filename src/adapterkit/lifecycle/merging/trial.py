@@ -1,0 +1,127 @@
+"""Whether a host with merged weights returns what it does with the adapter beside it: tried on random input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.functional.projections import Projection, projection_of, random_input
+from ...placement.patterns import SITE
+from ...runtime.compose.compile import step_of
+from ...runtime.site import AdapterSite, Entry
+from ...runtime.state import silenced
+from ...runtime.weight_swap import put_weights, take_weights
+from ...structure import pytree as values
+from ...structure.tracing.forward import untouched
+
+__all__ = ["difference", "needs_trial"]
+
+_OF_DELTA, _OF_OUTPUT = 1e-4, 1e-6  # what may differ: of what the adapter adds, and of rounding in what the host returns
+
+
+class _Bare(nn.Module):
+    """A host's own forward, without hooks."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.host = host
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the host computes. Shape: as the host's."""
+        return self.host.forward(*args, **kwargs)
+
+
+def needs_trial(host: nn.Module, entries: Sequence[Entry]) -> bool:
+    """Whether it is not plain that merging these changes the host's output as they do: see `difference`."""
+    beside = [entry for entry in entries if entry.spec is not None and entry.spec.at != "weight"]
+    projection = projection_of(host)
+    is_torchs = projection is not None and not projection.has_own_forward and "forward" not in host.__dict__
+    return bool(beside) and (not is_torchs or len(entries) > 1)
+
+
+def difference(
+    host: nn.Module,
+    site: AdapterSite,
+    held: Sequence[tuple[str, Entry]],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> str | None:
+    """What is wrong with merged weights, in words; None if the host returns with them what it does with the adapters.
+
+    Args:
+        held: The adapters' places at the host's input and output, each with the adapter's name.
+        before: The host's tensors by name without them.
+        after: The same with them.
+    """
+    projection = projection_of(host)
+    if projection is None:
+        return f"{type(host).__name__} is no projection that is known, so it cannot be tried on an input"
+    # In double precision a small change stands out, whatever the host's own dtype is.
+    dtype = torch.float32 if before["weight"].device.type == "mps" else torch.float64
+    with untouched(host), silenced():
+        host.eval()
+        rest = {name: tensor.to(dtype) for name, tensor in _own_tensors(host) if tensor.is_floating_point()}
+        before, after = ({**rest, **{n: t.to(dtype) for n, t in tensors.items()}} for tensors in (before, after))
+        z = _some_input(projection, before["weight"], after["weight"])
+        try:
+            plain, merged = (_run(host, tensors, (z,), {}) for tensors in (before, after))
+            beside = _run_beside(host, site, held, before, z)
+        except Exception as error:  # a forward that is not known may raise anything
+            return f"its own forward could not be tried: {type(error).__name__}: {error}"
+    moved, wrong = (beside - plain).abs().max(), (beside - merged).abs().max()
+    if wrong <= _OF_DELTA * moved + _OF_OUTPUT * plain.abs().max():  # not for NaN
+        return None
+    return (
+        f"{type(host).__name__} does more than multiply by its weight, or the modules at it depend on one another: merged, "
+        f"its output would differ by {float(wrong):.2g} where they add up to {float(moved):.2g}"
+    )
+
+
+def _run_beside(
+    host: nn.Module, site: AdapterSite, held: Sequence[tuple[str, Entry]], tensors: Mapping[str, Tensor], z: Tensor
+) -> Tensor:
+    """The host's output with the adapters beside it, as hooks run them."""
+    args: tuple[Any, ...] = (z,)
+    kwargs: dict[str, Any] = {}
+    for name, entry in held:
+        if entry.spec is not None and entry.spec.at == "input":
+            args, kwargs = step_of(entry, name)(site, host, args, kwargs, (args, kwargs))
+    output = _run(host, tensors, args, kwargs)
+    put_weights(
+        host, {(host, name): tensors[name] for name in tensors if name in host._parameters}
+    )  # for those that read them
+    try:
+        for name, entry in held:
+            if entry.spec is not None and entry.spec.at == "output":
+                output = step_of(entry, name)(site, host, args, kwargs, output)
+    finally:
+        take_weights(host)
+    return output
+
+
+def _run(host: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The host's output with other tensors under its names. Shape: (..., out)."""
+    named = {f"host.{name}": tensor for name, tensor in tensors.items()}
+    output = torch.func.functional_call(_Bare(host), named, args, kwargs)
+    path = values.find(output)
+    tensor: Tensor = output if path is None else values.get(output, path)
+    return tensor
+
+
+def _own_tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A host's parameters and buffers, without those of its adapters."""
+    for name, tensor in (*host.named_parameters(), *host.named_buffers()):
+        if SITE not in name.split("."):
+            yield name, tensor
+
+
+def _some_input(projection: Projection, before: Tensor, after: Tensor) -> Tensor:
+    """Input that shows a change of the weight. Shape: (2, 3, in), (2, in, *spatial) or ids (rows)."""
+    if projection.kind == "embedding":
+        # The rows that change most: of an adapter that was trained on a few ids, no others change at all.
+        rows = (after - before).abs().amax(1)
+        return rows.topk(min(8, len(rows))).indices
+    return random_input(projection, before)

@@ -1,0 +1,101 @@
+"""What a method is: how it is configured, where it sits, and the modules it puts there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..config.settings import AdapterConfig
+from ..placement.targets import Placement
+from ..runtime.site import SiteSpec
+
+__all__ = ["Adapting", "Additive", "Mergeable", "Method", "Sharing"]
+
+C = TypeVar("C", bound=AdapterConfig)
+
+
+class Method(Protocol[C]):
+    """A family of adapters. Matching, attaching, moving, freezing, merging, saving and loading are done for it.
+
+    Attributes:
+        name: What `config.method` says.
+        config_type: The class of its configs.
+        presets: Settings by the names that papers and other libraries gave them.
+    """
+
+    name: str
+    config_type: type[C]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    def placements(self, config: C) -> tuple[Placement, ...]:
+        """Where its modules sit at their hosts, and what they read."""
+        ...
+
+    def build(self, config: C, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A new module for one site, on torch's default device.
+
+        It has a property `compute_dtype`, the dtype that it computes in, and one of
+
+            module(z, x) -> delta              z (..., input_width), x and delta (..., width); for `level="activation"`
+            module(z, x, host) -> delta        z what the host takes, x and delta what it returns; for `level="projection"`
+            module.adapted(weight) -> weight   the host's Parameter with its change; for sites with `parameters`
+
+        and, where the host's weights can take its change for good, `Mergeable.merged`; `adapted` alone is enough for that.
+        """
+        ...
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """A module whose change the host's weights can take for good."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the module computes in."""
+        ...
+
+    def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the host's tensors those that change, so that it returns in eval mode what it does with the module.
+
+        Args:
+            tensors: In `compute_dtype`. At a Parameter that alone, as "weight"; else "weight" and "bias", if it has one.
+
+        Raises:
+            CompatibilityError: there are no such tensors; says why.
+        """
+        ...
+
+
+@runtime_checkable
+class Adapting(Protocol):
+    """A module at a Parameter."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the module computes in."""
+        ...
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """The Parameter with its change. Shape: as the Parameter."""
+        ...
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A method whose modules of one adapter share tensors: each finds them as `self.shared`."""
+
+    def shared(self, config: Any, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module:
+        """The module that holds them, built once for each adapter, before the modules of its sites."""
+        ...
+
+
+@runtime_checkable
+class Additive(Protocol):
+    """A method whose change is linear in its parameters, so that sums of adapters are sums of parameters.
+
+    Attributes:
+        neutral: What every parameter of an adapter that changes nothing is; sums are of differences to it.
+    """
+
+    neutral: float

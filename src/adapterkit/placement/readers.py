@@ -1,0 +1,83 @@
+"""Sites at modules that run: a Parameter that is read around the module that holds it has the reader for its host."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from ..config.settings import AdapterConfig
+from ..errors import TargetError
+from ..runtime.site import SiteSpec, owner_at
+from ..structure.hosts import host_type
+from ..structure.tracing.forward import ExampleInputs, observe, runs_around
+from ..structure.tracing.reads import CallStack, Holder, reads_around
+from .patterns import ancestors
+
+__all__ = ["at_running_hosts"]
+
+
+def at_running_hosts(
+    model: nn.Module, sites: Sequence[SiteSpec], config: AdapterConfig, inputs: ExampleInputs
+) -> list[SiteSpec]:
+    """The sites, those at Parameters that are read around the modules that hold them with the reader for their host.
+
+    Raises:
+        TargetError: a projection never runs, or a Parameter that targets name is never read, on the inputs.
+    """
+    calls = observe(model, inputs, dict.fromkeys(site.path for site in sites), lambda *_: None)
+    readers = _readers(model, sites, inputs)
+    read = {id(_parameter(model, site)) for site in sites if site.parameters and (calls[site.path] or readers[site])}
+    kept: dict[object, SiteSpec] = {}
+    for site in sites:
+        is_idle = not calls[site.path] and not readers[site]
+        # One that does not run on these inputs, but holds a Parameter that others read, may run on other inputs.
+        is_asked_for = not site.parameters or "targets" in config.model_fields_set
+        if is_idle and is_asked_for and id(_parameter(model, site)) not in read:
+            raise TargetError(_never(site, model, inputs))
+        moved = _moved(site, readers[site], model) if readers[site] else site
+        key = (moved.path, id(_parameter(model, site)) if site.parameters else site)
+        there = kept.get(key)
+        kept[key] = replace(there, parameters=there.parameters + moved.parameters) if there else moved
+    return list(kept.values())
+
+
+def _readers(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> dict[SiteSpec, list[CallStack]]:
+    """What runs when the Parameter of a site is read, with the names that it has there, while the site's host does not."""
+    held: list[tuple[SiteSpec, Holder]] = []
+    for site in sites:
+        host = model.get_submodule(site.path)
+        owners = (owner_at(host, name) for name in site.parameters)
+        held += [(site, Holder(owner, leaf, host)) for owner, leaf in owners if owner is not None]
+    readers: dict[SiteSpec, list[CallStack]] = {site: [] for site in sites}
+    found = reads_around(model, [holder for _, holder in held], inputs) if held else []
+    for (site, _), stacks in zip(held, found, strict=True):
+        readers[site] += stacks
+    return readers
+
+
+def _never(site: SiteSpec, model: nn.Module, inputs: ExampleInputs) -> str:
+    """The message for a site that does nothing on the inputs."""
+    if site.parameters:
+        return (
+            f"the Parameter {site.parameters[0]!r} of {site.path!r} was never read on the example inputs; exclude it, or "
+            f"wrap the model with inputs that run it: ak.wrap(model, example_inputs=batch)"
+        )
+    around = runs_around(model, inputs, [site.path])[site.path]
+    return (
+        f"{site.path!r} never ran on the example inputs: skipped, or its weight is read around it. If {around!r} reads it, "
+        f"name the Parameter ({site.path + '.weight'!r}), which is adapted wherever it is read; else exclude it"
+    )
+
+
+def _parameter(model: nn.Module, site: SiteSpec) -> nn.Parameter | None:
+    """The Parameter that a site adapts, if it is at one."""
+    return model.get_submodule(site.path).get_parameter(site.parameters[0]) if site.parameters else None
+
+
+def _moved(site: SiteSpec, readers: Sequence[CallStack], model: nn.Module) -> SiteSpec:
+    """The site with the innermost module around its host that runs whenever the Parameter is read for its host."""
+    running = set.intersection(*({id(module) for _, module in stack} for stack in readers))
+    host = next((path for path in ancestors(site.path) if id(model.get_submodule(path)) in running), "")
+    below = site.path.removeprefix(host).lstrip(".")
+    names = tuple(f"{below}.{name}".lstrip(".") for name in site.parameters)
+    return replace(site, path=host, host=host_type(model.get_submodule(host)), parameters=names)

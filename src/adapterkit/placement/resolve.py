@@ -1,0 +1,239 @@
+"""From a config to sites: which modules of this model, and what each looks like there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..config.settings import ActivationConfig, AdapterConfig
+from ..errors import TargetError
+from ..runtime.site import SiteSpec, layout_of
+from ..structure import pytree as values
+from ..structure.anatomy.description import Anatomy, Norm
+from ..structure.anatomy.discover import Discovery
+from ..structure.anatomy.roles import role_paths
+from ..structure.hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
+from ..structure.tracing.forward import ExampleInputs, observe, runs_around
+from ..structure.tracing.row_layout import Layouts, RowAxes
+from .layers import check_layers, in_layers, layer_of
+from .patterns import matches_nothing, modules_by_path
+from .targets import Placement, Spot, find_spots
+from .weights import weight_sites
+
+__all__ = ["check_row_axes", "resolve"]
+
+
+def resolve(
+    model: nn.Module,
+    members: Sequence[tuple[AdapterConfig, Sequence[Placement]]],
+    example_inputs: ExampleInputs | None = None,
+) -> list[SiteSpec]:
+    """The sites that a config names in a model, or those of each member of a union. Changes nothing.
+
+    Raises:
+        TargetError: a target matches nothing or cannot be adapted, a host never runs on the example inputs, or its
+            shape cannot be known without them.
+        CompatibilityError: a role is named, and the model does not run on inputs made for it.
+    """
+    modules = modules_by_path(model)
+    discovery = Discovery(model, example_inputs)
+    sites: list[SiteSpec] = []
+    for member, (config, placements) in enumerate(members):
+        for placement in placements:
+            found = _sites_at(model, modules, config, placement, discovery, example_inputs)
+            sites += [replace(site, tag=placement.tag, member=member) for site in found]
+    norms = _norms(discovery.anatomy, modules) if discovery.was_needed else {}
+    return [replace(site, norm=norms.get(site.path)) for site in sites]
+
+
+def _sites_at(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    config: AdapterConfig,
+    placement: Placement,
+    discovery: Discovery,
+    example_inputs: ExampleInputs | None,
+) -> list[SiteSpec]:
+    """The sites of one placement."""
+    if placement.targets is not None:
+        config = config.override({"targets": placement.targets})
+    if placement.is_optional and matches_nothing(modules, config.targets, lambda role: role_paths(role, discovery.anatomy)):
+        return []
+    if placement.level != "activation":
+        return weight_sites(model, modules, config, placement, discovery, example_inputs)
+    if not isinstance(config, ActivationConfig):
+        raise TypeError(f"the method {config.method!r} adapts activations; its config must derive from ActivationConfig")
+    spots = find_spots(model, modules, config, placement, discovery)
+    layers = {path: layer_of(path, modules) for path in spots}
+    check_layers(layers.values(), config.layers)
+    spots = {path: spot for path, spot in spots.items() if in_layers(layers[path], config.layers)}
+    seen = _trace(model, spots, discovery.inputs if discovery.was_needed else example_inputs)
+    return [_site(spot, layers[path], modules, config, seen) for path, spot in spots.items()]
+
+
+def _norms(anatomy: Anatomy, modules: dict[str, nn.Module]) -> dict[str, Norm]:
+    """Where the block normalises around each branch, by the host that yields the branch."""
+    norms: dict[str, Norm] = {}
+    for sublayer in (*anatomy.sublayers, *anatomy.others):
+        if sublayer.out is not None:
+            with suppress(TargetError):  # no host: then no site, either
+                norms[resolve_host(sublayer.out.path, modules, at_input=False)] = sublayer.norm
+    return norms
+
+
+def _site(
+    spot: Spot,
+    layer: tuple[int, int] | None,
+    modules: dict[str, nn.Module],
+    config: ActivationConfig,
+    seen: dict[str, _Seen],
+) -> SiteSpec:
+    """The site at a spot, with its width and axis."""
+    host = modules[spot.path]
+    shape = _shape(spot, host, config, seen.get(spot.path))
+    input_width, residual = shape.width, spot.residual
+    if residual is not None and spot.reads_own_input:
+        input_width = _input_width(residual, modules[residual], shape, seen)
+    return SiteSpec(
+        path=spot.path,
+        host=host_type(host),
+        at=spot.at,
+        reads=spot.reads,
+        width=shape.width,
+        input_width=input_width,
+        axis=shape.axis,
+        layer=layer,
+        output=spot.output,
+        input=spot.argument,
+        residual=residual,
+    )
+
+
+class _Seen(NamedTuple):
+    """Shapes of the tensor that a host returned and of the one that it took; None where there was none."""
+
+    output: tuple[int, ...] | None
+    input: tuple[int, ...] | None
+
+
+def _trace(model: nn.Module, spots: dict[str, Spot], example_inputs: ExampleInputs | None) -> dict[str, _Seen]:
+    """What each host, and each module whose input is read beside one, took and returned; empty without inputs."""
+    if example_inputs is None:
+        return {}
+
+    def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Seen:
+        call, spot = (args, kwargs), spots.get(path)
+        try:
+            argument = spot.argument if spot and spot.residual in (None, path) else None
+            taken = values.argument_path(call, argument) if argument else values.find(call)
+            returned = (spot and spot.output) or values.find(output)
+            return _Seen(_shape_at(output, returned), _shape_at(call, taken))
+        except LookupError as error:
+            raise TargetError(f"{path!r} has no tensor {error} where `output=` or `input=` say") from error
+
+    read = [spot.residual for spot in spots.values() if spot.residual is not None and spot.reads_own_input]
+    calls = observe(model, example_inputs, dict.fromkeys([*spots, *read]), look)
+    never = [path for path, seen in calls.items() if not seen]
+    if never:
+        instead = list(dict.fromkeys(runs_around(model, example_inputs, never).values()))
+        raise TargetError(
+            f"{never} never ran on the example inputs (skipped, or their weights are read around them), so an adapter "
+            f"there would do nothing. Exclude them, or target what runs around them: {instead}."
+        )
+    return {path: seen[0] for path, seen in calls.items()}
+
+
+def _shape_at(value: Any, path: values.Path | None) -> tuple[int, ...] | None:
+    tensor = None if path is None else values.get(value, path)
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+
+
+def _shape(spot: Spot, host: nn.Module, config: ActivationConfig, seen: _Seen | None) -> HostShape:
+    """Width and axis of a site, from the trace if there is one, else from the host's type."""
+    path, known = spot.path, known_shape(host)
+    if spot.reads == "norm":
+        _check_norm(path, host)
+    if seen is not None:
+        return _seen_shape(spot, host, known, config, seen)
+    if known is None:
+        raise TargetError(
+            f"the width of {path!r} ({type(host).__name__}) cannot be told from its type; "
+            "wrap the model with example inputs: ak.wrap(model, example_inputs=batch)"
+        )
+    width = known.width if spot.at == "output" else known.input_width
+    if not width:
+        raise TargetError(
+            f"{path!r} ({type(host).__name__}) takes no features that an adapter could change (or, if it is lazy, not yet: "
+            "run the model once); adapt its output, or the module after it"
+        )
+    return HostShape(width, None, known.axis if config.channel_axis is None else config.channel_axis)
+
+
+def _seen_shape(spot: Spot, host: nn.Module, known: HostShape | None, config: ActivationConfig, seen: _Seen) -> HostShape:
+    """`_shape`, from what the host took and returned."""
+    path, here = spot.path, seen.output if spot.at == "output" else seen.input
+    if here is None:
+        raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {spot.at}")
+    axis = spot.axis if config.channel_axis is None else config.channel_axis
+    if axis is None and known is not None and -len(here) <= known.axis < len(here):
+        width = known.width if spot.at == "output" else known.input_width
+        axis = known.axis if here[known.axis] == width else None
+    if axis is None:
+        axis = channel_axis(host, here)
+    if axis is None:
+        raise TargetError(
+            f"cannot tell which axis of {path!r} ({type(host).__name__}, shape {here}) holds the features; "
+            "set channel_axis=1 (images, signals) or channel_axis=-1 (tokens)"
+        )
+    if not -len(here) <= axis < len(here):
+        raise TargetError(f"{path!r} has a tensor of shape {here}, which has no axis {axis}; set channel_axis")
+    return HostShape(here[axis], None, axis)
+
+
+def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, _Seen]) -> int:
+    """Width of what a module takes, on the site's axis, from the trace or its type."""
+    known = known_shape(module)
+    taken = seen[path].input if path in seen else None
+    if taken is not None and -len(taken) <= site.axis < len(taken):
+        return taken[site.axis]
+    if path not in seen and known is not None and known.input_width:
+        return known.input_width
+    raise TargetError(
+        f"the input width of {path!r} ({type(module).__name__}) cannot be told; an adapter beside it needs a "
+        "floating-point input, and, where the type does not tell its width, ak.wrap(model, example_inputs=batch)"
+    )
+
+
+def check_row_axes(
+    model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: Mapping[str, Layouts]
+) -> None:
+    """Raise TargetError where a row-wise setting takes the first axis for that of rows, and it is or may be another.
+
+    Args:
+        configs: Those of the sites' members.
+        layouts: What was seen of where rows lie, by path.
+    """
+    axes = RowAxes(dict(model.named_modules()))
+    for site in sites:
+        config, seen = configs[site.member], layout_of(layouts.get(site.path, {}), site)
+        by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
+        axis = axes.at(site.path) if seen is None else seen.axis or 0
+        if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
+            found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
+            raise TargetError(
+                f"{site.path!r} {found} its batch on axis 1; gating and stochastic_depth need to know: set "
+                f"batch_axis={1 if axis else '0 or 1'}"
+            )
+
+
+def _check_norm(path: str, host: nn.Module) -> None:
+    has_statistics = isinstance(host, nn.modules.batchnorm._NormBase)
+    if has_statistics or is_more_than_a_norm(host):
+        raise TargetError(
+            f"at='renormalised' needs a norm without running statistics (such as nn.LayerNorm); {path!r} is "
+            f"{type(host).__name__}"
+        )

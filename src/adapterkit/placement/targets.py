@@ -1,0 +1,254 @@
+"""From targets (patterns, roles, predicates) to spots: which tensor of which module, and what an adapter there reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from ..config.settings import ActivationConfig, AdapterConfig, Target
+from ..errors import TargetError
+from ..runtime.site import Reads, SiteSpec
+from ..structure.anatomy.description import Place, Sublayer
+from ..structure.anatomy.discover import Discovery
+from ..structure.anatomy.roles import check_whole, role_paths, role_places
+from ..structure.hosts import resolve_host
+from ..structure.pytree import Argument, Path
+from .patterns import is_role, match, nearest_to
+
+__all__ = ["STREAM", "Placement", "Spot", "argument_of", "asks_for_structure", "find_spots"]
+
+# As a `residual`: the stream that enters the target's sub-layer, wherever the model keeps it.
+STREAM = "@stream"
+
+
+def any_parameter(_owner: nn.Module, _name: str, _parameter: nn.Parameter) -> bool:
+    """Accept every Parameter."""
+    return True
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a method's modules sit at their targets, and what they read: see `SiteSpec`; "input" is the target's own.
+
+    With `at="sum"` the target's residual addition is adapted, with `at="normalised"` the norm after it where there is
+    one: which tensor of which module that is, the model's structure decides.
+
+    Attributes:
+        level: What a target is: a module whose tensors are adapted ("activation"), a module that applies a weight to what
+            it takes ("projection"; see `ops.projections`), or a Parameter ("parameter").
+        targets: Patterns, roles or predicates in place of those of the config.
+        is_optional: Whether they may match nothing.
+        accepts: Of the Parameters that are matched, or lie in matched modules, those that the method can train:
+            `(module that holds it, its name there, the Parameter) -> bool`.
+        tag: A name for the method to tell its placements apart by.
+    """
+
+    at: Literal["output", "input", "sum", "normalised"] = "output"
+    reads: Reads = "site"
+    residual: str | None = None
+    level: Literal["activation", "projection", "parameter"] = "activation"
+    targets: tuple[Target, ...] | None = None
+    is_optional: bool = False
+    accepts: Callable[[nn.Module, str, nn.Parameter], bool] = any_parameter
+    tag: str = ""
+
+    def allows(self, site: SiteSpec) -> bool:
+        """Whether a site may come of this placement."""
+        if site.tag != self.tag:
+            return False
+        if self.level == "parameter" or site.at == "weight":
+            return self.level != "activation" and (site.at, site.reads) == ("weight", "weight") and bool(site.parameters)
+        if self.level == "projection":
+            return (site.at, site.reads, site.residual) == (self.at, self.reads, None)
+        if self.at in ("sum", "normalised"):
+            found = (site.at, site.reads, site.residual is None)
+            return found in {("input", "norm", True), ("output", "site", True), ("output", "sum", False)}
+        reads = "residual" if self.reads == "input" else self.reads
+        return (site.at, site.reads) == (self.at, reads) and (site.residual is None) == (reads in ("site", "norm"))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where one module of an adapter goes, before its width is known. The fields are those of `SiteSpec`.
+
+    Attributes:
+        reads_own_input: Whether `residual` is the target itself, beside which the adapter sits.
+        axis: The axis of the features at its output, where tracing found it.
+    """
+
+    path: str
+    at: Literal["output", "input"]
+    reads: Reads
+    output: Path | None
+    argument: Argument | None
+    residual: str | None
+    reads_own_input: bool = False
+    axis: int | None = None
+
+
+def asks_for_structure(config: AdapterConfig, placement: Placement) -> bool:
+    """Whether a config's places depend on what the model computes, not on the names of its modules alone."""
+    placed = placement.at in ("sum", "normalised") or placement.residual == STREAM
+    targets = config.targets if placement.targets is None else placement.targets
+    return placed or any(map(is_role, (*targets, *config.exclude)))
+
+
+def find_spots(
+    model: nn.Module, modules: dict[str, nn.Module], config: ActivationConfig, placement: Placement, discovery: Discovery
+) -> dict[str, Spot]:
+    """The spots that a config's targets name, by host, in the model's order.
+
+    Raises:
+        TargetError: a target matches nothing, or what it matches cannot be adapted as the placement says.
+    """
+
+    def in_role(role: str) -> list[str]:
+        return role_paths(role, discovery.anatomy)
+
+    matched = match(model, config.targets, config.exclude, in_role)
+    excluded = set(match(model, config.exclude, roles=in_role)) if config.exclude else set()
+    outputs: dict[str, Place] = {}
+    for role in filter(is_role, config.targets):
+        if config.layers is None:
+            check_whole(str(role), discovery.anatomy, excluded)
+        for found in role_places(str(role), discovery.anatomy):
+            held = outputs.setdefault(found.path, found)
+            if held.output != found.output and config.output is None:
+                raise TargetError(
+                    f"{role!r}: {found.path!r} yields two branches, at {held.output} and {found.output} of its output; an "
+                    f"adapter can sit at one: set output={list(held.output)} for that one, or exclude={[found.path]}"
+                )
+    spots: dict[str, Spot] = {}
+    for path in matched:
+        place = outputs.get(path)
+        output = _as_path(config.output) or (place.output if place else ()) or None
+        if placement.at in ("sum", "normalised"):
+            spot = _at_sum(_sublayer_of(path, modules, discovery), placement, modules)
+        else:
+            spot = _at_module(path, output, placement, config, model, modules, discovery)
+            if place is not None and spot.at == "output" and output == (place.output or None):
+                spot = replace(spot, axis=place.axis)
+        if spot.path in spots and spots[spot.path] != spot:
+            raise TargetError(
+                f"two targets lead to {spot.path!r} (parallel branches have one sum); exclude {path!r} or target another"
+            )
+        spots.setdefault(spot.path, spot)
+    kept = {path: spot for path, spot in spots.items() if path not in excluded}  # a host may be another than the target
+    if not kept:
+        raise TargetError(
+            f"every module that would be adapted ({list(spots)}) is excluded by exclude={list(config.exclude)}"
+        )
+    return kept
+
+
+def _at_module(
+    path: str,
+    output: Path | None,
+    placement: Placement,
+    config: ActivationConfig,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    discovery: Discovery,
+) -> Spot:
+    """The spot at a target's own output or input."""
+    at_input = placement.at == "input"
+    host = resolve_host(path, modules, at_input=at_input)
+    if placement.reads == "input":
+        beside = resolve_host(path, modules, at_input=True)  # a Sequential's input is its first layer's
+        return Spot(host, "output", "residual", output, argument_of(modules[host], config.input), beside, True)
+    argument, residual = argument_of(modules[host], config.input), None
+    if placement.residual == STREAM:
+        port = _sublayer_of(path, modules, discovery).stream
+        if port is None:
+            raise TargetError(
+                f"no module of its block takes the residual stream that enters {path!r} before it ends, so that an "
+                "adapter could not read it; name another module's input with residual=, or use a sequential adapter"
+            )
+        residual, argument = port.path, port.argument
+    elif placement.residual is not None:
+        residual = _nearest(host, placement.residual, model, modules)
+    return Spot(host, "input" if at_input else "output", placement.reads, output, argument, residual)
+
+
+def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Module]) -> Spot:
+    """The spot after a sub-layer's residual addition s: in a post-norm block at its norm, else where s is returned.
+
+    Where no module returns s, at the branch x, reading x + r, which is s.
+    """
+    norm, total, out, stream = sublayer.post_norm, sublayer.sum, sublayer.out, sublayer.stream
+    if norm is not None and sublayer.shares_norm:
+        raise TargetError(
+            f"the norm {norm.path!r} after the {sublayer.kind} runs on other tensors of its block, too, and an adapter "
+            "there would change them all; use at='output' on a branch (such as '@feedforward.out'), or target '@block.out'"
+        )
+    if norm is None and sublayer.norm == "post":
+        raise TargetError(
+            f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is a function, not a module, so that no hook "
+            "can run it again or adapt what it returns; use at='output' on a branch (such as '@feedforward.out')"
+        )
+    if norm is not None and placement.at == "normalised":
+        return Spot(norm.path, "output", "site", norm.output or None, None, None, axis=norm.axis)
+    if norm is not None:
+        return Spot(norm.path, "input", "norm", None, None, None)
+    if total is not None:
+        host = resolve_host(total.path, modules, at_input=False)
+        return Spot(host, "output", "site", total.output or None, None, None, axis=total.axis)
+    if out is None or stream is None or sublayer.scales or sublayer.is_parallel:
+        found = "is scaled before it is added" if sublayer.scales else "is one of two that are added at once"
+        raise TargetError(
+            f"the sum after the {sublayer.kind} in {sublayer.addition[0]!r} can be adapted nowhere: no module returns it, "
+            + (f"and the branch {found}" if out and stream else "and no module takes or yields what it is the sum of")
+            + "; use at='output' there, or target '@block.out'"
+        )
+    host = resolve_host(out.path, modules, at_input=False)
+    return Spot(host, "output", "sum", out.output or None, stream.argument, stream.path, axis=out.axis)
+
+
+def _sublayer_of(path: str, modules: dict[str, nn.Module], discovery: Discovery) -> Sublayer:
+    """The residual sub-layer whose branch a module yields, or whose last projection it is."""
+    anatomy = discovery.anatomy
+    every = (*anatomy.sublayers, *anatomy.others)
+    for sublayer in every:
+        if sublayer.out is not None and path in (
+            sublayer.out.path,
+            resolve_host(sublayer.out.path, modules, at_input=False),
+        ):
+            return sublayer
+    for sublayer in every:
+        if path in sublayer.last:
+            return sublayer
+    raise TargetError(
+        f"{path!r} yields no branch of a residual addition; target a role such as '@feedforward.out', or the module whose "
+        "output is added"
+    )
+
+
+def _nearest(path: str, pattern: str, model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    """The module that the pattern names nearest to the host."""
+    near = nearest_to(path, match(model, [pattern]))
+    if len(near) != 1:
+        raise TargetError(f"residual={pattern!r} names {near} for the site {path!r}; make it name one near that site")
+    return resolve_host(near[0], modules, at_input=True)
+
+
+def argument_of(host: nn.Module, which: int | str | None) -> Argument | None:
+    """An argument of the host by position and keyword both, as far as its signature tells."""
+    if which is None:
+        return None
+    try:
+        names = list(inspect.signature(host.forward).parameters)
+    except ValueError:
+        names = []
+    if isinstance(which, int):
+        return which, names[which] if which < len(names) else None
+    return names.index(which) if which in names else None, which
+
+
+def _as_path(output: int | str | Sequence[int | str] | None) -> Path | None:
+    if output is None:
+        return None
+    return (output,) if isinstance(output, (int, str)) else tuple(output)

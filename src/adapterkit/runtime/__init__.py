@@ -1,0 +1,1 @@
+"""What sits in an adapted model and runs: sites, hooks, steps, and the model's state."""

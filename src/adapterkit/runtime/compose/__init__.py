@@ -1,0 +1,1 @@
+"""Several adapters at one tensor: stacked, averaged, fused, or each on rows of its own."""

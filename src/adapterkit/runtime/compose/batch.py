@@ -1,0 +1,238 @@
+"""The batch that a model is called with, known while the model runs: what is divided at a place must be its rows.
+
+A hook on the model keeps the sizes of its call where rows run different adapters, and repeats the batch for a Parallel. In
+eager mode only: a compiler sees neither what is kept nor the checks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...composition.nodes import Composition, Parallel
+from ...composition.rows import fixed_rows, least_rows, rows_of
+from ...errors import CompatibilityError
+from ...structure import pytree as values
+from ...structure.tracing.row_layout import RowLayout, first_with_rows, rows_at, tokens_in
+from ..hooks import KitHook
+from ..state import RECORD, Record
+from .generation import is_generating
+
+__all__ = [
+    "Batch",
+    "BatchEndHook",
+    "BatchHook",
+    "check_repeated",
+    "check_sizes",
+    "indices_per_row",
+    "is_ambiguous",
+    "is_of_tokens",
+    "running",
+]
+
+
+@dataclass
+class Batch:
+    """What a model was called with.
+
+    Attributes:
+        sizes: Those of what may be rows: the first two axes of tensors, the lengths of lists.
+        rows: As many as its first tensor has on the axis of rows, a repeated batch those of all; None without a tensor.
+        tokens: How many each row may have.
+        is_repeated: Whether a Parallel repeats the batch.
+        has_diverged: Whether the Parallel's children have differed yet.
+    """
+
+    sizes: frozenset[int]
+    rows: int | None = None
+    tokens: frozenset[int] = frozenset()
+    is_repeated: bool = False
+    has_diverged: bool = False
+
+
+class _Thread(threading.local):
+    """The calls that this thread is in, by the `id` of the model's record, the innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, list[Batch]] = {}
+
+
+_thread = _Thread()
+
+
+class BatchHook(KitHook):
+    """Keep what the model is called with, the batch repeated for each child of a Parallel, if one is active.
+
+    `parallel`: that one; `axis`: that of the rows.
+    """
+
+    is_pre = True
+    parallel: Parallel | None = None
+    axis = 0
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return `(args, kwargs)`, each tensor with the batch's rows as often as there are children. Shape: as given."""
+        record: Record = module.__dict__[RECORD]
+        call = (args, kwargs)
+        first = first_with_rows(call, self.axis)
+        rows = None if first is None else first.shape[self.axis]
+        tokens = frozenset[int]() if rows is None else tokens_in(call, rows, self.axis)
+        is_repeated = self.parallel is not None and record.activation.check(record.activation.active)
+        if self.parallel is not None and is_repeated:
+            _refuse_generation(self.parallel)
+            call, rows = _repeated(call, self.parallel, self.axis)
+            rows_of(record.activation.active, rows)  # places at which all rows run the same do not count them
+        if not torch.compiler.is_compiling():
+            sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
+            _thread.calls.setdefault(id(record), []).append(Batch(sizes, rows, tokens, is_repeated))
+        return call if is_repeated else None
+
+
+class BatchEndHook(KitHook):
+    """Forget the call, after an exception, too."""
+
+    always = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Leave the output alone. Shape: any."""
+        if torch.compiler.is_compiling():
+            return
+        calls = _thread.calls.get(id(module.__dict__[RECORD]), [])
+        if calls:
+            calls.pop()
+        if not calls:
+            _thread.calls.pop(id(module.__dict__[RECORD]), None)
+
+
+def running(record: Record) -> Batch | None:
+    """What the model was called with that this thread is running; None outside of a call that was seen."""
+    calls = _thread.calls.get(id(record))
+    return calls[-1] if calls else None
+
+
+def check_sizes(record: Record, path: str, tensor: Tensor, axis: int) -> None:
+    """Raise CompatibilityError where the rows of a tensor that are divided cannot be those of the batch."""
+    if _is_unseen():
+        return
+    batch, size = running(record), tensor.shape[axis]
+    if batch is not None and batch.sizes and size not in batch.sizes:
+        raise CompatibilityError(
+            f"{path!r} has a tensor of shape {tuple(tensor.shape)}, with {size} rows on axis {axis}, and the model was "
+            f"called with sizes {sorted(batch.sizes)}: that is not the batch whose rows are divided. Leave this place out "
+            "with exclude="
+        )
+
+
+def indices_per_row(record: Record, path: str, tensor: Tensor, layout: RowLayout, composition: Composition | None) -> int:
+    """How many indices of its axis each row has in a tensor that has several for each, one after the other.
+
+    A composition without sizes takes the fewest rows that it can divide, each of several of the batch.
+
+    Raises:
+        CompatibilityError: the rows are not those of the composition, or the tensor is not that of all their tokens.
+    """
+    fixed, size = fixed_rows(composition), tensor.shape[layout.axis or 0]
+    rows = max(1, least_rows(composition) if fixed is None else fixed)
+    batch = None if _is_unseen() else running(record)
+    wrong = f"{rows} rows do not divide it" if size % rows else None
+    if batch is not None and batch.rows:
+        try:
+            rows_of(composition, batch.rows)
+        except CompatibilityError as error:
+            wrong = str(error)
+        if size % batch.rows or (layout.of_tokens and size // batch.rows not in batch.tokens):
+            wrong = f"{batch.rows} rows of {sorted(batch.tokens)} tokens do not make it"
+    if wrong is not None and size:
+        raise CompatibilityError(
+            f"{path!r} has a tensor of shape {tuple(tensor.shape)}, in which each row of the batch is several indices of "
+            f"axis {layout.axis}: {wrong}. Name as many rows as there are, or exclude this place"
+        )
+    return max(1, size // rows)
+
+
+def is_of_tokens(record: Record, size: int) -> bool:
+    """Whether an axis may be that of the tokens of a row, as far as the model's call is seen."""
+    batch = None if _is_unseen() else running(record)
+    return batch is None or size in batch.tokens
+
+
+def check_repeated(record: Record, path: str, tensor: Tensor, axis: int, per_row: int) -> None:
+    """Raise CompatibilityError where a tensor at which a Parallel's children differ does not have its repeated rows."""
+    if _is_unseen():
+        return
+    batch = running(record)
+    if batch is None or not batch.is_repeated or batch.rows is None:
+        raise CompatibilityError(
+            f"Parallel repeats the batch as the model itself is called, and {path!r} ran outside of that: call the model"
+        )
+    batch.has_diverged = True
+    size = tensor.shape[axis] if tensor.dim() > axis else None
+    if size is None or (size % batch.rows if per_row > 1 else size != batch.rows):
+        raise CompatibilityError(
+            f"{path!r} has a tensor of shape {tuple(tensor.shape)}, the repeated batch {batch.rows} rows, which should be "
+            f"on axis {axis}: exclude this place, or run the children one by one"
+        )
+
+
+def _is_unseen() -> bool:
+    """Whether no call is seen here: under a compiler, and where checkpointing runs a forward again."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0
+
+
+def is_ambiguous(tensor: Tensor, reference: Tensor, others: Sequence[Tensor], rows: int) -> bool:
+    """Whether a tensor with the batch's rows may be a mask or positions: tokens are as many, and it has few axes."""
+    if tensor.dim() > 2 or tensor.shape == reference.shape:
+        return False
+    streams = (reference, *(other for other in others if other.dim() == 3))  # (batch, seq, hidden), or the ids
+    return any(stream.dim() in (2, 3) and stream.shape[0] == stream.shape[1] == rows for stream in streams)
+
+
+def _refuse_generation(parallel: Parallel) -> None:
+    """Raise CompatibilityError inside `generate`, which goes on with as many rows as it was given."""
+    if is_generating():
+        count, children = len(parallel.children), ", ".join(map(repr, parallel.children))
+        raise CompatibilityError(
+            f"generate goes on with the rows that it was given, and Parallel returns {count} times as many: activate "
+            f"ak.BatchSplit({children}), and generate from prompts.repeat({count}, 1)"
+        )
+
+
+def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
+    """The call with its rows repeated, and their number then."""
+    tensors, reference = list(values.tensors(call)), first_with_rows(call, axis)
+    if reference is None:
+        found = [type(value).__name__ for value in (*call[0], *call[1].values())]
+        raise CompatibilityError(
+            f"Parallel repeats the rows of what the model takes, and this call has no tensor with rows; found {found}"
+        )
+    rows, copies = reference.shape[axis], len(parallel.children)
+    shared = parallel.shared or ()
+    for path, tensor in tensors:
+        where = None if path[1] in shared else rows_at(tensor, rows, axis)
+        if where is None:
+            continue
+        if parallel.shared is None and is_ambiguous(tensor, reference, [t for _, t in tensors], rows):
+            raise CompatibilityError(
+                f"argument {path[1]!r}, of shape {tuple(tensor.shape)}, may have the {rows} rows of the batch, or its "
+                f"{rows} tokens: name what is no part of a row, Parallel(..., shared=[{path[1]!r}]), or shared=[] if all is"
+            )
+        call = values.put(call, path, torch.cat([tensor] * copies, where))
+    return call, rows * copies
+
+
+def _sizes_in(value: Any) -> Iterator[int]:
+    """The sizes of what may be rows."""
+    if isinstance(value, Tensor):
+        yield from value.shape[:2]
+    elif isinstance(value, (list, tuple)):
+        yield len(value)
+        for item in value:
+            yield from _sizes_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _sizes_in(item)

@@ -1,0 +1,200 @@
+"""Parallel composition: the batch is repeated as the model is called (`batch.py`), and shared while children are alike.
+
+Blocks below the first one where children differ compute the first rows alone, and repeat what they return.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...composition.nodes import Parallel, parallel_in
+from ...errors import CompatibilityError
+from ...placement.layers import stack_of
+from ...structure import pytree as values
+from ...structure.tracing.row_layout import NO_ROWS, Layouts, RowLayout, axis_of_call, rows_at
+from ..hooks import KitHook, forget_compiled, remove_hooks, set_hook
+from ..state import Record
+from .batch import BatchEndHook, BatchHook, is_ambiguous, running
+
+__all__ = ["set_batch_hooks"]
+
+# Of a block that a compiler traces: whether it computes the first rows alone.
+_TRIMMED = "_adapterkit_trimmed"
+
+
+class _Thread(threading.local):
+    """Whether the blocks that this thread is in are trimmed, the innermost last."""
+
+    def __init__(self) -> None:
+        self.trimmed: list[bool] = []
+
+
+_thread = _Thread()
+
+
+class _Sharing(KitHook):
+    """Base of the two hooks of a shared block. `copies`: how often the batch is repeated; `axis`: that of the rows."""
+
+    copies = 1
+    axis = 0
+
+
+class TrimHook(_Sharing):
+    """Let a block in which no child differs from another compute the rows of the first child alone.
+
+    `record`: the model's.
+    """
+
+    is_pre = True
+    is_first = True  # what else sees the call sees these rows
+    record: Record
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return `(args, kwargs)` with the first rows. Shape: as given, but for the rows."""
+        call = (args, kwargs)
+        rows = self._rows(call) if not _is_watched(module) and self._is_repeated(module) else None
+        if torch.compiler.is_compiling():
+            module.__dict__[_TRIMMED] = rows is not None
+        else:
+            _thread.trimmed.append(rows is not None)
+        if rows is None:
+            return None
+        for path, tensor in list(values.tensors(call)):
+            axis = rows_at(tensor, rows, self.axis)
+            if axis is not None:
+                call = values.put(call, path, tensor.narrow(axis, 0, rows // self.copies))
+        return call
+
+    def _is_repeated(self, module: nn.Module) -> bool:
+        """Whether the batch is a repeated one: not while someone looks at the base."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0:
+            return True
+        batch = running(self.record)
+        if batch is not None and batch.has_diverged:
+            raise CompatibilityError(
+                f"the model ran a block ({type(module).__name__}) below the first one whose adapters differ, and after it, "
+                "so that Parallel cannot share it: run the model on batch.repeat(...) under ak.BatchSplit instead"
+            )
+        return batch is not None and batch.is_repeated
+
+    def _rows(self, call: Any) -> int | None:
+        """The rows of the batch; None where they lie elsewhere, or another tensor has that size (a mask over tokens)."""
+        path = values.find(call)
+        if path is None or values.get(call, path).dim() <= self.axis:
+            return None
+        x: Tensor = values.get(call, path)
+        rows: int = x.shape[self.axis]
+        tensors = [tensor for _, tensor in values.tensors(call)]
+        is_doubtful = any(is_ambiguous(tensor, x, tensors, rows) for tensor in tensors)
+        batch = None if torch.compiler.is_compiling() else running(self.record)
+        is_other = batch is not None and rows != batch.rows
+        return None if rows % self.copies or is_doubtful or is_other else rows
+
+
+class UntrimHook(_Sharing):
+    """Repeat what a block returned, if it computed the rows of the first child alone."""
+
+    always = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return the output with all rows. Shape: as the block's, but for the rows."""
+        if torch.compiler.is_compiling():
+            is_trimmed = module.__dict__.pop(_TRIMMED, False)
+        else:
+            is_trimmed = bool(_thread.trimmed) and _thread.trimmed.pop()
+        path = values.find((args, kwargs))
+        if not is_trimmed or path is None:
+            return None
+        rows = values.get((args, kwargs), path).shape[self.axis]
+        for where, tensor in list(values.tensors(output)):
+            axis = rows_at(tensor, rows, self.axis)
+            if axis is not None:
+                output = values.put(output, where, torch.cat([tensor] * self.copies, axis))
+        return output
+
+
+def set_batch_hooks(
+    model: nn.Module, record: Record, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
+) -> None:
+    """Have the hooks that the active composition needs.
+
+    Args:
+        dividing: The hosts, heads apart, at which rows run different adapters, each with how rows lie there.
+        layouts: What was seen of where rows lie in what modules take, by path.
+    """
+    parallel = parallel_in(record.activation.active)
+    old = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, BatchHook)), None)
+    if old is None and parallel is None and not dividing:
+        return
+    for kind in (BatchHook, BatchEndHook):
+        remove_hooks(model, kind)
+        set_hook(model, kind, parallel is not None or bool(dividing), record)  # after those that take labels off the call
+    seen = next(
+        (rows.axis for way, rows in layouts.get("", {}).items() if way[0] == "input" and rows.axis is not None), None
+    )
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, BatchHook):
+            hook.parallel, hook.axis = parallel, axis_of_call(model) if seen is None else seen
+    if parallel is None and (old is None or old.parallel is None):
+        return  # a compiler takes these hooks for nothing: what it made without them is right
+    for block in model.modules():
+        for sharing in (TrimHook, UntrimHook):
+            remove_hooks(block, sharing)
+    if parallel is not None:
+        for block, axis in _shared_blocks(model, dividing, layouts):
+            _share(block, axis, parallel, record)
+    forget_compiled()
+
+
+def _share(block: nn.Module, axis: int, parallel: Parallel, record: Record) -> None:
+    """Have a block compute the rows of the first child alone, which it takes on this axis."""
+    for kind in (TrimHook, UntrimHook):
+        set_hook(block, kind, True, record)
+    for hook in (*block._forward_pre_hooks.values(), *block._forward_hooks.values()):
+        if isinstance(hook, _Sharing):
+            hook.copies, hook.axis = len(parallel.children), axis
+        if isinstance(hook, TrimHook):
+            hook.record = record
+
+
+def _shared_blocks(
+    model: nn.Module, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
+) -> list[tuple[nn.Module, int]]:
+    """The blocks below the first in which children differ, where they differ in one stack of blocks and nowhere else.
+
+    Each with the axis of the rows that it takes: as that was seen or else, if the places have theirs there, as it says.
+    """
+    modules = dict(model.named_modules())
+    places = [stack_of(path, modules) for path, _ in dividing]
+    stacks = {None if place is None else place[0] for place in places}
+    if len(stacks) != 1 or None in stacks:
+        return []
+    first = min(index for _, index, _ in filter(None, places))
+    (stack,) = stacks
+    at_places = {rows.axis for _, rows in dividing if rows is not None}
+    shared: list[tuple[nn.Module, int]] = []
+    for name, block in [*modules[str(stack)].named_children()][:first]:
+        seen = layouts.get(f"{stack}.{name}".lstrip("."), {}).get(("input",))
+        said = RowLayout(axis_of_call(block)) if at_places == {axis_of_call(block)} else NO_ROWS
+        layout = said if seen is None else seen
+        if layout.axis is None or layout.is_flat:
+            return []
+        shared.append((block, layout.axis))
+    return shared
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks of others lie in a block: they are to see all rows, and may keep these for the model's output."""
+    inside = [module]
+    for inner in inside:
+        if not all(
+            isinstance(hook, KitHook) for hook in (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
+        ):
+            return True
+        inside += [below for below in inner._modules.values() if below is not None]
+    return False

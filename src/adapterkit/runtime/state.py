@@ -1,0 +1,323 @@
+"""The plain objects that all sites of a model share: which adapter is active, and what adapterkit changed.
+
+A `Record` hangs on the root module and on every site. It holds values only, so it is copied with `deepcopy`, pickled with
+the model, and found again by `ak.wrap`.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..composition.nodes import Composition, names_always, names_in
+from ..errors import ActivationError, CompatibilityError
+from ..structure.tracing.row_layout import Layouts
+
+__all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Handover", "Record", "silenced"]
+
+# The attribute of the root module that holds its Record.
+RECORD = "_adapterkit_record"
+
+# Held while activation changes, until every site has its new steps. One for all models: a lock cannot be copied.
+ACTIVATION_LOCK = threading.RLock()
+_HISTORY = 4096  # changes of activation that a backward may still look back on
+
+
+# Of each thread: `key`, which stands for it (its number may be used again once it ends), and `ran`, what it ran last.
+_thread = threading.local()
+
+
+def _this_thread() -> object:
+    if not hasattr(_thread, "key"):
+        _thread.key = object()
+    return _thread.key
+
+
+def _sequence_number() -> int:
+    """The number that autograd will give to the next node made in this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+class Activation:
+    """Which adapter or composition is active in a model, who asked for it, and since when.
+
+    Activation belongs to the model, not to a thread. What is kept here beside the name lets two mistakes be errors that
+    would otherwise give wrong numbers: another thread changed the adapter under a running one, and the adapter changed
+    between a forward under gradient checkpointing and the recomputation in its backward.
+
+    Its changes are made under ACTIVATION_LOCK.
+    """
+
+    def __init__(self, active: Composition | None = None) -> None:
+        self.active = active
+        self._default = active  # what is active outside of every scope
+        self._scopes: list[tuple[threading.Thread, Composition | None]] = []
+        self._expected: WeakKeyDictionary[threading.Thread, Composition | None] = WeakKeyDictionary()
+        self._crowded = False  # more than one thread has asked for an adapter
+        self._weights = 0  # how often adapters were merged into the weights, or taken out of them
+        # (autograd's sequence number at the change, thread that made it, adapter and count of weights from then on)
+        self._history: deque[tuple[int, object, tuple[Composition | None, int]]] = deque(maxlen=_HISTORY)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"active": self.active}  # a copy runs what the original ran at that moment, and is in no scope
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # fresh locks and scopes, on purpose
+
+    def switch(self, name: Composition | None) -> None:
+        """Make an adapter active (None: the base alone) until the next switch, or the end of the scope it is in.
+
+        Raises:
+            ActivationError: another thread is inside a scope with another adapter.
+        """
+        self._refuse_under_others(name)
+        mine = [i for i, (thread, _) in enumerate(self._scopes) if thread is threading.current_thread()]
+        if mine:
+            self._scopes[mine[-1]] = (threading.current_thread(), name)
+        else:
+            self._default = name
+        self._set(name, expected=name)
+
+    def forget(self, name: str) -> None:
+        """Let this adapter, which is to be removed, be active nowhere and come back after no scope.
+
+        Raises:
+            ActivationError: another thread is inside a scope with it.
+        """
+        self.check_forgettable(name)
+        self._scopes = [(thread, None if name in names_in(held) else held) for thread, held in self._scopes]
+        self._default = None if name in names_in(self._default) else self._default
+        for thread, expected in list(self._expected.items()):
+            self._expected[thread] = None if name in names_in(expected) else expected
+        if name in names_in(self.active):
+            self._set(None, expected=None)
+
+    def check_forgettable(self, name: str) -> None:
+        """Raise ActivationError if another thread is inside a scope with this adapter."""
+        if any(name in names_in(held) for _, held in self._scopes):
+            self._refuse_under_others(None)
+
+    def enter(self, name: Composition | None) -> None:
+        """Open a scope of this thread in which an adapter is active.
+
+        Raises:
+            ActivationError: another thread is inside a scope with another adapter.
+        """
+        self._refuse_under_others(name)
+        self._scopes.append((threading.current_thread(), name))
+        self._set(name, expected=name)
+
+    def leave(self) -> None:
+        """Close this thread's innermost scope: what was active before it is so again.
+
+        Threads inside other scopes keep their adapter; this one then may not run the model meanwhile.
+        """
+        me = threading.current_thread()
+        del self._scopes[max(i for i, (thread, _) in enumerate(self._scopes) if thread is me)]
+        mine = next((name for thread, name in reversed(self._scopes) if thread is me), self._default)
+        self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
+
+    @property
+    def held(self) -> tuple[Composition | None, ...]:
+        """What is active, and what will be as scopes that are open end."""
+        return (self.active, self._default, *(held for _, held in self._scopes))
+
+    def stays(self, name: str) -> bool:
+        """Whether this adapter is active, and still will be when every scope that is open has ended."""
+        return all(name in names_always(composition) for composition in self.held)
+
+    def change_weights(self) -> None:
+        """Say that the base's weights are others from now on, though the same adapter is active."""
+        self._change(self.active, self._weights + 1)
+
+    @property
+    def was_used(self) -> bool:
+        """Whether an adapter has been active, so that running without one may be a mistake, too."""
+        return self.active is not None or bool(self._history)
+
+    def check(self, running: Composition | None) -> bool:
+        """Whether to run the steps of this adapter or composition (None: the base alone) now.
+
+        Not while this thread looks at the base.
+
+        Raises if that would give numbers that the caller did not ask for.
+
+        Raises:
+            ActivationError: see the class.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        if torch._C._current_graph_task_id() >= 0:  # inside a backward: checkpointing recomputes a forward
+            self._check_recomputation()
+            return True
+        if getattr(_thread, "silences", 0):
+            return False
+        _thread.ran = id(self), (running, self._weights)
+        if self._crowded:
+            expected = self._expected.get(threading.current_thread(), self.active)
+            if not expected == self.active == running:
+                raise ActivationError(
+                    f"this thread activated {expected!r}, but another thread has since activated {self.active!r} in the "
+                    "same model. Hold a lock around activation and forward, or give each thread its own copy."
+                )
+        return True
+
+    def _refuse_under_others(self, name: Composition | None) -> None:
+        for thread, held in self._scopes:
+            if thread is not threading.current_thread() and held != name:
+                raise ActivationError(
+                    f"cannot activate {name!r}: thread {thread.name!r} is running this model with {held!r}. "
+                    "Hold a lock around activation and forward, or give each thread its own copy."
+                )
+
+    def _set(self, name: Composition | None, *, expected: Composition | None) -> None:
+        self._expected[threading.current_thread()] = expected
+        self._crowded = len(self._expected) > 1
+        if name != self.active:
+            self._change(name, self._weights)
+
+    def _change(self, name: Composition | None, weights: int) -> None:
+        if not self._history:
+            self._history.append((-1, _this_thread(), (self.active, self._weights)))
+        self._history.append((_sequence_number(), _this_thread(), (name, weights)))
+        self.active, self._weights = name, weights
+
+    def _check_recomputation(self) -> None:
+        """Compare with the adapter that was active when the forward being recomputed first ran.
+
+        Autograd numbers its nodes in the order of their making, so the number of the node that asks for the
+        recomputation tells when its forward ran. Numbers are counted by thread: changes made by another Python thread
+        say nothing here, but a device's backward thread (which Python did not start) serves the thread that made them.
+        """
+        node = torch._C._current_autograd_node()
+        if node is None or not self._history:
+            return
+        me = _this_thread()
+        started_by_python = not isinstance(threading.current_thread(), threading._DummyThread)
+        changes = [(n, state) for n, thread, state in self._history if thread is me or not started_by_python]
+        then = [state for number, state in changes if number <= node._sequence_nr()]
+        now = self.active, self._weights
+        if not changes:  # only other threads have changed it: compare with what this one ran last
+            whose, ran = getattr(_thread, "ran", (id(self), now))
+            then = [ran if whose == id(self) else now]
+        if then and then[-1][0] == self.active and then[-1] != now:
+            raise ActivationError(
+                "an adapter was merged or unmerged between forward and backward: a checkpointed forward would be "
+                "recomputed with other weights. Call backward first."
+            )
+        if not then or then[-1] != now:
+            was = repr(then[-1][0]) if then else "another adapter"
+            raise ActivationError(
+                f"the active adapter changed between forward and backward: a checkpointed forward ran with {was}, its "
+                f"recomputation would run with {self.active!r}. Call backward before you activate another adapter."
+            )
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Within the block this thread runs models as if no adapter were active, without activating anything."""
+    _thread.silences = getattr(_thread, "silences", 0) + 1
+    try:
+        yield
+    finally:
+        _thread.silences -= 1
+
+
+class Handover:
+    """Carries one tensor, the residual stream, from the hook that sees it to the site that reads it.
+
+    Per thread in eager mode; as a plain attribute under `torch.compile`, which sees it set and cleared in one graph.
+
+    Attributes:
+        is_wanted: Whether the module that reads it acts: its adapter is active, and not dropped at its site.
+    """
+
+    def __init__(self) -> None:
+        self.is_wanted = False
+        self._traced: Tensor | None = None
+
+    def give(self, tensor: Tensor) -> None:
+        """Leave the tensor for the site."""
+        if torch.compiler.is_compiling():
+            self._traced = tensor
+        elif tensor.is_inference():  # counts no versions, so that a change in place could not be told: a copy has none
+            _handed.__dict__[str(id(self))] = tensor.clone(), None
+        else:
+            _handed.__dict__[str(id(self))] = tensor, tensor._version
+
+    def take(self) -> Tensor | None:
+        """Take the tensor away; None if none was left.
+
+        Raises:
+            CompatibilityError: the model has changed it in place since it was left.
+        """
+        if torch.compiler.is_compiling():
+            tensor, self._traced = self._traced, None
+            return tensor
+        tensor, version = self.drop()
+        if tensor is not None and version is not None and tensor._version != version:
+            raise CompatibilityError(
+                "the model changes its residual stream in place before the adapter reads it; adapt another place"
+            )
+        return tensor
+
+    def drop(self) -> tuple[Tensor | None, int | None]:
+        """Take the tensor away unseen, with its version when it was left."""
+        self._traced = None
+        handed: tuple[Tensor | None, int | None] = _handed.__dict__.pop(str(id(self)), (None, 0))
+        return handed
+
+
+_handed = threading.local()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What `freeze` found in the base.
+
+    Attributes:
+        requires_grad: The flag of each parameter.
+        digests: A digest of each parameter and buffer.
+        own_mode: The train/eval flag of each norm that differed from the module around it.
+    """
+
+    requires_grad: dict[str, bool]
+    digests: dict[str, str]
+    own_mode: dict[str, bool]
+
+
+class Record:
+    """What adapterkit changed in a model beside adding sites, as plain values.
+
+    Attributes:
+        activation: Which adapter is active.
+        frozen: What `freeze` found; None when the base is not frozen.
+        omit_adapters: `state_dict()` leaves adapters out.
+        last_hook_id: The highest id among hooks registered here.
+        hosts: Where each adapter was attached.
+        layouts: Where rows of a batch lie in what each module takes and returns, by its path, as far as that was seen.
+        merged: The adapters that are merged into the weights, in order, each with the flags `requires_grad` that its
+            parameters had before; the original weights lie in the sites.
+    """
+
+    def __init__(self) -> None:
+        self.activation = Activation()
+        self.frozen: Frozen | None = None
+        self.omit_adapters = False
+        self.last_hook_id = -1
+        self.hosts: dict[str, tuple[str, ...]] = {}
+        self.layouts: Mapping[str, Layouts] = {}
+        self.merged: dict[str, tuple[bool, ...]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, omit_adapters=False)
+        # Hook ids are pickled as they are, but a new process counts from 0 again: without this, the next hook that
+        # anyone registers would take the place of one of ours.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.last_hook_id + 1)

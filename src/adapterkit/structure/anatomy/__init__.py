@@ -1,0 +1,1 @@
+"""Understand what was recorded: blocks, branches, roles, and which features are whose."""

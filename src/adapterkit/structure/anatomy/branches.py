@@ -1,0 +1,156 @@
+"""From residual additions to branches: what computes each, and the module that yields it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...errors import TargetError
+from ...runtime.originals import base_parameters
+from .. import pytree as values
+from ..hosts import resolve_host
+from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
+from ..tracing.graph import ADDITIONS, Call
+from .additions import Addition, addends, residual_additions
+from .description import Kind
+from .feature_axes import FeatureAxes
+from .kinds import kind_of
+
+__all__ = ["Branch", "BranchReader"]
+
+_JOINS = ("stack", "cat")  # what has parts from several modules is no one's
+
+
+@dataclass
+class Branch:
+    """A branch of an addition while it is being understood.
+
+    Attributes:
+        end: The node that is added.
+        inside: The nodes between the stream and the end.
+        call: The module call that yields it, and where; None if no module does.
+        scales: Operations between that and the addition.
+    """
+
+    addition: Addition
+    end: int
+    inside: int
+    is_parallel: bool
+    kind: Kind
+    is_moe: bool
+    call: tuple[Call, values.Path] | None
+    scales: tuple[str, ...]
+    block: str | None = None
+
+
+class BranchReader:
+    """Reads branches off a flow."""
+
+    def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
+        self.flow, self.modules, self.axes = flow, modules, FeatureAxes(flow)
+        self.additions, self.every_addition = residual_additions(flow)
+        self.repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
+
+    def branches(self, addition: Addition) -> Iterator[Branch]:
+        """The branch of an addition; several where it adds the sum of parallel branches, scaled or not."""
+        total, shared_scales = self._unscaled(addition.branch)
+        ends = list(self._parallel(addition, total))
+        if len(ends) == 1 or list(self._finished(addition, addition.branch)):
+            ends, shared_scales = [addition.branch], ()
+        for end in ends:
+            inside = self._inside(addition, end)
+            call, scales = self._module_of(addition, end)
+            kind, is_moe = kind_of(self.flow, self.axes, addition.stream, inside)
+            added = () if addition.node.op.startswith("add") and "mul" not in addition.node.op else (addition.node.op,)
+            yield Branch(addition, end, inside, len(ends) > 1, kind, is_moe, call, (*scales, *shared_scales, *added))
+
+    def _inside(self, addition: Addition, end: int) -> int:
+        """The nodes of a branch: between the stream and the end, but not those of steps before it in the same block."""
+        flow = self.flow
+        inside = flow.between(addition.stream, end)
+        for other in self.additions:
+            i = other.node.index
+            if inside >> i & 1 and flow.between(i, end) & flow.endings:
+                inside &= ~(flow.ancestors[i] | 1 << i)
+        return inside
+
+    def _unscaled(self, end: int) -> tuple[int, tuple[str, ...]]:
+        """The node that a chain of constant factors starts from, and those factors' operations."""
+        start = self.flow.unscaled(end)
+        ops = (self.flow.nodes[i].op for i in bits(self.flow.between(start, end)))
+        return start, tuple(op for op in ops if op not in VIEWS)
+
+    def _parallel(self, addition: Addition, end: int) -> Iterator[int]:
+        """The addends of a sum that no module returns, if each is a branch of its own; else the node itself."""
+        flow, node = self.flow, self.flow.nodes[end]
+        operands = addends(flow, node) or flow.stacked(end) if not list(self._finished(addition, end)) else ()
+        if operands and all(flow.between(addition.stream, i) & flow.projections for i in operands):
+            for i in operands:
+                yield from self._parallel(addition, i)
+        else:
+            yield end
+
+    def _finished(self, addition: Addition, node: int) -> Iterator[tuple[Call, values.Path]]:
+        """The calls that returned a node before it was added."""
+        for call, path in self.flow.returned.get(node, []):
+            if call.end is not None and call.end <= addition.node.index and call.path is not None:
+                yield call, path
+
+    def _module_of(self, addition: Addition, end: int) -> tuple[tuple[Call, values.Path] | None, tuple[str, ...]]:
+        """The outermost module whose output is added, once in each call of what is around it; and what scales it.
+
+        One that serves several branches (a dropout, a drop path) cannot be told which it serves: then the module before.
+        If there is none, one with weights, which are shared as an adapter there would be.
+        """
+        steps = list(self._back(addition, end))
+        for is_wanted in (self.is_hookable, self._is_shared):
+            scales: list[str] = []
+            for node in steps:
+                calls = [(c, path) for c, path in self._finished(addition, node) if is_wanted(c)]
+                if calls:
+                    return min(calls, key=lambda found: (len(list(found[0].around())), -found[0].start)), tuple(scales)
+                op = self.flow.nodes[node].op
+                scales += [op] if op not in VIEWS | set(ADDITIONS) else []
+        return None, ()
+
+    def _back(self, addition: Addition, end: int) -> Iterator[int]:
+        """The branch's last node and those before it, as long as one follows from one other by a view, scale or offset."""
+        flow = self.flow
+        while True:
+            yield end
+            node = flow.nodes[end]
+            before = [
+                i
+                for i in node.inputs
+                if flow.leads_to(addition.stream, i) and flow.between(addition.stream, i) & flow.endings
+            ]
+            is_one = len(before) == 1 or (before and node.op not in (*ADDITIONS, *_JOINS))
+            if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
+                return
+            size = math.prod(node.shape)  # a gate that is computed from the stream, too, is often smaller
+            gates = {i for i in before if math.prod(flow.nodes[i].shape) != size or self._is_bounded(i)}
+            end = max(set(before) - gates or before)
+
+    def _is_bounded(self, index: int) -> bool:
+        """Whether a node is a number between bounds: a gate, for what it is multiplied with."""
+        return self.flow.nodes[self.flow.source(index)].op in BOUNDED
+
+    def is_hookable(self, call: Call) -> bool:
+        """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""
+        return self.repeats[call.path, id(call.parent)] == 1 and self.can_carry(call)
+
+    def _is_shared(self, call: Call) -> bool:
+        """Whether a module with weights runs several times in a call of the module around it."""
+        return any(True for _ in base_parameters(call.module)) and self.can_carry(call)
+
+    def can_carry(self, call: Call) -> bool:
+        """Whether a hook on the module would fire."""
+        try:
+            resolve_host(call.path or "", self.modules, at_input=False)
+        except TargetError:
+            return False
+        return call.path is not None

@@ -1,0 +1,136 @@
+"""What a forward pass shows of a transformer's structure: its residual sub-layers, blocks and embeddings, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..pytree import Argument, Path
+
+__all__ = ["Anatomy", "FusedProjection", "Kind", "Norm", "Place", "Port", "Slices", "Sublayer"]
+
+Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
+Norm = Literal["pre", "post", "sandwich", "end", "none"]
+# Of "q", "k" and "v", those that a projection makes, each with its features: ranges (start, stop), rising and apart.
+Slices = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor that a module returns.
+
+    Attributes:
+        path: The module.
+        output: Where it lies in the module's output.
+        shape: Its shape in the traced forward.
+        axis: The axis of its features, from the end (-1 is the last); None where the trace does not tell.
+    """
+
+    path: str
+    output: Path
+    shape: tuple[int, ...]
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class Port:
+    """A module that takes the residual stream, and as which argument."""
+
+    path: str
+    argument: Argument
+
+
+@dataclass(frozen=True)
+class FusedProjection:
+    """A module that projects to more than one of an attention's queries, keys and values; which features are whose.
+
+    Attributes:
+        path: The module.
+        weight: The name, in the module, of the parameter that it projects with inside; None where what the module returns
+            is what was projected.
+        axis: The axis of the features: of the module's output, from the end; or of that parameter, from the front.
+        slices: The features of each; () where they cannot be told apart.
+        problem: Why they cannot; empty where they can.
+    """
+
+    path: str
+    weight: str | None
+    axis: int
+    slices: Slices
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A branch of the network that is added to the residual stream.
+
+    Attributes:
+        kind: What it does: attention, cross-attention, feed-forward (a mixture of experts is one, too), convolution, or
+            another way of mixing tokens.
+        block: The repeated block that it lies in; None outside of any.
+        out: The outermost module whose output is the branch's; None if no module returns it.
+        first: The modules of its first projections.
+        last: The modules of its last projections.
+        query, key, value: The modules of an attention's projections; the same one in each for a fused projection.
+        fused: Of these, the fused ones, and which of their features are whose.
+        scales: Operations between `out` and the addition that change values (LayerScale): () if what `out` returns is
+            what is added.
+        is_parallel: Whether another branch of the block starts from the same stream and is added with this one.
+        is_moe: Whether it routes tokens to experts.
+        is_last: Whether no other sub-layer of the block follows on the same stream.
+        norm: Where the block normalises: before the branch ("pre"), after the addition ("post"), at the branch's end
+            ("end"), before and at the end ("sandwich"), or not at all ("none").
+        stream: A module that takes the residual stream before the branch ends; None if there is none.
+        sum: A module of the block that returns the sum and nothing of the block reads it before that.
+        post_norm: The norm that takes the sum, in a post-norm block, as the module and its place.
+        shares_norm: Whether that norm runs on other tensors, too, in one call of the block.
+        addition: Where it is added: the module around the addition, and its node in the trace.
+    """
+
+    kind: Kind
+    block: str | None
+    out: Place | None
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    query: tuple[str, ...]
+    key: tuple[str, ...]
+    value: tuple[str, ...]
+    fused: tuple[FusedProjection, ...]
+    scales: tuple[str, ...]
+    is_parallel: bool
+    is_moe: bool
+    is_last: bool
+    norm: Norm
+    stream: Port | None
+    sum: Place | None
+    post_norm: Place | None
+    shares_norm: bool
+    addition: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The structure of a model.
+
+    Attributes:
+        sublayers: Those in repeated blocks, in the order that they run.
+        others: Those outside of any repeated block.
+        embeddings: What makes the residual stream that enters the first block, one for each stack of blocks.
+        output_embeddings: What maps hidden states to logits over the tokens that an embedding knows.
+        blocks: What each repeated block returns as its stream.
+        unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
+        idle: Modules that are built as the blocks beside them, but did not run.
+    """
+
+    sublayers: tuple[Sublayer, ...]
+    others: tuple[Sublayer, ...]
+    embeddings: tuple[Place, ...]
+    output_embeddings: tuple[Place, ...]
+    blocks: tuple[Place, ...]
+    unexplained: tuple[tuple[str, str], ...] = ()
+    idle: tuple[str, ...] = ()
+
+    @property
+    def transformer_blocks(self) -> frozenset[str | None]:
+        """The blocks that do more than convolve: those of a CNN, or of one in front of a transformer, do not."""
+        return frozenset(sublayer.block for sublayer in self.sublayers if sublayer.kind != "convolution")

@@ -1,0 +1,112 @@
+"""What a branch does: attention, cross-attention, feed-forward, convolution, or another way of mixing tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..tracing.flow import MATMULS, Flow, bits
+from ..tracing.graph import Node
+from .description import Kind
+from .feature_axes import FeatureAxes
+
+__all__ = ["Projected", "kind_of", "projected"]
+
+_ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
+_MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan", "lstm", "gru", "mkldnn_rnn_layer"))
+
+
+def kind_of(flow: Flow, axes: FeatureAxes, stream: int, inside: int) -> tuple[Kind, bool]:
+    """What the branch of these nodes does, and whether it routes tokens to experts."""
+    nodes = [flow.nodes[i] for i in bits(inside)]
+    routes = any(node.op in _ROUTING for node in nodes)
+    cores = list(bits(inside & flow.attentions))
+    if cores:
+        return "crossattention" if all(_is_cross(flow, stream, core) for core in cores) else "attention", False
+    if routes:
+        return "feedforward", True
+    if any(_mixes_tokens(flow, axes, node) for node in nodes) or _is_recurrent(nodes):
+        return "mixer", False
+    if any(_is_wide_convolution(flow, node) for node in nodes):  # some pool besides, to gate channels
+        return "convolution", False
+    return ("mixer" if any("pool" in node.op for node in nodes) else "feedforward"), False
+
+
+def _operands(flow: Flow, core: int) -> tuple[tuple[int, int] | None, ...]:
+    """Where an attention's queries, keys and values are read: of each, the node that does, and at which of its inputs."""
+    node, scores = flow.nodes[core], flow.weights_of(core)
+    if scores is None:
+        return (core, 0), (core, 1), (core, 2)
+    read = range(len(node.taken))  # behind them, `inputs` has what wrote into their memory
+    values = [(core, at) for at in read if not flow.between(scores, node.inputs[at]) and node.inputs[at] != scores]
+    product = flow.nodes[scores]
+    factors = [(scores, at) for at in range(len(product.taken)) if not flow.is_constant[product.inputs[at]]]
+    query, key = factors[-2:] if len(factors) > 1 else (None, None)  # baddbmm adds its first
+    return query, key, values[0] if values else None
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A projection that makes queries, keys or values of an attention.
+
+    Attributes:
+        part: "q", "k" or "v".
+        node: The projection.
+        operand: The node that enters the attention's product.
+        reader: The node of that product, and at which of its inputs the operand is.
+    """
+
+    part: str
+    node: int
+    operand: int
+    reader: tuple[int, int]
+
+
+def projected(flow: Flow, inside: int) -> Iterator[Projected]:
+    """The last projections before the products of the attentions among these nodes."""
+    for core in bits(inside & flow.attentions):
+        for part, reader in zip("qkv", _operands(flow, core), strict=True):
+            if reader is not None:
+                operand = flow.nodes[reader[0]].inputs[reader[1]]
+                before = flow.ancestors[operand] | 1 << operand
+                found = flow.nearest(operand, flow.projections, before)
+                # The angles of rotary positions may be a product with frequencies, which are constant, as weights are.
+                for i in bits(found & flow.features or found):
+                    yield Projected(part, i, operand, reader)
+
+
+def _is_cross(flow: Flow, stream: int, core: int) -> bool:
+    """Whether an attention's keys come from another input than the stream."""
+    _, place, _ = _operands(flow, core)
+    if place is None:
+        return False
+    key = flow.nodes[place[0]].inputs[place[1]]
+    if key == stream or flow.leads_to(stream, key):
+        return False
+    return bool(flow.from_inputs >> key & 1)
+
+
+def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Node) -> bool:
+    """Whether an operation is a scan, a Fourier transform, a product of activations, or projects the tokens' axis."""
+    if node.op in _MIXING or node.op.startswith("_fft"):
+        return True
+    if node.op not in MATMULS:
+        return False
+    if flow.products >> node.index & 1:
+        return True
+    taken = flow.activations(node)
+    if node.op.endswith("convolution"):  # pointwise, with tokens in the place of channels
+        return not _is_wide_convolution(flow, node) and axes.of(taken[0]) not in (1, None)
+    return len(taken) == 1 and axes.is_last(taken[0]) is False
+
+
+def _is_recurrent(nodes: list[Node]) -> bool:
+    """Whether one position is read after another: the same tensor at several places of one axis."""
+    read = {(node.inputs[0], node.numbers) for node in nodes if node.op == "select" and len(node.inputs) == 1}
+    places = Counter((source, numbers[0]) for source, numbers in read if len(numbers) == 2)
+    return any(count > 2 for count in places.values())
+
+
+def _is_wide_convolution(flow: Flow, node: Node) -> bool:
+    return node.op.endswith("convolution") and any(size > 1 for size in flow.nodes[node.inputs[1]].shape[2:])

@@ -1,0 +1,143 @@
+"""Roles: names for places that mean the same in every transformer, such as `@attention.out`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+from ...errors import TargetError
+from .description import Anatomy, Place, Sublayer
+
+__all__ = ["ROLES", "check_whole", "role_paths", "role_places"]
+
+_KINDS = ("attention", "crossattention", "feedforward", "convolution", "mixer")
+# Of a sub-layer: what each part is, for the list of roles and for messages.
+_PARTS: dict[str, Callable[[Sublayer], Iterable[str]]] = {
+    "out": lambda s: (s.out.path,) if s.out else (),
+    "first": lambda s: s.first,
+    "last": lambda s: s.last,
+    "q": lambda s: s.query,
+    "k": lambda s: s.key,
+    "v": lambda s: s.value,
+}
+
+_OUTPUTS = ("@sublayer.out", *(f"@{kind}.out" for kind in _KINDS))
+ROLES = (
+    *(f"@{kind}.{part}" for kind in _KINDS for part in _PARTS if part not in "qkv" or kind.endswith("attention")),
+    "@sublayer.out",
+    "@block.last",
+    "@block.out",
+    "@embedding",
+    "@output_embedding",
+)
+# Of the whole model, not of its sub-layers.
+_PLACES: dict[str, Callable[[Anatomy], tuple[Place, ...]]] = {
+    "@block.out": lambda anatomy: anatomy.blocks,
+    "@embedding": lambda anatomy: anatomy.embeddings,
+    "@output_embedding": lambda anatomy: anatomy.output_embeddings,
+}
+
+
+def role_paths(role: str, anatomy: Anatomy) -> list[str]:
+    """The modules that have a role in this model, in the order that they run; empty if none has.
+
+    Raises:
+        TargetError: there is no such role, or no hook can be where it lies.
+    """
+    if role in _PLACES:
+        return list(dict.fromkeys(place.path for place in _PLACES[role](anatomy)))
+    sublayers, part = _sublayers(role, anatomy), role.partition(".")[2]
+    if part in ("out", "last") and role in (*_OUTPUTS, "@block.last"):
+        _check_found(role, sublayers)
+        part = "out"
+    return list(dict.fromkeys(path for sublayer in sublayers for path in _PARTS[part](sublayer)))
+
+
+def role_places(role: str, anatomy: Anatomy) -> tuple[Place, ...]:
+    """Where in a module's output the tensor of a role lies, for roles that are outputs."""
+    if role in _PLACES:
+        return _PLACES[role](anatomy)
+    if role in (*_OUTPUTS, "@block.last"):
+        return tuple(s.out for s in _sublayers(role, anatomy) if s.out is not None)
+    return ()
+
+
+def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
+    """The sub-layers that a role speaks of.
+
+    Raises:
+        TargetError: there is no such role.
+    """
+    if role not in ROLES:
+        raise TargetError(f"{role!r} is not a role; there are {', '.join(ROLES)}")
+    kind = role[1:].partition(".")[0]
+    if kind in _KINDS:
+        return [s for s in anatomy.sublayers if s.kind == kind]
+    blocks = anatomy.transformer_blocks
+    if not anatomy.sublayers:
+        others = [s.out.path if s.out else s.addition[0] for s in anatomy.others]
+        raise TargetError(
+            f"{role!r} speaks of transformer blocks; tracing finds no block that adds what it computes to a stream, so "
+            f"that presets have no place here. Name modules by pattern{f', such as {others[:3]}' if others else ''}"
+        )
+    if not blocks:
+        raise TargetError(
+            f"{role!r} speaks of transformer blocks; tracing finds {len(anatomy.sublayers)} residual branches, which are "
+            "convolutions all: this is a CNN. Target '@convolution.out', or name its modules by pattern"
+        )
+    inside = [s for s in anatomy.sublayers if s.block in blocks]
+    if kind == "sublayer":  # one more branch of a decoder is not what the presets adapt: ask for it by its own role
+        return [s for s in inside if s.kind != "crossattention"]
+    return _last_of_blocks(inside)
+
+
+def _last_of_blocks(sublayers: list[Sublayer]) -> list[Sublayer]:
+    """The last sub-layer of each block. In a list of single ones (attention, feed-forward, …) blocks end in the latter."""
+    blocks: dict[str, list[Sublayer]] = {}
+    for sublayer in sublayers:
+        blocks.setdefault(sublayer.block or "", []).append(sublayer)
+    single: dict[str, list[Sublayer]] = {}
+    for block, members in blocks.items():
+        if len(members) == 1 and block:
+            single.setdefault(".".join(block.split(".")[:-2]), []).append(members[0])
+    inner = [s for found in single.values() if any(_is_end(s) for s in found) for s in found if not _is_end(s)]
+    ends = (_ends_of(members) for members in blocks.values())
+    return [sublayer for found in ends for sublayer in found if sublayer not in inner]
+
+
+def _ends_of(members: list[Sublayer]) -> list[Sublayer]:
+    """The sub-layers of a block that none follows on their stream: one for each stream, feed-forwards if there are any."""
+    last = [sublayer for sublayer in members if sublayer.is_last] or members[-1:]
+    return [sublayer for sublayer in last if _is_end(sublayer)] or last
+
+
+def _is_end(sublayer: Sublayer) -> bool:
+    return sublayer.kind == "feedforward"
+
+
+def check_whole(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None:
+    """Raise TargetError where a role that speaks of every block would leave out something in silence."""
+    if role not in ("@sublayer.out", "@block.last"):
+        return
+    for block, path in anatomy.unexplained:
+        if block in anatomy.transformer_blocks and not {block, path} & {*excluded}:
+            raise TargetError(
+                f"{role!r}: {path!r} comes after all that tracing understands of the block {block!r}, and what it computes "
+                "is not added to the stream in a way that it knows, so that the block's last sub-layer is not known. Name "
+                f"modules by pattern, or set exclude=[{path!r}] to go without it"
+            )
+    missing = sorted({*anatomy.idle} - {*excluded})
+    if missing:
+        raise TargetError(
+            f"{role!r}: {missing} are built as the blocks beside them, but did not run on the example inputs. Wrap the "
+            f"model with inputs on which they run, or set exclude={missing}"
+        )
+
+
+def _check_found(role: str, sublayers: list[Sublayer]) -> None:
+    lost = [sublayer for sublayer in sublayers if sublayer.out is None]
+    if lost:
+        raise TargetError(
+            f"{role!r}: no module returns what is added in {lost[0].addition[0]!r} (its {lost[0].kind} is computed by "
+            f"functions, or by a module that several branches share), so that no hook can adapt it; name a module "
+            f"inside it, such as {list(lost[0].last) or 'its last projection'}"
+        )

@@ -1,0 +1,1 @@
+"""Run a model once on small inputs, and record what its modules and tensors do."""

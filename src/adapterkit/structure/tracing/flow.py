@@ -1,0 +1,227 @@
+"""What flows where in a recorded forward: ancestors and descendants of every node, and which nodes do what.
+
+Sets of nodes are kept as integers, one bit for each node: a graph of thousands of nodes is searched in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+from ...runtime.originals import base_parameters
+from .graph import Call, Graph, Node
+
+__all__ = ["Flow", "bits"]
+
+
+def _ops(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+# Operations that hand one tensor's values on: as another view, copy or type.
+VIEWS = _ops(
+    "view _unsafe_view reshape _reshape_alias t transpose permute movedim expand squeeze unsqueeze flatten unflatten "
+    "alias detach clone _to_copy to contiguous native_dropout dropout slice select lift_fresh as_strided"
+)
+# Operations between a branch's last projection and its residual addition that change values, but mix nothing new in.
+SCALES = _ops(
+    "mul mul_ div div_ neg rsub tanh sigmoid clamp clip nan_to_num sum mean where masked_fill roll pad constant_pad_nd "
+    "cat stack split split_with_sizes chunk unbind index gather scatter index_put_ copy_ im2col col2im squeeze_ "
+    "unsafe_split index_select unfold"
+)
+CONSTANT_STEPS = _ops("mul mul_ div div_ add add_ sub sub_")
+# Operations whose result is a number between bounds: a gate, for what it is multiplied with.
+BOUNDED = _ops("sigmoid sigmoid_ tanh tanh_")
+MATMULS = _ops(
+    "mm addmm bmm baddbmm addbmm mv dot linear matmul einsum mkldnn_linear _grouped_mm "
+    "convolution _convolution convolution_overrideable mkldnn_convolution"
+)
+LOOKUPS = _ops("embedding embedding_bag _embedding_bag index index_select gather")
+SOFTMAX = _ops("_softmax _safe_softmax softmax")
+WHOLE_NORMS = _ops("native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm")
+NORMS = WHOLE_NORMS | _ops(
+    "rsqrt linalg_vector_norm batch_norm "
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
+    "cudnn_batch_norm "
+    "sqrt std std_mean var var_mean"  # norms written by hand
+)
+
+
+def bits(mask: int) -> Iterator[int]:
+    """The indices of the bits that are set, from the lowest."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+class Flow:
+    """A graph, and what can be told from it alone."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.nodes, self.calls = graph, graph.nodes, graph.calls
+        self.is_constant = self._from_parameters()
+        self.ancestors, self.descendants = self._reach()
+        self.from_inputs = self._from_inputs()
+        self.projections = self._mask(lambda node: node.op in MATMULS and self._reads_a_weight(node))
+        # Products of activations, and softmax: what comes before them is not what a branch ends in.
+        self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self._has_two(node)))
+        self.attentions = self._mask(lambda node: _is_attention(node.op) or self.weights_of(node.index) is not None)
+        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling.
+        self.endings = self.projections | self.attentions | self._mask(lambda node: _is_mixing(node.op))
+
+    @cached_property
+    def readers(self) -> list[list[int]]:
+        """For each node, those that read it."""
+        readers: list[list[int]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            for i in node.inputs:
+                readers[i].append(node.index)
+        return readers
+
+    @cached_property
+    def returned(self) -> dict[int, list[tuple[Call, tuple[int | str, ...]]]]:
+        """For each node that a module call returned: the calls, and where in their output it lies."""
+        returned: dict[int, list[tuple[Call, tuple[int | str, ...]]]] = {}
+        for call in self.calls:
+            for path, i in call.outputs:
+                returned.setdefault(i, []).append((call, path))
+        return returned
+
+    @cached_property
+    def norm_calls(self) -> list[Call]:
+        """The calls of modules that normalise and do nothing else."""
+        with_norm = {id(call) for node in self.nodes if node.op in NORMS and node.call for call in [node.call]}
+        return [call for call in self.calls if id(call) in with_norm and call.end is not None and _is_small(call)]
+
+    @cached_property
+    def features(self) -> int:
+        """The nodes made of features: of floating inputs and of what is looked up, not of positions that were cast."""
+        mask = 0
+        for node in self.nodes:
+            inputs = self.activations(node)
+            starts = node.op == "input" or (node.op in LOOKUPS and len(inputs) < len(node.inputs))
+            if node.is_floating and (starts or any(mask >> i & 1 for i in inputs)):
+                mask |= 1 << node.index
+        return mask
+
+    def between(self, start: int, end: int) -> int:
+        """The nodes on any way from `start` (not itself) to `end` (itself included)."""
+        return (self.ancestors[end] | 1 << end) & self.descendants[start]
+
+    def leads_to(self, start: int, end: int) -> bool:
+        """Whether `end` depends on `start`."""
+        return bool(self.ancestors[end] >> start & 1)
+
+    def activations(self, node: Node) -> list[int]:
+        """A node's inputs that depend on more than parameters."""
+        return [i for i in node.inputs if not self.is_constant[i]]
+
+    def source(self, index: int, through: frozenset[str] = VIEWS) -> int:
+        """The node whose values this one hands on, back through views (or these operations) of one tensor."""
+        while self.nodes[index].op in through:
+            inputs = [i for i in self.activations(self.nodes[index]) if self.nodes[i].is_floating]  # not masks, indices
+            if len(inputs) != 1:
+                break
+            index = inputs[0]
+        return index
+
+    def unscaled(self, index: int) -> int:
+        """`source`, also back through multiplication by a constant, and addition of one."""
+        index = self.source(index)
+        while self.nodes[index].op in CONSTANT_STEPS and len(self.activations(self.nodes[index])) == 1:
+            index = self.source(self.activations(self.nodes[index])[0])
+        return index
+
+    def stacked(self, index: int) -> tuple[int, ...]:
+        """What a node is the sum of, over a stack; empty if it is none."""
+        node = self.nodes[index]
+        stack = self.nodes[node.inputs[0]] if node.op == "sum" else node
+        return stack.inputs if stack.op == "stack" and stack.shape[1:] == node.shape else ()
+
+    def nearest(self, index: int, wanted: int, within: int, stop: int = 0) -> int:
+        """Of the wanted nodes, those met first on the ways back from `index` (itself included) that stay `within`."""
+        found, seen, todo = 0, 0, [index]
+        while todo:
+            i = todo.pop()
+            if seen >> i & 1 or not within >> i & 1:
+                continue
+            seen |= 1 << i
+            if wanted >> i & 1:
+                found |= 1 << i
+            elif not stop >> i & 1:
+                todo.extend(self.nodes[i].inputs)
+        return found
+
+    def _mask(self, test: Callable[[Node], bool]) -> int:
+        return sum(1 << node.index for node in self.nodes if test(node))
+
+    def _from_parameters(self) -> list[bool]:
+        """Whether each node comes of parameters and buffers alone: weights reach a matmul through views and casts.
+
+        What a module is called with is no weight, even if it comes of parameters alone (the learned queries of a decoder).
+        """
+        given = {i for call in self.calls for _, i in call.inputs if len(self.nodes[i].shape) > 2}
+        constant: list[bool] = []
+        for node in self.nodes:
+            derived = node.op == "parameter" or (bool(node.inputs) and all(constant[i] for i in node.inputs))
+            constant.append(derived and node.index not in given)
+        return constant
+
+    def _from_inputs(self) -> int:
+        """The nodes that depend on what the model was called with."""
+        starts = [node.index for node in self.nodes if node.op == "input"]
+        mask = sum(1 << i for i in starts)
+        for i in starts:
+            mask |= self.descendants[i]
+        return mask
+
+    def _reach(self) -> tuple[list[int], list[int]]:
+        ancestors, descendants = [0] * len(self.nodes), [0] * len(self.nodes)
+        for node in self.nodes:
+            for i in node.inputs:
+                ancestors[node.index] |= ancestors[i] | 1 << i
+        for node in reversed(self.nodes):
+            for i in node.inputs:
+                descendants[i] |= descendants[node.index] | 1 << node.index
+        return ancestors, descendants
+
+    def _reads_a_weight(self, node: Node) -> bool:
+        return not self.is_constant[node.index] and any(self.is_constant[i] for i in node.inputs)
+
+    def _has_two(self, node: Node) -> bool:
+        return not self._reads_a_weight(node) and len(self.activations(node)) > 1
+
+    def weights_of(self, index: int) -> int | None:
+        """The product of queries and keys, if a node is attention's last product, softmax(Q @ K) @ V; else None.
+
+        A router weighs experts by a softmax, too, but of a projection.
+        """
+        node = self.nodes[index]
+        if node.op not in MATMULS or not self._has_two(node):
+            return None
+        for i in node.inputs:
+            softmax = self.source(i, VIEWS | SCALES)
+            if self.nodes[softmax].op in SOFTMAX:
+                back = self.ancestors[softmax] | 1 << softmax
+                scores = self.nearest(softmax, self.products & ~(1 << softmax), back, stop=self.projections)
+                if scores:
+                    return next(filter(self._compares_inputs, bits(scores)), next(bits(scores)))
+        return None
+
+    def _compares_inputs(self, index: int) -> bool:
+        """Whether both factors of a product come of what the model was called with: one of positions alone is a bias."""
+        return all(self.from_inputs >> i & 1 for i in self.activations(self.nodes[index])[-2:])
+
+
+def _is_attention(op: str) -> bool:
+    return "scaled_dot_product" in op and not op.endswith("backward")
+
+
+def _is_mixing(op: str) -> bool:
+    return op.startswith("_fft") or "pool" in op
+
+
+def _is_small(call: Call) -> bool:
+    """Whether a module has no weight matrices and no children that have: a norm, whatever its name."""
+    return all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))

@@ -1,0 +1,155 @@
+"""Run a model once on example inputs and look at what its modules take and return."""
+
+import copy
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ...errors import AdapterKitError, CompatibilityError
+from ...placement.patterns import ancestors
+from .snapshot import Snapshot
+
+__all__ = [
+    "ExampleInputs", "call_with", "forward", "fresh", "observe", "outside_inference_mode", "runs_around", "untouched",
+]  # fmt: skip
+
+ExampleInputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+T = TypeVar("T")
+
+
+def call_with(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Call the model: a mapping by keyword, a tuple by position, anything else as the only argument."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def fresh(inputs: ExampleInputs) -> ExampleInputs:
+    """A copy, if there can be one: a model may fill a cache that it is given, or change a tensor in place."""
+    try:
+        return copy.deepcopy(inputs)
+    except RuntimeError:  # of a tensor that is in the middle of a graph
+        return inputs
+
+
+def observe(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    paths: Iterable[str],
+    look: Callable[[str, nn.Module, Any, Any, Any], T],
+    *,
+    within: AbstractContextManager[Any] | None = None,
+    training: bool = False,
+) -> dict[str, list[T]]:
+    """What `look(path, module, args, kwargs, output)` makes of each call of these modules, in one forward: see `forward`.
+
+    Raises:
+        CompatibilityError: the model does not run on these inputs.
+    """
+    seen: dict[str, list[T]] = {path: [] for path in paths}
+    modules, me = dict(model.named_modules()), threading.get_ident()
+    with ExitStack() as stack:
+        for path, calls in seen.items():
+
+            def hook(
+                module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path, calls: list[T] = calls
+            ) -> None:
+                if threading.get_ident() == me:
+                    calls.append(look(path, module, args, kwargs, output))
+
+            stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
+        forward(model, inputs, within=within, training=training)
+    return seen
+
+
+def runs_around(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> dict[str, str]:
+    """For modules that never run on the inputs, the innermost module around each that does.
+
+    Raises:
+        CompatibilityError: the model does not run on these inputs.
+    """
+    around = {path: ancestors(path)[1:] for path in paths}
+    calls = observe(model, inputs, {outer for outers in around.values() for outer in outers}, lambda *_: None)
+    return {path: next(outer for outer in outers if calls[outer]) for path, outers in around.items() if outers}
+
+
+def forward(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    *,
+    within: AbstractContextManager[Any] | None = None,
+    training: bool = False,
+) -> Any:
+    """The model's output, without gradients, with modules and random state as before afterwards.
+
+    Args:
+        within: A context to run it in.
+        training: In training mode; else in eval mode.
+
+    Raises:
+        CompatibilityError: the model does not run on these inputs.
+    """
+    with untouched(model):
+        inputs = fresh(inputs)
+        try:
+            with within or nullcontext():
+                return call_with(model.train(training), inputs)
+        except AdapterKitError:
+            raise
+        except Exception as error:
+            raise CompatibilityError(
+                f"{type(model).__name__} does not run on example_inputs: {type(error).__name__}: {error}"
+            ) from error
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run a block without gradients, after which modules hold what they did, and all random state is as before.
+
+    What modules hold: their mode, hooks, children, buffers and attributes; see `Snapshot`. Under autocast the block runs
+    without its cache of cast weights, which would hide casts from a trace. It runs outside of inference mode, so that it
+    may ask for gradients, unless the model was itself made inside.
+    """
+    snapshots = [Snapshot(module) for module in model.modules()]
+    held = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor))
+    made_inside = any(tensor.is_inference() for tensor in held)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    fast_path, casts_cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_autocast_cache_enabled(False)
+    try:
+        mode = nullcontext() if made_inside else outside_inference_mode()
+        with mode, _random_state(), torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(casts_cached)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for snapshot in snapshots:
+            snapshot.restore()
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Run a block whose tensors may require gradients, if it is in inference mode or not."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    """Put Python's random state back afterwards, and numpy's, if it is loaded."""
+    python_random, numpy_random = random.getstate(), sys.modules.get("numpy.random")
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    try:
+        yield
+    finally:
+        random.setstate(python_random)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)

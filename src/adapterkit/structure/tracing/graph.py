@@ -1,0 +1,201 @@
+"""Record one forward as a graph: every tensor operation, and which module call took and returned which tensor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ...placement.patterns import modules_by_path
+from .. import pytree as values
+from .forward import ExampleInputs, forward
+
+__all__ = ["ADDITIONS", "Call", "Graph", "Node", "record"]
+
+ADDITIONS = ("add", "add_", "addcmul", "addcmul_")
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        path: The module's first name in the model; None for one that the model does not hold.
+        parent: The call that it was made in.
+        inputs: Each tensor among its arguments: where it lies in `(args, kwargs)`, and its node.
+        outputs: Each tensor that it returned: where it lies in the output, and its node.
+        start: The number of nodes before it.
+        end: The number of nodes when it returned; None if it did not.
+    """
+
+    path: str | None
+    module: nn.Module
+    parent: Call | None
+    start: int
+    inputs: list[tuple[values.Path, int]]
+    outputs: list[tuple[values.Path, int]] = field(default_factory=list)
+    end: int | None = None
+
+    def around(self) -> Iterator[Call]:
+        """This call and those that it was made in, innermost first."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+@dataclass(eq=False)
+class Node:
+    """One tensor operation, or a tensor that came from outside (`op` is "parameter" or "input").
+
+    Attributes:
+        inputs: The nodes that it reads, in the order of its arguments; after them, those that have since written, in
+            place, into memory that an argument shares.
+        numbers: The integers among its arguments, such as the axes of a permutation.
+        call: The innermost module call that it ran in.
+        operation: The operation and its arguments, as `(function, args, kwargs)`; None for what came from outside.
+        taken: The tensors among its arguments: those of the first `len(taken)` nodes in `inputs`.
+        made: The tensors that it returned, or that came from outside.
+        addends: For an addition or a stack, copies of its operands, where they were asked for.
+    """
+
+    index: int
+    op: str
+    inputs: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    is_floating: bool = False
+    numbers: tuple[int, ...] = ()
+    call: Call | None = None
+    operation: tuple[Callable[..., Any], Any, Any] | None = None
+    taken: tuple[Tensor, ...] = ()
+    made: tuple[Tensor, ...] = ()
+    addends: tuple[Tensor, ...] = ()
+
+
+class Graph:
+    """What one forward did: its nodes in order, and its module calls in the order that they began."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.calls: list[Call] = []
+
+    def __repr__(self) -> str:
+        return f"Graph({len(self.nodes)} nodes, {len(self.calls)} calls)"
+
+
+def record(model: nn.Module, inputs: ExampleInputs, *, keep_addends: bool = False) -> Graph:
+    """Run the model once, in eval mode and without gradients, and record what it does. The model is as before afterwards.
+
+    Raises:
+        CompatibilityError: the model does not run on these inputs.
+    """
+    recorder = _Recorder(model, keep_addends)
+    handles = []
+    for module in set(model.modules()):
+        if isinstance(module, torch.jit.ScriptModule):  # calls no Python hooks
+            continue
+        handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
+    try:
+        forward(model, inputs, within=recorder)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.graph
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Builds the graph as operations go by. Tensors are told apart by identity, and nodes keep each alive."""
+
+    def __init__(self, model: nn.Module, keep_addends: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.graph = Graph()
+        self._keep_addends = keep_addends
+        self._thread = threading.get_ident()  # operations are this thread's alone; hooks see those of all
+        self._node_of: dict[int, int] = {}
+        self._written: dict[int, int] = {}  # storage -> the last node that wrote into it in place
+        self._stack: list[Call] = []
+        self._paths: dict[int, str] = {}
+        for path, module in modules_by_path(model).items():
+            self._paths.setdefault(id(module), path)
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._add(Node(len(self.graph.nodes), "parameter"), tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        name = func._schema.name.partition("::")[2]
+        taken = [] if _is_new(name) else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        reads = [self._index(tensor) for tensor in taken]
+        written = {self._written[s] for s in map(_storage, taken) if s in self._written}
+        addends = tuple(t.detach().clone() for t in taken) if self._keep_addends and name in (*ADDITIONS, "stack") else ()
+        out = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        node = Node(len(self.graph.nodes), name, (*reads, *sorted(written.difference(reads))), addends=addends)
+        node.call = self._stack[-1] if self._stack else None
+        node.operation, node.taken = (func, args, kwargs), tuple(taken)
+        node.numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
+        self._add(node, *made)
+        for argument, schema in zip(args, func._schema.arguments, strict=False):
+            if isinstance(argument, Tensor) and schema.alias_info is not None and schema.alias_info.is_write:
+                self._written[_storage(argument)] = node.index
+                self._point(argument, node.index)
+        return out
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is called."""
+        if threading.get_ident() != self._thread:
+            return
+        parent = self._stack[-1] if self._stack else None
+        start = len(self.graph.nodes)
+        inputs = [(path, self._index(tensor)) for path, tensor in values.tensors((args, kwargs))]
+        call = Call(self._paths.get(id(module)), module, parent, start, inputs)
+        self._stack.append(call)
+        self.graph.calls.append(call)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A module returned. Calls inside it that raised, and were caught, are forgotten."""
+        if threading.get_ident() != self._thread:
+            return
+        while self._stack and self._stack[-1].module is not module:
+            self._stack.pop()
+        if self._stack:
+            call = self._stack.pop()
+            call.outputs = [(path, self._index(tensor)) for path, tensor in values.tensors(output)]
+            call.end = len(self.graph.nodes)
+
+    def _add(self, node: Node, *tensors: Tensor) -> None:
+        if tensors:
+            node.shape, node.is_floating = tuple(tensors[0].shape), tensors[0].is_floating_point()
+        node.made = tensors
+        self.graph.nodes.append(node)
+        for tensor in tensors:
+            self._point(tensor, node.index)
+
+    def _point(self, tensor: Tensor, index: int) -> None:
+        self._node_of[id(tensor)] = index
+
+    def _index(self, tensor: Tensor) -> int:
+        """The tensor's node; a new one if it came from outside."""
+        if id(tensor) not in self._node_of:
+            self._add(Node(len(self.graph.nodes), "input"), tensor)
+        return self._node_of[id(tensor)]
+
+
+def _is_new(op: str) -> bool:
+    """Whether an operation makes a tensor that has no more of another than its shape."""
+    return op.endswith("_like") or op.startswith("new_")
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which memory a tensor lies in; sparse and similar tensors have none of their own, and count as apart."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return -id(tensor)
