@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,45 +11,20 @@ import pytest
 import adapterkit
 
 SOURCE = Path(adapterkit.__file__).parent
-# From the bottom up. A module may import from its own layer and from those above it in this list.
+# The rooms, from the bottom up. A file may import from its own room and from the layers above it in this list.
 LAYERS = [
     {"errors"},
-    {"names", "config", "adapterdrop", "composition", "row_division", "ops", "modules"},
-    {
-        "patterns",
-        "values",
-        "hosts",
-        "layers",
-        "record",
-        "base",
-        "structure",
-        "sites",
-        "swap",
-        "row_axis",
-        "batch",
-        "stacked",
-        "generation",
-        "heads",
-        "mixing",
-        "parallel",
-        "site_plan",
-        "steps",
-        "hooks",
-        "spots",
-        "computed",
-        "weights",
-        "host_weight",
-        "reads",
-        "running",
-        "placement",
-    },
-    {"methods"},
-    {"plan", "attach", "parts", "fusions", "attention", "freezing", "verify", "proof", "summary", "tree"}
-    | {"store"}
-    | {"combining", "merging", "merged", "mergeable", "trial"},
+    {"composition", "config", "nn", "structure"},
+    {"placement"},
+    {"runtime"},
+    {"heads", "methods"},
+    {"lifecycle"},
+    {"store", "inspection"},
     {"kit"},
-    {"__init__", "cli", "__main__"},
+    {"cli", "__init__", "__main__"},
 ]
+# Layers whose rooms do not import one another.
+APART = [LAYERS[1], LAYERS[4], LAYERS[6]]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The core dependencies and what they are made of.
 CORE = {
@@ -68,11 +44,22 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
 
 
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a syntax tree, but for those that a type checker alone sees."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
+            yield from running(child)
+
+
 def imports_of(path: Path) -> set[str]:
-    """The modules of the package that a file imports, relative to the package."""
+    """The modules of the package that a file imports when it runs, relative to the package.
+
+    Imports for annotations alone, under `if TYPE_CHECKING`, are left out.
+    """
     here = list(path.relative_to(SOURCE).parts[:-1])
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in running(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             start = here[: len(here) - node.level + 1]
             target = ".".join([*start, *([node.module] if node.module else [])])
@@ -96,6 +83,13 @@ def test_imports_point_downwards(path: Path) -> None:
     here = module_of(path).split(".")[0]
     upward = {name for name in imports_of(path) if RANK[name.split(".")[0]] > RANK[here]}
     assert not upward
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_rooms_of_one_layer_know_nothing_of_one_another(path: Path) -> None:
+    here = module_of(path).split(".")[0]
+    beside = {room for rooms in APART if here in rooms for room in rooms} - {here}
+    assert {name.split(".")[0] for name in imports_of(path)}.isdisjoint(beside)
 
 
 def test_there_are_no_cycles() -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         RegressionHead,
         TaggingHead,
     )
-    from .heads.output import HeadOutput
+    from .heads.rows import HeadOutput
     from .inspection.fusion_attention import FusionAttention, draw_attention
     from .kit import AdapterKit, wrap
     from .methods.bitfit import BitFitConfig
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .methods.lora import LoRAConfig
     from .methods.norm_tuning import NormTuningConfig
     from .methods.vera import VeRAConfig
-    from .runtime.site import SiteSpec
+    from .placement.spec import SiteSpec
     from .store.check_sites import PlacesNotCheckedWarning
     from .store.load import BaseMismatchWarning
     from .store.manifest import Metadata
@@ -123,7 +123,7 @@ _HOMES = {
     "Fuse": ".composition.nodes",
     "FusionAttention": ".inspection.fusion_attention",
     "FusionConfig": ".config.fusion",
-    "HeadOutput": ".heads.output",
+    "HeadOutput": ".heads.rows",
     "IA3Config": ".methods.ia3",
     "InvertibleConfig": ".methods.invertible",
     "LoRAConfig": ".methods.lora",
@@ -138,7 +138,7 @@ _HOMES = {
     "QuestionAnsweringHead": ".heads.config",
     "RegressionHead": ".heads.config",
     "Rows": ".composition.nodes",
-    "SiteSpec": ".runtime.site",
+    "SiteSpec": ".placement.spec",
     "Split": ".composition.nodes",
     "Stack": ".composition.nodes",
     "TaggingHead": ".heads.config",

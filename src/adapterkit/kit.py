@@ -16,18 +16,16 @@ from .config.union import Config
 from .errors import ConfigError
 from .heads.config import HeadConfig
 from .heads.find import Heads
-from .inspection import fusion_attention as attention
+from .inspection import fusion_attention
 from .inspection.fusion_attention import FusionAttention
 from .inspection.summary import Summary, summarise
 from .inspection.tree import Tree, tree_of
 from .inspection.verify import Verification, verify
-from .lifecycle import activate as plan
-from .lifecycle import attach, combining
-from .lifecycle import freeze as freezing
-from .lifecycle import fusion as fusions
-from .lifecycle.merging import merge as merging
+from .lifecycle import activate, add, attach, combining, freeze, fusion
+from .lifecycle.merging import merge
 from .methods.spellings import as_config
-from .runtime.site import SiteSpec, adapter_names, fusions_of, heads_of, named_parameters, sites_of
+from .placement.spec import SiteSpec
+from .runtime.lookup import adapter_names, fusions_of, heads_of, named_parameters, sites_of
 from .runtime.state import RECORD, Record
 from .structure.tracing.forward import ExampleInputs
 
@@ -88,7 +86,7 @@ class AdapterKit:
             ConfigError: bad settings.
             TargetError: a target or head that names nothing, or something that cannot be adapted.
         """
-        attach.add(self.model, name, as_config(config, overrides), heads, self.example_inputs)
+        add.add(self.model, name, as_config(config, overrides), heads, self.example_inputs)
 
     def add_head(self, name: str, head: Heads) -> None:
         """Give an adapter another head, or several, as `heads=` of `add` does. It trains if the adapter does.
@@ -100,8 +98,8 @@ class AdapterKit:
             CompatibilityError: the composition that is active cannot choose between this head and another adapter's.
             ActivationError: the adapter is merged.
         """
-        plan.check_known(self.model, name)
-        attach.add_heads(self.model, name, head, self.example_inputs)
+        activate.check_known(self.model, name)
+        add.add_heads(self.model, name, head, self.example_inputs)
 
     def remove_head(self, name: str, head: str) -> None:
         """Take a head from an adapter, by the head's name (see `labels`). The adapter stays.
@@ -110,12 +108,12 @@ class AdapterKit:
             AdapterNameError: no such adapter, or it has no such head.
             ActivationError: it is merged.
         """
-        plan.check_known(self.model, name)
-        attach.remove_head(self.model, name, head)
+        activate.check_known(self.model, name)
+        add.remove_head(self.model, name, head)
 
     def heads(self, name: str) -> dict[str, HeadConfig]:
         """An adapter's heads by their names. Raises AdapterNameError."""
-        plan.check_known(self.model, name)
+        activate.check_known(self.model, name)
         return heads_of(self.model, name)
 
     def labels(self, name: str) -> dict[str, dict[int, str]]:
@@ -134,8 +132,8 @@ class AdapterKit:
             ActivationError: another thread is running the model with it.
             CompatibilityError: it is merged, and the weights have changed since; see `unmerge`.
         """
-        plan.check_known(self.model, name)
-        attach.detach(self.model, name)
+        activate.check_known(self.model, name)
+        add.remove(self.model, name)
 
     def combine(
         self,
@@ -179,17 +177,17 @@ class AdapterKit:
 
     def sites(self, config: ConfigLike, **overrides: Any) -> list[SiteSpec]:
         """What a config would adapt. Changes nothing. Raises as `add` does."""
-        return attach.find_sites(self.model, as_config(config, overrides), self.example_inputs)
+        return add.find_sites(self.model, as_config(config, overrides), self.example_inputs)
 
     def unwrap(self) -> nn.Module:
         """Remove everything that adapterkit added or changed, and return the model. Raises as `remove` does."""
         for name in adapter_names(self.model):
             self._record().activation.check_forgettable(name)  # first: what raises here leaves all as it was
-        merging.unmerge_all(self.model, self._record())
+        merge.unmerge_all(self.model, self._record())
         self.deactivate()
-        freezing.unfreeze(self.model, self._record())
+        freeze.unfreeze(self.model, self._record())
         for name in (*self.fusions, *adapter_names(self.model)):
-            attach.detach(self.model, name)
+            add.remove(self.model, name)
         self.model.__dict__.pop(RECORD, None)
         return self.model
 
@@ -219,8 +217,8 @@ class AdapterKit:
             TargetError: a head that names nothing.
             CompatibilityError: the adapters cannot be weighed; says where and why.
         """
-        settings = fusions.as_fusion_config(config, overrides)
-        fusions.add_fusion(self.model, fuse, settings, heads, self.example_inputs)
+        settings = fusion.as_fusion_config(config, overrides)
+        fusion.add_fusion(self.model, fuse, settings, heads, self.example_inputs)
 
     def train_fusion(self, fuse: Fuse | str, *, reentrant: bool = True) -> None:
         """Freeze the base and all adapters, open this fusion and its heads, and activate it.
@@ -233,15 +231,15 @@ class AdapterKit:
         Raises:
             AdapterNameError: no such fusion.
         """
-        self.train_adapter(fusions.fusion_of(self.model, fuse)[0], reentrant=reentrant)
+        self.train_adapter(fusion.fusion_of(self.model, fuse)[0], reentrant=reentrant)
 
     def fusion_loss(self) -> Tensor:
         """What to add to the loss while fusions train: how far each Wv is from the identity, times `regularization`."""
-        return fusions.loss(self.model, list(self.fusions))
+        return fusion.loss(self.model, list(self.fusions))
 
     def anneal_fusion(self, fuse: Fuse | str) -> None:
         """Lower a fusion's temperature by its `temperature_step`, down to 1: after a step of training."""
-        fusions.anneal(self.model, fusions.fusion_of(self.model, fuse)[0])
+        fusion.anneal(self.model, fusion.fusion_of(self.model, fuse)[0])
 
     def prune_fusion(self, fuse: Fuse | str, keep: Sequence[Composition]) -> Fuse:
         """Let a fusion weigh these of its children alone, such as `seen.most_used(2)`; the adapters stay in the model.
@@ -251,7 +249,7 @@ class AdapterKit:
             ConfigError: fewer than two children, or ones that it does not weigh.
             CompatibilityError: it is active.
         """
-        return fusions.prune(self.model, self._record(), fusions.fusion_of(self.model, fuse)[0], keep)
+        return fusion.prune(self.model, self._record(), fusion.fusion_of(self.model, fuse)[0], keep)
 
     def fusion_attention(self, fuse: Fuse | str | None = None) -> AbstractContextManager[FusionAttention]:
         """Keep what the active fusion attends to: `with kit.fusion_attention() as seen: model(x)`, then `seen.mean()`.
@@ -263,8 +261,8 @@ class AdapterKit:
             AdapterNameError: no such fusion.
             ActivationError: it is not active.
         """
-        name = None if fuse is None else fusions.fusion_of(self.model, fuse)[0]
-        return attention.watched(self.model, self._record(), name)
+        name = None if fuse is None else fusion.fusion_of(self.model, fuse)[0]
+        return fusion_attention.watched(self.model, self._record(), name)
 
     @property
     def fusions(self) -> Mapping[str, Fuse]:
@@ -283,22 +281,22 @@ class AdapterKit:
             CompatibilityError: adapters that cannot act together as the composition says, with the place and the reason.
             ActivationError: another thread is running the model with another adapter, or another adapter is merged.
         """
-        plan.activate(self.model, self._record(), plan.check_active(self.model, composition))
+        activate.activate(self.model, self._record(), activate.check_active(self.model, composition))
 
     def deactivate(self) -> None:
         """Run the base alone from now on. Raises ActivationError while an adapter is merged."""
-        plan.activate(self.model, self._record(), None)
+        activate.activate(self.model, self._record(), None)
 
     def active(self, composition: Composition) -> AbstractContextManager[None]:
         """`with kit.active("a"):` runs adapter a within the block, and what was active before after it.
 
         Raises as `activate` does: for what is no composition at the call, otherwise as the block is entered.
         """
-        return plan.activated(self.model, self._record(), plan.check_active(self.model, composition))
+        return activate.activated(self.model, self._record(), activate.check_active(self.model, composition))
 
     def base(self) -> AbstractContextManager[None]:
         """`with kit.base():` runs the base alone within the block."""
-        return plan.activated(self.model, self._record(), None)
+        return activate.activated(self.model, self._record(), None)
 
     def merge(self, name: str) -> None:
         """Write the active adapter into the base's weights: the model computes what it did, without the adapter's cost.
@@ -310,7 +308,7 @@ class AdapterKit:
             ActivationError: it is not active, or only within a `with` block; or it is merged already.
             CompatibilityError: its method, or a weight at its places, does not allow it; says which and why.
         """
-        merging.merge(self.model, self._record(), name, self.example_inputs)
+        merge.merge(self.model, self._record(), name, self.example_inputs)
 
     def unmerge(self, name: str, *, restore: bool = True) -> None:
         """Take an adapter out of the weights again, to the bit; it stays active.
@@ -324,7 +322,7 @@ class AdapterKit:
             ActivationError: it is not merged.
             CompatibilityError: the weights have changed since they were merged; says which.
         """
-        merging.unmerge(self.model, self._record(), name, restore=restore)
+        merge.unmerge(self.model, self._record(), name, restore=restore)
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
@@ -336,12 +334,12 @@ class AdapterKit:
         Args:
             reentrant: Whether the model may be checkpointed in the reentrant way; see `freeze`.
         """
-        plan.check_known(self.model, name)
-        freezing.check_may_train(self._record(), name)
+        activate.check_known(self.model, name)
+        freeze.check_may_train(self._record(), name)
         self.activate(name)  # first: from here on nothing can fail
-        freezing.freeze(self.model, self._record(), reentrant=reentrant)
+        freeze.freeze(self.model, self._record(), reentrant=reentrant)
         for other in adapter_names(self.model):
-            freezing.set_training(self.model, self._record(), other, other == name)
+            freeze.set_training(self.model, self._record(), other, other == name)
 
     def freeze(self, name: str | None = None, *, reentrant: bool = True) -> None:
         """Freeze the base, or the adapter of this name. Raises AdapterNameError.
@@ -352,10 +350,10 @@ class AdapterKit:
                 active adapter is kept for backward. Models of transformers say themselves whether they are checkpointed.
         """
         if name is None:
-            freezing.freeze(self.model, self._record(), reentrant=reentrant)
+            freeze.freeze(self.model, self._record(), reentrant=reentrant)
         else:
-            plan.check_known(self.model, name)
-            freezing.set_training(self.model, self._record(), name, False)
+            activate.check_known(self.model, name)
+            freeze.set_training(self.model, self._record(), name, False)
 
     def unfreeze(self, name: str | None = None) -> None:
         """Undo `freeze`: restore the base's flags as they were found, or open the adapter of this name.
@@ -363,10 +361,10 @@ class AdapterKit:
         Raises AdapterNameError; ActivationError if the adapter is merged.
         """
         if name is None:
-            freezing.unfreeze(self.model, self._record())
+            freeze.unfreeze(self.model, self._record())
         else:
-            plan.check_known(self.model, name)
-            freezing.set_training(self.model, self._record(), name, True)
+            activate.check_known(self.model, name)
+            freeze.set_training(self.model, self._record(), name, True)
 
     def parameters(self, name: str, *, heads: bool = False) -> Iterator[nn.Parameter]:
         """The adapter's own parameters in a fixed order, frozen or not; with `heads`, those of its heads after them."""
@@ -374,7 +372,7 @@ class AdapterKit:
 
     def named_parameters(self, name: str, *, heads: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """`parameters`, each with its name in the model. Raises AdapterNameError."""
-        plan.check_known(self.model, name)
+        activate.check_known(self.model, name)
         return named_parameters(self.model, name, heads=heads)
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
@@ -431,7 +429,7 @@ class AdapterKit:
             AdapterNameError: no such adapter.
             StoreError: the directory cannot be written, or the metadata are wrong.
         """
-        plan.check_known(self.model, name)
+        activate.check_known(self.model, name)
         return store.save_adapter(self.model, name, directory, heads=heads, metadata=metadata)
 
     def load(

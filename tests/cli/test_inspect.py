@@ -15,9 +15,9 @@ from transformers import BertConfig
 from adapterkit.cli import main
 from adapterkit.cli import models as loading
 
-from ..structure.hosts import Model, Pre
+from ..hosts.blocks import Model, Pre
 
-HOST = "tests.structure.hosts:EncoderDecoder"
+HOST = "tests.hosts.blocks:EncoderDecoder"
 
 
 @pytest.fixture
@@ -150,10 +150,10 @@ def test_what_is_too_large_to_be_built_is_shown_without_roles(
         ("no/such-model", "'no/such-model' is not a model that transformers can find: OSError"),
         ("./nothing/here", "'./nothing/here' is not a model that transformers can find"),
         ("tests.nothing:x", "'tests.nothing:x' cannot be imported: ModuleNotFoundError: No module named 'tests.nothing'"),
-        ("tests.structure.hosts:Nothing", "cannot be imported: AttributeError: .* has no attribute 'Nothing'"),
-        ("tests.structure.hosts:WIDTH", "must be an nn.Module, or return one when called; found int"),
+        ("tests.hosts.blocks:Nothing", "cannot be imported: AttributeError: .* has no attribute 'Nothing'"),
+        ("tests.hosts.blocks:WIDTH", "must be an nn.Module, or return one when called; found int"),
         ("builtins:dict", "must be an nn.Module, or return one when called; found dict"),
-        ("tests.structure.hosts:Model", "cannot be built: TypeError: .* missing 1 required positional argument: 'block'"),
+        ("tests.hosts.blocks:Model", "cannot be built: TypeError: .* missing 1 required positional argument: 'block'"),
         (":x", "':x' cannot be imported: ValueError"),
         ("timm:nothing", "'timm:nothing' cannot be built: RuntimeError: Unknown model"),
     ],

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.runtime.site import sites_of
+from adapterkit.runtime.lookup import sites_of
 
 from ..measure import float_tensors
 from ..methods.case import Key, Leaf, Place

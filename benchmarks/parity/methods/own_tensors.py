@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.nn.functional.slices import Parts
-from adapterkit.runtime.site import SiteSpec, sites_of
+from adapterkit.placement.spec import SiteSpec
+from adapterkit.runtime.lookup import sites_of
 
 from .case import SHARED, Key, Place
 

@@ -4,9 +4,6 @@ An adapter may be called almost anything; a module name may hold no dot and must
 `module_key` and `adapter_name` translate, and undo each other.
 """
 
-from collections.abc import Container
-from urllib.parse import unquote
-
 from ..errors import AdapterNameError
 
 MAX_LENGTH = 128
@@ -26,21 +23,3 @@ def check_name(name: object) -> str:
     if not name.isprintable() or name != name.strip():
         raise AdapterNameError(f"an adapter's name has printable characters only and no spaces at its ends; found {name!r}")
     return name
-
-
-def module_key(name: str, reserved: Container[str] = ()) -> str:
-    """Spell an adapter's name as a module name: percent-encoded where it holds a dot or hides an attribute.
-
-    Args:
-        name: The adapter's name.
-        reserved: Attribute names that a child module must not take.
-    """
-    key = name.replace("%", "%25").replace(".", "%2E")
-    if key in reserved or key.startswith("_"):
-        key = "".join(f"%{byte:02X}" for byte in key[0].encode()) + key[1:]
-    return key
-
-
-def adapter_name(key: str) -> str:
-    """Read the adapter's name back from its module name."""
-    return unquote(key)

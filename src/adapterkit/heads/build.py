@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, TargetError
-from ..placement.patterns import match, modules_by_path
-from ..runtime.site import HeadSpec
+from ..placement.patterns import match
+from ..structure.paths import modules_by_path
 from .config import (
     CausalLMHead,
     ClassificationHead,
@@ -22,6 +22,7 @@ from .config import (
 )
 from .losses import class_loss, label_loss, span_loss, target_loss
 from .modules import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
+from .spec import HeadSpec
 
 __all__ = ["VocabularySize", "build_head"]
 

@@ -6,7 +6,6 @@ A hook on the model takes the labels off the call and leaves them here for the s
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import CompatibilityError
 from ..structure.pytree import Argument
 
-__all__ = ["Call", "CallSlot", "Mask", "Wants", "check_known", "labels_of", "masks_of", "taken_off"]
+__all__ = ["Call", "Mask", "Wants", "check_known", "labels_of", "masks_of", "taken_off"]
 
 LABELS, SPAN = "labels", ("start_positions", "end_positions")
 
@@ -72,46 +71,6 @@ class Call(NamedTuple):
     root: nn.Module
     labels: Any
     mask: Tensor | None
-
-
-class CallSlot:
-    """Carries what a call had for heads from the hook that takes it to the step that runs them.
-
-    Per thread in eager mode; as a plain attribute under `torch.compile`.
-
-    Attributes:
-        wants: What active heads want; None if there are none.
-    """
-
-    def __init__(self) -> None:
-        self.wants: Wants | None = None
-        self._traced: Call | None = None
-
-    def give(self, call: Call) -> None:
-        """Leave it for the heads."""
-        if torch.compiler.is_compiling():
-            self._traced = call
-        else:
-            _given.__dict__[str(id(self))] = call
-
-    def take(self) -> Call | None:
-        """Take it away; None if none was left."""
-        # torch.compile runs the hooks of the outermost module as graphs of their own: one may be compiled, the other not.
-        call, self._traced = self._traced, None
-        return self._given_here() if call is None else call
-
-    def drop(self) -> None:
-        """Take it away unseen."""
-        self._traced = None
-        self._given_here()
-
-    def _given_here(self) -> Call | None:
-        """What this thread left."""
-        call: Call | None = _given.__dict__.pop(str(id(self)), None)
-        return call
-
-
-_given = threading.local()
 
 
 def masks_of(root: nn.Module) -> tuple[Mask, ...]:

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from ..errors import CompatibilityError, ConfigError, TargetError
-from ..placement.patterns import SITE, ancestors, match, modules_by_path
+from ..placement.patterns import match
 from ..runtime.hooks import remove_hooks
-from ..runtime.site import HeadSpec
 from ..runtime.state import ACTIVATION_LOCK, silenced
 from ..structure.hosts import known_shape, resolve_host
+from ..structure.paths import SITE, ancestors, modules_by_path
 from ..structure.tracing.forward import ExampleInputs, forward, observe
 from ..structure.tracing.inputs import first_that_runs
 from .build import VocabularySize, build_head
 from .config import CustomHead, HeadConfig, MultipleChoiceHead, OutputHead, OwnHead
+from .spec import HeadSpec
 from .steps import hidden_in
 
 __all__ = ["FoundHead", "Heads", "build_heads", "check_apart", "check_names", "copy_heads", "find_heads", "output_host"]

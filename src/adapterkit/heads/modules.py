@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CompatibilityError
-from ..nn.functional import non_linearities as activations
+from ..nn.functional import non_linearities
 from ..nn.functional.non_linearities import NonLinearity
 from .losses import class_loss, next_token_loss
 from .pooling import Pooling, pooled
@@ -48,7 +48,7 @@ class Layers(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._activation, self.dropout = activations.non_linearity(non_linearity), dropout
+        self._activation, self.dropout = non_linearities.non_linearity(non_linearity), dropout
         self.inner = nn.ModuleList(nn.Linear(width, width, dtype=dtype) for _ in range(layers - 1))
         self.last = nn.Linear(width, outputs, dtype=dtype)
 
@@ -197,7 +197,7 @@ class TokenPredictor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._activation, self.dropout = activations.non_linearity(non_linearity), dropout
+        self._activation, self.dropout = non_linearities.non_linearity(non_linearity), dropout
         self.is_causal, self.vocabulary = is_causal, vocabulary
         self.inner = nn.ModuleList(nn.Linear(width, width, dtype=dtype) for _ in range(layers - 1))
         self.norms = nn.ModuleList(nn.LayerNorm(width, dtype=dtype) for _ in range(layers - 1))

@@ -10,14 +10,15 @@ from torch import nn
 from ..composition.nodes import Block, Composition, Fuse, Stack, names_in
 from ..composition.rows import copies_of_rows, divides_rows, row_kinds
 from ..errors import CompatibilityError
-from ..placement.patterns import SITE, ancestors
-from ..runtime.site import AdapterSite, Entry, Step
+from ..runtime.site import AdapterSite, Entry, root_of
+from ..runtime.steps import Step
+from ..structure.paths import SITE, ancestors
 from .call import LABELS, SPAN, Wants, masks_of
 from .config import MultipleChoiceHead, QuestionAnsweringHead
 from .modules import Undoing
 from .steps import Head, Owned, RunHeads, UseHead, UseHeads, Way
 
-__all__ = ["head_owner", "head_steps", "root_of"]
+__all__ = ["head_owner", "head_steps"]
 
 
 def head_owner(composition: Composition | None, owners: Collection[str]) -> str | None:
@@ -105,12 +106,6 @@ def _on_output(
     if len(set(owned)) == 1:  # all rows run the same
         owned, kinds = owned[:1], kinds[:1]
     yield RunHeads(owned, kinds, composition, row_axis, copies_of_rows(composition), wants)
-
-
-def root_of(path: str, entry: Entry) -> str:
-    """The path of the model on whose output a head is, of a host at this path."""
-    above = entry.head.above if entry.head is not None else None
-    return ancestors(path)[above or 0]
 
 
 def _head(entry: Entry, kind: Composition | None, root: str, modules: Mapping[str, nn.Module]) -> Head:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CompatibilityError
-from ..structure import pytree as values
+from ..structure import pytree
 
-__all__ = ["Logits", "Piece", "joined", "laid_out", "rows_of_call", "some_rows"]
+__all__ = ["HeadOutput", "Logits", "Piece", "joined", "laid_out", "rows_of_call", "some_rows"]
 
 Logits = Tensor | tuple[Tensor | None, ...]
 
@@ -45,9 +45,9 @@ def some_rows(tensor: Tensor, rows: Sequence[int], axis: int = 0) -> Tensor:
 
 def rows_of_call(value: Any, count: int, rows: Sequence[int], axis: int) -> Any:
     """Arguments or an output, each tensor that has `count` rows with these alone."""
-    for path, tensor in list(values.tensors(value)):
+    for path, tensor in list(pytree.tensors(value)):
         if tensor.dim() > axis and tensor.shape[axis] == count:
-            value = values.put(value, path, some_rows(tensor, rows, axis))
+            value = pytree.put(value, path, some_rows(tensor, rows, axis))
     return value
 
 
@@ -76,7 +76,7 @@ def joined(outputs: Sequence[tuple[Any, Sequence[int]]], axis: int, what: str) -
     if len(outputs) == 1:
         return outputs[0][0]
     first, order = outputs[0][0], _order([row for _, rows in outputs for row in rows])
-    found = [{path: t for path, t in values.tensors(output) if t.dim() > axis} for output, _ in outputs]
+    found = [{path: t for path, t in pytree.tensors(output) if t.dim() > axis} for output, _ in outputs]
     shapes = [{path: (*t.shape[:axis], *t.shape[axis + 1 :]) for path, t in tensors.items()} for tensors in found]
     if any(other != shapes[0] for other in shapes[1:]):
         listed = "; ".join(str([tuple(t.shape) for t in tensors.values()]) for tensors in found)
@@ -87,10 +87,31 @@ def joined(outputs: Sequence[tuple[Any, Sequence[int]]], axis: int, what: str) -
         )
     for path in shapes[0]:
         together = torch.cat([tensors[path] for tensors in found], axis)
-        first = values.put(first, path, some_rows(together, order, axis))
+        first = pytree.put(first, path, some_rows(together, order, axis))
     return first
 
 
 def _order(rows: Sequence[int]) -> list[int]:
     """Where each row lies, from the first row on."""
     return sorted(range(len(rows)), key=lambda index: rows[index])
+
+
+class HeadOutput(NamedTuple):
+    """What a model returns while a head on its output is active. The loss comes first, as Hugging Face's Trainer wants it.
+
+    Where rows of a batch have different heads, logits are one tensor in the order of the rows if all rows have them, of
+    one shape; else a tuple with one tensor for each row, None for a row without.
+
+    Attributes:
+        loss: The sum of `losses`; None without labels.
+        logits: Of the head; of the first one where an adapter has several.
+        losses: By adapter, the sum of its heads' losses, each a mean over that adapter's rows.
+        heads: The logits by the name of the head.
+        output: What the model itself returned.
+    """
+
+    loss: Tensor | None
+    logits: Logits
+    losses: dict[str, Tensor]
+    heads: dict[str, Logits]
+    output: Any

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..composition.nodes import Composition
 from ..composition.rows import rows_of
 from ..errors import CompatibilityError
-from ..runtime.compose.generation import is_generating
-from ..runtime.site import AdapterSite, Step
-from ..structure import pytree as values
+from ..runtime.compose.batch import is_generating
+from ..runtime.site import AdapterSite
+from ..runtime.steps import Step
+from ..structure import pytree
 from ..structure.pytree import Path
 from .call import Call, Wants, check_known, labels_of
-from .output import HeadOutput
-from .rows import Logits, Piece, joined, laid_out, rows_of_call, some_rows
+from .rows import HeadOutput, Logits, Piece, joined, laid_out, rows_of_call, some_rows
 
 __all__ = ["Head", "Owned", "RunHeads", "UseHead", "UseHeads"]
 
@@ -64,7 +64,7 @@ class UseHeads(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the rows in their order. Shape: as the host's, or as all heads have it."""
         call = (args, kwargs)
-        count = next((t.shape[self.axis] for _, t in values.tensors(call) if t.dim() > self.axis), 0)
+        count = next((t.shape[self.axis] for _, t in pytree.tensors(call) if t.dim() > self.axis), 0)
         by_key: dict[str | None, list[int]] = {}
         for row, kind in enumerate(_kinds_of_rows(self.adapter, self.kinds, count, f"at {self.path!r}")):
             by_key.setdefault(self.keys[kind], []).append(row)
@@ -294,10 +294,10 @@ def hidden_in(value: Any, path: Path | None) -> Tensor | None:
         (batch, seq, hidden) or (batch, hidden)
     """
     if path is None:
-        two_or_three = (t for _, t in values.tensors(value) if t.is_floating_point() and t.dim() in (2, 3))
+        two_or_three = (t for _, t in pytree.tensors(value) if t.is_floating_point() and t.dim() in (2, 3))
         return next(two_or_three, None)
     try:
-        found = values.get(value, path)
+        found = pytree.get(value, path)
     except LookupError:
         return None
     if not isinstance(found, Tensor) or found.dim() < 2:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..composition.nodes import Composition, fusions_in
 from ..errors import ActivationError, ConfigError, MissingExtraError
 from ..lifecycle.fusion import fusion_modules
-from ..runtime.hooks import forget_compiled
 from ..runtime.state import Record
+from ..runtime.sync import forget_compiled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

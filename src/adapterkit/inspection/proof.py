@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CompatibilityError
-from ..placement.patterns import modules_by_path
-from ..runtime.site import SiteSpec, named_parameters, specs_of
+from ..placement.spec import SiteSpec
+from ..runtime.lookup import named_parameters, specs_of
 from ..runtime.state import silenced
-from ..structure import pytree as values
+from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Sublayer
 from ..structure.anatomy.discover import discover
 from ..structure.anatomy.epsilon import Moved, epsilon_test
 from ..structure.hosts import resolve_host
+from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, call_with, fresh, observe, untouched
 
 __all__ = ["SiteProof", "dead_parameters", "prove_sites"]
@@ -131,7 +132,7 @@ def _by_backward(model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parame
 
 def _loss(model: nn.Module, inputs: ExampleInputs) -> Tensor:
     """A random projection of everything that the model returns; a constant if nothing of it has a gradient."""
-    out = [t for _, t in values.tensors(call_with(model, fresh(inputs))) if t.requires_grad]
+    out = [t for _, t in pytree.tensors(call_with(model, fresh(inputs))) if t.requires_grad]
     sums = [(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in out]
     return torch.stack(sums).sum() if sums else torch.zeros(())
 
@@ -147,10 +148,10 @@ def _tensor_at(spec: SiteSpec, call: tuple[Any, Any], output: Any) -> Tensor:
     """The site's tensor, in a call or in what it returned."""
     holder = call if spec.at == "input" else output
     if spec.at == "input":
-        path = values.argument_path(call, spec.input) if spec.input else values.find(call)
+        path = pytree.argument_path(call, spec.input) if spec.input else pytree.find(call)
     else:
-        path = spec.output or values.find(output)
-    tensor = None if path is None else values.get(holder, path)
+        path = spec.output or pytree.find(output)
+    tensor = None if path is None else pytree.get(holder, path)
     if not isinstance(tensor, Tensor):
         raise CompatibilityError(f"{spec.path!r} has no tensor at its {spec.at}")
     return tensor

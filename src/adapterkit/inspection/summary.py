@@ -6,9 +6,9 @@ from dataclasses import astuple, dataclass
 from torch import nn
 
 from ..composition.nodes import names_in
-from ..runtime.originals import base_parameters
-from ..runtime.site import adapter_names, sites_of
+from ..runtime.lookup import adapter_names, sites_of
 from ..runtime.state import Record
+from ..structure.base_tensors import base_parameters
 
 __all__ = ["AdapterRow", "Summary", "summarise"]
 

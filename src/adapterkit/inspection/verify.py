@@ -11,16 +11,19 @@ from ..composition.nodes import drops_in, names_in
 from ..config.settings import AdapterConfig
 from ..config.union import Union
 from ..errors import AdapterKitError, CompatibilityError, TargetError
-from ..heads.plan import root_of
-from ..lifecycle.attach import find_sites, needs_structure
+from ..heads.hook import CallHook
+from ..lifecycle.add import find_sites, needs_structure
 from ..lifecycle.merging.merge import changed_since_merging
 from ..placement.layers import in_layers
-from ..placement.patterns import SITE
+from ..placement.spec import SiteSpec, located
 from ..runtime.compose.compile import keys_of
-from ..runtime.hooks import CallHook, InputHook, OutputHook, WeightHook, has_hook
-from ..runtime.originals import base_digests, base_parameters
-from ..runtime.site import AdapterSite, SiteSpec, located, owner_at, parameter_at, sites_of, specs_of
+from ..runtime.hooks import InputHook, OutputHook, WeightHook, has_hook
+from ..runtime.lookup import sites_of, specs_of
+from ..runtime.originals import base_digests
+from ..runtime.site import AdapterSite, root_of
 from ..runtime.state import RECORD, Record, silenced
+from ..structure.base_tensors import base_parameters, owner_at, parameter_at
+from ..structure.paths import SITE
 from ..structure.tracing.forward import ExampleInputs, runs_around
 from ..structure.tracing.inputs import tiny_inputs
 from ..structure.tracing.reads import Holder, reads_around
@@ -245,7 +248,8 @@ def _idle_parameters(model: nn.Module, idle: Sequence[tuple[str, SiteSpec]], inp
         for (path, spec), (owner, leaf) in zip(idle, owners, strict=True)
         if owner is not None
     ]
-    reads = reads_around(model, [holder for _, _, holder in held], inputs) if held else []
+    with silenced():
+        reads = reads_around(model, [holder for _, _, holder in held], inputs) if held else []
     for (path, name, _), stacks in zip(held, reads, strict=True):
         reader = None if not stacks else stacks[0][-1][0] if stacks[0] else ""
         if reader is None:

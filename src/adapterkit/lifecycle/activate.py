@@ -1,24 +1,59 @@
 """What runs: the active adapter or composition, compiled into the steps of each site."""
 
+from __future__ import annotations
+
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import nn
 
 from ..composition.nodes import Block, Composition, drops_in, expanded, fusions_in, names_always, names_in
 from ..errors import ActivationError, AdapterNameError, ConfigError
+from ..heads.plan import head_steps
 from ..heads.steps import RunHeads
 from ..placement.layers import check_dropped
-from ..runtime.compose.compile import SitePlan, keys_of, plan_at
+from ..runtime.compose.compile import SiteContext, keys_of, steps_at
 from ..runtime.compose.parallel import set_batch_hooks
-from ..runtime.hooks import WeightHook, forget_compiled, has_hook
-from ..runtime.site import AdapterSite, adapter_names, fusions_of, sites_among, specs_of
+from ..runtime.compose.plan_nodes import Mix, RowMix
+from ..runtime.hooks import WeightHook, has_hook
+from ..runtime.lookup import adapter_names, fusions_of, sites_among, specs_of
+from ..runtime.site import AdapterSite
 from ..runtime.state import ACTIVATION_LOCK, RECORD, Record
-from ..runtime.steps import Pass
+from ..runtime.steps import Pass, Step
+from ..runtime.sync import forget_compiled
 from ..structure.tracing.row_layout import Layouts, RowAxes
 
-__all__ = ["activate", "activated", "apply", "check_active", "check_known", "check_plans", "layouts_of"]
+__all__ = [
+    "SitePlan",
+    "activate",
+    "activated",
+    "apply",
+    "check_active",
+    "check_known",
+    "check_plans",
+    "layouts_of",
+    "plan_at",
+]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The steps of one site, by where they act."""
+
+    input: tuple[Step, ...]
+    output: tuple[Step, ...]
+    weight: tuple[Step, ...]
+
+    @property
+    def dividing(self) -> tuple[Mix, ...]:
+        """The steps, heads apart, that need to know the batch: rows run different adapters there, or lie flat."""
+        mixes = (step for step in (*self.input, *self.output) if isinstance(step, Mix))
+        return tuple(step for step in mixes if isinstance(step.node, RowMix) or (step.layout and step.layout.is_flat))
+
+
+Plans = Sequence[tuple[str, nn.Module, AdapterSite, SitePlan]]
 
 
 def activate(model: nn.Module, record: Record, composition: Composition | None) -> None:
@@ -87,9 +122,6 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     return expanded(composition, fusions)  # type: ignore[return-value]  # None of None alone
 
 
-Plans = Sequence[tuple[str, nn.Module, AdapterSite, SitePlan]]
-
-
 def _plans(model: nn.Module, record: Record, composition: Composition | None) -> Plans:
     """What a composition becomes at the site of each host, in the model's order."""
     modules = dict(model.named_modules())
@@ -115,9 +147,9 @@ def _put(model: nn.Module, record: Record, plans: Plans) -> None:
         keys = keys_of((*plan.input, *plan.output))
         for entry in (entry for entries in site.entries.values() for entry in entries):
             if entry.handover is not None:
-                entry.handover.is_wanted = entry.key in keys
+                entry.handover.wanted = True if entry.key in keys else None
         site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
-        site.call.wants = next((step.wants for step in plan.output if isinstance(step, RunHeads)), None)
+        site.call.wanted = next((step.wants for step in plan.output if isinstance(step, RunHeads)), None)
         # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
         # the way of its Parameters.
         is_stale |= (plan.weight or idle) != site.weight_steps and has_hook(host, WeightHook)
@@ -148,3 +180,33 @@ def _check_merged(record: Record, composition: Composition | None) -> None:
             f"cannot run {'the base' if composition is None else repr(composition)} alone: {others[0]!r} is merged into "
             f"the weights, and would run as well. Call kit.unmerge({others[0]!r}) first"
         )
+
+
+def plan_at(
+    path: str,
+    modules: Mapping[str, nn.Module],
+    row_axis: int | None,
+    site: AdapterSite,
+    composition: Composition | None,
+    layouts: Layouts,
+    merged: Collection[str] = (),
+) -> SitePlan:
+    """The plan of a composition at the site of this host, without what is merged into its weights.
+
+    Args:
+        row_axis: What the model's modules say of it; see `RowAxes.at`.
+        layouts: What was seen of where rows lie.
+
+    Raises:
+        CompatibilityError: its adapters cannot act together here as it says.
+    """
+    seen = layouts.get(("output",))
+    head_axis = row_axis if seen is None or seen.is_flat else seen.axis
+    heads = head_steps(path, modules, site, composition, head_axis or 0)
+    if not heads and not any(name in site.entries for name in names_in(composition)):
+        return SitePlan((), (), ())
+    steps = {
+        at: steps_at(SiteContext(path, site, at, row_axis, layouts, merged), composition)
+        for at in ("input", "output", "weight")
+    }
+    return SitePlan(steps["input"], (*steps["output"], *heads), steps["weight"])

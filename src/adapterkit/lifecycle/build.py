@@ -11,13 +11,14 @@ from ..config.union import Config, members
 from ..errors import TargetError
 from ..heads.config import OwnHead
 from ..heads.find import FoundHead, build_heads
+from ..heads.spec import HeadSpec
 from ..methods import method_of
 from ..methods.method import Sharing
 from ..nn.twin import Twin
 from ..placement.layers import settings_site
-from ..placement.patterns import ancestors
-from ..runtime.originals import base_tensors
-from ..runtime.site import HeadSpec, SiteSpec, parameter_at
+from ..placement.spec import SiteSpec
+from ..structure.base_tensors import base_tensors, parameter_at
+from ..structure.paths import ancestors
 from ..structure.tracing.forward import outside_inference_mode
 
 __all__ = ["Part", "build_parts", "device_near", "dtype_at", "head_parts", "tied_groups"]

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ActivationError
-from ..placement.patterns import ancestors, modules_by_path
-from ..runtime.hooks import KitHook, forget_compiled, has_hook, remove_hooks, require_input_grad, set_hook
-from ..runtime.originals import base_digests, base_parameters
-from ..runtime.site import open_parameters, sites_of
+from ..runtime.hooks import KitHook, has_hook, remove_hooks, require_input_grad, set_hook
+from ..runtime.lookup import open_parameters, sites_of
+from ..runtime.originals import base_digests
 from ..runtime.state import RECORD, Frozen, Record
-from ..structure import pytree as values
+from ..runtime.sync import forget_compiled
+from ..structure import pytree
+from ..structure.base_tensors import base_parameters
+from ..structure.paths import ancestors, modules_by_path
 
 __all__ = ["check_may_train", "freeze", "set_training", "unfreeze"]
 
@@ -83,7 +85,7 @@ class RootInputHook(CheckpointAware):
         positions = [i for i, value in enumerate(args) if isinstance(value, Tensor)][:1]
         keywords = [key for key, value in kwargs.items() if isinstance(value, Tensor) and "mask" not in key]
         for path in [*((0, i) for i in positions), *((1, key) for key in keywords)]:
-            if values.get((args, kwargs), path).is_floating_point():
+            if pytree.get((args, kwargs), path).is_floating_point():
                 return require_input_grad((args, kwargs), path)
         return None
 

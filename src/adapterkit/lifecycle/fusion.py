@@ -16,7 +16,9 @@ from ..errors import AdapterNameError, CompatibilityError, ConfigError
 from ..heads.find import Heads, check_apart, find_heads
 from ..methods.spellings import no_config, read_json
 from ..nn.fusion import Fusion
-from ..runtime.site import AdapterSite, SiteSpec, fusions_of, located, sites_of
+from ..placement.spec import SiteSpec, located
+from ..runtime.lookup import fusions_of, sites_of
+from ..runtime.site import AdapterSite
 from ..runtime.state import Record
 from ..structure.tracing.forward import ExampleInputs, outside_inference_mode
 from .activate import check_known, check_plans

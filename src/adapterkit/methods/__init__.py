@@ -12,9 +12,9 @@ from typing import Any
 from ..config.settings import ActivationConfig, AdapterConfig, Targets
 from ..errors import ConfigError
 from ..placement.layers import setting_at
-from ..placement.targets import Placement
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 from ..placement.weights import projection_at
-from ..runtime.site import SiteSpec
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
 from .compacter import Compacter

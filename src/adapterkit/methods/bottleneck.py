@@ -12,8 +12,8 @@ from ..errors import ConfigError
 from ..nn.bottleneck import BottleneckAdapter, BottleneckInit, BottleneckOptions
 from ..nn.functional.non_linearities import NonLinearity
 from ..placement.layers import setting_at
-from ..placement.targets import Placement
-from ..runtime.site import SiteSpec
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 
 __all__ = [
     "AnyBottleneckConfig",

@@ -11,8 +11,8 @@ from ..config.settings import Int, Size
 from ..errors import ConfigError
 from ..nn.compacter import CompacterAdapter, CompacterInit, SharedFactors
 from ..nn.functional.non_linearities import NonLinearity
-from ..placement.targets import Placement
-from ..runtime.site import SiteSpec
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 from .bottleneck import AnyBottleneckConfig, bottleneck_options, bottleneck_placement, bottleneck_size
 
 __all__ = ["Compacter", "CompacterConfig"]

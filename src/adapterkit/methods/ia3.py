@@ -9,10 +9,10 @@ from torch import nn
 
 from ..config.settings import AdapterConfig, Targets
 from ..errors import TargetError
-from ..nn import ia3 as scaling
-from ..placement.targets import Placement
+from ..nn import ia3
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 from ..placement.weights import projection_at
-from ..runtime.site import SiteSpec
 
 __all__ = ["IA3", "IA3Config"]
 
@@ -70,7 +70,7 @@ class IA3:
         )
         return (outputs,) * bool(config.targets) + (inputs,) * bool(config.feedforward_targets)
 
-    def build(self, config: IA3Config, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> scaling.IA3:
+    def build(self, config: IA3Config, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> ia3.IA3:
         """A vector of the site's width, or of that of the parts."""
         if site.parameters:
             raise TargetError(
@@ -78,4 +78,4 @@ class IA3:
                 "no hook reaches it; use LoRA there, or target the feed-forward alone"
             )
         scales: Literal["output", "input"] = "input" if site.at == "input" else "output"
-        return scaling.IA3(site.width, scales=scales, projection=projection_at(site, host), parts=site.parts, dtype=dtype)
+        return ia3.IA3(site.width, scales=scales, projection=projection_at(site, host), parts=site.parts, dtype=dtype)

@@ -12,8 +12,8 @@ from ..errors import TargetError
 from ..nn.functional.non_linearities import NonLinearity
 from ..nn.invertible import Block, Coupling, InvertibleAdapter
 from ..placement.patterns import is_role
-from ..placement.targets import Placement
-from ..runtime.site import SiteSpec
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 from .bottleneck import Factor
 
 __all__ = ["Invertible", "InvertibleConfig"]

@@ -6,19 +6,23 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..config.settings import AdapterConfig, Int, Probability, Size, Targets, check_map, number_by_place
+from ..errors import TargetError
 from ..nn.dora import DoRA, magnitude_of
+from ..nn.functional.projections import Projection, project, random_input
 from ..nn.lora import LoRA as LoRAModule
 from ..nn.lora import LoRAInit
 from ..placement.layers import setting_at
-from ..placement.targets import Placement
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 from ..placement.weights import projection_at
-from ..runtime.site import SiteSpec
-from .host_weight import base_weight, check_multiplies
+from ..runtime.site import AdapterSite
+from ..structure.paths import SITE
 
-__all__ = ["LoRA", "LoRAConfig"]
+__all__ = ["LoRA", "LoRAConfig", "base_weight", "check_multiplies"]
 
 Alpha = Annotated[float, Field(gt=0)]
 
@@ -104,3 +108,44 @@ class LoRA:
             return DoRA(projection, rank, magnitude=magnitude, **both)
         both |= {"bias": config.bias, "gating": config.gating, "batch_axis": config.batch_axis}
         return LoRAModule(projection, rank, **both)
+
+
+def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
+    """The weight at a site, without adapters that are merged into it.
+
+    Raises:
+        TargetError: it has no length to measure: quantised, or computed in a way that looking at it would move.
+    """
+    name = site.parameters[0] if site.parameters else "weight"
+    held = host._modules.get(SITE)
+    if isinstance(held, AdapterSite) and name in held.originals:
+        return held.originals[name].value
+    way, _, leaf = name.rpartition(".")
+    owner: Any = host.get_submodule(way)
+    is_steady = leaf in owner._parameters
+    if not is_steady and is_parametrized(owner, leaf):
+        is_steady = not any(True for _ in owner.parametrizations[leaf].buffers())  # spectral norm's move as they are read
+    if not is_steady:
+        raise TargetError(
+            f"the {leaf} of {site.path!r} is computed before each forward, in a way that looking at it would move "
+            "(spectral norm) or does not show (legacy weight norm, pruning): it has no length to train from; use LoRA there"
+        )
+    weight: Tensor = getattr(owner, leaf)
+    if not weight.is_floating_point():
+        raise TargetError(f"the {leaf} of {site.path!r} is {weight.dtype}, quantised: it has no length; use LoRA there")
+    return weight.detach()
+
+
+@torch.no_grad()
+def check_multiplies(site: SiteSpec, host: nn.Module, projection: Projection) -> None:
+    """Raise TargetError if a host with a forward of its own does more than multiply by its weight and add its bias."""
+    if not projection.has_own_forward or site.parameters or next(host.parameters()).is_meta:
+        return
+    module: Any = host
+    z = random_input(projection, module.weight)
+    found, expected = module.forward(z), project(projection, z, module.weight, getattr(module, "bias", None))
+    if not isinstance(found, Tensor) or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise TargetError(
+            f"{site.path!r} ({type(host).__name__}) has a forward of its own that does more than multiply by its weight "
+            "(it scales, say), so that the change of its weight's length cannot be told from its output; use LoRA there"
+        )

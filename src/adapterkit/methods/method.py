@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config.settings import AdapterConfig
-from ..placement.targets import Placement
-from ..runtime.site import SiteSpec
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 
 __all__ = ["Adapting", "Additive", "Mergeable", "Method", "Sharing"]
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..config.settings import AdapterConfig, Targets
 from ..nn.parameter_delta import ParameterDelta
-from ..placement.targets import Placement
-from ..runtime.site import SiteSpec
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 from ..structure.hosts import is_norm
 
 __all__ = ["NormTuning", "NormTuningConfig"]

@@ -11,9 +11,9 @@ from ..config.settings import AdapterConfig, Probability, Size, Targets
 from ..nn.functional.slices import PartsLayout
 from ..nn.vera import VeRA as VeRAModule
 from ..nn.vera import VeRABases
-from ..placement.targets import Placement
+from ..placement.rule import Placement
+from ..placement.spec import SiteSpec
 from ..placement.weights import projection_at
-from ..runtime.site import SiteSpec
 
 __all__ = ["VeRA", "VeRAConfig"]
 

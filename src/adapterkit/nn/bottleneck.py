@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .functional import non_linearities as activations
+from .functional import non_linearities
 from .functional.non_linearities import NonLinearity
 from .own_tensors import held
 
@@ -90,7 +90,7 @@ class AnyBottleneck(nn.Module):
         self.norm_before, self.norm_after, self.gating = norm_before, norm_after, gating
         self.residual_before_norm, self.scaling = residual_before_norm, scaling
         self.dropout, self.stochastic_depth, self.batch_axis = dropout, stochastic_depth, batch_axis
-        self._activation = activations.non_linearity(non_linearity)
+        self._activation = non_linearities.non_linearity(non_linearity)
         # A plain bottleneck takes a shorter way through `forward`.
         self._is_plain = scaling == 1.0 and not (norm_before or norm_after or gating or dropout or stochastic_depth)
 

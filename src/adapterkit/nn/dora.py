@@ -1,18 +1,18 @@
 """DoRA: a weight in two factors, its direction (updated by a low-rank pair) and a trained magnitude."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CompatibilityError, ConfigError
 from .functional.low_rank import LowRank
-from .functional.precision import as_stored
 from .functional.projections import Projection, check_has_input
 from .functional.slices import Parts
 from .lora import LoRAInit, reset_pair
 
-__all__ = ["DoRA", "magnitude_of"]
+__all__ = ["DoRA", "as_stored", "magnitude_of"]
 
 
 class DoRA(nn.Module):
@@ -151,3 +151,9 @@ def _norms(low_rank: LowRank, weight: Tensor) -> Tensor:
     first = weight.dim() - 2 if projection.kind == "parameter" else 0  # the axes before have each a weight
     others = tuple(axis for axis in range(first, weight.dim()) if axis != projection.out_axis % weight.dim())
     return low_rank.layout.pick(torch.linalg.vector_norm(weight, dim=others))
+
+
+def as_stored(tensor: Tensor) -> AbstractContextManager[object]:
+    """Compute in the dtypes of the tensors, even under autocast on this tensor's device."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

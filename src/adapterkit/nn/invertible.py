@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .functional import non_linearities as activations
+from .functional import non_linearities
 from .functional.non_linearities import NonLinearity
 from .own_tensors import held
 
@@ -62,7 +62,7 @@ class Coupling(nn.Module):
         if width < 2:
             raise ConfigError(f"an invertible adapter couples two halves of the features; found a width of {width}")
         self.width, self.block = width, block
-        self._activation = activations.non_linearity(non_linearity)
+        self._activation = non_linearities.non_linearity(non_linearity)
         first, second = width // 2, width - width // 2
         inner = max(1, int(first // reduction_factor))
         outputs = 2 if block == "glow" else 1  # s and t, or t alone

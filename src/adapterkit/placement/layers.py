@@ -7,8 +7,8 @@ from torch import nn
 
 from ..config.settings import AdapterConfig
 from ..errors import TargetError
-from ..runtime.site import SiteSpec
 from .patterns import matching
+from .spec import SiteSpec
 
 __all__ = [
     "check_dropped",

@@ -9,32 +9,15 @@ from torch import nn
 
 from ..config.settings import Predicate
 from ..errors import TargetError
+from ..structure.paths import modules_by_path
 
-__all__ = [
-    "SITE", "RoleFinder", "ancestors", "is_role", "match", "matches_nothing", "matching", "modules_by_path", "nearest_to",
-    "nothing_matches",
-]  # fmt: skip
-
-# The name under which a host holds its AdapterSite: nothing below it is part of the user's model.
-SITE = "_adapterkit"
+__all__ = ["RoleFinder", "is_role", "match", "matches_nothing", "matching", "nothing_matches"]
 
 # What finds the modules that have a role, such as "@attention.out".
 RoleFinder = Callable[[str], Sequence[str]]
 
 _GLOB = re.compile(r"\*\*|\*|\?|\[[^\]]+\]")
 _GLOB_MEANS = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-
-
-def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the user's own model under each of its names; the model itself is ''.
-
-    Left out: what adapterkit added, and the insides of `torch.nn.utils.parametrize`.
-    """
-    return {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if SITE not in (parts := path.split(".")) and "parametrizations" not in parts
-    }
 
 
 def is_role(target: object) -> bool:
@@ -93,23 +76,6 @@ def matches_nothing(modules: Mapping[str, nn.Module], targets: Sequence[str | Pr
 def matching(target: str | Predicate, modules: Mapping[str, Any]) -> list[str]:
     """The paths that a pattern or predicate matches. Raises TargetError: neither, or not a regular expression."""
     return [path for path, module in modules.items() if _matches(target, path, module)]
-
-
-def nearest_to(path: str, candidates: Sequence[str]) -> list[str]:
-    """Of these paths, the ones that share the longest run of leading components with `path`."""
-
-    def shared(candidate: str) -> int:
-        pairs = zip(path.split("."), candidate.split("."), strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(candidate.split(".")))
-
-    longest = max(map(shared, candidates), default=0)
-    return [candidate for candidate in candidates if shared(candidate) == longest]
-
-
-def ancestors(path: str) -> list[str]:
-    """The path and those of all modules around it, innermost first, the root's '' last."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def _matches(target: str | Predicate, path: str, module: Any) -> bool:

@@ -7,11 +7,12 @@ from torch import nn
 
 from ..config.settings import AdapterConfig
 from ..errors import TargetError
-from ..runtime.site import SiteSpec, owner_at
+from ..structure.base_tensors import owner_at
 from ..structure.hosts import host_type
+from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
 from ..structure.tracing.reads import CallStack, Holder, reads_around
-from .patterns import ancestors
+from .spec import SiteSpec
 
 __all__ = ["at_running_hosts"]
 

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from ..config.settings import ActivationConfig, AdapterConfig
 from ..errors import TargetError
-from ..runtime.site import SiteSpec, layout_of
-from ..structure import pytree as values
+from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Norm
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.roles import role_paths
 from ..structure.hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
+from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
 from ..structure.tracing.row_layout import Layouts, RowAxes
 from .layers import check_layers, in_layers, layer_of
-from .patterns import matches_nothing, modules_by_path
-from .targets import Placement, Spot, find_spots
+from .patterns import matches_nothing
+from .rule import Placement
+from .spec import SiteSpec, layout_of
+from .targets import Spot, find_spots
 from .weights import weight_sites
 
 __all__ = ["check_row_axes", "resolve"]
@@ -129,8 +131,8 @@ def _trace(model: nn.Module, spots: dict[str, Spot], example_inputs: ExampleInpu
         call, spot = (args, kwargs), spots.get(path)
         try:
             argument = spot.argument if spot and spot.residual in (None, path) else None
-            taken = values.argument_path(call, argument) if argument else values.find(call)
-            returned = (spot and spot.output) or values.find(output)
+            taken = pytree.argument_path(call, argument) if argument else pytree.find(call)
+            returned = (spot and spot.output) or pytree.find(output)
             return _Seen(_shape_at(output, returned), _shape_at(call, taken))
         except LookupError as error:
             raise TargetError(f"{path!r} has no tensor {error} where `output=` or `input=` say") from error
@@ -147,8 +149,8 @@ def _trace(model: nn.Module, spots: dict[str, Spot], example_inputs: ExampleInpu
     return {path: seen[0] for path, seen in calls.items()}
 
 
-def _shape_at(value: Any, path: values.Path | None) -> tuple[int, ...] | None:
-    tensor = None if path is None else values.get(value, path)
+def _shape_at(value: Any, path: pytree.Path | None) -> tuple[int, ...] | None:
+    tensor = None if path is None else pytree.get(value, path)
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 

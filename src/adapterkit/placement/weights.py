@@ -11,18 +11,20 @@ from ..config.settings import AdapterConfig, Predicate
 from ..errors import TargetError
 from ..nn.functional.projections import Projection, parameter_projection, projection_of
 from ..nn.functional.slices import Parts
-from ..runtime.site import SiteSpec
 from ..structure.anatomy.description import Anatomy, FusedProjection
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
 from ..structure.anatomy.roles import role_paths
 from ..structure.hosts import host_type
+from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from .computed_weights import no_parameter, why_no_effect
 from .layers import check_layers, in_layers, layer_of
-from .patterns import ancestors, is_role, matching, nothing_matches
+from .patterns import is_role, matching, nothing_matches
 from .readers import at_running_hosts
-from .targets import Placement, argument_of
+from .rule import Placement
+from .spec import SiteSpec
+from .targets import argument_of
 
 __all__ = ["projection_at", "weight_sites"]
 

@@ -4,34 +4,19 @@ Each finds what it needs through the module that it is called with, so that copi
 their own adapters. They are told apart from anyone else's hooks by their class.
 """
 
-import sys
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..heads.call import CallSlot, taken_off
-from ..heads.plan import root_of
-from ..placement.patterns import SITE, ancestors
-from ..structure import pytree as values
+from ..structure import pytree
+from ..structure.paths import SITE
 from ..structure.pytree import Argument, argument_path
-from .site import AdapterSite, located, sites_of
-from .state import Handover, Record
+from .handover import Handover
+from .state import Record
 from .weight_swap import put_weights, take_weights
 
-__all__ = [
-    "InputHook",
-    "KitHook",
-    "OutputHook",
-    "WeightEndHook",
-    "WeightHook",
-    "forget_compiled",
-    "has_hook",
-    "remove_hooks",
-    "set_hook",
-    "sync_site_hooks",
-]
+__all__ = ["InputHook", "KitHook", "OutputHook", "WeightEndHook", "WeightHook", "has_hook", "remove_hooks", "set_hook"]
 
 # The attribute of a module that holds its StreamPort.
 PORT = "_adapterkit_stream"
@@ -130,30 +115,17 @@ class WeightEndHook(KitHook):
                 owner.__dict__.pop(leaf, None)
 
 
-class CallHook(KitHook):
-    """Take off the model's call what is for the heads on its output: labels, which the model need not know."""
-
-    is_pre = True
-    is_first = True
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the arguments that are left, or None for no change. Shape: as given; choices are made rows."""
-        is_changed = False
-        for slot in module.__dict__[PORT].calls:
-            if slot.wants is not None:
-                args, kwargs, call = taken_off(slot.wants, module, args, kwargs)
-                slot.give(call)
-                is_changed = True
-        return (args, kwargs) if is_changed else None
-
-
 class StreamPort:
-    """What leaves this module's call for sites: the stream, labels; and what is let go of when it ends."""
+    """What a module's call hands to sites, and what is let go of when that call ends.
+
+    Attributes:
+        gives: Handovers of the residual stream that the module takes, each with the argument that it is.
+        clears: Handovers, of a stream or of labels, that nobody needs once the module has ended.
+    """
 
     def __init__(self) -> None:
-        self.gives: list[tuple[Handover, Argument | None]] = []
-        self.calls: list[CallSlot] = []
-        self.clears: list[Handover | CallSlot] = []
+        self.gives: list[tuple[Handover[Tensor], Argument | None]] = []
+        self.clears: list[Handover[Any]] = []
 
 
 class StreamHook(KitHook):
@@ -165,9 +137,9 @@ class StreamHook(KitHook):
         """Leave the first floating tensor. Shape: (..., hidden)."""
         call = (args, kwargs)
         for handover, argument in module.__dict__[PORT].gives:
-            path = (argument_path(call, argument) if argument else values.find(call)) if handover.is_wanted else None
+            path = (argument_path(call, argument) if argument else pytree.find(call)) if handover.wanted else None
             if path is not None:
-                handover.give(values.get(call, path))
+                handover.give(pytree.get(call, path))
 
 
 class ClearHook(KitHook):
@@ -198,16 +170,16 @@ class EncoderHook(KitHook):
         return require_input_grad((args, kwargs))
 
 
-def require_input_grad(value: Any, path: values.Path | None = None) -> Any:
+def require_input_grad(value: Any, path: pytree.Path | None = None) -> Any:
     """The value with one tensor (its first floating one) requiring grad, in grad mode; None for no change."""
-    path = values.find(value) if path is None else path
+    path = pytree.find(value) if path is None else path
     if path is None or not torch.is_grad_enabled():
         return None
-    tensor: Tensor = values.get(value, path)
+    tensor: Tensor = pytree.get(value, path)
     if tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     # A clone: the model may go on to change the tensor in place, which a leaf that requires grad forbids.
-    return values.put(value, path, tensor.detach().requires_grad_().clone())
+    return pytree.put(value, path, tensor.detach().requires_grad_().clone())
 
 
 def has_hook(module: nn.Module, kind: type[KitHook] = KitHook) -> bool:
@@ -240,76 +212,3 @@ def remove_hooks(module: nn.Module, kind: type[KitHook] = KitHook) -> None:
         for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
             for held in (hooks, *flags):
                 held.pop(number, None)
-
-
-def forget_compiled() -> None:
-    """Make torch.compile trace anew: a graph that it made before hooks were added would run without them."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-
-
-def sync_site_hooks(model: nn.Module, record: Record) -> None:
-    """Register the hooks that the model's sites need, and remove those that none needs any more."""
-    modules = dict(model.named_modules())
-    ports: dict[str, StreamPort] = defaultdict(StreamPort)
-    encoders: set[str] = set()
-    for path, host, site in sites_of(model):
-        _sync_host_hooks(host, site, record)
-        _open_ports(path, site, modules, ports)
-        encoders |= {above for above in ancestors(path) if isinstance(modules.get(above), nn.TransformerEncoder)}
-    for path, module in modules.items():
-        port = ports.get(path, StreamPort())
-        set_hook(module, CallHook, bool(port.calls), record)
-        _set_pre_hook(module, StreamHook, bool(port.gives), record)
-        set_hook(module, ClearHook, bool(port.clears), record)
-        set_hook(module, EncoderHook, path in encoders, record)
-        if path in ports:
-            module.__dict__[PORT] = port
-        else:
-            module.__dict__.pop(PORT, None)
-
-
-def _sync_host_hooks(host: nn.Module, site: AdapterSite, record: Record) -> None:
-    """Register the hooks of one host that its site needs, and remove those that it does not."""
-    places = {"output" if e.spec is None else e.spec.at for entries in site.entries.values() for e in entries}
-    set_hook(host, OutputHook, "output" in places, record)
-    _set_pre_hook(host, WeightHook, "weight" in places, record)
-    _set_pre_hook(host, InputHook, "input" in places, record)
-    set_hook(host, WeightEndHook, "weight" in places, record)
-    if {"output", "weight"} <= places:
-        remove_hooks(host, OutputHook)  # so that it comes first again
-        set_hook(host, OutputHook, True, record)
-
-
-def _open_ports(path: str, site: AdapterSite, modules: dict[str, nn.Module], ports: dict[str, StreamPort]) -> None:
-    """Say at which modules streams and calls are taken for a site, and where what nobody took is let go."""
-    entries = [entry for entries in site.entries.values() for entry in entries]
-    for entry in entries:
-        spec = located(entry.spec, path) if entry.spec else None
-        if entry.handover and spec and spec.residual is not None:
-            ports[spec.residual].gives.append((entry.handover, spec.input))
-            ports[_called_around(spec.residual, path, modules)].clears.append(entry.handover)
-    for root in {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}:
-        ports[root].calls.append(site.call)
-        ports[root].clears.append(site.call)
-
-
-def _set_pre_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Record) -> None:
-    """`set_hook` of one that runs in this order among ours, whichever adapter came first.
-
-    An adapter at the input may run the host on it (a norm), with the weights that it will have; a stream is what the
-    module takes.
-    """
-    order = (WeightHook, InputHook, StreamHook)
-    is_new = wanted and not has_hook(module, kind)
-    set_hook(module, kind, wanted, record)
-    for later in order[order.index(kind) + 1 :] if is_new else ():
-        if has_hook(module, later):
-            remove_hooks(module, later)
-            set_hook(module, later, True, record)
-
-
-def _called_around(one: str, other: str, modules: dict[str, nn.Module]) -> str:
-    """The innermost module around both (`one` may be it) that is called when they are: no nn.ModuleList is."""
-    around = (path for path in ancestors(one) if path in ancestors(other) and path != other)
-    return next((path for path in around if not isinstance(modules[path], (nn.ModuleList, nn.ModuleDict))), "")

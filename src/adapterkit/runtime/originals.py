@@ -1,47 +1,15 @@
 """The base model θ: its tensors, apart from what adapterkit added, and their digests."""
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from ..placement.patterns import SITE
-from .site import originals_of
+from ..structure.base_tensors import base_parameters, base_tensors, digest, parameter_at
+from .lookup import sites_of
 
-__all__ = ["base_digests", "base_parameters", "base_tensors", "digest", "fingerprint"]
-
-_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**17  # words: small enough to stay in a processor's cache
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that the model had before `wrap`, with their names; tied ones once."""
-    return ((name, p) for name, p in model.named_parameters() if SITE not in name.split("."))
-
-
-def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers that the model had before `wrap`, non-persistent buffers too."""
-    yield from base_parameters(model)
-    yield from ((name, b) for name, b in model.named_buffers() if SITE not in name.split("."))
-
-
-def digest(tensor: Tensor) -> str:
-    """A digest of a tensor's bits, the same on every device, at about memory speed.
-
-    The words of each chunk are summed with a weight for each place (odd, so that no change of one word is lost; distinct,
-    so that no exchange of two is), and the sums are hashed.
-    """
-    tensor = tensor.detach()
-    head = f"{tensor.dtype} {tuple(tensor.shape)}" if not is_lazy(tensor) else "not initialised"
-    if is_lazy(tensor) or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or not tensor.numel():
-        return head
-    words = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    words = words.contiguous().flatten().view(_WORD[words.element_size()])
-    weights = torch.arange(1, 2 * min(_CHUNK, words.numel()), 2, device=words.device)
-    sums = [(chunk * weights[: chunk.numel()]).sum() for chunk in torch.split(words, _CHUNK)]
-    return hashlib.sha256(f"{head} {torch.stack(sums).tolist()}".encode()).hexdigest()
+__all__ = ["base_digests", "fingerprint", "originals_of"]
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
@@ -55,3 +23,12 @@ def fingerprint(model: nn.Module) -> str:
     originals = originals_of(model)
     lines = (f"{name} {digest(originals.get(id(p), p))}" for name, p in base_parameters(model))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def originals_of(model: nn.Module) -> dict[int, Tensor]:
+    """What the Parameters were into which adapters are merged, by the `id` of the Parameter."""
+    return {
+        id(parameter_at(host, name)): original.value
+        for _, host, site in sites_of(model)
+        for name, original in site.originals.items()
+    }

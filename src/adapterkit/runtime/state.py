@@ -13,14 +13,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..composition.nodes import Composition, names_always, names_in
-from ..errors import ActivationError, CompatibilityError
+from ..errors import ActivationError
 from ..structure.tracing.row_layout import Layouts
+from .this_call import THIS_CALL
 
-__all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Handover", "Record", "silenced"]
+__all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Record", "silenced"]
 
 # The attribute of the root module that holds its Record.
 RECORD = "_adapterkit_record"
@@ -28,16 +28,6 @@ RECORD = "_adapterkit_record"
 # Held while activation changes, until every site has its new steps. One for all models: a lock cannot be copied.
 ACTIVATION_LOCK = threading.RLock()
 _HISTORY = 4096  # changes of activation that a backward may still look back on
-
-
-# Of each thread: `key`, which stands for it (its number may be used again once it ends), and `ran`, what it ran last.
-_thread = threading.local()
-
-
-def _this_thread() -> object:
-    if not hasattr(_thread, "key"):
-        _thread.key = object()
-    return _thread.key
 
 
 def _sequence_number() -> int:
@@ -157,9 +147,9 @@ class Activation:
         if torch._C._current_graph_task_id() >= 0:  # inside a backward: checkpointing recomputes a forward
             self._check_recomputation()
             return True
-        if getattr(_thread, "silences", 0):
+        if THIS_CALL.without_adapters:
             return False
-        _thread.ran = id(self), (running, self._weights)
+        THIS_CALL.ran = id(self), (running, self._weights)
         if self._crowded:
             expected = self._expected.get(threading.current_thread(), self.active)
             if not expected == self.active == running:
@@ -185,8 +175,8 @@ class Activation:
 
     def _change(self, name: Composition | None, weights: int) -> None:
         if not self._history:
-            self._history.append((-1, _this_thread(), (self.active, self._weights)))
-        self._history.append((_sequence_number(), _this_thread(), (name, weights)))
+            self._history.append((-1, THIS_CALL.thread_key, (self.active, self._weights)))
+        self._history.append((_sequence_number(), THIS_CALL.thread_key, (name, weights)))
         self.active, self._weights = name, weights
 
     def _check_recomputation(self) -> None:
@@ -199,13 +189,13 @@ class Activation:
         node = torch._C._current_autograd_node()
         if node is None or not self._history:
             return
-        me = _this_thread()
+        me = THIS_CALL.thread_key
         started_by_python = not isinstance(threading.current_thread(), threading._DummyThread)
         changes = [(n, state) for n, thread, state in self._history if thread is me or not started_by_python]
         then = [state for number, state in changes if number <= node._sequence_nr()]
         now = self.active, self._weights
         if not changes:  # only other threads have changed it: compare with what this one ran last
-            whose, ran = getattr(_thread, "ran", (id(self), now))
+            whose, ran = THIS_CALL.ran or (id(self), now)
             then = [ran if whose == id(self) else now]
         if then and then[-1][0] == self.active and then[-1] != now:
             raise ActivationError(
@@ -223,59 +213,11 @@ class Activation:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Within the block this thread runs models as if no adapter were active, without activating anything."""
-    _thread.silences = getattr(_thread, "silences", 0) + 1
+    THIS_CALL.without_adapters += 1
     try:
         yield
     finally:
-        _thread.silences -= 1
-
-
-class Handover:
-    """Carries one tensor, the residual stream, from the hook that sees it to the site that reads it.
-
-    Per thread in eager mode; as a plain attribute under `torch.compile`, which sees it set and cleared in one graph.
-
-    Attributes:
-        is_wanted: Whether the module that reads it acts: its adapter is active, and not dropped at its site.
-    """
-
-    def __init__(self) -> None:
-        self.is_wanted = False
-        self._traced: Tensor | None = None
-
-    def give(self, tensor: Tensor) -> None:
-        """Leave the tensor for the site."""
-        if torch.compiler.is_compiling():
-            self._traced = tensor
-        elif tensor.is_inference():  # counts no versions, so that a change in place could not be told: a copy has none
-            _handed.__dict__[str(id(self))] = tensor.clone(), None
-        else:
-            _handed.__dict__[str(id(self))] = tensor, tensor._version
-
-    def take(self) -> Tensor | None:
-        """Take the tensor away; None if none was left.
-
-        Raises:
-            CompatibilityError: the model has changed it in place since it was left.
-        """
-        if torch.compiler.is_compiling():
-            tensor, self._traced = self._traced, None
-            return tensor
-        tensor, version = self.drop()
-        if tensor is not None and version is not None and tensor._version != version:
-            raise CompatibilityError(
-                "the model changes its residual stream in place before the adapter reads it; adapt another place"
-            )
-        return tensor
-
-    def drop(self) -> tuple[Tensor | None, int | None]:
-        """Take the tensor away unseen, with its version when it was left."""
-        self._traced = None
-        handed: tuple[Tensor | None, int | None] = _handed.__dict__.pop(str(id(self)), (None, 0))
-        return handed
-
-
-_handed = threading.local()
+        THIS_CALL.without_adapters -= 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ A step acts on what a hook is given, a whole output or call. Those that add to o
 alone, or on some of its rows or tokens (a `View`): compositions make use of that.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 
 from ..composition.nodes import Composition
 from ..errors import CompatibilityError
-from ..structure import pytree as values
-from .site import AdapterSite, SiteSpec, Step
-from .state import Handover
+from ..placement.spec import SiteSpec
+from ..structure import pytree
+from .handover import Handover
+from .site import AdapterSite, Entry
 
-__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Adding", "Pass", "View", "plus"]
+__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Adding", "Pass", "Step", "View", "plus", "step_of"]
 
 
 class View(NamedTuple):
@@ -44,13 +47,13 @@ class View(NamedTuple):
         """How many rows there are."""
         return self.x.shape[self.axis] // self.per_row
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "View":
+    def map(self, function: Callable[[Tensor], Tensor]) -> View:
         """The view with a function of each tensor in its place."""
         streams = {key: function(stream) for key, stream in self.streams.items()}
         taken = None if self.taken is None else function(self.taken)
         return self._replace(x=function(self.x), bare=function(self.bare), taken=taken, streams=streams)
 
-    def narrow(self, axis: int, start: int, size: int) -> "View":
+    def narrow(self, axis: int, start: int, size: int) -> View:
         """A part of an axis: some tokens, all rows."""
         return self.map(lambda tensor: tensor.narrow(axis, start, size))
 
@@ -62,13 +65,31 @@ class View(NamedTuple):
         within = torch.arange(self.per_row, device=self.x.device)
         return (where[:, None] * self.per_row + within).flatten()
 
-    def select(self, where: Tensor) -> "View":
+    def select(self, where: Tensor) -> View:
         """These indices of the axis of rows: some rows."""
         return self.map(lambda tensor: tensor.index_select(self.axis, where))
 
     def put(self, where: Tensor, changed: Tensor) -> Tensor:
         """The tensor x with others at these indices. Shape: as x."""
         return self.x.index_copy(self.axis, where, changed)
+
+
+class Step:
+    """One thing that a hook does to the tensors of a call. Immutable; finds its module through the site.
+
+    Attributes:
+        adapter: The adapter or composition that was active when the step was made.
+    """
+
+    adapter: Composition | None
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Return `value` (the host's output, or its `(args, kwargs)`) with tensors of shape (..., width) replaced."""
+        raise NotImplementedError
+
+    def places(self, host: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """The Parameters that it changes, each by the module that holds it and its name there."""
+        yield from ()
 
 
 def plus(x: Tensor, delta: Tensor) -> Tensor:
@@ -83,7 +104,7 @@ class Adding(Protocol):
     key: str
     spec: SiteSpec
 
-    def locate(self, value: Any, *, in_call: bool) -> values.Path:
+    def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
         """Where the tensor lies."""
         ...
 
@@ -106,14 +127,14 @@ class AddDelta(Step):
     key: str
     adapter: Composition | None
     spec: SiteSpec
-    handover: Handover | None = None
+    handover: Handover[Tensor] | None = None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output (or the arguments) with its tensor x, shape (..., width), replaced by x + delta."""
         if isinstance(value, Tensor) and self.spec.output is None:
             return self._adapt(site, host, value)
         path = self.locate(value, in_call=self.spec.at == "input")
-        return values.put(value, path, self._adapt(site, host, values.get(value, path)))
+        return pytree.put(value, path, self._adapt(site, host, pytree.get(value, path)))
 
     def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
         """Return module(z, x), of a view. Shape: as `view.x`."""
@@ -168,15 +189,15 @@ class AddDelta(Step):
             raise self._wrong_shape(stream, x)
         return x + stream
 
-    def locate(self, value: Any, *, in_call: bool) -> values.Path:
+    def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
         """The path of the tensor to adapt or read, in `(args, kwargs)` or in an output."""
         spec = self.spec
         try:
             if in_call:
-                path = values.argument_path(value, spec.input) if spec.input else values.find(value)
+                path = pytree.argument_path(value, spec.input) if spec.input else pytree.find(value)
             else:
-                path = spec.output or values.find(value)
-            if path is not None and isinstance(values.get(value, path), Tensor):
+                path = spec.output or pytree.find(value)
+            if path is not None and isinstance(pytree.get(value, path), Tensor):
                 return path
         except LookupError:
             pass
@@ -213,21 +234,21 @@ class AddProjected(Step):
         """Return the output with its tensor x, shape (..., width), replaced by x + delta."""
         module: Any = site._modules[self.key]
         path, z = self.locate(value, in_call=False), self.taken(args, kwargs)
-        x: Tensor = values.get(value, path)
+        x: Tensor = pytree.get(value, path)
         if not x.is_nested:
-            return values.put(value, path, plus(x, self._delta(module, z, x, host)))
+            return pytree.put(value, path, plus(x, self._delta(module, z, x, host)))
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
         rows = [plus(b, self._delta(module, a, b, host)) for a, b in zip(z.unbind(), x.unbind(), strict=True)]
-        return values.put(value, path, torch.nested.as_nested_tensor(rows))
+        return pytree.put(value, path, torch.nested.as_nested_tensor(rows))
 
     def _by_keyword(self, kwargs: Any) -> Any:
         """The host's first argument where it is called by keyword; None if it is not there."""
         name = self.spec.input[1] if self.spec.input else None
         return kwargs.get(name) if name in kwargs else next(iter(kwargs.values()), None)
 
-    def locate(self, value: Any, *, in_call: bool) -> values.Path:
+    def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
         """Where the output's first floating-point tensor lies."""
-        path = () if isinstance(value, Tensor) else values.find(value)
+        path = () if isinstance(value, Tensor) else pytree.find(value)
         if path is None:
             raise CompatibilityError(
                 f"adapter {self.adapter!r} at {self.spec.path!r} adds to what a weight makes, but the host returned "
@@ -312,3 +333,14 @@ class Pass(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the value. Shape: any."""
         return value
+
+
+def step_of(entry: Entry, active: Composition) -> Step:
+    """What a module of an active adapter does; of those that are no heads."""
+    spec: Any = entry.spec
+    if spec.at == "weight":
+        owners = [name.split(".") for name in spec.parameters]
+        return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
+    if spec.reads == "input":
+        return AddProjected(entry.key, active, spec)
+    return AddDelta(entry.key, active, spec, entry.handover)

@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from .this_call import THIS_CALL
+
 __all__ = ["put_weights", "take_weights"]
 
 _NOTHING = object()
@@ -15,34 +17,24 @@ _gates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _gates_lock = threading.Lock()
 
 
-class _Running(threading.local):
-    """Of each thread: the hosts that run with changed weights, innermost last, and what lay in their way before."""
-
-    def __init__(self) -> None:
-        self.hosts: list[tuple[nn.Module, dict[tuple[nn.Module, str], Any]]] = []
-
-
-_running = _Running()
-
-
 def put_weights(host: nn.Module, changed: Mapping[tuple[nn.Module, str], Tensor]) -> None:
     """Have modules read these tensors under the names of their Parameters, until `take_weights`; other threads wait."""
     with _gates_lock:
         gate = _gates.setdefault(host, threading.RLock())
     gate.acquire()
-    _running.hosts.append((host, {(owner, leaf): owner.__dict__.get(leaf, _NOTHING) for owner, leaf in changed}))
+    THIS_CALL.swapped.append((host, {(owner, leaf): owner.__dict__.get(leaf, _NOTHING) for owner, leaf in changed}))
     for (owner, leaf), tensor in changed.items():
         owner.__dict__[leaf] = tensor
     for owner in {owner for owner, _ in changed if isinstance(owner, nn.RNNBase)}:  # these read a list of their own
-        _running.hosts[-1][1][owner, "_flat_weights"] = owner._flat_weights
+        THIS_CALL.swapped[-1][1][owner, "_flat_weights"] = owner._flat_weights
         owner.__dict__["_flat_weights"] = [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
 def take_weights(host: nn.Module) -> None:
     """Undo the last `put_weights` of this thread, if it was for this host."""
-    if not _running.hosts or _running.hosts[-1][0] is not host:
+    if not THIS_CALL.swapped or THIS_CALL.swapped[-1][0] is not host:
         return
-    for (owner, leaf), before in _running.hosts.pop()[1].items():
+    for (owner, leaf), before in THIS_CALL.swapped.pop()[1].items():
         if before is _NOTHING:
             del owner.__dict__[leaf]
         else:

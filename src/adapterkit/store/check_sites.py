@@ -9,8 +9,8 @@ from torch import nn
 
 from ..config.union import Config
 from ..errors import CompatibilityError, TargetError
-from ..lifecycle.attach import find_sites, needs_structure
-from ..runtime.site import SiteSpec
+from ..lifecycle.add import find_sites, needs_structure
+from ..placement.spec import SiteSpec
 from ..structure.tracing.forward import ExampleInputs
 
 __all__ = ["PlacesNotCheckedWarning", "check_places"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..composition.nodes import Fuse, expanded, from_json, names_in
 from ..errors import AdapterKitError, CompatibilityError, StoreError
-from ..runtime.site import adapter_names, fusions_of
+from ..runtime.lookup import adapter_names, fusions_of
 from .manifest import ChildRecord, Manifest
 from .tensors import digest_of
 

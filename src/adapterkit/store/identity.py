@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ..placement.patterns import ancestors
-from ..runtime.originals import base_parameters, fingerprint
+from ..runtime.originals import fingerprint
+from ..structure.base_tensors import base_parameters
 from ..structure.hosts import host_type
+from ..structure.paths import ancestors
 from .manifest import BaseIdentity, Metadata
 
 __all__ = ["base_identity", "output_structure", "structure_of"]

@@ -16,15 +16,17 @@ from ..config.union import Config, members
 from ..errors import AdapterKitError, CompatibilityError, ConfigError, StoreError, TargetError
 from ..heads.config import CustomHead, OwnHead, head_from
 from ..heads.find import FoundHead, check_apart, check_names
-from ..lifecycle.attach import attach, check_free, seen_layouts
+from ..heads.spec import HeadSpec
+from ..lifecycle.add import seen_layouts
+from ..lifecycle.attach import attach, check_free
 from ..lifecycle.build import Part, build_parts, device_near, head_parts
 from ..lifecycle.fusion import attach_fusion, fusion_parts
 from ..methods import method_of
 from ..methods.spellings import config_from
-from ..placement.patterns import ancestors, modules_by_path
+from ..placement.spec import SiteSpec
 from ..runtime.originals import fingerprint
-from ..runtime.site import HeadSpec, SiteSpec
 from ..structure.hosts import known_shape, resolve_host
+from ..structure.paths import ancestors, modules_by_path
 from ..structure.tracing.forward import ExampleInputs, outside_inference_mode
 from .check_sites import check_places
 from .files import read_manifest_bytes, read_tensors_bytes

@@ -16,7 +16,9 @@ from torch import nn
 from ..config.settings import describe
 from ..errors import StoreError
 from ..heads.config import OwnHead
-from ..runtime.site import Entry, HeadSpec, located
+from ..heads.spec import HeadSpec
+from ..placement.spec import located
+from ..runtime.site import Entry
 from ..structure.hosts import host_type
 from .files import CARD_MARK, replace_adapter
 from .fused_adapters import children_of

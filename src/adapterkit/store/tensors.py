@@ -7,8 +7,11 @@ from typing import NamedTuple
 import safetensors.torch
 from torch import Tensor, nn
 
+from ..heads.spec import HeadSpec
 from ..nn.twin import trained
-from ..runtime.site import Entry, HeadSpec, SiteSpec, sites_of
+from ..placement.spec import SiteSpec
+from ..runtime.lookup import sites_of
+from ..runtime.site import Entry
 
 __all__ = ["Held", "digest_of", "dtype_name", "held_by", "tensor_key", "tensors_of"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import TargetError
-from ..placement.patterns import SITE
+from .paths import SITE
 
 __all__ = ["HostShape", "channel_axis", "host_type", "is_more_than_a_norm", "is_norm", "known_shape", "resolve_host"]
 

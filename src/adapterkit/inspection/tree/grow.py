@@ -11,13 +11,14 @@ from torch.nn.parameter import is_lazy
 
 from ...composition.nodes import names_in
 from ...errors import CompatibilityError
-from ...placement.patterns import SITE, modules_by_path
-from ...runtime.originals import base_parameters
-from ...runtime.site import AdapterSite, record_of
+from ...runtime.lookup import record_of
+from ...runtime.site import AdapterSite
 from ...runtime.state import ACTIVATION_LOCK, silenced
-from ...structure import pytree as values
+from ...structure import pytree
 from ...structure.anatomy.discover import Discovery
+from ...structure.base_tensors import base_parameters
 from ...structure.hosts import channel_axis, known_shape
+from ...structure.paths import SITE, modules_by_path
 from ...structure.tracing.forward import ExampleInputs, observe
 from ..summary import AdapterRow, summarise
 from .fold import cut, folded
@@ -77,8 +78,8 @@ def _widths(model: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[int | No
 
 def _features(module: nn.Module, value: Any) -> int | None:
     """Features of the first floating-point tensor in a value that a module took or returned."""
-    path = values.find(value)
-    tensor = None if path is None else values.get(value, path)
+    path = pytree.find(value)
+    tensor = None if path is None else pytree.get(value, path)
     if not isinstance(tensor, Tensor) or not tensor.dim():
         return None
     axis = channel_axis(module, tuple(tensor.shape))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ...config.settings import AdapterConfig
 from ...errors import TargetError
 from ...nn.functional.slices import Parts
-from ...runtime.site import SiteSpec
+from ...placement.spec import SiteSpec
 from .sources import Place, Source, site_name
 
 __all__ = ["addressing", "all_sites", "by_site", "check_same_places", "target_fields"]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...heads.config import OwnHead
 from ...heads.find import copy_heads
-from ...runtime.site import HeadSpec, originals_of
+from ...heads.spec import HeadSpec
+from ...runtime.originals import originals_of
 from ..build import Part
 from .sources import Adapter, HeadPlace, wide
 

@@ -17,8 +17,8 @@ from ...nn.functional.low_rank_sums import concatenated, factored, reduced, refi
 from ...nn.functional.projections import Projection
 from ...nn.lora import LoRA
 from ...placement.layers import setting_at
+from ...placement.spec import SiteSpec
 from ...placement.weights import projection_at
-from ...runtime.site import SiteSpec
 from .addressing import addressing, all_sites, by_site
 from .parameters import changed, common_dtype, settled
 from .sources import Combined, Place, Source, site_name

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...nn.functional.slices import PartsLayout
-from ...runtime.site import SiteSpec
+from ...placement.spec import SiteSpec
 from .addressing import addressing, all_sites, check_same_places, target_fields
 from .sources import Combined, Place, Source, check_settings, site_name, wide
 

@@ -11,7 +11,9 @@ from ...config.settings import AdapterConfig
 from ...config.union import Config, members
 from ...errors import CompatibilityError, ConfigError
 from ...heads.config import OwnHead
-from ...runtime.site import HeadSpec, SiteSpec, located, sites_of
+from ...heads.spec import HeadSpec
+from ...placement.spec import SiteSpec, located
+from ...runtime.lookup import sites_of
 
 __all__ = [
     "Adapter",

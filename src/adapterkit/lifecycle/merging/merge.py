@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ...composition.nodes import names_in
 from ...errors import ActivationError, CompatibilityError
-from ...runtime.hooks import forget_compiled
-from ...runtime.originals import digest
-from ...runtime.site import Entry, Original, fusions_of, named_parameters, originals_of, owner_at, parameter_at, sites_of
+from ...runtime.lookup import fusions_of, named_parameters, sites_of
+from ...runtime.originals import originals_of
+from ...runtime.site import Entry, Original
 from ...runtime.state import ACTIVATION_LOCK, Record, silenced
+from ...runtime.sync import forget_compiled
+from ...structure.base_tensors import digest, owner_at, parameter_at
 from ...structure.tracing.forward import ExampleInputs, outside_inference_mode
 from ...structure.tracing.inputs import tiny_inputs
 from ...structure.tracing.reads import Holder, reads_around
@@ -158,7 +160,7 @@ def _check_reads(model: nn.Module, name: str, changes: Sequence[Change], inputs:
     try:
         with silenced():
             inputs = tiny_inputs(model) if inputs is None else inputs
-        around = reads_around(model, [holder for _, holder in held], inputs)
+            around = reads_around(model, [holder for _, holder in held], inputs)
     except CompatibilityError:  # a model that runs on nothing that is known here: nothing can be seen
         return
     for (change, _), stacks in zip(held, around, strict=True):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ...placement.patterns import SITE
-from ...runtime.site import owner_at, parameter_at
+from ...structure.base_tensors import owner_at, parameter_at
+from ...structure.paths import SITE
 
 __all__ = ["Ties", "refusal"]
 

@@ -15,7 +15,11 @@ from ...config.union import members
 from ...errors import CompatibilityError
 from ...methods.method import Adapting, Mergeable
 from ...nn.twin import trained
-from ...runtime.site import AdapterSite, Entry, SiteSpec, originals_of, owner_at, parameter_at, sites_of
+from ...placement.spec import SiteSpec
+from ...runtime.lookup import sites_of
+from ...runtime.originals import originals_of
+from ...runtime.site import AdapterSite, Entry
+from ...structure.base_tensors import owner_at, parameter_at
 from .mergeable import Ties, refusal
 from .trial import difference, needs_trial
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.functional.projections import Projection, projection_of, random_input
-from ...placement.patterns import SITE
-from ...runtime.compose.compile import step_of
 from ...runtime.site import AdapterSite, Entry
 from ...runtime.state import silenced
+from ...runtime.steps import step_of
 from ...runtime.weight_swap import put_weights, take_weights
-from ...structure import pytree as values
+from ...structure import pytree
+from ...structure.paths import SITE
 from ...structure.tracing.forward import untouched
 
 __all__ = ["difference", "needs_trial"]
@@ -106,8 +106,8 @@ def _run(host: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], 
     """The host's output with other tensors under its names. Shape: (..., out)."""
     named = {f"host.{name}": tensor for name, tensor in tensors.items()}
     output = torch.func.functional_call(_Bare(host), named, args, kwargs)
-    path = values.find(output)
-    tensor: Tensor = output if path is None else values.get(output, path)
+    path = pytree.find(output)
+    tensor: Tensor = output if path is None else pytree.get(output, path)
     return tensor
 
 

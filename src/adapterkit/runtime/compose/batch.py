@@ -6,9 +6,10 @@ eager mode only: a compiler sees neither what is kept nor the checks.
 
 from __future__ import annotations
 
-import threading
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from ...composition.nodes import Composition, Parallel
 from ...composition.rows import fixed_rows, least_rows, rows_of
 from ...errors import CompatibilityError
-from ...structure import pytree as values
+from ...structure import pytree
 from ...structure.tracing.row_layout import RowLayout, first_with_rows, rows_at, tokens_in
 from ..hooks import KitHook
 from ..state import RECORD, Record
-from .generation import is_generating
+from ..this_call import THIS_CALL
 
 __all__ = [
     "Batch",
@@ -31,6 +32,7 @@ __all__ = [
     "check_sizes",
     "indices_per_row",
     "is_ambiguous",
+    "is_generating",
     "is_of_tokens",
     "running",
 ]
@@ -53,16 +55,6 @@ class Batch:
     tokens: frozenset[int] = frozenset()
     is_repeated: bool = False
     has_diverged: bool = False
-
-
-class _Thread(threading.local):
-    """The calls that this thread is in, by the `id` of the model's record, the innermost last."""
-
-    def __init__(self) -> None:
-        self.calls: dict[int, list[Batch]] = {}
-
-
-_thread = _Thread()
 
 
 class BatchHook(KitHook):
@@ -89,7 +81,7 @@ class BatchHook(KitHook):
             rows_of(record.activation.active, rows)  # places at which all rows run the same do not count them
         if not torch.compiler.is_compiling():
             sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
-            _thread.calls.setdefault(id(record), []).append(Batch(sizes, rows, tokens, is_repeated))
+            THIS_CALL.batches.setdefault(id(record), []).append(Batch(sizes, rows, tokens, is_repeated))
         return call if is_repeated else None
 
 
@@ -102,16 +94,16 @@ class BatchEndHook(KitHook):
         """Leave the output alone. Shape: any."""
         if torch.compiler.is_compiling():
             return
-        calls = _thread.calls.get(id(module.__dict__[RECORD]), [])
+        calls = THIS_CALL.batches.get(id(module.__dict__[RECORD]), [])
         if calls:
             calls.pop()
         if not calls:
-            _thread.calls.pop(id(module.__dict__[RECORD]), None)
+            THIS_CALL.batches.pop(id(module.__dict__[RECORD]), None)
 
 
 def running(record: Record) -> Batch | None:
     """What the model was called with that this thread is running; None outside of a call that was seen."""
-    calls = _thread.calls.get(id(record))
+    calls = THIS_CALL.batches.get(id(record))
     return calls[-1] if calls else None
 
 
@@ -204,7 +196,7 @@ def _refuse_generation(parallel: Parallel) -> None:
 
 def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
     """The call with its rows repeated, and their number then."""
-    tensors, reference = list(values.tensors(call)), first_with_rows(call, axis)
+    tensors, reference = list(pytree.tensors(call)), first_with_rows(call, axis)
     if reference is None:
         found = [type(value).__name__ for value in (*call[0], *call[1].values())]
         raise CompatibilityError(
@@ -221,7 +213,7 @@ def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
                 f"argument {path[1]!r}, of shape {tuple(tensor.shape)}, may have the {rows} rows of the batch, or its "
                 f"{rows} tokens: name what is no part of a row, Parallel(..., shared=[{path[1]!r}]), or shared=[] if all is"
             )
-        call = values.put(call, path, torch.cat([tensor] * copies, where))
+        call = pytree.put(call, path, torch.cat([tensor] * copies, where))
     return call, rows * copies
 
 
@@ -236,3 +228,13 @@ def _sizes_in(value: Any) -> Iterator[int]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _sizes_in(item)
+
+
+def is_generating() -> bool:
+    """Whether `generate` of transformers is running the model; never while a compiler traces it."""
+    if torch.compiler.is_compiling():
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "generate":
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("transformers.")

@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
-from ...composition.nodes import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, names_in, to_json
+from ...composition.nodes import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, to_json
 from ...composition.rows import divides_rows, fixed_rows, row_kinds
 from ...errors import CompatibilityError
-from ...heads.plan import head_steps
 from ...placement.layers import in_layers
+from ...placement.spec import layout_of
 from ...structure.tracing.row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout
-from ..site import AdapterSite, Entry, Step, layout_of
-from ..steps import AdaptWeight, AddDelta, Adding, AddProjected
+from ..site import AdapterSite, Entry
+from ..steps import AdaptWeight, AddDelta, Adding, AddProjected, Step, step_of
 from .plan_nodes import Attend, Chain, Group, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
 from .stacked import kind_of
 
-__all__ = ["SitePlan", "keys_of", "plan_at", "step_of"]
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """The steps of one site, by where they act."""
-
-    input: tuple[Step, ...]
-    output: tuple[Step, ...]
-    weight: tuple[Step, ...]
-
-    @property
-    def dividing(self) -> tuple[Mix, ...]:
-        """The steps, heads apart, that need to know the batch: rows run different adapters there, or lie flat."""
-        mixes = (step for step in (*self.input, *self.output) if isinstance(step, Mix))
-        return tuple(step for step in mixes if isinstance(step.node, RowMix) or (step.layout and step.layout.is_flat))
-
-
-def plan_at(
-    path: str,
-    modules: Mapping[str, nn.Module],
-    row_axis: int | None,
-    site: AdapterSite,
-    composition: Composition | None,
-    layouts: Layouts,
-    merged: Collection[str] = (),
-) -> SitePlan:
-    """The plan of a composition at the site of this host, without what is merged into its weights.
-
-    Args:
-        row_axis: What the model's modules say of it; see `RowAxes.at`.
-        layouts: What was seen of where rows lie.
-
-    Raises:
-        CompatibilityError: its adapters cannot act together here as it says.
-    """
-    seen = layouts.get(("output",))
-    head_axis = row_axis if seen is None or seen.is_flat else seen.axis
-    heads = head_steps(path, modules, site, composition, head_axis or 0)
-    if not heads and not any(name in site.entries for name in names_in(composition)):
-        return SitePlan((), (), ())
-    steps = {
-        at: _steps(_Place(path, site, at, row_axis, layouts, merged), composition) for at in ("input", "output", "weight")
-    }
-    return SitePlan(steps["input"], (*steps["output"], *heads), steps["weight"])
+__all__ = ["SiteContext", "keys_of", "steps_at"]
 
 
 def keys_of(steps: Iterable[Step]) -> frozenset[str]:
@@ -72,19 +26,8 @@ def keys_of(steps: Iterable[Step]) -> frozenset[str]:
     return frozenset(part.key for part in inner if isinstance(part, (AdaptWeight, AddDelta, AddProjected)))
 
 
-def step_of(entry: Entry, active: Composition) -> Step:
-    """What a module of an active adapter does; of those that are no heads."""
-    spec: Any = entry.spec
-    if spec.at == "weight":
-        owners = [name.split(".") for name in spec.parameters]
-        return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
-    if spec.reads == "input":
-        return AddProjected(entry.key, active, spec)
-    return AddDelta(entry.key, active, spec, entry.handover)
-
-
 @dataclass(frozen=True)
-class _Place:
+class SiteContext:
     """Where at a site steps act, and what the tensor there looks like."""
 
     path: str
@@ -105,12 +48,12 @@ class _Place:
             if entry.spec is not None and entry.spec.at == self.at and not in_layers(entry.spec.layer, self.dropped)
         ]
 
-    def inside(self, composition: Composition) -> _Place:
+    def inside(self, composition: Composition) -> SiteContext:
         """The place as the children of a composition see it."""
         return replace(self, dropped=self.dropped + composition.layers) if isinstance(composition, Drop) else self
 
 
-def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
+def steps_at(place: SiteContext, composition: Composition | None) -> tuple[Step, ...]:
     """The steps at one place. A name, and names one after the other, need none of the machinery for parts of tensors."""
     entries = list(_entries_in(place, composition))
     if composition is None or not entries:
@@ -138,7 +81,7 @@ def _steps(place: _Place, composition: Composition | None) -> tuple[Step, ...]:
     return (Mix(node, composition, _layout_at(place, node, composition)),)
 
 
-def _layout_at(place: _Place, node: Node, composition: Composition) -> RowLayout | None:
+def _layout_at(place: SiteContext, node: Node, composition: Composition) -> RowLayout | None:
     """How rows lie in a place's tensor; None where their number is to tell it.
 
     Raises:
@@ -180,7 +123,7 @@ def _is_in_order(composition: Composition | None) -> bool:
     return isinstance(composition, (Stack, Drop)) and all(map(_is_in_order, composition.children))
 
 
-def _entries_in(place: _Place, composition: Composition | None) -> Iterator[Entry]:
+def _entries_in(place: SiteContext, composition: Composition | None) -> Iterator[Entry]:
     """The modules at a place of all adapters that a composition names, in order, but for those that it drops there."""
     if isinstance(composition, str):
         yield from place.entries(composition)
@@ -189,7 +132,7 @@ def _entries_in(place: _Place, composition: Composition | None) -> Iterator[Entr
             yield from _entries_in(place.inside(composition), child)
 
 
-def _node(place: _Place, composition: Composition | None, whole: Composition) -> Node:
+def _node(place: SiteContext, composition: Composition | None, whole: Composition) -> Node:
     """What a composition is at a place. `whole` is all of it, for messages."""
     if composition is None:
         return Chain(())
@@ -214,7 +157,7 @@ def _node(place: _Place, composition: Composition | None, whole: Composition) ->
     raise TypeError(f"a {type(composition).__name__} is no plan of its own")  # Rows, BatchSplit, Parallel: above
 
 
-def _row_mix(place: _Place, composition: Composition, whole: Composition) -> Node:
+def _row_mix(place: SiteContext, composition: Composition, whole: Composition) -> Node:
     """What a composition that divides the rows is at a place."""
     kinds, is_parallel = row_kinds(composition), multiplies_rows(composition)
     nodes = tuple(_node(place, kind, whole) for kind in kinds)
@@ -223,7 +166,7 @@ def _row_mix(place: _Place, composition: Composition, whole: Composition) -> Nod
     return RowMix(nodes, kinds, composition, place.path, is_parallel)
 
 
-def _attend(place: _Place, composition: Fuse, nodes: Sequence[Node], whole: Composition) -> Node:
+def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[Node], whole: Composition) -> Node:
     """What a fusion is at a place."""
     entry = next(iter(place.entries(composition.fusion)), None)
     trained: Any = () if entry is None else getattr(entry.config, "children", ())
@@ -236,7 +179,7 @@ def _attend(place: _Place, composition: Fuse, nodes: Sequence[Node], whole: Comp
     return Attend(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))  # type: ignore[arg-type]  # not a head
 
 
-def _leaf(place: _Place, entry: Entry, whole: Composition) -> Leaf:
+def _leaf(place: SiteContext, entry: Entry, whole: Composition) -> Leaf:
     step = step_of(entry, whole)
     if not isinstance(step, Adding):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
@@ -244,12 +187,12 @@ def _leaf(place: _Place, entry: Entry, whole: Composition) -> Leaf:
     return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)), _undoes(place, entry))
 
 
-def _undoes(place: _Place, entry: Entry) -> bool:
+def _undoes(place: SiteContext, entry: Entry) -> bool:
     """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
     return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
 
 
-def _check_tokens(place: _Place, nodes: Sequence[Node], whole: Composition) -> None:
+def _check_tokens(place: SiteContext, nodes: Sequence[Node], whole: Composition) -> None:
     """Raise CompatibilityError where what an adapter adds to a token depends on others, as in a convolution."""
     for leaf in (leaf for node in nodes for leaf in node.leaves):
         if leaf.step.spec.axis != -1:
@@ -259,7 +202,7 @@ def _check_tokens(place: _Place, nodes: Sequence[Node], whole: Composition) -> N
             )
 
 
-def _check_one_tensor(place: _Place, node: Node, whole: Composition) -> None:
+def _check_one_tensor(place: SiteContext, node: Node, whole: Composition) -> None:
     """Raise CompatibilityError where adapters change different tensors of one host's output or call."""
     specs = [leaf.step.spec for leaf in node.leaves]
     tensors = {(spec.input if spec.at == "input" else spec.output, spec.axis) for spec in specs}

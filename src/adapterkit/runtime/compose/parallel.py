@@ -5,7 +5,6 @@ Blocks below the first one where children differ compute the first rows alone, a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,26 +14,18 @@ from torch import Tensor, nn
 from ...composition.nodes import Parallel, parallel_in
 from ...errors import CompatibilityError
 from ...placement.layers import stack_of
-from ...structure import pytree as values
+from ...structure import pytree
 from ...structure.tracing.row_layout import NO_ROWS, Layouts, RowLayout, axis_of_call, rows_at
-from ..hooks import KitHook, forget_compiled, remove_hooks, set_hook
+from ..hooks import KitHook, remove_hooks, set_hook
 from ..state import Record
+from ..sync import forget_compiled
+from ..this_call import THIS_CALL
 from .batch import BatchEndHook, BatchHook, is_ambiguous, running
 
 __all__ = ["set_batch_hooks"]
 
 # Of a block that a compiler traces: whether it computes the first rows alone.
 _TRIMMED = "_adapterkit_trimmed"
-
-
-class _Thread(threading.local):
-    """Whether the blocks that this thread is in are trimmed, the innermost last."""
-
-    def __init__(self) -> None:
-        self.trimmed: list[bool] = []
-
-
-_thread = _Thread()
 
 
 class _Sharing(KitHook):
@@ -61,13 +52,13 @@ class TrimHook(_Sharing):
         if torch.compiler.is_compiling():
             module.__dict__[_TRIMMED] = rows is not None
         else:
-            _thread.trimmed.append(rows is not None)
+            THIS_CALL.first_rows.append(rows is not None)
         if rows is None:
             return None
-        for path, tensor in list(values.tensors(call)):
+        for path, tensor in list(pytree.tensors(call)):
             axis = rows_at(tensor, rows, self.axis)
             if axis is not None:
-                call = values.put(call, path, tensor.narrow(axis, 0, rows // self.copies))
+                call = pytree.put(call, path, tensor.narrow(axis, 0, rows // self.copies))
         return call
 
     def _is_repeated(self, module: nn.Module) -> bool:
@@ -84,12 +75,12 @@ class TrimHook(_Sharing):
 
     def _rows(self, call: Any) -> int | None:
         """The rows of the batch; None where they lie elsewhere, or another tensor has that size (a mask over tokens)."""
-        path = values.find(call)
-        if path is None or values.get(call, path).dim() <= self.axis:
+        path = pytree.find(call)
+        if path is None or pytree.get(call, path).dim() <= self.axis:
             return None
-        x: Tensor = values.get(call, path)
+        x: Tensor = pytree.get(call, path)
         rows: int = x.shape[self.axis]
-        tensors = [tensor for _, tensor in values.tensors(call)]
+        tensors = [tensor for _, tensor in pytree.tensors(call)]
         is_doubtful = any(is_ambiguous(tensor, x, tensors, rows) for tensor in tensors)
         batch = None if torch.compiler.is_compiling() else running(self.record)
         is_other = batch is not None and rows != batch.rows
@@ -106,15 +97,15 @@ class UntrimHook(_Sharing):
         if torch.compiler.is_compiling():
             is_trimmed = module.__dict__.pop(_TRIMMED, False)
         else:
-            is_trimmed = bool(_thread.trimmed) and _thread.trimmed.pop()
-        path = values.find((args, kwargs))
+            is_trimmed = bool(THIS_CALL.first_rows) and THIS_CALL.first_rows.pop()
+        path = pytree.find((args, kwargs))
         if not is_trimmed or path is None:
             return None
-        rows = values.get((args, kwargs), path).shape[self.axis]
-        for where, tensor in list(values.tensors(output)):
+        rows = pytree.get((args, kwargs), path).shape[self.axis]
+        for where, tensor in list(pytree.tensors(output)):
             axis = rows_at(tensor, rows, self.axis)
             if axis is not None:
-                output = values.put(output, where, torch.cat([tensor] * self.copies, axis))
+                output = pytree.put(output, where, torch.cat([tensor] * self.copies, axis))
         return output
 
 

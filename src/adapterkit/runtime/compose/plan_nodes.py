@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ...composition.nodes import Composition
 from ...composition.rows import fixed_rows, rows_of, sizes_of
 from ...errors import CompatibilityError
-from ...structure import pytree as values
+from ...structure import pytree
 from ...structure.tracing.row_layout import RowLayout
-from ..site import AdapterSite, Step
-from ..steps import AddDelta, Adding, AddProjected, View, plus
+from ..site import AdapterSite
+from ..steps import AddDelta, Adding, AddProjected, Step, View, plus
 from .batch import check_repeated, check_sizes, indices_per_row, is_of_tokens
 from .stacked import run_each
 
@@ -246,7 +246,7 @@ class Mix(Step):
         """Return `value` with that tensor replaced. Shape: as it was."""
         steps: Sequence[Any] = self.node.readers
         path = steps[0].locate(value, in_call=steps[0].spec.at == "input")
-        x: Tensor = values.get(value, path)
+        x: Tensor = pytree.get(value, path)
         if x.is_nested:
             raise CompatibilityError(
                 f"several modules at {steps[0].spec.path!r} act on a nested tensor, which they cannot share row by row; "
@@ -261,7 +261,7 @@ class Mix(Step):
         axis, per_row = self._row_axis(x), 1
         if self.layout is not None and self.layout.is_flat:
             per_row = indices_per_row(site.record, steps[0].spec.path, x, self.layout, self.adapter)
-        return values.put(value, path, self.node.run(site, host, View(x, x, taken, streams, axis, per_row)))
+        return pytree.put(value, path, self.node.run(site, host, View(x, x, taken, streams, axis, per_row)))
 
     def _row_axis(self, x: Tensor) -> int:
         """The axis of the rows. Raises CompatibilityError: their number does not tell it."""

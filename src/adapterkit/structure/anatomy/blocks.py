@@ -7,7 +7,7 @@ from collections import Counter
 
 from torch import nn
 
-from ...placement.patterns import ancestors
+from ..paths import ancestors
 from ..tracing.flow import Flow, bits
 from .additions import up_to_number
 from .branches import Branch

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...errors import TargetError
-from ...runtime.originals import base_parameters
-from .. import pytree as values
+from .. import pytree
+from ..base_tensors import base_parameters
 from ..hosts import resolve_host
 from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
 from ..tracing.graph import ADDITIONS, Call
@@ -42,7 +42,7 @@ class Branch:
     is_parallel: bool
     kind: Kind
     is_moe: bool
-    call: tuple[Call, values.Path] | None
+    call: tuple[Call, pytree.Path] | None
     scales: tuple[str, ...]
     block: str | None = None
 
@@ -94,13 +94,13 @@ class BranchReader:
         else:
             yield end
 
-    def _finished(self, addition: Addition, node: int) -> Iterator[tuple[Call, values.Path]]:
+    def _finished(self, addition: Addition, node: int) -> Iterator[tuple[Call, pytree.Path]]:
         """The calls that returned a node before it was added."""
         for call, path in self.flow.returned.get(node, []):
             if call.end is not None and call.end <= addition.node.index and call.path is not None:
                 yield call, path
 
-    def _module_of(self, addition: Addition, end: int) -> tuple[tuple[Call, values.Path] | None, tuple[str, ...]]:
+    def _module_of(self, addition: Addition, end: int) -> tuple[tuple[Call, pytree.Path] | None, tuple[str, ...]]:
         """The outermost module whose output is added, once in each call of what is around it; and what scales it.
 
         One that serves several branches (a dropout, a drop path) cannot be told which it serves: then the module before.

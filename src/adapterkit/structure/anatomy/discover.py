@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import CompatibilityError
-from ...placement.patterns import modules_by_path
+from ..paths import modules_by_path
 from ..tracing.flow import Flow
 from ..tracing.forward import ExampleInputs
 from ..tracing.graph import record

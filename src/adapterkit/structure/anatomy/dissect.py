@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ...placement.patterns import ancestors
-from .. import pytree as values
+from .. import pytree
+from ..paths import ancestors
 from ..tracing.flow import SCALES, VIEWS, WHOLE_NORMS, Flow, bits
 from ..tracing.graph import Call
 from ..tracing.replay import Replays
@@ -113,7 +113,7 @@ class _Dissection:
         after = [other for other in mates if follows(self.flow, branch.addition, self.flow.unscaled(other.addition.skip))]
         return not beside and not after
 
-    def _place(self, call: Call, path: values.Path) -> Place:
+    def _place(self, call: Call, path: pytree.Path) -> Place:
         """What a call returned at a path of its output."""
         node = self.flow.nodes[dict(call.outputs)[path]]
         axis = self.axes.of(node.index)
@@ -326,6 +326,6 @@ def _without_post(sublayer: Sublayer) -> Sublayer:
     return replace(sublayer, post_norm=None, norm="none" if sublayer.norm == "post" else sublayer.norm)
 
 
-def _argument(path: values.Path) -> values.Argument:
+def _argument(path: pytree.Path) -> pytree.Argument:
     """An argument of a call, from its path in `(args, kwargs)`."""
     return (int(path[1]), None) if path[0] == 0 else (None, str(path[1]))

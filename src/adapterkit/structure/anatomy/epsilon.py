@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import pytree as values
+from .. import pytree
 from ..tracing.flow import SCALES, VIEWS, Flow
 from ..tracing.forward import ExampleInputs
 from ..tracing.graph import ADDITIONS, Call, Graph, Node, record
@@ -73,18 +73,18 @@ def epsilon_test(model: nn.Module, inputs: ExampleInputs, anatomy: Anatomy) -> d
 class _Move:
     """A hook that adds noise to one tensor of an output, and keeps what it returns."""
 
-    def __init__(self, output: values.Path, returned: list[Tensor]) -> None:
+    def __init__(self, output: pytree.Path, returned: list[Tensor]) -> None:
         self.output, self.returned, self.thread = output, returned, threading.get_ident()
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Return the moved output. Shape: as the output."""
         if threading.get_ident() != self.thread:
             return None
-        x: Tensor = values.get(output, self.output)
+        x: Tensor = pytree.get(output, self.output)
         noise = EPSILON * (1 + torch.rand(x.shape, device=x.device)).to(x.dtype)
         y = torch.sub(x, -noise)
         self.returned.append(y.detach().clone())
-        return values.put(output, self.output, y)
+        return pytree.put(output, self.output, y)
 
 
 def _calls(graph: Graph, returned: dict[str, list[Tensor]]) -> Iterator[tuple[Call, Tensor]]:

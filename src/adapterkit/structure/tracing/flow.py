@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
-from ...runtime.originals import base_parameters
+from ..base_tensors import base_parameters
 from .graph import Call, Graph, Node
 
 __all__ = ["Flow", "bits"]

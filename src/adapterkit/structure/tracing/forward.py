@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import AdapterKitError, CompatibilityError
-from ...placement.patterns import ancestors
+from ..paths import ancestors
 from .snapshot import Snapshot
 
 __all__ = [

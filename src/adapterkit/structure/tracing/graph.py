@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...placement.patterns import modules_by_path
-from .. import pytree as values
+from .. import pytree
+from ..paths import modules_by_path
 from .forward import ExampleInputs, forward
 
 __all__ = ["ADDITIONS", "Call", "Graph", "Node", "record"]
@@ -38,8 +38,8 @@ class Call:
     module: nn.Module
     parent: Call | None
     start: int
-    inputs: list[tuple[values.Path, int]]
-    outputs: list[tuple[values.Path, int]] = field(default_factory=list)
+    inputs: list[tuple[pytree.Path, int]]
+    outputs: list[tuple[pytree.Path, int]] = field(default_factory=list)
     end: int | None = None
 
     def around(self) -> Iterator[Call]:
@@ -154,7 +154,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return
         parent = self._stack[-1] if self._stack else None
         start = len(self.graph.nodes)
-        inputs = [(path, self._index(tensor)) for path, tensor in values.tensors((args, kwargs))]
+        inputs = [(path, self._index(tensor)) for path, tensor in pytree.tensors((args, kwargs))]
         call = Call(self._paths.get(id(module)), module, parent, start, inputs)
         self._stack.append(call)
         self.graph.calls.append(call)
@@ -167,7 +167,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self._stack.pop()
         if self._stack:
             call = self._stack.pop()
-            call.outputs = [(path, self._index(tensor)) for path, tensor in values.tensors(output)]
+            call.outputs = [(path, self._index(tensor)) for path, tensor in pytree.tensors(output)]
             call.end = len(self.graph.nodes)
 
     def _add(self, node: Node, *tensors: Tensor) -> None:

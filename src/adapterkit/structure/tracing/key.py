@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...placement.patterns import modules_by_path
+from ..paths import modules_by_path
 
 __all__ = ["structure_key"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...runtime.state import silenced
 from .forward import ExampleInputs, forward
 
 __all__ = ["CallStack", "Holder", "reads_around"]
@@ -74,12 +73,14 @@ class _Reads(TorchFunctionMode):
 def reads_around(model: nn.Module, holders: Sequence[Holder], inputs: ExampleInputs) -> list[list[CallStack]]:
     """For each holder what ran, each time that its Parameter was read while its host did not run.
 
+    Call it while no adapter runs: what adapters compute with their hosts' Parameters would count as reads.
+
     Raises:
         CompatibilityError: the model does not run on the inputs.
     """
     running: list[tuple[str, nn.Module]] = []
     reads = _Reads(holders, running)
-    with ExitStack() as stack, silenced():
+    with ExitStack() as stack:
         for path, module in list(model.named_modules()):
             if isinstance(module, torch.jit.ScriptModule):  # calls no hooks
                 continue

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...placement.patterns import ancestors
+from ..paths import ancestors
 from ..pytree import Path
 from ..pytree import tensors as tensors_in
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import CompatibilityError
-from ...placement.patterns import SITE
-from .. import pytree as values
+from .. import pytree
 from ..anatomy.discover import Remembered, discover
+from ..paths import SITE
 from .forward import ExampleInputs, observe
 from .inputs import moved_to
 from .key import structure_key
@@ -98,7 +98,7 @@ def _call(inputs: ExampleInputs) -> Any:
 def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleInputs, ExampleInputs] | None:
     """Two rows of the inputs, and each of them alone; of one row the second is the first turned round."""
     call = _call(inputs)
-    tensors = list(values.tensors(call))
+    tensors = list(pytree.tensors(call))
     reference = first_with_rows(call, axis)
     if reference is None or not reference.shape[axis] or not all(map(_is_plain, (tensor for _, tensor in tensors))):
         return None
@@ -111,8 +111,8 @@ def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleI
         first, second = tensor.narrow(at, 0, 1), tensor.narrow(at, min(1, rows - 1), 1)
         if torch.equal(first, second) and tensor.dim() > 1:
             second = first.flip(0 if at else -1)
-        one, other = values.put(one, path, first), values.put(other, path, second)
-        both = values.put(both, path, torch.cat([first, second], at))
+        one, other = pytree.put(one, path, first), pytree.put(other, path, second)
+        both = pytree.put(both, path, torch.cat([first, second], at))
     return both, one, other
 
 
@@ -128,15 +128,15 @@ class _Sketch(NamedTuple):
     tolerance: float
 
 
-def _look(_path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> dict[values.Path, _Sketch]:
+def _look(_path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> dict[pytree.Path, _Sketch]:
     """A sketch of every tensor in a call and in what it returns, by its path; the first one's under the side alone, too."""
-    sketches: dict[values.Path, _Sketch] = {}
+    sketches: dict[pytree.Path, _Sketch] = {}
     for side, value in (("input", (args, kwargs)), ("output", output)):
-        held = [(path, tensor) for path, tensor in values.tensors(value) if _is_plain(tensor)]
+        held = [(path, tensor) for path, tensor in pytree.tensors(value) if _is_plain(tensor)]
         sketches |= {(side, *path): _sketch(tensor) for path, tensor in held}
-        places = {key: index for index, key in enumerate(values.keys(value)) if side == "output"}
+        places = {key: index for index, key in enumerate(pytree.keys(value)) if side == "output"}
         sketches |= {(side, places[path[0]], *path[1:]): sketches[(side, *path)] for path, _ in held if path and places}
-        first = values.find(value)
+        first = pytree.find(value)
         if first is not None and (side, *first) in sketches:
             sketches[(side,)] = sketches[(side, *first)]
     return sketches
@@ -151,14 +151,14 @@ def _sketch(tensor: Tensor) -> _Sketch:
     return _Sketch(tuple(tensor.shape), tuple(along), _ROUNDING if tensor.element_size() > 2 else _COARSE)
 
 
-_Calls = Sequence[Mapping[values.Path, _Sketch]]
+_Calls = Sequence[Mapping[pytree.Path, _Sketch]]
 
 
 def _layouts(both: _Calls, one: _Calls, other: _Calls, tokens: Collection[int]) -> Layouts:
     """Where rows lie in each tensor of a module, the same in all of its calls."""
     if not len(both) == len(one) == len(other):  # it runs as often as the numbers say, as an expert may
         return {way: UNCLEAR for call in both for way in call}
-    found: dict[values.Path, set[RowLayout | None]] = {}
+    found: dict[pytree.Path, set[RowLayout | None]] = {}
     for a, b, c in zip(both, one, other, strict=True):
         for way in a.keys() & b.keys() & c.keys():
             found.setdefault(way, set()).add(_layout(a[way], b[way], c[way], tokens))

@@ -1,0 +1,51 @@
+"""The hook on a model that takes labels, and whatever else is for heads, off the model's call."""
+
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+
+from ..runtime.handover import Handover
+from ..runtime.hooks import KitHook, set_hook
+from ..runtime.lookup import sites_of
+from ..runtime.site import root_of
+from ..runtime.state import Record
+from .call import Call, taken_off
+
+__all__ = ["CallHook", "sync_labels_hooks"]
+
+# The attribute of a model that holds the handovers of its sites with heads on the output.
+_HANDOVERS = "_adapterkit_labels"
+
+
+class CallHook(KitHook):
+    """Take off the model's call what is for the heads on its output: labels, which the model need not know."""
+
+    is_pre = True
+    is_first = True
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return the arguments that are left, or None for no change. Shape: as given; choices are made rows."""
+        is_changed = False
+        for handover in module.__dict__[_HANDOVERS]:
+            if handover.wanted is not None:
+                args, kwargs, call = taken_off(handover.wanted, module, args, kwargs)
+                handover.give(call)
+                is_changed = True
+        return (args, kwargs) if is_changed else None
+
+
+def sync_labels_hooks(model: nn.Module, record: Record) -> None:
+    """Register the hook on each module whose output an adapter's head reads; remove it where none does any more."""
+    handovers: dict[str, list[Handover[Call]]] = defaultdict(list)
+    for path, _, site in sites_of(model):
+        entries = [entry for entries in site.entries.values() for entry in entries]
+        on_output = [entry for entry in entries if entry.head is not None and entry.head.above is not None]
+        for root in {root_of(path, entry) for entry in on_output}:
+            handovers[root].append(site.call)
+    for path, module in model.named_modules():
+        set_hook(module, CallHook, path in handovers, record)
+        if path in handovers:
+            module.__dict__[_HANDOVERS] = handovers[path]
+        else:
+            module.__dict__.pop(_HANDOVERS, None)

@@ -1,0 +1,196 @@
+"""Add an adapter, or heads: find its sites, build its modules, attach them; all or nothing."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..composition.nodes import names_in
+from ..config.settings import AdapterConfig
+from ..config.union import Config, Union, members
+from ..errors import ActivationError, AdapterKitError, AdapterNameError, CompatibilityError, TargetError
+from ..heads.find import Heads, check_apart, check_names, find_heads
+from ..methods import method_of
+from ..placement.layers import check_maps
+from ..placement.patterns import match
+from ..placement.resolve import check_row_axes, resolve
+from ..placement.spec import SiteSpec
+from ..placement.targets import asks_for_structure
+from ..runtime.lookup import fusions_of, named_parameters, record_of, sites_of
+from ..runtime.site import Entry
+from ..runtime.state import ACTIVATION_LOCK, Record, silenced
+from ..structure.paths import ancestors
+from ..structure.tracing.forward import ExampleInputs
+from ..structure.tracing.row_layout import Layouts
+from ..structure.tracing.rows import discover_rows
+from .activate import check_plans, layouts_of
+from .attach import attach, check_free, detach, drop_modules, insert_modules, refresh, shared_record
+from .build import build_parts, head_parts, tied_groups
+from .merging.merge import unmerge
+
+__all__ = ["add", "add_heads", "find_sites", "needs_structure", "remove", "remove_head", "seen_layouts"]
+
+
+def add(
+    model: nn.Module,
+    name: str,
+    config: Config,
+    heads: Heads = (),
+    example_inputs: ExampleInputs | None = None,
+) -> None:
+    """Add a new adapter, or raise and leave the model as it was. Raises: see `AdapterKit.add`."""
+    check_free(model, name)
+    sites = find_sites(model, config, example_inputs)
+    found = find_heads(model, heads, example_inputs)
+    replaced = [head.path for head in found if head.is_in_place]
+    if replaced:
+        sites = _outside_heads(model, sites, config, replaced)
+        check_apart([site.path for site in sites], replaced)
+    layouts = seen_layouts(model, config, sites, example_inputs)
+    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, found), layouts)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take an adapter (or a fusion) out of the model, out of the base's weights first if it is merged.
+
+    Raises:
+        ActivationError: another thread is running the model with it.
+        CompatibilityError: it is merged, and the weights have changed since; or a fusion weighs it.
+    """
+    record = shared_record(model)
+    weighed = [fusion for fusion, fuse in fusions_of(model).items() if name != fusion and name in names_in(fuse)]
+    if weighed:
+        raise CompatibilityError(
+            f"adapter {name!r} is weighed by the fusion {weighed[0]!r}, which cannot run without it; call "
+            f"kit.remove({weighed[0]!r}), or kit.prune_fusion, first"
+        )
+    with ACTIVATION_LOCK:
+        if name in record.merged:
+            record.activation.check_forgettable(name)
+            unmerge(model, record, name)
+        detach(model, name)
+
+
+def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: ExampleInputs | None = None) -> None:
+    """Give an adapter more heads, or raise and leave the model as it was. Raises: see `AdapterKit.add_head`."""
+    record = shared_record(model)
+    if name in record.merged:
+        raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
+    found = find_heads(model, heads, example_inputs)
+    held = [(path, entry) for path, _, site in sites_of(model) for entry in site.entries.get(name, ())]
+    there = [(path, entry.head) for path, entry in held if entry.head is not None]
+    replaced = [path for path, head in there if head.above is None] + [head.path for head in found if head.is_in_place]
+    check_names([*(head for _, head in there), *(head.spec for head in found)], replaced)
+    check_apart([path for path, entry in held if entry.spec is not None], replaced)
+    config, trains = held[0][1].config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
+    parts = head_parts(model, found)
+    with ACTIVATION_LOCK:
+        try:
+            insert_modules(model, record, name, config, parts, trains=trains)
+            for composition in record.activation.held:
+                check_plans(model, record, composition)
+        except AdapterKitError:  # what is active, now or after a `with` block, cannot choose between heads
+            _keep_only(model, record, name, held)
+            raise
+
+
+def _keep_only(model: nn.Module, record: Record, name: str, held: Sequence[tuple[str, Entry]]) -> None:
+    """Let go of an adapter's modules but these, each given with its host's path."""
+    keys = {(path, entry.key) for path, entry in held}
+    for path, _, site in list(sites_of(model)):
+        others = {entry.key for entry in site.entries.get(name, ()) if (path, entry.key) not in keys}
+        if others:
+            drop_modules(model, record, name, path, others)
+    record.hosts[name] = tuple(path for path, _ in held)
+    refresh(model, record)
+
+
+def remove_head(model: nn.Module, name: str, head: str) -> None:
+    """Take a head from an adapter. Raises: see `AdapterKit.remove_head`."""
+    record = shared_record(model)
+    held = [(path, e) for path, _, site in sites_of(model) for e in site.entries.get(name, ()) if e.head is not None]
+    path, entry = next(((path, e) for path, e in held if e.head and e.head.config.name == head), (None, None))
+    if path is None or entry is None:
+        raise AdapterNameError(
+            f"adapter {name!r} has no head {head!r}; it has {[e.head.config.name for _, e in held if e.head] or 'none'}"
+        )
+    if name in record.merged:
+        raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
+    with ACTIVATION_LOCK:
+        drop_modules(model, record, name, path, {entry.key})
+        hosts = list(record.hosts[name])
+        hosts.remove(path)
+        record.hosts[name] = tuple(hosts)
+        refresh(model, record)
+
+
+def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
+    """The sites without those in heads that a method named by itself (every bias, say): the copies train whole.
+
+    Without those, too, at a Parameter that is tied to one outside of the heads, which is what is adapted then.
+    """
+    named = [index for index, member in enumerate(members(config)) if "targets" in member.model_fields_set]
+    outside = [site for site in sites if not {*heads} & {*ancestors(site.path)}]
+    tied = {site for group in tied_groups(model, sites) if any(site in outside for site in group) for site in group}
+    kept = [site for site in sites if site in outside or (site.member in named and site not in tied)]
+    if not kept:
+        raise TargetError(f"all {len(sites)} sites of the adapter lie in its heads {list(heads)}, which train whole anyway")
+    return kept
+
+
+def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
+    """The sites that a config would adapt. Raises: see `placement.resolve`."""
+    with ACTIVATION_LOCK, silenced():
+        sites = resolve(model, [(m, method_of(m).placements(m)) for m in members(config)], example_inputs)
+    for index, member in enumerate(members(config)):
+        check_maps(member, [site for site in sites if site.member == index])
+    return sites
+
+
+def needs_structure(config: Config) -> bool:
+    """Whether a config's places depend on what the model computes."""
+    return any(asks_for_structure(m, placement) for m in members(config) for placement in method_of(m).placements(m))
+
+
+def seen_layouts(
+    model: nn.Module, config: Config, sites: Sequence[SiteSpec], example_inputs: ExampleInputs | None
+) -> Mapping[str, Layouts]:
+    """By the path of each module: where the rows of a batch lie in its tensors, as running the model shows or has shown.
+
+    It is run on the inputs, if there are any; on tiny ones, if the config's places are found by running it, too.
+
+    Raises:
+        TargetError: the config has a row-wise setting that would take another axis for that of rows.
+    """
+    record = record_of(model)
+    layouts = {} if record is None else layouts_of(model, record)
+    is_new = any(site.path not in layouts for site in sites)
+    if is_new and (example_inputs is not None or needs_structure(config)):
+        with ACTIVATION_LOCK, silenced():
+            layouts = discover_rows(model, example_inputs) or layouts
+    check_row_axes(model, sites, members(config), layouts)
+    return layouts
+
+
+def _with_paths(model: nn.Module, config: Config) -> Config:
+    """The config with predicates replaced by what they matched, so that it can be saved."""
+    if isinstance(config, Union):
+        return Union(*(_member_with_paths(model, member) for member in config.configs))
+    return _member_with_paths(model, config)
+
+
+def _member_with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """`_with_paths` of one config."""
+
+    def paths(targets: Sequence[Any]) -> list[str]:
+        return [
+            path
+            for target in targets
+            for path in ([target] if isinstance(target, str) else [f"re:{re.escape(p)}" for p in match(model, [target])])
+        ]
+
+    # A method may have lists of targets of its own.
+    named = {name: getattr(config, name) for name in type(config).model_fields}
+    lists = {name: value for name, value in named.items() if isinstance(value, tuple) and any(map(callable, value))}
+    return config.override({name: paths(value) for name, value in lists.items()})

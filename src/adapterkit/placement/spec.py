@@ -1,0 +1,83 @@
+"""A site as a value: which module, which of its tensors, and what an adapter there reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..nn.functional.slices import Parts
+from ..structure.anatomy.description import Norm
+from ..structure.pytree import Path
+from ..structure.tracing.row_layout import Layouts, RowLayout
+
+__all__ = ["SiteSpec", "layout_of", "located"]
+
+
+Reads = Literal["site", "norm", "residual", "sum", "input", "weight"]
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One resolved place of an adapter.
+
+    Attributes:
+        path: The host module's path in the model.
+        host: Name of the host's type, as in torch.nn where it derives from there.
+        at: Whether the host's output, its input or one of its Parameters is adapted.
+        reads: What the adapter reads: the tensor at the site ("site"), that tensor through the host ("norm"), what enters
+            the module `residual` ("residual"), the tensor at the site plus that ("sum"), what the host takes ("input"), or
+            the Parameter ("weight").
+        width: Features of the tensor at the site; of a Parameter, its size on the first axis.
+        input_width: Features of what the adapter reads; of a Parameter, its size on the last axis.
+        axis: The axis they lie on.
+        layer: (index, count) of the repeated block that the host lies in, if any.
+        output: Which tensor of the host's output; the first floating one if None.
+        input: Which argument, of the host or of `residual`, as (position, keyword); the first floating one if None.
+        residual: Path of the module whose input the adapter reads: the residual stream or, beside the host, its own.
+        norm: Where a block normalises around the branch that the host yields, as `Sublayer.norm`; None where the host
+            yields none, or the config did not need the model's structure.
+        parameters: Names, from the host on, of the Parameter that is adapted; several where the host reads it under
+            several. Of a tied Parameter each host that reads it is a site; one module serves them all.
+        parts: Which features of the output (rows of the Parameter) are adapted; () for all of them.
+        tag: Which of a method's placements it came of.
+        member: Which config of a union it came of.
+    """
+
+    path: str
+    host: str
+    at: Literal["output", "input", "weight"]
+    reads: Reads
+    width: int
+    input_width: int
+    axis: int = -1
+    layer: tuple[int, int] | None = None
+    output: Path | None = None
+    input: tuple[int | None, str | None] | None = None
+    residual: str | None = None
+    norm: Norm | None = None
+    parameters: tuple[str, ...] = ()
+    parts: Parts = ()
+    tag: str = ""
+    member: int = 0
+
+
+def layout_of(layouts: Layouts, spec: SiteSpec) -> RowLayout | None:
+    """Of how rows lie in the tensors of a host, what was seen of the one at a place; None if nothing was."""
+    if spec.at == "output":
+        ways: list[Path] = [("output", *(spec.output or ()))]
+    else:
+        position, keyword = spec.input or (None, None)
+        ways = [("input", side, key) for side, key in ((1, keyword), (0, position)) if key is not None] or [("input",)]
+    return next((layouts[way] for way in ways if way in layouts), None)
+
+
+def located(spec: SiteSpec, path: str) -> SiteSpec:
+    """The spec with paths as they are in this model, which may be a part of the one that it was made in, or around it."""
+    if path == spec.path:
+        return spec
+    residual = spec.residual
+    if residual is not None and spec.path.endswith(f".{path}" if path else ""):
+        residual = residual.removeprefix(spec.path[: len(spec.path) - len(path)])
+    elif residual is not None and path.endswith(f".{spec.path}" if spec.path else ""):
+        residual = f"{path[: len(path) - len(spec.path)]}{residual}".rstrip(".")
+    return replace(spec, path=path, residual=residual)

@@ -1,0 +1,65 @@
+"""The base model θ: its tensors, apart from what adapterkit added, and digests of their bits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .paths import SITE
+
+__all__ = ["base_parameters", "base_tensors", "digest", "owner_at", "parameter_at"]
+
+
+_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+_CHUNK = 2**17  # words: small enough to stay in a processor's cache
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that the model had before `wrap`, with their names; tied ones once."""
+    return ((name, p) for name, p in model.named_parameters() if SITE not in name.split("."))
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers that the model had before `wrap`, non-persistent buffers too."""
+    yield from base_parameters(model)
+    yield from ((name, b) for name, b in model.named_buffers() if SITE not in name.split("."))
+
+
+def digest(tensor: Tensor) -> str:
+    """A digest of a tensor's bits, the same on every device, at about memory speed.
+
+    The words of each chunk are summed with a weight for each place (odd, so that no change of one word is lost; distinct,
+    so that no exchange of two is), and the sums are hashed.
+    """
+    tensor = tensor.detach()
+    head = f"{tensor.dtype} {tuple(tensor.shape)}" if not is_lazy(tensor) else "not initialised"
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or not tensor.numel():
+        return head
+    words = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    words = words.contiguous().flatten().view(_WORD[words.element_size()])
+    weights = torch.arange(1, 2 * min(_CHUNK, words.numel()), 2, device=words.device)
+    sums = [(chunk * weights[: chunk.numel()]).sum() for chunk in torch.split(words, _CHUNK)]
+    return hashlib.sha256(f"{head} {torch.stack(sums).tolist()}".encode()).hexdigest()
+
+
+def owner_at(host: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The module that holds a Parameter, by the Parameter's name from the host on, and the name there; None if gone."""
+    way, _, leaf = name.rpartition(".")
+    owner: nn.Module | None = host
+    for part in way.split(".") if way else ():
+        owner = None if owner is None or part not in owner._modules else owner._modules[part]
+    return owner, leaf
+
+
+def parameter_at(host: nn.Module, name: str) -> nn.Parameter | None:
+    """A Parameter by its name from the host on; None if there is none (any more)."""
+    owner, leaf = owner_at(host, name)
+    if owner is None or leaf not in owner._parameters:  # TorchScript's has no get
+        return None
+    return owner._parameters[leaf]

@@ -1,0 +1,378 @@
+"""Where rows lie in a model's tensors, as running it shows."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adapterkit as ak
+from adapterkit.structure.tracing.row_layout import NO_ROWS, UNCLEAR, RowLayout
+from adapterkit.structure.tracing.rows import discover_rows
+
+from ...conftest import PostNormBlock, PreNormBlock, randomise
+from ...hosts.composed import Blocks, FlatBlock, TokensFirstBlock, TokensFirstInside, Windows, encoder
+
+FIRST, SECOND, FLAT = RowLayout(0), RowLayout(1), RowLayout(0, is_flat=True)
+OF_TOKENS = RowLayout(0, is_flat=True, of_tokens=True)
+
+
+def ids(rows: int = 4, tokens: int = 6) -> Tensor:
+    return torch.randint(0, 11, (rows, tokens))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("model", "inner", "path", "layout"),
+    [
+        (Blocks, PostNormBlock, "blocks.1.down", FIRST),
+        (Blocks, FlatBlock, "blocks.1.mlp.2", OF_TOKENS),
+        (Blocks, FlatBlock, "blocks.1.attention.out", FIRST),
+        (Windows, PreNormBlock, "blocks.0.attention.query", FLAT),
+        (TokensFirstInside, TokensFirstBlock, "blocks.1.attention.query", SECOND),
+        (TokensFirstInside, TokensFirstBlock, "embedding", FIRST),
+    ],
+)
+def test_rows_are_found_whatever_their_number_in_the_example(
+    rows: int, model: Any, inner: Any, path: str, layout: RowLayout
+) -> None:
+    found = discover_rows(model(inner).eval(), ids(rows))[path]
+    assert found[("output",)] == layout
+    assert found.get(("input",), layout) == layout
+
+
+def test_equal_rows_are_told_apart_by_turning_one_round() -> None:
+    found = discover_rows(Windows(PreNormBlock).eval(), ids(1).repeat(3, 1))
+    assert found["blocks.0.attention.query"][("output",)] == FLAT
+
+
+def test_torchs_own_layers_of_tokens_first_have_rows_second() -> None:
+    found = discover_rows(encoder(False).eval(), torch.randn(5, 3, 8))
+    assert {found[path][("output",)] for path in ("", "layers.0.linear1", "norm")} == {SECOND}
+
+
+class Positions(nn.Module):
+    """Positions that are one tensor for all rows, and a mixture of tokens in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(11, 8), nn.Embedding(6, 8)
+        self.project, self.by_token = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.project(self.positions(torch.arange(6)))
+        by_token = self.by_token(x.transpose(0, 1).flatten(0, 1))
+        return by_token.unflatten(0, (6, -1)).transpose(0, 1)
+
+
+def test_a_tensor_for_all_rows_is_told_from_one_of_rows_and_rows_in_turn_are_not_known() -> None:
+    found = discover_rows(Positions().eval(), ids())
+    assert found["project"][("output",)] == found["positions"][("output",)] == NO_ROWS
+    assert found["words"][("output",)] == FIRST
+    assert found["by_token"][("output",)] == UNCLEAR
+
+
+def test_what_cannot_be_run_says_nothing() -> None:
+    assert discover_rows(Positions().eval(), ids(tokens=9)) == {}
+    assert discover_rows(nn.Bilinear(2, 2, 2)) == {}
+
+
+def test_looking_leaves_the_model_as_it_was() -> None:
+    model = Blocks(FlatBlock).train()
+    x = ids()
+    state, hooks = torch.random.get_rng_state(), [len(m._forward_hooks) for m in model.modules()]
+    discover_rows(model, x)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert all(module.training for module in model.modules())
+
+
+def kit_of(model: nn.Module, targets: list[str], inputs: Tensor | None = None) -> ak.AdapterKit:
+    kit = ak.wrap(model.eval(), ids() if inputs is None else inputs)
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=targets, bottleneck_size=2))
+        randomise(kit, name)
+    return kit
+
+
+def test_a_place_whose_tensor_is_one_for_all_rows_is_refused_however_many_it_has() -> None:
+    kit = kit_of(Positions(), ["project"])
+    with pytest.raises(ak.CompatibilityError, match="cannot act on 'project': its tensor there is one for all rows"):
+        kit.activate(ak.Rows(["a", "b", None, "a", "b", "a"]))
+    kit.activate(ak.Average("a", "b"))
+
+
+def test_rows_of_another_number_than_the_batch_are_no_rows_of_flat_tokens() -> None:
+    """Six names for two rows of six tokens: twelve indices, which six would divide."""
+    kit = kit_of(Blocks(FlatBlock), ["mlp"])
+    with (
+        kit.active(ak.Rows(["a", "b", None, "a", "b", "a"])),
+        pytest.raises(ak.CompatibilityError, match="Rows names 6 rows, and the batch has 2"),
+    ):
+        kit.model(ids(2))
+
+
+def test_windows_are_no_sequence_to_split() -> None:
+    kit = kit_of(Windows(PreNormBlock), ["mlp"])
+    with (
+        kit.active(ak.Split("a", "b")),
+        pytest.raises(ak.CompatibilityError, match=r"'blocks\.0\.mlp\.2' has .* \(8, 3, 8\), .* windows of it"),
+    ):
+        kit.model(ids())
+
+
+@pytest.mark.parametrize(
+    "tree", [ak.BatchSplit("a", "b"), ak.BatchSplit("a", "b", sizes=[1, 3]), ak.Parallel("a", "b")], ids=str
+)
+def test_flat_rows_compile(tree: Any) -> None:
+    kit = kit_of(Blocks(FlatBlock), ["mlp"])
+    x = ids()
+    with kit.active(tree):
+        right = kit.model(x)
+        torch.testing.assert_close(torch.compile(kit.model, backend="eager", fullgraph=True)(x), right)
+
+
+def test_tokens_of_another_tensor_are_no_rows_of_the_batch() -> None:
+    kit = kit_of(Blocks(FlatBlock), ["mlp"])
+    kit.model.blocks[1].mlp.register_forward_pre_hook(lambda _module, args: (args[0][:-2],))
+    with (
+        kit.active(ak.BatchSplit("a", "b")),
+        pytest.raises(ak.CompatibilityError, match=r"\(22, 8\), .* 4 rows of \[6\] tokens do not"),
+    ):
+        kit.model(ids())
+
+
+class CheckpointedFlat(Blocks):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def test_flat_rows_without_sizes_are_recomputed_as_they_were() -> None:
+    x, grads = ids(), []
+    for model in (Blocks, CheckpointedFlat):
+        torch.manual_seed(0)
+        kit = kit_of(model(FlatBlock), ["mlp"], x)
+        with kit.active(ak.BatchSplit("a", "b")):
+            kit.model(x).pow(2).sum().backward()
+        grads.append([p.grad for p in kit.parameters("a")])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_loaded_adapter_knows_where_rows_lie(tmp_path: Any) -> None:
+    model = Blocks(FlatBlock).eval()
+    kit = kit_of(model, ["mlp"])
+    kit.save("a", tmp_path / "a")
+    kit.save("b", tmp_path / "b")
+    x, tree = ids(), ak.Rows(["a", "b", None, "a"])
+    with kit.active(tree):
+        right = kit.model(x)
+    kit.remove("a"), kit.remove("b")
+    kit.load(tmp_path / "a"), kit.load(tmp_path / "b")
+    with kit.active(tree):
+        assert torch.equal(kit.model(x), right)
+
+
+def test_a_gate_asks_for_the_axis_that_was_seen() -> None:
+    kit = ak.wrap(TokensFirstInside(TokensFirstBlock).eval(), ids())
+    config = ak.BottleneckConfig(targets=["mlp"], bottleneck_size=2, gating=True)
+    with pytest.raises(ak.TargetError, match=r"'blocks\.0\.mlp\.2' has its batch on axis 1; .* set batch_axis=1"):
+        kit.add("a", config)
+    assert list(kit.adapters) == []
+    kit.add("a", config.override({"batch_axis": 1}))
+
+
+class Chosen(Blocks):
+    """Leaves padding out before a feed-forward, or sends each token to one of two."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(PreNormBlock)
+        self.how = how
+        self.halves = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = super().forward(ids)
+        flat = x.flatten(0, 1)
+        if self.how == "unpadded":
+            kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+            return x.index_put((kept,), self.halves[0](x[kept]))
+        first = flat[:, 0] > flat[:, 1]
+        return flat.index_put((first,), self.halves[0](flat[first])).view_as(x)
+
+
+def test_tokens_without_padding_are_rows_only_where_nothing_was_left_out() -> None:
+    kit = kit_of(Chosen("unpadded"), ["halves.0"])
+    x, padding = ids(), torch.arange(6) < torch.tensor([6, 4, 6, 4])[:, None]
+    with kit.active(ak.Rows(["a", "b", None, "a"])):
+        together = kit.model(x)
+        with pytest.raises(ak.CompatibilityError, match=r"\(20, 8\), .* 4 rows of \[6\] tokens do not make it"):
+            kit.model(x, mask=padding)
+    with kit.active("b"):
+        torch.testing.assert_close(together[1:2], kit.model(x[1:2]), atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_that_are_sent_somewhere_are_never_taken_for_rows() -> None:
+    refused = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        kit, x = kit_of(Chosen("sent"), ["halves.0"]), ids()
+        try:
+            with kit.active(ak.BatchSplit("a", "b")):
+                together = kit.model(x)
+        except ak.CompatibilityError:
+            refused += 1
+            continue
+        with kit.active("a"):  # only where it got all tokens, or none
+            torch.testing.assert_close(together[:2], kit.model(x[:2]), atol=1e-6, rtol=1e-5)
+    assert refused > 30
+
+
+class Places(nn.Module):
+    """Takes positions before its ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Blocks(FlatBlock)
+
+    def forward(self, places: Tensor, ids: Tensor) -> Tensor:
+        return self.inner(ids) + places[:, None]
+
+
+def test_rows_are_those_of_the_first_tensor_of_several_axes() -> None:
+    inputs = {"places": torch.arange(6.0), "ids": ids()}
+    kit = ak.wrap(Places().eval(), inputs)
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=["mlp"], bottleneck_size=2))
+        randomise(kit, name)
+    with kit.active("b"):
+        right = kit.model(**inputs)[1]
+    with kit.active(ak.Rows(["a", "b", None, "a"])):
+        torch.testing.assert_close(kit.model(**inputs)[1], right)
+    with kit.active(ak.Rows(["a", "b", None, "a", "b", "a"])), pytest.raises(ak.CompatibilityError, match="batch has 4"):
+        kit.model(**inputs)
+
+
+class Pair(TokensFirstInside):
+    """Returns what it computes second, by a name."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"first": x.sum((0, 1)), "second": self.linear(x)}
+
+    def __init__(self) -> None:
+        super().__init__(TokensFirstBlock)
+        self.pair = Pair.Blocks()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.pair(super().forward(ids).transpose(0, 1))["second"].transpose(0, 1)
+
+
+@pytest.mark.parametrize("output", [1, "second"])
+def test_an_output_is_known_by_its_place_and_by_its_name(output: Any) -> None:
+    x = ids(4, 4)
+    kit = ak.wrap(Pair().eval(), x)
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=["pair"], output=output, bottleneck_size=2))
+        randomise(kit, name)
+    with kit.active("b"):
+        right = kit.model(x)[1]
+    with kit.active(ak.Rows(["a", "b", None, "a"])):
+        torch.testing.assert_close(kit.model(x)[1], right)
+
+
+def test_heads_of_rows_lie_where_rows_were_seen() -> None:
+    x = ids(4, 4)
+    kit = ak.wrap(TokensFirstInside(TokensFirstBlock).eval(), x)
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=["attention.out"], bottleneck_size=2), heads=["blocks.1.mlp.2"])
+        randomise(kit, name)
+    with torch.no_grad():
+        for name in "ab":
+            for parameter in kit.parameters(name, heads=True):
+                parameter.add_(torch.randn_like(parameter))
+    with kit.active(ak.Rows(["a", "b", None, "a"])):
+        together = kit.model(x)
+    with kit.active("b"):
+        torch.testing.assert_close(together[1:2], kit.model(x[1:2]), atol=1e-5, rtol=1e-5)
+
+
+def test_what_every_row_does_may_be_done_to_a_tensor_of_all_rows() -> None:
+    kit, x = kit_of(Positions(), ["project"]), ids()
+    with kit.active("a"):
+        right = kit.model(x)
+    with kit.active(ak.Rows(["a"] * 4)):
+        torch.testing.assert_close(kit.model(x), right)
+
+
+def test_what_is_active_is_asked_before_an_adapter_comes() -> None:
+    """Without inputs six names fit the six positions; with them it is seen that those are no rows."""
+    model, x = Positions().eval(), ids()
+    kit = ak.wrap(model)
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=["project"], bottleneck_size=2))
+    kit.activate(ak.Rows(["a", "b"] * 3))
+    with pytest.raises(ak.CompatibilityError, match="its tensor there is one for all rows"):
+        ak.wrap(model, x).add("c", ak.BottleneckConfig(targets=["words"], bottleneck_size=2))
+    assert [*kit.adapters] == ["a", "b"]
+    kit.deactivate()
+    ak.wrap(model, x).add("c", ak.BottleneckConfig(targets=["words"], bottleneck_size=2))
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+        return edges @ self.linear(x), x[:0]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("make", [Tensor.clone, Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_inputs_that_are_no_plain_tensors_are_no_reason_to_fail(make: Any) -> None:
+    kit = ak.wrap(Graph().eval(), (torch.randn(5, 8), make(torch.eye(5))))
+    kit.add("a", ak.BottleneckConfig(targets=["linear"], bottleneck_size=2))
+
+
+def test_choices_in_the_place_of_rows_are_sequences() -> None:
+    class Choices(Blocks):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
+
+    x = torch.randint(0, 11, (4, 2, 6))
+    kit = kit_of(Choices(PreNormBlock), ["mlp"], x)
+    with kit.active(ak.BatchSplit("a", "b")):
+        together = kit.model(x)
+    with kit.active("b"):
+        torch.testing.assert_close(together[2:], kit.model(x[2:]), atol=1e-6, rtol=1e-5)
+
+
+def test_a_stream_of_other_rows_is_refused_by_row_as_it_is_alone() -> None:
+    kit = ak.wrap(Blocks(FlatBlock).eval(), ids())
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=["blocks.1.mlp"], residual="blocks.1", bottleneck_size=2))
+    for tree in ("a", ak.Rows(["a", "b", "a", "b"])):
+        with kit.active(tree), pytest.raises(ak.CompatibilityError, match=r"read (a tensor of shape|tensors of shapes)"):
+            kit.model(ids())
+
+
+class Again(Blocks):
+    """Runs itself on the other half of its tokens."""
+
+    def forward(self, ids: Tensor, *, again: bool = True) -> Tensor:
+        half = self(ids[:, ::2], again=False).mean(1, keepdim=True) if again else 0.0
+        return super().forward(ids) + half
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_model_that_calls_itself_says_nothing() -> None:
+    assert discover_rows(Again(PreNormBlock).eval(), ids()) == {}
+    assert discover_rows(torch.jit.trace(Blocks(PreNormBlock).eval(), ids()), ids()) == {}
