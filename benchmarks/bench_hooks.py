@@ -94,7 +94,7 @@ def site_cost(rounds: int, repeats: int) -> dict[str, dict[str, float]]:
         ak.wrap(model).add("a", config)
     ak.wrap(active).activate("a")
     ak.wrap(removed).remove("a")
-    inlined = Inlined(active._adapterkit.held("a"))
+    inlined = Inlined(active._adapterkit.first_module("a"))
     models = {
         "bare": bare,
         "empty hook": hooked,
@@ -128,7 +128,7 @@ def model_cost(rounds: int, config: BertConfig, batch: int, length: int) -> dict
     kit.train_adapter("a")
     by_hand.bert.requires_grad_(False)
     for layer, host in zip(by_hand.bert.encoder.layer, adapted.bert.encoder.layer, strict=True):
-        adapter = copy.deepcopy(host.output.LayerNorm._adapterkit.held("a"))
+        adapter = copy.deepcopy(host.output.LayerNorm._adapterkit.first_module("a"))
         layer.output.LayerNorm = InlinedNorm(layer.output.LayerNorm, adapter)
     models = (plain, adapted, by_hand)
     optimizers = {m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for m in models}

@@ -350,7 +350,7 @@ def test_a_copy_is_independent_and_whole(post_norm: Tiny, ids: Tensor, way: str)
     assert not torch.equal(twin(ids), expected)
     twin_kit.unwrap()
     assert torch.equal(post_norm(ids), expected)
-    assert not next(iter(twin.modules())).__dict__.get("_adapterkit_record")
+    assert not next(iter(twin.modules())).__dict__.get("_adapterkit_state")
 
 
 def test_a_copy_made_within_a_scope_runs_what_the_original_ran(post_norm: Tiny, ids: Tensor) -> None:

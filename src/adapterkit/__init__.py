@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .methods.norm_tuning import NormTuningConfig
     from .methods.vera import VeRAConfig
     from .placement.spec import SiteSpec
-    from .store.check_sites import PlacesNotCheckedWarning
+    from .store.check_sites import SitesNotCheckedWarning
     from .store.load import BaseMismatchWarning
     from .store.manifest import Metadata
 
@@ -89,11 +89,11 @@ __all__ = [
     "NormTuningConfig",
     "OwnHead",
     "Parallel",
-    "PlacesNotCheckedWarning",
     "QuestionAnsweringHead",
     "RegressionHead",
     "Rows",
     "SiteSpec",
+    "SitesNotCheckedWarning",
     "Split",
     "Stack",
     "StoreError",
@@ -134,7 +134,7 @@ _HOMES = {
     "NormTuningConfig": ".methods.norm_tuning",
     "OwnHead": ".heads.config",
     "Parallel": ".composition.nodes",
-    "PlacesNotCheckedWarning": ".store.check_sites",
+    "SitesNotCheckedWarning": ".store.check_sites",
     "QuestionAnsweringHead": ".heads.config",
     "RegressionHead": ".heads.config",
     "Rows": ".composition.nodes",

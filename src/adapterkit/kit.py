@@ -26,7 +26,7 @@ from .lifecycle.merging import merge
 from .methods.spellings import as_config
 from .placement.spec import SiteSpec
 from .runtime.lookup import adapter_names, fusions_of, heads_of, named_parameters, sites_of
-from .runtime.state import RECORD, Record
+from .runtime.state import STATE, ModelState
 from .structure.tracing.forward import ExampleInputs
 
 __all__ = ["AdapterKit", "wrap"]
@@ -182,13 +182,13 @@ class AdapterKit:
     def unwrap(self) -> nn.Module:
         """Remove everything that adapterkit added or changed, and return the model. Raises as `remove` does."""
         for name in adapter_names(self.model):
-            self._record().activation.check_forgettable(name)  # first: what raises here leaves all as it was
-        merge.unmerge_all(self.model, self._record())
+            self._state().activation.check_forgettable(name)  # first: what raises here leaves all as it was
+        merge.unmerge_all(self.model, self._state())
         self.deactivate()
-        freeze.unfreeze(self.model, self._record())
+        freeze.unfreeze(self.model, self._state())
         for name in (*self.fusions, *adapter_names(self.model)):
             add.remove(self.model, name)
-        self.model.__dict__.pop(RECORD, None)
+        self.model.__dict__.pop(STATE, None)
         return self.model
 
     # --- fusions ------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class AdapterKit:
             ConfigError: fewer than two children, or ones that it does not weigh.
             CompatibilityError: it is active.
         """
-        return fusion.prune(self.model, self._record(), fusion.fusion_of(self.model, fuse)[0], keep)
+        return fusion.prune(self.model, self._state(), fusion.fusion_of(self.model, fuse)[0], keep)
 
     def fusion_attention(self, fuse: Fuse | str | None = None) -> AbstractContextManager[FusionAttention]:
         """Keep what the active fusion attends to: `with kit.fusion_attention() as seen: model(x)`, then `seen.mean()`.
@@ -262,7 +262,7 @@ class AdapterKit:
             ActivationError: it is not active.
         """
         name = None if fuse is None else fusion.fusion_of(self.model, fuse)[0]
-        return fusion_attention.watched(self.model, self._record(), name)
+        return fusion_attention.watched(self.model, self._state(), name)
 
     @property
     def fusions(self) -> Mapping[str, Fuse]:
@@ -281,22 +281,22 @@ class AdapterKit:
             CompatibilityError: adapters that cannot act together as the composition says, with the place and the reason.
             ActivationError: another thread is running the model with another adapter, or another adapter is merged.
         """
-        activate.activate(self.model, self._record(), activate.check_active(self.model, composition))
+        activate.activate(self.model, self._state(), activate.check_active(self.model, composition))
 
     def deactivate(self) -> None:
         """Run the base alone from now on. Raises ActivationError while an adapter is merged."""
-        activate.activate(self.model, self._record(), None)
+        activate.activate(self.model, self._state(), None)
 
     def active(self, composition: Composition) -> AbstractContextManager[None]:
         """`with kit.active("a"):` runs adapter a within the block, and what was active before after it.
 
         Raises as `activate` does: for what is no composition at the call, otherwise as the block is entered.
         """
-        return activate.activated(self.model, self._record(), activate.check_active(self.model, composition))
+        return activate.activated(self.model, self._state(), activate.check_active(self.model, composition))
 
     def base(self) -> AbstractContextManager[None]:
         """`with kit.base():` runs the base alone within the block."""
-        return activate.activated(self.model, self._record(), None)
+        return activate.activated(self.model, self._state(), None)
 
     def merge(self, name: str) -> None:
         """Write the active adapter into the base's weights: the model computes what it did, without the adapter's cost.
@@ -308,7 +308,7 @@ class AdapterKit:
             ActivationError: it is not active, or only within a `with` block; or it is merged already.
             CompatibilityError: its method, or a weight at its places, does not allow it; says which and why.
         """
-        merge.merge(self.model, self._record(), name, self.example_inputs)
+        merge.merge(self.model, self._state(), name, self.example_inputs)
 
     def unmerge(self, name: str, *, restore: bool = True) -> None:
         """Take an adapter out of the weights again, to the bit; it stays active.
@@ -322,7 +322,7 @@ class AdapterKit:
             ActivationError: it is not merged.
             CompatibilityError: the weights have changed since they were merged; says which.
         """
-        merge.unmerge(self.model, self._record(), name, restore=restore)
+        merge.unmerge(self.model, self._state(), name, restore=restore)
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
@@ -335,11 +335,11 @@ class AdapterKit:
             reentrant: Whether the model may be checkpointed in the reentrant way; see `freeze`.
         """
         activate.check_known(self.model, name)
-        freeze.check_may_train(self._record(), name)
+        freeze.check_may_train(self._state(), name)
         self.activate(name)  # first: from here on nothing can fail
-        freeze.freeze(self.model, self._record(), reentrant=reentrant)
+        freeze.freeze(self.model, self._state(), reentrant=reentrant)
         for other in adapter_names(self.model):
-            freeze.set_training(self.model, self._record(), other, other == name)
+            freeze.set_training(self.model, self._state(), other, other == name)
 
     def freeze(self, name: str | None = None, *, reentrant: bool = True) -> None:
         """Freeze the base, or the adapter of this name. Raises AdapterNameError.
@@ -350,10 +350,10 @@ class AdapterKit:
                 active adapter is kept for backward. Models of transformers say themselves whether they are checkpointed.
         """
         if name is None:
-            freeze.freeze(self.model, self._record(), reentrant=reentrant)
+            freeze.freeze(self.model, self._state(), reentrant=reentrant)
         else:
             activate.check_known(self.model, name)
-            freeze.set_training(self.model, self._record(), name, False)
+            freeze.set_training(self.model, self._state(), name, False)
 
     def unfreeze(self, name: str | None = None) -> None:
         """Undo `freeze`: restore the base's flags as they were found, or open the adapter of this name.
@@ -361,10 +361,10 @@ class AdapterKit:
         Raises AdapterNameError; ActivationError if the adapter is merged.
         """
         if name is None:
-            freeze.unfreeze(self.model, self._record())
+            freeze.unfreeze(self.model, self._state())
         else:
             activate.check_known(self.model, name)
-            freeze.set_training(self.model, self._record(), name, True)
+            freeze.set_training(self.model, self._state(), name, True)
 
     def parameters(self, name: str, *, heads: bool = False) -> Iterator[nn.Parameter]:
         """The adapter's own parameters in a fixed order, frozen or not; with `heads`, those of its heads after them."""
@@ -383,7 +383,7 @@ class AdapterKit:
 
     def summary(self) -> Summary:
         """Adapters, parameters, bytes, share of θ, what is active and what trains; `print` it."""
-        return summarise(self.model, self._record())
+        return summarise(self.model, self._state())
 
     def tree(self, *, depth: int | None = None) -> Tree:
         """What the model is made of and where adapters sit; `print` it, or let rich print it in colour.
@@ -407,7 +407,7 @@ class AdapterKit:
             optimizer: Of the training to come.
         """
         inputs = self.example_inputs if example_inputs is None else example_inputs
-        return verify(self.model, self._record(), inputs, optimizer)
+        return verify(self.model, self._state(), inputs, optimizer)
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -455,17 +455,17 @@ class AdapterKit:
     @contextmanager
     def base_checkpoint(self) -> Iterator[None]:
         """Within the block, `model.state_dict()` (so `save_pretrained`, too) holds the base alone."""
-        record = self._record()
-        before, record.omit_adapters = record.omit_adapters, True
+        state = self._state()
+        before, state.omit_adapters = state.omit_adapters, True
         try:
             yield
         finally:
-            record.omit_adapters = before
+            state.omit_adapters = before
 
     def __repr__(self) -> str:
-        active = self._record().activation.active
+        active = self._state().activation.active
         held = f"adapters={[*self.adapters]}" + (f", fusions={[*self.fusions]}" if self.fusions else "")
         return f"AdapterKit({type(self.model).__name__}, {held}, active={active!r})"
 
-    def _record(self) -> Record:
-        return attach.shared_record(self.model)
+    def _state(self) -> ModelState:
+        return attach.state_of(self.model)

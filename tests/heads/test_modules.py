@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from adapterkit.errors import CompatibilityError
 from adapterkit.heads.losses import class_loss, label_loss, span_loss, target_loss
-from adapterkit.heads.modules import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
+from adapterkit.heads.modules import ChoiceScorer, HeadLayers, RowScorer, TokenPredictor, TokenScorer
 from adapterkit.heads.pooling import pooled
 
 HIDDEN = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]])
 
 
-def layers(outputs: int, **settings: Any) -> Layers:
-    return Layers(6, outputs, **settings)
+def layers(outputs: int, **settings: Any) -> HeadLayers:
+    return HeadLayers(6, outputs, **settings)
 
 
 def test_pooling_is_of_the_real_positions() -> None:

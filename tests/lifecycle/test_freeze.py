@@ -334,8 +334,8 @@ def test_heads_that_share_a_weight_share_it_in_the_copies() -> None:
     model["two"].weight = model["one"].weight
     kit = ak.wrap(model)
     kit.add("a", ak.BottleneckConfig(targets=["body"]), heads=["one", "two"])
-    assert model["one"]._adapterkit.held("a").weight is model["two"]._adapterkit.held("a").weight
-    assert model["one"]._adapterkit.held("a").weight is not model["one"].weight
+    assert model["one"]._adapterkit.first_module("a").weight is model["two"]._adapterkit.first_module("a").weight
+    assert model["one"]._adapterkit.first_module("a").weight is not model["one"].weight
 
 
 def test_a_head_that_never_runs_on_the_example_inputs_is_refused() -> None:

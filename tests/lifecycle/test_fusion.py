@@ -46,7 +46,7 @@ def test_a_fusion_of_pfeiffer_adapters_is_the_formula_of_the_paper() -> None:
     p = {key.rpartition(".")[2]: value for key, value in kit.named_parameters("a,b") if "blocks.0" in key}
     z = F.layer_norm(s, (8,), norm.weight, norm.bias)
     site = norm._modules["_adapterkit"]
-    u = torch.stack([site.held(name)(z, s) for name in "ab"], dim=-2)
+    u = torch.stack([site.first_module(name)(z, s) for name in "ab"], dim=-2)
     keys = u @ p["key_weight"].T + 0.7  # a bias of the keys adds the same to every score
     scores = (keys * F.linear(z, p["query_weight"], p["query_bias"]).unsqueeze(-2)).sum(-1)
     values = u @ p["value_weight"].T

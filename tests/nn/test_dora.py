@@ -10,7 +10,7 @@ from torch import nn
 from adapterkit.errors import CompatibilityError, ConfigError
 from adapterkit.nn.dora import DoRA, magnitude_of
 from adapterkit.nn.functional.projections import parameter_projection
-from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.functional.slices import Slices
 
 from ..hosts.layers import (
     LAYERS,
@@ -27,7 +27,7 @@ from ..hosts.layers import (
     some_input,
 )
 
-QV: Parts = (("q", ((0, 2),)), ("v", ((5, 9),)))
+QV: Slices = (("q", ((0, 2),)), ("v", ((5, 9),)))
 
 # torch says it of the host, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 def new(host: nn.Module, rank: int = 3, **options: Any) -> DoRA:
     dtype = options.setdefault("dtype", host.weight.dtype)
-    m = magnitude_of(geometry(host), host.weight.detach().to(dtype), parts=options.get("parts", ()))
+    m = magnitude_of(geometry(host), host.weight.detach().to(dtype), slices=options.get("slices", ()))
     return DoRA(geometry(host), rank, **{"scaling": 1.7, "magnitude": m, **options})
 
 
@@ -81,18 +81,18 @@ def test_every_geometry_of_a_conv_is_kept(host: nn.Module, rank: int) -> None:
 
 
 @given(parts_of(9), st.sampled_from(["linear", "Conv1D", "conv"]))
-def test_outside_its_parts_nothing_changes(parts: Parts, kind: str) -> None:
+def test_outside_its_parts_nothing_changes(slices: Slices, kind: str) -> None:
     host = (nn.Conv2d(6, 9, 1) if kind == "conv" else layer(kind)).double()
-    d, z = dora(host, parts=parts), some_input(host)
+    d, z = dora(host, slices=slices), some_input(host)
     exact(run(host, d, z), run_merged(host, d, z))
-    covered = {row for _, ranges in parts for r in ranges for row in range(*r)}
+    covered = {row for _, ranges in slices for r in ranges for row in range(*r)}
     elsewhere = [row for row in range(9) if row not in covered]
     assert not d(z, host(z), host).movedim(geometry(host).channel_axis, 0)[elsewhere].any()
 
 
 def test_parts_are_as_separate_layers() -> None:
     host, z = nn.Linear(6, 9).double(), torch.randn(2, 6).double()
-    d, whole = dora(host, parts=QV), host(z)
+    d, whole = dora(host, slices=QV), host(z)
     delta = d(z, whole, host)
     for rows, a, own in ((slice(0, 2), slice(0, 3), slice(0, 2)), (slice(5, 9), slice(3, 6), slice(2, 6))):
         one = nn.Linear(6, rows.stop - rows.start).double()
@@ -164,10 +164,10 @@ def test_the_host_is_multiplied_once_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @given(st.lists(st.integers(1, 3), max_size=2), parts_of(8) | st.just(()))
-def test_a_parameter_is_adapted_in_place(lead: list[int], parts: Parts) -> None:
+def test_a_parameter_is_adapted_in_place(lead: list[int], slices: Slices) -> None:
     weight, projection = torch.randn(*lead, 8, 5).double(), parameter_projection((*lead, 8, 5))
-    m = magnitude_of(projection, weight, parts=parts)
-    d = DoRA(projection, 2, magnitude=m, scaling=1.7, parts=parts, dtype=weight.dtype)
+    m = magnitude_of(projection, weight, slices=slices)
+    d = DoRA(projection, 2, magnitude=m, scaling=1.7, slices=slices, dtype=weight.dtype)
     exact(d.adapted(weight), weight)
     randomise(d)
     v = weight + d.weight_delta()
@@ -222,11 +222,11 @@ def test_under_autocast_the_bias_is_taken_off_as_it_was_added() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), [*((name, ()) for name in LAYERS), ("linear", QV), ("Conv1D", QV)], ids=lambda v: str(v)[:9]
+    ("name", "slices"), [*((name, ()) for name in LAYERS), ("linear", QV), ("Conv1D", QV)], ids=lambda v: str(v)[:9]
 )
-def test_it_compiles_as_one_graph(name: str, parts: Parts) -> None:
+def test_it_compiles_as_one_graph(name: str, slices: Slices) -> None:
     host = layer(name)
-    adapted, z = Adapted(host, dora(host, parts=parts, dropout=0.1).eval()), some_input(host)
+    adapted, z = Adapted(host, dora(host, slices=slices, dropout=0.1).eval()), some_input(host)
     compiled = torch.compile(adapted, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(z), adapted(z))
     with torch.autocast("cpu", torch.bfloat16):

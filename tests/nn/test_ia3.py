@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adapterkit.errors import CompatibilityError, ConfigError
 from adapterkit.nn.functional.projections import parameter_projection
-from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.functional.slices import Slices
 from adapterkit.nn.ia3 import IA3
 
 from ..hosts.layers import LAYERS, convs, exact, geometry, layer, parts_of, randomise, run_merged, some_input
@@ -71,11 +71,11 @@ def test_the_bias_is_scaled_with_the_output_only() -> None:
 
 
 @given(parts_of(9), st.sampled_from(["linear", "Conv1D"]))
-def test_only_the_parts_are_scaled(parts: Parts, name: str) -> None:
+def test_only_the_parts_are_scaled(slices: Slices, name: str) -> None:
     host = layer(name).double()
-    module, z = ia3(host, parts=parts), some_input(host)
+    module, z = ia3(host, slices=slices), some_input(host)
     factors = torch.ones(9).double()
-    factors[sorted(row for _, ranges in parts for r in ranges for row in range(*r))] = module.ia3_l.detach()
+    factors[sorted(row for _, ranges in slices for r in ranges for row in range(*r))] = module.ia3_l.detach()
     exact(unmerged(host, module, z), host(z) * factors)
     exact(unmerged(host, module, z), run_merged(host, module, z))
 
@@ -84,7 +84,7 @@ def test_only_the_parts_are_scaled(parts: Parts, name: str) -> None:
 @pytest.mark.parametrize("site", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_new_adapter_is_the_identity(dtype: torch.dtype, site: torch.dtype) -> None:
     x = torch.randn(4, 6, dtype=site)
-    module = IA3(6, parts=(("k", ((1, 3),)),), dtype=dtype)
+    module = IA3(6, slices=(("k", ((1, 3),)),), dtype=dtype)
     assert torch.equal(scaled(module, x, -1), x)
     scaled(module, x, -1).sum().backward()
     assert module.ia3_l.grad.all()
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_it_compiles_runs_under_autocast_and_copies() -> None:
-    module, x = IA3(6, parts=(("k", ((1, 3),)),)), torch.randn(4, 6)
+    module, x = IA3(6, slices=(("k", ((1, 3),)),)), torch.randn(4, 6)
     randomise(module)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, x), module(x, x))

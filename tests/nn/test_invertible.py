@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from adapterkit.errors import ConfigError
 from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
-from adapterkit.nn.invertible import Block, Coupling, InvertibleAdapter
+from adapterkit.nn.invertible import Coupling, CouplingKind, InvertibleAdapter
 
-BLOCKS: list[Block] = ["nice", "glow"]
+BLOCKS: list[CouplingKind] = ["nice", "glow"]
 
 
-def random_coupling(width: int, block: Block, *, dtype: torch.dtype = torch.float64, **options: Any) -> Coupling:
+def random_coupling(width: int, block: CouplingKind, *, dtype: torch.dtype = torch.float64, **options: Any) -> Coupling:
     coupling = Coupling(width, block=block, dtype=dtype, **options)
     with torch.no_grad():
         for parameter in coupling.parameters():
@@ -52,7 +52,7 @@ def by_formula(c: Coupling, e: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("width", [2, 3, 8, 9])
-def test_forward_is_the_papers_formula(block: Block, width: int) -> None:
+def test_forward_is_the_papers_formula(block: CouplingKind, width: int) -> None:
     c, e = random_coupling(width, block), torch.randn(2, 5, width, dtype=torch.float64)
     torch.testing.assert_close(e + c(e), by_formula(c, e))
 
@@ -64,7 +64,7 @@ def test_forward_is_the_papers_formula(block: Block, width: int) -> None:
     st.sampled_from(["relu", "gelu", "tanh"]),
     st.sampled_from([1e-3, 1.0, 30.0]),
 )
-def test_the_inverse_undoes_it(width: int, block: Block, factor: float, non_linearity: Any, size: float) -> None:
+def test_the_inverse_undoes_it(width: int, block: CouplingKind, factor: float, non_linearity: Any, size: float) -> None:
     c = random_coupling(width, block, reduction_factor=factor, non_linearity=non_linearity)
     e = size * torch.randn(3, 4, width, dtype=torch.float64)
     y, single, f = e + c(e), e.float(), copy.deepcopy(c).float()
@@ -83,7 +83,7 @@ def test_the_inverse_undoes_it(width: int, block: Block, factor: float, non_line
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("width", [2, 7, 64])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_a_new_one_changes_nothing_bit_for_bit(block: Block, width: int, inverse: bool) -> None:
+def test_a_new_one_changes_nothing_bit_for_bit(block: CouplingKind, width: int, inverse: bool) -> None:
     z = 1e3 * torch.randn(4, width)
     assert torch.equal(z + Coupling(width, block=block)(z, inverse=inverse), z)
 
@@ -100,7 +100,7 @@ def test_no_scale_of_glow_leaves_its_bounds(huge: float) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_two_places_run_one_coupling_in_both_directions(block: Block) -> None:
+def test_the_two_places_run_one_coupling_in_both_directions(block: CouplingKind) -> None:
     c = random_coupling(6, block)
     there, back = pair(c)
     z = torch.randn(3, 6, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_the_two_places_run_one_coupling_in_both_directions(block: Block) -> Non
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_parameter_trains_from_a_new_one(block: Block) -> None:
+def test_every_parameter_trains_from_a_new_one(block: CouplingKind) -> None:
     """After a first step, which moves the second layers alone."""
     c = Coupling(8, block=block, dtype=torch.float64)
     before = {name: parameter.detach().clone() for name, parameter in c.named_parameters()}
@@ -128,7 +128,7 @@ def test_every_parameter_trains_from_a_new_one(block: Block) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("inverse", [False, True])
-def test_its_gradients_are_right(block: Block, inverse: bool) -> None:
+def test_its_gradients_are_right(block: CouplingKind, inverse: bool) -> None:
     c = random_coupling(5, block, non_linearity="tanh")
     z = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z, *_: c(z, inverse=inverse), (z, *c.parameters()))
@@ -142,7 +142,7 @@ def test_its_gradients_are_right(block: Block, inverse: bool) -> None:
         (7, 64.0, "glow", {"f_down_weight": (1, 4), "f_up_weight": (6, 1), "g_down_weight": (1, 3), "g_up_weight": (8, 1)}),
     ],
 )
-def test_sizes_of_the_networks(width: int, factor: float, block: Block, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_sizes_of_the_networks(width: int, factor: float, block: CouplingKind, shapes: dict[str, tuple[int, ...]]) -> None:
     c = Coupling(width, block=block, reduction_factor=factor)
     assert {name: tuple(p.shape) for name, p in c.named_parameters() if name.endswith("weight")} == shapes
 
@@ -161,7 +161,7 @@ def test_the_non_linearity_is_the_one_named(name: Any) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_copies_and_pickles_keep_one_coupling(block: Block) -> None:
+def test_copies_and_pickles_keep_one_coupling(block: CouplingKind) -> None:
     modules = pair(random_coupling(6, block))
     z = torch.randn(3, 6, dtype=torch.float64)
     for again in (copy.deepcopy(modules), pickle.loads(pickle.dumps(modules))):
@@ -170,7 +170,7 @@ def test_copies_and_pickles_keep_one_coupling(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_it_compiles_as_one_graph(block: Block) -> None:
+def test_it_compiles_as_one_graph(block: CouplingKind) -> None:
     modules = pair(random_coupling(7, block))
     z = torch.randn(3, 7, dtype=torch.float64)
 
@@ -182,7 +182,7 @@ def test_it_compiles_as_one_graph(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_it_computes_in_bfloat16_and_under_autocast(block: Block) -> None:
+def test_it_computes_in_bfloat16_and_under_autocast(block: CouplingKind) -> None:
     c = random_coupling(8, block)
     z = torch.randn(5, 8, dtype=torch.float64)
     exact = c(z)

@@ -12,12 +12,12 @@ from torch import nn
 
 from adapterkit.errors import CompatibilityError, ConfigError
 from adapterkit.nn.functional.projections import parameter_projection
-from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.functional.slices import Slices
 from adapterkit.nn.lora import LoRA
 
 from ..hosts.layers import LAYERS, Adapted, convs, exact, geometry, layer, parts_of, randomise, run, run_merged, some_input
 
-QV: Parts = (("q", ((0, 2),)), ("v", ((5, 9),)))
+QV: Slices = (("q", ((0, 2),)), ("v", ((5, 9),)))
 
 # torch says it of the host, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -106,11 +106,11 @@ def test_an_embedding_with_max_norm_is_refused() -> None:
 
 
 @given(parts_of(9), st.sampled_from(["linear", "Conv1D", "conv"]), st.booleans())
-def test_parts_have_their_own_pairs_and_nothing_else_changes(parts: Parts, kind: str, bias: bool) -> None:
+def test_parts_have_their_own_pairs_and_nothing_else_changes(slices: Slices, kind: str, bias: bool) -> None:
     host = (nn.Conv2d(6, 9, 1) if kind == "conv" else layer(kind)).double()
-    m, z = lora(host, 2, parts=parts, bias=bias), some_input(host)
+    m, z = lora(host, 2, slices=slices, bias=bias), some_input(host)
     exact(run(host, m, z), run_merged(host, m, z))
-    rows = [sorted(row for r in ranges for row in range(*r)) for _, ranges in parts]
+    rows = [sorted(row for r in ranges for row in range(*r)) for _, ranges in slices]
     covered = sorted(itertools.chain.from_iterable(rows))
     delta = m.weight_delta().detach().flatten(1)
     delta = delta.T if kind == "Conv1D" else delta
@@ -127,7 +127,7 @@ def test_parts_have_their_own_pairs_and_nothing_else_changes(parts: Parts, kind:
 def test_parts_are_as_separate_layers() -> None:
     """Two parts of a fused layer do what two LoRAs at two layers would."""
     host, z = nn.Linear(6, 9).double(), torch.randn(2, 6).double()
-    m = lora(host, parts=QV)
+    m = lora(host, slices=QV)
     delta = m(z, host(z), host)
     exact(delta[:, :2], 1.7 * z @ m.lora_A[:3].T @ m.lora_B[:2].T)
     exact(delta[:, 5:], 1.7 * z @ m.lora_A[3:].T @ m.lora_B[2:].T)
@@ -135,13 +135,13 @@ def test_parts_are_as_separate_layers() -> None:
 
 def test_parts_of_an_embedding() -> None:
     host = layer("embedding").double()
-    m, z = lora(host, parts=(("a", ((1, 3),)), ("b", ((3, 4),)))), some_input(host)
+    m, z = lora(host, slices=(("a", ((1, 3),)), ("b", ((3, 4),)))), some_input(host)
     exact(run(host, m, z), run_merged(host, m, z))
 
 
 def test_parts_of_a_grouped_conv_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"groups=3 has no parts; found \['q', 'v'\]"):
-        LoRA(geometry(layer("grouped")), 2, parts=QV)
+    with pytest.raises(ConfigError, match=r"groups=3 has no slices; found \['q', 'v'\]"):
+        LoRA(geometry(layer("grouped")), 2, slices=QV)
 
 
 @pytest.mark.parametrize("rank", [0, -1])
@@ -257,17 +257,17 @@ def test_merging_changes_the_bias_only_if_one_is_trained() -> None:
 
 
 @given(st.lists(st.integers(1, 3), max_size=2), parts_of(8) | st.just(()), st.sampled_from([torch.float64, torch.float32]))
-def test_a_parameter_is_adapted_in_place(lead: list[int], parts: Parts, dtype: torch.dtype) -> None:
+def test_a_parameter_is_adapted_in_place(lead: list[int], slices: Slices, dtype: torch.dtype) -> None:
     """One pair for each index of the leading axes (experts), on the last two axes."""
     weight = torch.randn(*lead, 8, 5, dtype=dtype)
-    m = LoRA(parameter_projection(weight.shape), 2, scaling=1.7, parts=parts, dtype=dtype)
+    m = LoRA(parameter_projection(weight.shape), 2, scaling=1.7, slices=slices, dtype=dtype)
     assert torch.equal(m.adapted(weight), weight)
     randomise(m)
     for index in itertools.product(*map(range, lead)):
-        one = LoRA(parameter_projection((8, 5)), 2, scaling=1.7, parts=parts, dtype=dtype)
+        one = LoRA(parameter_projection((8, 5)), 2, scaling=1.7, slices=slices, dtype=dtype)
         one.lora_A, one.lora_B = nn.Parameter(m.lora_A[index]), nn.Parameter(m.lora_B[index])
         exact(m.adapted(weight)[index], one.adapted(weight[index]))
-    if not parts:
+    if not slices:
         exact(m.adapted(weight), weight + 1.7 * m.lora_B @ m.lora_A)
     m.adapted(weight).sum().backward()
     assert m.lora_A.grad.any()
@@ -315,11 +315,11 @@ def test_it_runs_under_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), [*((name, ()) for name in LAYERS), ("linear", QV), ("Conv1D", QV)], ids=lambda v: str(v)[:9]
+    ("name", "slices"), [*((name, ()) for name in LAYERS), ("linear", QV), ("Conv1D", QV)], ids=lambda v: str(v)[:9]
 )
-def test_it_compiles_as_one_graph(name: str, parts: Parts) -> None:
+def test_it_compiles_as_one_graph(name: str, slices: Slices) -> None:
     host = layer(name)
-    adapted, z = Adapted(host, lora(host, parts=parts, dropout=0.1, gating=True).eval()), some_input(host)
+    adapted, z = Adapted(host, lora(host, slices=slices, dropout=0.1, gating=True).eval()), some_input(host)
     compiled = torch.compile(adapted, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(z), adapted(z))
 
@@ -336,6 +336,6 @@ def test_copies_are_apart() -> None:
 
 def test_on_the_meta_device_it_has_shapes_only() -> None:
     with torch.device("meta"):
-        m = LoRA(geometry(nn.Linear(3, 4)), 2, parts=(("q", ((0, 2),)),))
+        m = LoRA(geometry(nn.Linear(3, 4)), 2, slices=(("q", ((0, 2),)),))
     assert {p.device.type for p in m.parameters()} == {"meta"}
     assert m.lora_B.shape == (2, 2)

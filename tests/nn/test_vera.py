@@ -10,12 +10,12 @@ from torch import nn
 
 from adapterkit.errors import ConfigError
 from adapterkit.nn.functional.projections import parameter_projection
-from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.functional.slices import Slices
 from adapterkit.nn.vera import VeRA, VeRABases
 
 from ..hosts.layers import Adapted, Conv1D, exact, geometry, layer, parts_of, randomise, run, run_merged, some_input
 
-QV: Parts = (("q", ((0, 2),)), ("v", ((5, 9),)))
+QV: Slices = (("q", ((0, 2),)), ("v", ((5, 9),)))
 LINEAR = ["linear", "Conv1D"]
 
 
@@ -45,21 +45,21 @@ def test_the_delta_is_that_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("parts", [(), QV], ids=["whole", "parts"])
-def test_merged_is_what_the_forward_computes(name: str, dtype: torch.dtype, parts: Parts) -> None:
+@pytest.mark.parametrize("slices", [(), QV], ids=["whole", "parts"])
+def test_merged_is_what_the_forward_computes(name: str, dtype: torch.dtype, slices: Slices) -> None:
     host = layer(name).to(dtype)
-    v, z = vera(host, parts=parts, dropout=0.5).eval(), some_input(host)
+    v, z = vera(host, slices=slices, dropout=0.5).eval(), some_input(host)
     assert not torch.equal(run(host, v, z), host(z))
     exact(run(host, v, z), run_merged(host, v, z))
 
 
 @given(parts_of(9), st.sampled_from(LINEAR))
-def test_a_part_is_adapted_as_a_layer_of_its_own(parts: Parts, name: str) -> None:
+def test_a_part_is_adapted_as_a_layer_of_its_own(slices: Slices, name: str) -> None:
     host = layer(name).double()
-    v, z = vera(host, parts=parts), some_input(host)
+    v, z = vera(host, slices=slices), some_input(host)
     delta = v(z, host(z), host)
     exact(host(z) + delta, run_merged(host, v, z))
-    own = [sorted(row for r in ranges for row in range(*r)) for _, ranges in parts]
+    own = [sorted(row for r in ranges for row in range(*r)) for _, ranges in slices]
     covered = sorted(row for rows in own for row in rows)
     for index, rows in enumerate(own):
         single = VeRA(parameter_projection((len(rows), 6)), 4, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_a_new_adapter_is_the_identity(name: str, host_dtype: torch.dtype, dtype
 
 
 def test_vectors_start_as_in_the_paper_and_bases_are_kaiming_uniform() -> None:
-    v = new(nn.Linear(6, 9), parts=QV)
+    v = new(nn.Linear(6, 9), slices=QV)
     assert (v.lambda_d == 0.1).all()
     assert v.lambda_d.shape == (2, 4)
     assert not v.lambda_b.any()
@@ -115,7 +115,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 def test_a_parameter_is_adapted_in_place() -> None:
     weight = torch.randn(9, 6, dtype=torch.bfloat16)
-    v = VeRA(parameter_projection((9, 6)), 4, parts=QV, dtype=torch.float32)
+    v = VeRA(parameter_projection((9, 6)), 4, slices=QV, dtype=torch.float32)
     v.shared = VeRABases(4, 6, 9)
     assert torch.equal(v.adapted(weight), weight)
     randomise(v)
@@ -137,10 +137,10 @@ def test_what_it_cannot_adapt_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("parts", [(), QV], ids=["whole", "parts"])
-def test_it_compiles_as_one_graph_and_runs_under_autocast(name: str, parts: Parts) -> None:
+@pytest.mark.parametrize("slices", [(), QV], ids=["whole", "parts"])
+def test_it_compiles_as_one_graph_and_runs_under_autocast(name: str, slices: Slices) -> None:
     host = layer(name)
-    adapted, z = Adapted(host, vera(host, parts=parts)), some_input(host)
+    adapted, z = Adapted(host, vera(host, slices=slices)), some_input(host)
     compiled = torch.compile(adapted, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(z), adapted(z))
     expected = adapted(z)

@@ -18,7 +18,7 @@ def adapted(block: nn.Module, **config: object) -> nn.Module:
     randomise(kit, "a")
     kit.activate("a")
     [(_, _, site)] = sites_of(block)
-    return site.held("a")
+    return site.first_module("a")
 
 
 X = torch.randn(2, 5, 8)
@@ -189,7 +189,7 @@ def test_beside_a_sequential_an_adapter_reads_what_enters_the_first_layer(traced
     kit.activate("a")
     [site] = kit.sites(kit.adapters["a"])
     assert (site.path, site.residual, site.input_width, site.width) == ("2", "0", 8, 5)
-    torch.testing.assert_close(mlp(x), expected + mlp[2]._adapterkit.held("a")(x, expected))
+    torch.testing.assert_close(mlp(x), expected + mlp[2]._adapterkit.first_module("a")(x, expected))
 
 
 class ChannelsFirstNorm(nn.LayerNorm):

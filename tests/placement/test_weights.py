@@ -74,7 +74,7 @@ def test_multihead_attention_is_adapted_at_its_parameters() -> None:
     assert places(kit, "lora", targets=["in_proj_weight"]) == whole[::2]
     assert places(kit, "lora", targets=["@attention.q", "@attention.v"]) == whole[::2]
     (first, _) = kit.sites("lora", targets=["@attention.v", "@attention.q"])
-    assert first.parts == (("q", ((0, 8),)), ("v", ((16, 24),)))
+    assert first.slices == (("q", ((0, 8),)), ("v", ((16, 24),)))
     assert places(kit, "lora", targets=["self_attn"], exclude=["out_proj"]) == whole[::2]
     assert len(places(kit, "bitfit")) == 2 * 6
     assert ("layers.1.self_attn", ("out_proj.bias",)) in places(kit, "bitfit")
@@ -360,7 +360,7 @@ def test_the_query_of_an_attention_with_other_widths_for_keys_is_a_parameter_of_
 
     kit = ak.wrap(Decoder(), (torch.randn(2, 3, 8), torch.randn(2, 4, 5)))
     sites = kit.sites("lora", targets=["@crossattention.q"])
-    assert [(site.path, site.parameters, site.parts) for site in sites] == [
+    assert [(site.path, site.parameters, site.slices) for site in sites] == [
         (f"layers.{i}", ("q_proj_weight",), ()) for i in range(2)
     ]
 
@@ -373,7 +373,7 @@ def test_a_slice_of_a_fused_projection_is_adapted_alone() -> None:
     kit.add("a", "lora", rank=2, alpha=6)
     randomise(kit, "a")
     (site,) = kit.sites("lora")
-    assert (site.path, site.parts) == ("h.0.attn.c_attn", (("q", ((0, 8),)), ("v", ((16, 24),))))
+    assert (site.path, site.slices) == ("h.0.attn.c_attn", (("q", ((0, 8),)), ("v", ((16, 24),))))
     a, b = kit.parameters("a")
     delta = torch.zeros(24, 8)
     delta[:8], delta[16:] = 3.0 * b[:8] @ a[:2], 3.0 * b[8:] @ a[2:]
@@ -544,7 +544,7 @@ def test_dora_can_be_built_on_the_meta_device_and_says_why_not_on_quantised_weig
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(6, 6))
     ak.wrap(model).add("a", "dora", targets=["0"])
-    assert model[0]._adapterkit.held("a").magnitude.shape == (6,)
+    assert model[0]._adapterkit.first_module("a").magnitude.shape == (6,)
     packed = nn.Sequential(nn.Linear(6, 6, bias=False))
     packed[0].weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ak.TargetError, match=r"is torch\.int8, quantised: it has no length"):

@@ -219,7 +219,9 @@ def test_data_parallel_replicas_run_their_own_adapters(post_norm: Tiny, ids: Ten
     site = host._adapterkit._replicate_for_data_parallel()
     site._modules = {key: adapter._replicate_for_data_parallel() for key, adapter in host._adapterkit._modules.items()}
     for adapter in site._modules.values():
-        adapter._parameters = {key: torch.zeros_like(p) for key, p in host._adapterkit.held("a")._parameters.items()}
+        adapter._parameters = {
+            key: torch.zeros_like(p) for key, p in host._adapterkit.first_module("a")._parameters.items()
+        }
     replica._modules = {"_adapterkit": site}
     replica._parameters = host._parameters
     x = torch.randn(2, 16)

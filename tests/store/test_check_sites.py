@@ -96,7 +96,7 @@ def test_a_model_that_cannot_be_traced_loads_unchecked_with_a_warning(tmp_path: 
     model = randomised(Closed(Pre))
     path = saved(model, "pfeiffer", tmp_path, {"input_ids": IDS, "key": "open"})
     other = alike(model, Pre)
-    with pytest.warns(ak.PlacesNotCheckedWarning, match=r"could not be checked against this Closed.*example_inputs=batch"):
+    with pytest.warns(ak.SitesNotCheckedWarning, match=r"could not be checked against this Closed.*example_inputs=batch"):
         assert ak.wrap(other).load(path) == "a"
 
 

@@ -179,7 +179,7 @@ def test_the_channels_of_an_image_are_adapted_pixel_by_pixel() -> None:
     y = model(IMAGE)
     with kit.active("a"):
         adapted = model(IMAGE)
-    adapter = model._adapterkit.held("a")
+    adapter = model._adapterkit.first_module("a")
     pixel = y[1, :, 2, 3]
     torch.testing.assert_close(adapted[1, :, 2, 3], pixel + adapter(pixel, pixel))
 
@@ -309,7 +309,7 @@ def test_a_tied_head_is_adapted_without_its_twin() -> None:
     kit.add("a", ak.BottleneckConfig(targets=["head"], bottleneck_size=2))
     randomise(kit, "a")
     kit.activate("a")
-    adapter = model.head._adapterkit.held("a")
+    adapter = model.head._adapterkit.first_module("a")
     torch.testing.assert_close(model(IDS), logits + adapter(logits, logits))
     assert model.head.weight is model.embed.weight
     assert kit.summary().base_parameters == 54

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.functional.slices import Slices
 from adapterkit.placement.spec import SiteSpec
 from adapterkit.runtime.lookup import sites_of
 
@@ -92,14 +92,14 @@ def _of_weight(path: str, spec: SiteSpec, module: nn.Module) -> Iterator[tuple[K
             yield Key(Place(owner), leaf), Own(parameter)
             continue
         called = _NAMES.get(name, name)
-        if not spec.parts:
+        if not spec.slices:
             yield Key(Place(whole, at=at), called), Own(parameter, 0 if name == "lambda_d" else ...)
             continue
-        for n, (part, _) in enumerate(spec.parts):
-            yield Key(Place(whole, part, at), called), Own(parameter, _index(name, parameter, spec.parts, n))
+        for n, (part, _) in enumerate(spec.slices):
+            yield Key(Place(whole, part, at), called), Own(parameter, _index(name, parameter, spec.slices, n))
 
 
-def _index(name: str, parameter: Tensor, parts: Parts, n: int) -> Any:
+def _index(name: str, parameter: Tensor, parts: Slices, n: int) -> Any:
     """Where in a tensor of several parts the n-th one's lies: stacked, or by the output features of all in order."""
     if name == "lambda_d":
         return n

@@ -40,7 +40,7 @@ def _compared(preset: str, family: str) -> dict[str, Any]:
         ours = {
             Place(site.path, part, "input" if site.at == "input" else "output")
             for site in kit.sites(preset)
-            for part in ([name for name, _ in site.parts] or [""])
+            for part in ([name for name, _ in site.slices] or [""])
         }
         found = {"theirs_alone": _called(kit, theirs - ours), "ours_alone": _called(kit, ours - theirs)}
         return {"preset": preset, "family": family, **found}

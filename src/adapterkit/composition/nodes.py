@@ -27,8 +27,8 @@ from .names import check_name
 __all__ = [
     "Average",
     "BatchSplit",
-    "Block",
     "Composition",
+    "CompositionNode",
     "Drop",
     "Fuse",
     "Parallel",
@@ -48,7 +48,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Block:
+class CompositionNode:
     """Base of all compositions.
 
     Attributes:
@@ -77,7 +77,7 @@ class Block:
 
     def _checked(self, child: Any) -> Composition:
         """The child, if it may be one."""
-        if not isinstance(child, Block):
+        if not isinstance(child, CompositionNode):
             return check_name(child)
         if any(type(block).__name__ not in self.holds for block in _blocks_in(child)):
             allowed = ", ".join(["adapter names", *sorted(self.holds)])
@@ -99,14 +99,14 @@ class Block:
         return f"{type(self).__name__}({', '.join([*map(repr, self.children), *given])})"
 
 
-Composition = str | Block
+Composition = str | CompositionNode
 
 _ONE_ROW = frozenset({"Stack", "Average", "Split", "Drop", "Fuse"})  # what gives each row the same adapters
 _SAME_BATCH = _ONE_ROW | {"BatchSplit", "Rows"}
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Stack(Block):
+class Stack(CompositionNode):
     """One after the other, in this order; the changes of weights add up.
 
     Reference: Pfeiffer et al. 2020, arXiv:2005.00052 (MAD-X).
@@ -119,7 +119,7 @@ class Stack(Block):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Average(Block):
+class Average(CompositionNode):
     """The weighted mean of what the children add at each place.
 
     Args:
@@ -142,7 +142,7 @@ class Average(Block):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Split(Block):
+class Split(CompositionNode):
     """Each child on its part of the sequence.
 
     Args:
@@ -159,7 +159,7 @@ class Split(Block):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class BatchSplit(Block):
+class BatchSplit(CompositionNode):
     """Each child on its part of the batch.
 
     Args:
@@ -176,7 +176,7 @@ class BatchSplit(Block):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Rows(Block):
+class Rows(CompositionNode):
     """Each row of the batch its own adapter, in one pass.
 
     Args:
@@ -189,7 +189,7 @@ class Rows(Block):
     what_for = "a row is one row, which nothing can divide or multiply"
 
     def __init__(self, rows: Sequence[Composition | None]) -> None:
-        if isinstance(rows, (str, Block)) or not isinstance(rows, Sequence):
+        if isinstance(rows, (str, CompositionNode)) or not isinstance(rows, Sequence):
             raise ConfigError(f"Rows takes one sequence with a name (or None) for each row; found {rows!r}")
         self._set(rows)
 
@@ -201,7 +201,7 @@ class Rows(Block):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Drop(Block):
+class Drop(CompositionNode):
     """The child, but not in these layers, where it changes nothing; places outside of repeated blocks keep it.
 
     Args:
@@ -222,7 +222,7 @@ class Drop(Block):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Parallel(Block):
+class Parallel(CompositionNode):
     """The whole batch through each child, side by side: outputs of the first child, then of the second, and so on.
 
     Args:
@@ -244,7 +244,7 @@ class Parallel(Block):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Fuse(Block):
+class Fuse(CompositionNode):
     """What the children add, weighed for each token by a trained attention (AdapterFusion).
 
     The fusion of the same name, or trained over the same children, does it; some of its children may be left out.
@@ -275,9 +275,9 @@ _TYPES: dict[str, type[Any]] = {
 }
 
 
-def _blocks_in(composition: Composition | None) -> Iterator[Block]:
+def _blocks_in(composition: Composition | None) -> Iterator[CompositionNode]:
     """The compositions in one, itself first."""
-    if isinstance(composition, Block):
+    if isinstance(composition, CompositionNode):
         yield composition
         for child in composition.children:
             yield from _blocks_in(child)
@@ -300,7 +300,7 @@ def parallel_in(composition: Composition | None) -> Parallel | None:
 
 def names_always(composition: Composition | None) -> frozenset[str]:
     """The adapters that act on every row and token, in full: at all of their places."""
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return frozenset() if composition is None else frozenset({composition})
     if isinstance(composition, Stack) or (isinstance(composition, Drop) and not composition.layers):
         return frozenset().union(*map(names_always, composition.children))
@@ -309,7 +309,7 @@ def names_always(composition: Composition | None) -> frozenset[str]:
 
 def names_in(composition: Composition | None) -> Iterator[str]:
     """The adapters that a composition names, and the fusions after what they weigh, in order, with repetitions."""
-    if isinstance(composition, Block):
+    if isinstance(composition, CompositionNode):
         for child in composition.children:
             yield from names_in(child)
         if isinstance(composition, Fuse):
@@ -329,7 +329,7 @@ def expanded(composition: Composition | None, meant: Mapping[str, Composition]) 
     Raises:
         ConfigError: that may not stand there.
     """
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return composition if composition is None else meant.get(composition, composition)
     children = tuple(expanded(child, meant) for child in composition.children)
     return composition if children == composition.children else from_json(to_json(composition.with_children(children)))
@@ -337,7 +337,7 @@ def expanded(composition: Composition | None, meant: Mapping[str, Composition]) 
 
 def to_json(composition: Composition | None) -> Any:
     """The composition in values that JSON has: `{"type": "Stack", "children": ["a", "b"]}`; a name is itself."""
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return composition
     settings = {f.name: getattr(composition, f.name) for f in fields(composition) if f.name != "children"}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -3,7 +3,7 @@
 import math
 
 from ..errors import CompatibilityError
-from .nodes import BatchSplit, Block, Composition, Parallel, Rows
+from .nodes import BatchSplit, Composition, CompositionNode, Parallel, Rows
 
 __all__ = ["copies_of_rows", "divides_rows", "fixed_rows", "least_rows", "row_kinds", "rows_of", "sizes_of"]
 
@@ -14,7 +14,7 @@ def rows_of(composition: Composition | None, count: int) -> tuple[Composition | 
     Raises:
         CompatibilityError: the sizes in it do not sum to the rows, or there are no equal parts.
     """
-    if not isinstance(composition, Block) or not divides_rows(composition):
+    if not isinstance(composition, CompositionNode) or not divides_rows(composition):
         return (composition,) * count
     if isinstance(composition, Rows):
         if len(composition.children) != count:
@@ -34,14 +34,14 @@ def rows_of(composition: Composition | None, count: int) -> tuple[Composition | 
 
 def divides_rows(composition: Composition | None) -> bool:
     """Whether rows of one batch run different adapters."""
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return False
     return isinstance(composition, (Rows, BatchSplit, Parallel)) or any(map(divides_rows, composition.children))
 
 
 def copies_of_rows(composition: Composition | None) -> int:
     """How many times a composition runs the batch that the model is called with: once for each child of a Parallel."""
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return 1
     below = math.prod(map(copies_of_rows, composition.children))  # one child at most holds a Parallel
     return below * len(composition.children) if isinstance(composition, Parallel) else below
@@ -63,7 +63,7 @@ def fixed_rows(composition: Composition | None) -> int | None:
         return len(composition.children)
     if isinstance(composition, BatchSplit) and composition.sizes is not None:
         return sum(composition.sizes)
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return None
     fixed = next((rows for child in composition.children if (rows := fixed_rows(child)) is not None), None)
     is_divided = isinstance(composition, (BatchSplit, Parallel))
@@ -72,7 +72,7 @@ def fixed_rows(composition: Composition | None) -> int | None:
 
 def least_rows(composition: Composition | None) -> int:
     """The least number of rows that a composition without sizes can divide."""
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return 1
     unit = math.lcm(*map(least_rows, composition.children))
     return unit * len(composition.children) if isinstance(composition, (BatchSplit, Parallel)) else unit

@@ -20,8 +20,19 @@ from ..errors import ConfigError
 from .problems import describe
 
 __all__ = [
-    "ActivationConfig", "AdapterConfig", "DType", "Int", "Predicate", "Probability", "Settings", "Size",
-    "Target", "Targets", "check_map", "describe", "number_by_place",
+    "AdapterConfig",
+    "DType",
+    "Int",
+    "Predicate",
+    "Probability",
+    "Settings",
+    "Size",
+    "Target",
+    "Targets",
+    "TensorConfig",
+    "check_map",
+    "describe",
+    "number_by_place",
 ]  # fmt: skip
 
 Predicate = Callable[[torch.nn.Module, str], bool]
@@ -137,7 +148,7 @@ class AdapterConfig(Settings):
         return layers
 
 
-class ActivationConfig(AdapterConfig):
+class TensorConfig(AdapterConfig):
     """Settings of methods that change a tensor which a module takes or returns.
 
     Args:

@@ -21,12 +21,12 @@ from .config import (
     TaggingHead,
 )
 from .losses import class_loss, label_loss, span_loss, target_loss
-from .modules import ChoiceScorer, Layers, RowScorer, TokenPredictor, TokenScorer
+from .modules import ChoiceScorer, HeadLayers, RowScorer, TokenPredictor, TokenScorer
 from .spec import HeadSpec
 
 __all__ = ["VocabularySize", "build_head"]
 
-Build = Callable[[Any, Callable[[int], Layers]], nn.Module]
+Build = Callable[[Any, Callable[[int], HeadLayers]], nn.Module]
 
 _BUILDS: dict[type[HeadConfig], Build] = {
     ClassificationHead: lambda head, layers: RowScorer(layers(head.size), class_loss, pooling=head.pooling),
@@ -52,8 +52,8 @@ def build_head(config: Any, spec: HeadSpec, vocabulary: int, dtype: torch.dtype)
             dtype=dtype,
         )
 
-    def layers(outputs: int) -> Layers:
-        return Layers(spec.width, outputs, **settings, dtype=dtype)
+    def layers(outputs: int) -> HeadLayers:
+        return HeadLayers(spec.width, outputs, **settings, dtype=dtype)
 
     return _BUILDS[type(config)](config, layers)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import CompatibilityError
 from ..structure.pytree import Argument
 
-__all__ = ["Call", "Mask", "Wants", "check_known", "labels_of", "masks_of", "taken_off"]
+__all__ = ["HeadInputs", "HeadRequest", "Mask", "check_known", "labels_of", "masks_of", "taken_off"]
 
 LABELS, SPAN = "labels", ("start_positions", "end_positions")
 
@@ -45,7 +45,7 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Wants:
+class HeadRequest:
     """What active heads want of a call.
 
     Attributes:
@@ -59,7 +59,7 @@ class Wants:
     masks: tuple[Mask, ...]
 
 
-class Call(NamedTuple):
+class HeadInputs(NamedTuple):
     """What a call had for heads.
 
     Attributes:
@@ -85,7 +85,7 @@ def masks_of(root: nn.Module) -> tuple[Mask, ...]:
     return tuple(Mask(argument(name), is_padding, tuple(map(argument, unless))) for name, is_padding, unless in known)
 
 
-def taken_off(wants: Wants, root: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, Call]:
+def taken_off(wants: HeadRequest, root: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, HeadInputs]:
     """The arguments that are left for the model, and what heads get of the call. Shapes: as given; choices made rows."""
     labels = kwargs.get(LABELS)
     if labels is None and SPAN[0] in wants.names:
@@ -93,7 +93,7 @@ def taken_off(wants: Wants, root: nn.Module, args: Any, kwargs: Any) -> tuple[An
     kwargs = {name: value for name, value in kwargs.items() if name not in wants.names}
     if wants.choices is not None:
         args, kwargs = _as_rows(wants.choices, args, kwargs)
-    return args, kwargs, Call(root, labels, _mask(wants.masks, (args, kwargs)))
+    return args, kwargs, HeadInputs(root, labels, _mask(wants.masks, (args, kwargs)))
 
 
 def _span(kwargs: Any) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import CompatibilityError, ConfigError, TargetError
 from ..placement.patterns import match
 from ..runtime.hooks import remove_hooks
-from ..runtime.state import ACTIVATION_LOCK, silenced
+from ..runtime.state import ACTIVATION_LOCK, without_adapters
 from ..structure.hosts import known_shape, resolve_host
 from ..structure.paths import SITE, ancestors, modules_by_path
 from ..structure.tracing.forward import ExampleInputs, forward, observe
@@ -265,7 +265,7 @@ class _Widths:
 
     def _seen(self) -> Any:
         """The output of one run."""
-        with ACTIVATION_LOCK, silenced():
+        with ACTIVATION_LOCK, without_adapters():
             if self.example_inputs is not None:
                 return forward(self.model, self.example_inputs)
             try:

@@ -9,16 +9,16 @@ from ..runtime.handover import Handover
 from ..runtime.hooks import KitHook, set_hook
 from ..runtime.lookup import sites_of
 from ..runtime.site import root_of
-from ..runtime.state import Record
-from .call import Call, taken_off
+from ..runtime.state import ModelState
+from .call import HeadInputs, taken_off
 
-__all__ = ["CallHook", "sync_labels_hooks"]
+__all__ = ["LabelsHook", "sync_labels_hooks"]
 
 # The attribute of a model that holds the handovers of its sites with heads on the output.
 _HANDOVERS = "_adapterkit_labels"
 
 
-class CallHook(KitHook):
+class LabelsHook(KitHook):
     """Take off the model's call what is for the heads on its output: labels, which the model need not know."""
 
     is_pre = True
@@ -35,16 +35,16 @@ class CallHook(KitHook):
         return (args, kwargs) if is_changed else None
 
 
-def sync_labels_hooks(model: nn.Module, record: Record) -> None:
+def sync_labels_hooks(model: nn.Module, state: ModelState) -> None:
     """Register the hook on each module whose output an adapter's head reads; remove it where none does any more."""
-    handovers: dict[str, list[Handover[Call]]] = defaultdict(list)
+    handovers: dict[str, list[Handover[HeadInputs]]] = defaultdict(list)
     for path, _, site in sites_of(model):
         entries = [entry for entries in site.entries.values() for entry in entries]
         on_output = [entry for entry in entries if entry.head is not None and entry.head.above is not None]
         for root in {root_of(path, entry) for entry in on_output}:
             handovers[root].append(site.call)
     for path, module in model.named_modules():
-        set_hook(module, CallHook, path in handovers, record)
+        set_hook(module, LabelsHook, path in handovers, state)
         if path in handovers:
             module.__dict__[_HANDOVERS] = handovers[path]
         else:

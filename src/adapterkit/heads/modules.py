@@ -17,12 +17,12 @@ from ..nn.functional.non_linearities import NonLinearity
 from .losses import class_loss, next_token_loss
 from .pooling import Pooling, pooled
 
-__all__ = ["ChoiceScorer", "Layers", "Loss", "RowScorer", "TokenPredictor", "TokenScorer", "Undoing"]
+__all__ = ["ChoiceScorer", "HeadLayers", "InvertibleModule", "Loss", "RowScorer", "TokenPredictor", "TokenScorer"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class Layers(nn.Module):
+class HeadLayers(nn.Module):
     """Linear layers with a non-linearity between them, dropout before each.
 
     Args:
@@ -73,7 +73,7 @@ class RowScorer(nn.Module):
         hidden (batch, seq, width) or (batch, width), logits (batch, outputs); labels as the loss takes them
     """
 
-    def __init__(self, layers: Layers, loss: Loss, *, pooling: Pooling = "first") -> None:
+    def __init__(self, layers: HeadLayers, loss: Loss, *, pooling: Pooling = "first") -> None:
         super().__init__()
         self.layers, self.pooling, self._loss = layers, pooling, loss
 
@@ -98,7 +98,7 @@ class TokenScorer(nn.Module):
         hidden (batch, seq, width), logits (batch, seq, outputs); labels as the loss takes them
     """
 
-    def __init__(self, layers: Layers, loss: Loss) -> None:
+    def __init__(self, layers: HeadLayers, loss: Loss) -> None:
         super().__init__()
         self.layers, self._loss = layers, loss
 
@@ -128,7 +128,7 @@ class ChoiceScorer(nn.Module):
         CompatibilityError: the rows are no multiple of the choices.
     """
 
-    def __init__(self, layers: Layers, *, choices: int, pooling: Pooling = "first") -> None:
+    def __init__(self, layers: HeadLayers, *, choices: int, pooling: Pooling = "first") -> None:
         super().__init__()
         self.layers, self.choices, self.pooling = layers, choices, pooling
 
@@ -148,7 +148,7 @@ class ChoiceScorer(nn.Module):
 
 
 @runtime_checkable
-class Undoing(Protocol):
+class InvertibleModule(Protocol):
     """A module of an adapter of the embedding that is undone where hidden states are read as embeddings.
 
     Attributes:
@@ -212,7 +212,7 @@ class TokenPredictor(nn.Module):
         mask: Tensor | None = None,
         *,
         weight: Tensor | None = None,
-        undoing: Sequence[Undoing] = (),
+        undoing: Sequence[InvertibleModule] = (),
     ) -> Tensor:
         """Return the logits. Shape: (batch, seq, vocabulary).
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from ..composition.nodes import Block, Composition, Fuse, Stack, names_in
+from ..composition.nodes import Composition, CompositionNode, Fuse, Stack, names_in
 from ..composition.rows import copies_of_rows, divides_rows, row_kinds
 from ..errors import CompatibilityError
 from ..runtime.site import AdapterSite, Entry, root_of
 from ..runtime.steps import Step
 from ..structure.paths import SITE, ancestors
-from .call import LABELS, SPAN, Wants, masks_of
+from .call import LABELS, SPAN, HeadRequest, masks_of
 from .config import MultipleChoiceHead, QuestionAnsweringHead
-from .modules import Undoing
+from .modules import InvertibleModule
 from .steps import Head, Owned, RunHeads, UseHead, UseHeads, Way
 
 __all__ = ["head_owner", "head_steps"]
@@ -29,7 +29,7 @@ def head_owner(composition: Composition | None, owners: Collection[str]) -> str 
     Raises:
         CompatibilityError: several of those that act side by side own one.
     """
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return composition if composition in owners else None
     if isinstance(composition, Fuse) and composition.fusion in owners:
         return composition.fusion
@@ -102,7 +102,7 @@ def _on_output(
     choices = {config.num_choices for config in configs if isinstance(config, MultipleChoiceHead)}
     if len(choices) > 1:
         raise CompatibilityError(f"{composition!r} has heads of {sorted(choices)} choices; a batch has one number of them")
-    wants = Wants((LABELS, *(SPAN if spans else ())), next(iter(choices), None), masks_of(modules[root]))
+    wants = HeadRequest((LABELS, *(SPAN if spans else ())), next(iter(choices), None), masks_of(modules[root]))
     if len(set(owned)) == 1:  # all rows run the same
         owned, kinds = owned[:1], kinds[:1]
     yield RunHeads(owned, kinds, composition, row_axis, copies_of_rows(composition), wants)
@@ -133,7 +133,7 @@ def _undoes(kind: Composition | None, root: str, modules: Mapping[str, nn.Module
         below = path[len(root) :].lstrip(".")
         for name in {*names_in(kind)} & site.entries.keys():
             for entry, held in site.modules_of(name):
-                if isinstance(held, Undoing) and held.is_undone:
+                if isinstance(held, InvertibleModule) and held.is_undone:
                     ways.setdefault(name, (*(below.split(".") if below else ()), SITE, entry.key))
     if ways and not _is_chain(kind):
         raise CompatibilityError(
@@ -145,6 +145,6 @@ def _undoes(kind: Composition | None, root: str, modules: Mapping[str, nn.Module
 
 def _is_chain(composition: Composition | None) -> bool:
     """Whether a composition is adapters one after the other."""
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return True
     return isinstance(composition, Stack) and all(map(_is_chain, composition.children))

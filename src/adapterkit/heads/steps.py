@@ -17,7 +17,7 @@ from ..runtime.site import AdapterSite
 from ..runtime.steps import Step
 from ..structure import pytree
 from ..structure.pytree import Path
-from .call import Call, Wants, check_known, labels_of
+from .call import HeadInputs, HeadRequest, check_known, labels_of
 from .rows import HeadOutput, Logits, Piece, joined, laid_out, rows_of_call, some_rows
 
 __all__ = ["Head", "Owned", "RunHeads", "UseHead", "UseHeads"]
@@ -146,7 +146,7 @@ class RunHeads(Step):
     adapter: Composition | None
     axis: int
     copies: int
-    wants: Wants
+    wants: HeadRequest
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the `HeadOutput`; the value where the host was not called by its model."""
@@ -176,7 +176,7 @@ class RunHeads(Step):
         """Whether all rows have the same heads: then nothing is said of single rows."""
         return len(self.kinds) == 1
 
-    def _run(self, site: AdapterSite, call: Call, value: Any) -> tuple[list[Piece], list[int]]:
+    def _run(self, site: AdapterSite, call: HeadInputs, value: Any) -> tuple[list[Piece], list[int]]:
         """What each head makes of its rows, and the rows that have none."""
         pieces: list[Piece] = []
         absent: list[int] = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..composition.nodes import Composition, fusions_in
 from ..errors import ActivationError, ConfigError, MissingExtraError
 from ..lifecycle.fusion import fusion_modules
-from ..runtime.state import Record
+from ..runtime.state import ModelState
 from ..runtime.sync import forget_compiled
 
 if TYPE_CHECKING:
@@ -118,13 +118,13 @@ def draw_attention(
 
 
 @contextmanager
-def watched(model: nn.Module, record: Record, name: str | None) -> Iterator[FusionAttention]:
+def watched(model: nn.Module, state: ModelState, name: str | None) -> Iterator[FusionAttention]:
     """Keep the attention of an active fusion within the block. Raises ActivationError: it, or no one fusion, is active."""
-    active = {fuse for fuse in fusions_in(record.activation.active) if name in (None, fuse.fusion)}
+    active = {fuse for fuse in fusions_in(state.activation.active) if name in (None, fuse.fusion)}
     if len(active) != 1:
         raise ActivationError(
             f"{'one fusion' if name is None else f'the fusion {name!r}'} must be active, to be watched; active is "
-            f"{record.activation.active!r}. Call kit.activate(ak.Fuse(...)), and name the fusion where there are several"
+            f"{state.activation.active!r}. Call kit.activate(ak.Fuse(...)), and name the fusion where there are several"
         )
     fuse = active.pop()
     found = [(path, spec.at, module) for path, spec, module in fusion_modules(model, fuse.fusion)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CompatibilityError
 from ..placement.spec import SiteSpec
 from ..runtime.lookup import named_parameters, specs_of
-from ..runtime.state import silenced
+from ..runtime.state import without_adapters
 from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Sublayer
 from ..structure.anatomy.discover import discover
@@ -139,7 +139,7 @@ def _loss(model: nn.Module, inputs: ExampleInputs) -> Tensor:
 
 def _structure(model: nn.Module, inputs: ExampleInputs) -> tuple[Anatomy, dict[str, Moved]]:
     """The anatomy of the base and the ε-test of its sub-layers."""
-    with silenced():
+    with without_adapters():
         anatomy, _ = discover(model, inputs)
         return anatomy, epsilon_test(model, inputs, anatomy)
 

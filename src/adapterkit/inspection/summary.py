@@ -7,7 +7,7 @@ from torch import nn
 
 from ..composition.nodes import names_in
 from ..runtime.lookup import adapter_names, sites_of
-from ..runtime.state import Record
+from ..runtime.state import ModelState
 from ..structure.base_tensors import base_parameters
 
 __all__ = ["AdapterRow", "Summary", "summarise"]
@@ -44,7 +44,7 @@ class Summary:
         return table([head, *rows, base])
 
 
-def summarise(model: nn.Module, record: Record) -> Summary:
+def summarise(model: nn.Module, state: ModelState) -> Summary:
     """Count what the base and each adapter hold."""
     base = [p for _, p in base_parameters(model)]
     total = sum(p.numel() for p in base)
@@ -62,9 +62,9 @@ def summarise(model: nn.Module, record: Record) -> Summary:
                 head_parameters=sum(p.numel() for p in heads),
                 size_bytes=sum(p.numel() * p.element_size() for p in own + heads),
                 percent=100 * sum(p.numel() for p in own) / max(1, total),
-                is_active=name in names_in(record.activation.active),
+                is_active=name in names_in(state.activation.active),
                 is_training=any(p.requires_grad for p in own),
-                is_merged=name in record.merged,
+                is_merged=name in state.merged,
             )
         )
     return Summary(total, sum(p.numel() * p.element_size() for p in base), tuple(rows))

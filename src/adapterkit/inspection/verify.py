@@ -11,7 +11,7 @@ from ..composition.nodes import drops_in, names_in
 from ..config.settings import AdapterConfig
 from ..config.union import Union
 from ..errors import AdapterKitError, CompatibilityError, TargetError
-from ..heads.hook import CallHook
+from ..heads.hook import LabelsHook
 from ..lifecycle.add import find_sites, needs_structure
 from ..lifecycle.merging.merge import changed_since_merging
 from ..placement.layers import in_layers
@@ -21,7 +21,7 @@ from ..runtime.hooks import InputHook, OutputHook, WeightHook, has_hook
 from ..runtime.lookup import sites_of, specs_of
 from ..runtime.originals import base_digests
 from ..runtime.site import AdapterSite, root_of
-from ..runtime.state import RECORD, Record, silenced
+from ..runtime.state import STATE, ModelState, without_adapters
 from ..structure.base_tensors import base_parameters, owner_at, parameter_at
 from ..structure.paths import SITE
 from ..structure.tracing.forward import ExampleInputs, runs_around
@@ -76,7 +76,7 @@ class Verification:
 
 def verify(
     model: nn.Module,
-    record: Record,
+    state: ModelState,
     example_inputs: ExampleInputs | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Verification:
@@ -86,9 +86,9 @@ def verify(
         example_inputs: Inputs to run the model on; tiny ones are made if there are none.
         optimizer: Check that something trains, that the optimizer holds all of it, and that the base is frozen.
     """
-    active = record.activation.active
+    active = state.activation.active
     hosts = {path: (host, site) for path, host, site in sites_of(model)}
-    lost = list(_lost_hosts(model, record, hosts))
+    lost = list(_lost_hosts(model, state, hosts))
     problems = [*_missing_hooks(model, hosts), *lost, *_elsewhere(hosts)]
     inputs = _inputs(model) if example_inputs is None and active is not None else example_inputs
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
@@ -98,30 +98,30 @@ def verify(
         specs = [pair for name in names for pair in specs_of(model, name)]
         problems += _site_problems(model, sites, specs, inputs)
         for name in names:
-            problems += [*([] if lost else _elsewhere_now(model, name, inputs)), *_dead(model, record, name, inputs)]
+            problems += [*([] if lost else _elsewhere_now(model, name, inputs)), *_dead(model, state, name, inputs)]
     elif active is None and hosts:
         problems.append("no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter")
-    moved = moved_tensors(model, record)
+    moved = moved_tensors(model, state)
     if moved:
         problems.append(f"the base moved since it was frozen: {', '.join(moved)}")
     changed = changed_since_merging(model)
     if changed:
-        problems.append(f"weights changed since {list(record.merged)} were merged into them: {', '.join(changed)}")
-    if record.frozen is not None:
+        problems.append(f"weights changed since {list(state.merged)} were merged into them: {', '.join(changed)}")
+    if state.frozen is not None:
         problems += [f"{name!r} is frozen, yet requires grad" for name, p in base_parameters(model) if p.requires_grad]
     if optimizer is not None:
-        problems += _optimizer_problems(model, record, optimizer)
+        problems += _optimizer_problems(model, state, optimizer)
     return Verification(tuple(problems), sites, None if moved is None else not moved)
 
 
-def moved_tensors(model: nn.Module, record: Record) -> list[str] | None:
+def moved_tensors(model: nn.Module, state: ModelState) -> list[str] | None:
     """The names of base tensors that differ from when they were frozen, or are gone; None if the base is not frozen.
 
     Of weights into which adapters are merged, the originals are compared.
     """
-    if record.frozen is None:
+    if state.frozen is None:
         return None
-    now, then = base_digests(model), record.frozen.digests
+    now, then = base_digests(model), state.frozen.digests
     return [name for name in then | now if now.get(name) != then.get(name)]
 
 
@@ -132,15 +132,15 @@ def _missing_hooks(model: nn.Module, hosts: dict[str, tuple[nn.Module, AdapterSi
             if not all(has_hook(host, kind) for kind in kinds):
                 yield f"the hook of adapter {name!r} on {path!r} is gone: someone removed it"
             roots = {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}
-            if not all(has_hook(model.get_submodule(root), CallHook) for root in roots):
+            if not all(has_hook(model.get_submodule(root), LabelsHook) for root in roots):
                 yield f"the hook that takes labels for the heads of adapter {name!r} is gone: someone removed it"
 
 
-def _lost_hosts(model: nn.Module, record: Record, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
+def _lost_hosts(model: nn.Module, state: ModelState, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
     """Modules that were put in place of a host: the adapter went with it."""
-    if model.__dict__.get(RECORD) is not record:  # a part of a wrapped model: its paths are others
+    if model.__dict__.get(STATE) is not state:  # a part of a wrapped model: its paths are others
         return
-    for name, paths in record.hosts.items():
+    for name, paths in state.hosts.items():
         for path in paths:
             if path not in hosts or name not in hosts[path][1].entries:
                 yield f"{path!r} was replaced since adapter {name!r} was added: remove the adapter, and add it anew"
@@ -178,12 +178,12 @@ def _elsewhere_now(model: nn.Module, name: str, inputs: ExampleInputs) -> Iterat
 
 def _where(spec: SiteSpec) -> tuple[str, object]:
     """The host, and all else that is not a matter of the example inputs' shapes."""
-    return spec.path, (spec.at, spec.reads, spec.output, spec.residual, spec.parameters, spec.parts, spec.tag, spec.member)
+    return spec.path, (spec.at, spec.reads, spec.output, spec.residual, spec.parameters, spec.slices, spec.tag, spec.member)
 
 
-def _dead(model: nn.Module, record: Record, name: str, inputs: ExampleInputs) -> list[str]:
+def _dead(model: nn.Module, state: ModelState, name: str, inputs: ExampleInputs) -> list[str]:
     """Parameters that no gradient reaches, but for those that are dropped, or why none can be computed."""
-    dropped = tuple(_dropped(model, record, name))
+    dropped = tuple(_dropped(model, state, name))
     try:
         dead = [key for key in dead_parameters(model, name, inputs) if not key.startswith(dropped)]
     except (RuntimeError, ValueError) as error:
@@ -191,9 +191,9 @@ def _dead(model: nn.Module, record: Record, name: str, inputs: ExampleInputs) ->
     return [f"no gradient of the model's output reaches {', '.join(dead)}"] if dead else []
 
 
-def _dropped(model: nn.Module, record: Record, name: str) -> Iterator[str]:
+def _dropped(model: nn.Module, state: ModelState, name: str) -> Iterator[str]:
     """How the names of an adapter's parameters begin that rest, since a Drop holds them back in their layer."""
-    layers = [layer for drop in drops_in(record.activation.active) for layer in drop.layers]
+    layers = [layer for drop in drops_in(state.activation.active) for layer in drop.layers]
     for path, _, site in sites_of(model):
         acting = keys_of((*site.input_steps, *site.output_steps, *site.weight_steps))
         for entry in site.entries.get(name, ()):
@@ -204,7 +204,7 @@ def _dropped(model: nn.Module, record: Record, name: str) -> Iterator[str]:
 def _inputs(model: nn.Module) -> ExampleInputs | None:
     """Tiny inputs, if any can be made."""
     try:
-        with silenced():
+        with without_adapters():
             return tiny_inputs(model)
     except CompatibilityError:
         return None
@@ -248,7 +248,7 @@ def _idle_parameters(model: nn.Module, idle: Sequence[tuple[str, SiteSpec]], inp
         for (path, spec), (owner, leaf) in zip(idle, owners, strict=True)
         if owner is not None
     ]
-    with silenced():
+    with without_adapters():
         reads = reads_around(model, [holder for _, _, holder in held], inputs) if held else []
     for (path, name, _), stacks in zip(held, reads, strict=True):
         reader = None if not stacks else stacks[0][-1][0] if stacks[0] else ""
@@ -276,7 +276,7 @@ def _row(proof: SiteProof) -> tuple[str, str, str, str, str, str, str]:
     return proof.path, proof.place, str(proof.fired_in_eval), str(proof.fired_in_training), shape, dtype, factor
 
 
-def _optimizer_problems(model: nn.Module, record: Record, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _optimizer_problems(model: nn.Module, state: ModelState, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     groups: list[dict[str, Any]] = optimizer.param_groups
     held = {id(p) for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -284,5 +284,5 @@ def _optimizer_problems(model: nn.Module, record: Record, optimizer: torch.optim
             yield f"{name!r} is to train, but the optimizer does not hold it"
     if not any(p.requires_grad for p in model.parameters()):
         yield "nothing is to train: call kit.train_adapter"
-    if record.frozen is None:
+    if state.frozen is None:
         yield "the base is not frozen: call kit.train_adapter or kit.freeze"

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..composition.nodes import Block, Composition, drops_in, expanded, fusions_in, names_always, names_in
+from ..composition.nodes import Composition, CompositionNode, drops_in, expanded, fusions_in, names_always, names_in
 from ..errors import ActivationError, AdapterNameError, ConfigError
 from ..heads.plan import head_steps
 from ..heads.steps import RunHeads
 from ..placement.layers import check_dropped
 from ..runtime.compose.compile import SiteContext, keys_of, steps_at
 from ..runtime.compose.parallel import set_batch_hooks
-from ..runtime.compose.plan_nodes import Mix, RowMix
+from ..runtime.compose.plan_nodes import ByRow, ComposeStep
 from ..runtime.hooks import WeightHook, has_hook
 from ..runtime.lookup import adapter_names, fusions_of, sites_among, specs_of
 from ..runtime.site import AdapterSite
-from ..runtime.state import ACTIVATION_LOCK, RECORD, Record
+from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
 from ..runtime.steps import Pass, Step
 from ..runtime.sync import forget_compiled
 from ..structure.tracing.row_layout import Layouts, RowAxes
@@ -47,53 +47,53 @@ class SitePlan:
     weight: tuple[Step, ...]
 
     @property
-    def dividing(self) -> tuple[Mix, ...]:
+    def dividing(self) -> tuple[ComposeStep, ...]:
         """The steps, heads apart, that need to know the batch: rows run different adapters there, or lie flat."""
-        mixes = (step for step in (*self.input, *self.output) if isinstance(step, Mix))
-        return tuple(step for step in mixes if isinstance(step.node, RowMix) or (step.layout and step.layout.is_flat))
+        mixes = (step for step in (*self.input, *self.output) if isinstance(step, ComposeStep))
+        return tuple(step for step in mixes if isinstance(step.node, ByRow) or (step.layout and step.layout.is_flat))
 
 
 Plans = Sequence[tuple[str, nn.Module, AdapterSite, SitePlan]]
 
 
-def activate(model: nn.Module, record: Record, composition: Composition | None) -> None:
+def activate(model: nn.Module, state: ModelState, composition: Composition | None) -> None:
     """Make an adapter or a composition active; None is the base alone.
 
     Raises:
         CompatibilityError: adapters that cannot act together as it says, with the place and the reason.
         ActivationError: another thread is running the model with another adapter, or another one is merged.
     """
-    plans = _plans(model, record, composition)
+    plans = _plans(model, state, composition)
     with ACTIVATION_LOCK:
-        _check_merged(record, composition)
-        record.activation.switch(composition)
-        _put(model, record, plans)
+        _check_merged(state, composition)
+        state.activation.switch(composition)
+        _put(model, state, plans)
 
 
 @contextmanager
-def activated(model: nn.Module, record: Record, composition: Composition | None) -> Iterator[None]:
+def activated(model: nn.Module, state: ModelState, composition: Composition | None) -> Iterator[None]:
     """Make an adapter or a composition active within a `with` block; see `activate`."""
-    plans = _plans(model, record, composition)
+    plans = _plans(model, state, composition)
     with ACTIVATION_LOCK:
-        _check_merged(record, composition)
-        record.activation.enter(composition)
-        _put(model, record, plans)
+        _check_merged(state, composition)
+        state.activation.enter(composition)
+        _put(model, state, plans)
     try:
         yield
     finally:
         with ACTIVATION_LOCK:
-            record.activation.leave()
-            apply(model, record)
+            state.activation.leave()
+            apply(model, state)
 
 
-def check_plans(model: nn.Module, record: Record, composition: Composition | None) -> None:
+def check_plans(model: nn.Module, state: ModelState, composition: Composition | None) -> None:
     """Raise CompatibilityError if adapters cannot act together as a composition says."""
-    _plans(model, record, composition)
+    _plans(model, state, composition)
 
 
-def apply(model: nn.Module, record: Record) -> None:
+def apply(model: nn.Module, state: ModelState) -> None:
     """Put the steps of what is active at every site."""
-    _put(model, record, _plans(model, record, record.activation.active))
+    _put(model, state, _plans(model, state, state.activation.active))
 
 
 def check_active(model: nn.Module, composition: Composition) -> Composition:
@@ -113,7 +113,7 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
                 f"the model has no fusion {fuse.fusion!r}; kit.add_fusion({fuse!r}) makes one, to be trained. "
                 f"It has: {list(fusions) or 'none'}"
             )
-    for name in dict.fromkeys(names_in(composition)) if isinstance(composition, Block) else (composition,):
+    for name in dict.fromkeys(names_in(composition)) if isinstance(composition, CompositionNode) else (composition,):
         check_known(model, name)
     for drop in drops_in(composition):
         specs = [spec for name in dict.fromkeys(names_in(drop)) for _, spec in specs_of(model, name)]
@@ -122,26 +122,26 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     return expanded(composition, fusions)  # type: ignore[return-value]  # None of None alone
 
 
-def _plans(model: nn.Module, record: Record, composition: Composition | None) -> Plans:
+def _plans(model: nn.Module, state: ModelState, composition: Composition | None) -> Plans:
     """What a composition becomes at the site of each host, in the model's order."""
     modules = dict(model.named_modules())
-    axes, layouts = RowAxes(modules), layouts_of(model, record)
+    axes, layouts = RowAxes(modules), layouts_of(model, state)
     return [
-        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts.get(path, {}), record.merged))
+        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts.get(path, {}), state.merged))
         for path, host, site in sites_among(modules)
     ]
 
 
-def layouts_of(model: nn.Module, record: Record) -> Mapping[str, Layouts]:
+def layouts_of(model: nn.Module, state: ModelState) -> Mapping[str, Layouts]:
     """What was seen of where rows lie, by path; nothing of a part of the model, in which paths are others."""
-    return record.layouts if model.__dict__.get(RECORD) is record else {}
+    return state.layouts if model.__dict__.get(STATE) is state else {}
 
 
-def _put(model: nn.Module, record: Record, plans: Plans) -> None:
+def _put(model: nn.Module, state: ModelState, plans: Plans) -> None:
     """Have the sites run these plans."""
-    active = record.activation.active
+    active = state.activation.active
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
-    idle = (Pass(active),) if record.activation.was_used else ()
+    idle = (Pass(active),) if state.activation.was_used else ()
     is_stale = False
     for _, host, site, plan in plans:
         keys = keys_of((*plan.input, *plan.output))
@@ -157,7 +157,7 @@ def _put(model: nn.Module, record: Record, plans: Plans) -> None:
     if is_stale:
         forget_compiled()
     dividing = [(path, step.layout) for path, _, _, plan in plans for step in plan.dividing]
-    set_batch_hooks(model, record, dividing, layouts_of(model, record))
+    set_batch_hooks(model, state, dividing, layouts_of(model, state))
 
 
 def check_known(model: nn.Module, name: object) -> None:
@@ -171,10 +171,10 @@ def check_known(model: nn.Module, name: object) -> None:
         raise AdapterNameError(f"the model has no adapter {name!r}. {hint}")
 
 
-def _check_merged(record: Record, composition: Composition | None) -> None:
+def _check_merged(state: ModelState, composition: Composition | None) -> None:
     """Raise ActivationError unless what is to be active runs all that is merged on every row."""
     always = names_always(composition)
-    others = [merged for merged in record.merged if merged not in always]
+    others = [merged for merged in state.merged if merged not in always]
     if others:
         raise ActivationError(
             f"cannot run {'the base' if composition is None else repr(composition)} alone: {others[0]!r} is merged into "

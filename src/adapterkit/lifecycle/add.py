@@ -17,16 +17,16 @@ from ..placement.patterns import match
 from ..placement.resolve import check_row_axes, resolve
 from ..placement.spec import SiteSpec
 from ..placement.targets import asks_for_structure
-from ..runtime.lookup import fusions_of, named_parameters, record_of, sites_of
+from ..runtime.lookup import find_state, fusions_of, named_parameters, sites_of
 from ..runtime.site import Entry
-from ..runtime.state import ACTIVATION_LOCK, Record, silenced
+from ..runtime.state import ACTIVATION_LOCK, ModelState, without_adapters
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from ..structure.tracing.row_layout import Layouts
 from ..structure.tracing.rows import discover_rows
 from .activate import check_plans, layouts_of
-from .attach import attach, check_free, detach, drop_modules, insert_modules, refresh, shared_record
-from .build import build_parts, head_parts, tied_groups
+from .attach import attach, check_free, detach, drop_modules, insert_modules, refresh, state_of
+from .build import build_head_modules, build_modules, tied_groups
 from .merging.merge import unmerge
 
 __all__ = ["add", "add_heads", "find_sites", "needs_structure", "remove", "remove_head", "seen_layouts"]
@@ -48,7 +48,7 @@ def add(
         sites = _outside_heads(model, sites, config, replaced)
         check_apart([site.path for site in sites], replaced)
     layouts = seen_layouts(model, config, sites, example_inputs)
-    attach(model, name, _with_paths(model, config), build_parts(model, config, sites, found), layouts)
+    attach(model, name, _with_paths(model, config), build_modules(model, config, sites, found), layouts)
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -58,7 +58,7 @@ def remove(model: nn.Module, name: str) -> None:
         ActivationError: another thread is running the model with it.
         CompatibilityError: it is merged, and the weights have changed since; or a fusion weighs it.
     """
-    record = shared_record(model)
+    state = state_of(model)
     weighed = [fusion for fusion, fuse in fusions_of(model).items() if name != fusion and name in names_in(fuse)]
     if weighed:
         raise CompatibilityError(
@@ -66,16 +66,16 @@ def remove(model: nn.Module, name: str) -> None:
             f"kit.remove({weighed[0]!r}), or kit.prune_fusion, first"
         )
     with ACTIVATION_LOCK:
-        if name in record.merged:
-            record.activation.check_forgettable(name)
-            unmerge(model, record, name)
+        if name in state.merged:
+            state.activation.check_forgettable(name)
+            unmerge(model, state, name)
         detach(model, name)
 
 
 def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: ExampleInputs | None = None) -> None:
     """Give an adapter more heads, or raise and leave the model as it was. Raises: see `AdapterKit.add_head`."""
-    record = shared_record(model)
-    if name in record.merged:
+    state = state_of(model)
+    if name in state.merged:
         raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
     found = find_heads(model, heads, example_inputs)
     held = [(path, entry) for path, _, site in sites_of(model) for entry in site.entries.get(name, ())]
@@ -84,45 +84,45 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
     check_names([*(head for _, head in there), *(head.spec for head in found)], replaced)
     check_apart([path for path, entry in held if entry.spec is not None], replaced)
     config, trains = held[0][1].config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
-    parts = head_parts(model, found)
+    parts = build_head_modules(model, found)
     with ACTIVATION_LOCK:
         try:
-            insert_modules(model, record, name, config, parts, trains=trains)
-            for composition in record.activation.held:
-                check_plans(model, record, composition)
+            insert_modules(model, state, name, config, parts, trains=trains)
+            for composition in state.activation.scheduled:
+                check_plans(model, state, composition)
         except AdapterKitError:  # what is active, now or after a `with` block, cannot choose between heads
-            _keep_only(model, record, name, held)
+            _keep_only(model, state, name, held)
             raise
 
 
-def _keep_only(model: nn.Module, record: Record, name: str, held: Sequence[tuple[str, Entry]]) -> None:
+def _keep_only(model: nn.Module, state: ModelState, name: str, held: Sequence[tuple[str, Entry]]) -> None:
     """Let go of an adapter's modules but these, each given with its host's path."""
     keys = {(path, entry.key) for path, entry in held}
     for path, _, site in list(sites_of(model)):
         others = {entry.key for entry in site.entries.get(name, ()) if (path, entry.key) not in keys}
         if others:
-            drop_modules(model, record, name, path, others)
-    record.hosts[name] = tuple(path for path, _ in held)
-    refresh(model, record)
+            drop_modules(model, state, name, path, others)
+    state.hosts[name] = tuple(path for path, _ in held)
+    refresh(model, state)
 
 
 def remove_head(model: nn.Module, name: str, head: str) -> None:
     """Take a head from an adapter. Raises: see `AdapterKit.remove_head`."""
-    record = shared_record(model)
+    state = state_of(model)
     held = [(path, e) for path, _, site in sites_of(model) for e in site.entries.get(name, ()) if e.head is not None]
     path, entry = next(((path, e) for path, e in held if e.head and e.head.config.name == head), (None, None))
     if path is None or entry is None:
         raise AdapterNameError(
             f"adapter {name!r} has no head {head!r}; it has {[e.head.config.name for _, e in held if e.head] or 'none'}"
         )
-    if name in record.merged:
+    if name in state.merged:
         raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
     with ACTIVATION_LOCK:
-        drop_modules(model, record, name, path, {entry.key})
-        hosts = list(record.hosts[name])
+        drop_modules(model, state, name, path, {entry.key})
+        hosts = list(state.hosts[name])
         hosts.remove(path)
-        record.hosts[name] = tuple(hosts)
-        refresh(model, record)
+        state.hosts[name] = tuple(hosts)
+        refresh(model, state)
 
 
 def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
@@ -141,7 +141,7 @@ def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, 
 
 def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
     """The sites that a config would adapt. Raises: see `placement.resolve`."""
-    with ACTIVATION_LOCK, silenced():
+    with ACTIVATION_LOCK, without_adapters():
         sites = resolve(model, [(m, method_of(m).placements(m)) for m in members(config)], example_inputs)
     for index, member in enumerate(members(config)):
         check_maps(member, [site for site in sites if site.member == index])
@@ -163,11 +163,11 @@ def seen_layouts(
     Raises:
         TargetError: the config has a row-wise setting that would take another axis for that of rows.
     """
-    record = record_of(model)
-    layouts = {} if record is None else layouts_of(model, record)
+    state = find_state(model)
+    layouts = {} if state is None else layouts_of(model, state)
     is_new = any(site.path not in layouts for site in sites)
     if is_new and (example_inputs is not None or needs_structure(config)):
-        with ACTIVATION_LOCK, silenced():
+        with ACTIVATION_LOCK, without_adapters():
             layouts = discover_rows(model, example_inputs) or layouts
     check_row_axes(model, sites, members(config), layouts)
     return layouts

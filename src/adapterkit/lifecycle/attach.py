@@ -12,23 +12,23 @@ from ..errors import AdapterKitError, AdapterNameError, CompatibilityError, Conf
 from ..heads.hook import sync_labels_hooks
 from ..runtime.handover import Handover
 from ..runtime.hooks import InputHook, OutputHook, WeightEndHook, WeightHook, set_hook
-from ..runtime.lookup import adapter_names, open_parameters, record_of, sites_among, sites_of
+from ..runtime.lookup import adapter_names, find_state, open_parameters, sites_among, sites_of
 from ..runtime.site import AdapterSite
-from ..runtime.state import ACTIVATION_LOCK, RECORD, Record
+from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
 from ..runtime.sync import forget_compiled, sync_site_hooks
 from ..structure.paths import SITE
 from ..structure.tracing.row_layout import Layouts
 from .activate import apply, check_plans
-from .build import Part
+from .build import BuiltModule
 
-__all__ = ["attach", "check_free", "detach", "drop_modules", "insert_modules", "refresh", "shared_record"]
+__all__ = ["attach", "check_free", "detach", "drop_modules", "insert_modules", "refresh", "state_of"]
 
 
 def attach(
     model: nn.Module,
     name: str,
     config: Config | FusionConfig,
-    parts: Sequence[Part],
+    parts: Sequence[BuiltModule],
     layouts: Mapping[str, Layouts] | None = None,
 ) -> None:
     """Put an adapter's (or a fusion's) modules into the model: the last step, after which nothing can fail.
@@ -41,25 +41,25 @@ def attach(
         CompatibilityError: two parts of the model were wrapped apart; or what was seen of it now refutes what is active.
     """
     check_free(model, name)
-    record = shared_record(model)
+    state = state_of(model)
     with ACTIVATION_LOCK:
-        before, record.layouts = record.layouts, record.layouts if layouts is None else layouts
+        before, state.layouts = state.layouts, state.layouts if layouts is None else layouts
         try:
-            for composition in record.activation.held if record.layouts is not before else ():
-                check_plans(model, record, composition)
+            for composition in state.activation.scheduled if state.layouts is not before else ():
+                check_plans(model, state, composition)
         except AdapterKitError:
-            record.layouts = before
+            state.layouts = before
             raise
-        model.__dict__[RECORD] = record
-        insert_modules(model, record, name, config, parts, trains=record.frozen is None)
+        model.__dict__[STATE] = state
+        insert_modules(model, state, name, config, parts, trains=state.frozen is None)
 
 
 def insert_modules(
     model: nn.Module,
-    record: Record,
+    state: ModelState,
     name: str,
     config: Config | FusionConfig,
-    parts: Sequence[Part],
+    parts: Sequence[BuiltModule],
     *,
     trains: bool,
 ) -> None:
@@ -68,16 +68,16 @@ def insert_modules(
         host = model.get_submodule(part.path)
         site = host._modules.get(SITE)
         if not isinstance(site, AdapterSite):
-            site = host._modules[SITE] = AdapterSite(record, part.path)
+            site = host._modules[SITE] = AdapterSite(state, part.path)
             site.train(host.training)
         handover = Handover[Tensor]() if part.spec is not None and part.spec.residual is not None else None
         open_parameters(part.module.train(host.training), trains)
         site.insert(name, part.module, config, part.spec, handover, part.head)
-    record.hosts[name] = (*record.hosts.get(name, ()), *(part.path for part in parts))
-    refresh(model, record)
+    state.hosts[name] = (*state.hosts.get(name, ()), *(part.path for part in parts))
+    refresh(model, state)
 
 
-def drop_modules(model: nn.Module, record: Record, name: str, path: str, keys: Container[str] | None = None) -> None:
+def drop_modules(model: nn.Module, state: ModelState, name: str, path: str, keys: Container[str] | None = None) -> None:
     """Let go of an adapter's modules at a host, or of those with these keys; of the site and its hooks, if it is empty."""
     host = model.get_submodule(path)
     site: Any = host._modules[SITE]
@@ -85,7 +85,7 @@ def drop_modules(model: nn.Module, record: Record, name: str, path: str, keys: C
         site.discard(name, keys)
     if not site.entries:
         for kind in (OutputHook, InputHook, WeightHook, WeightEndHook):
-            set_hook(host, kind, False, record)
+            set_hook(host, kind, False, state)
         del host._modules[SITE]
 
 
@@ -95,13 +95,13 @@ def detach(model: nn.Module, name: str) -> None:
     Raises:
         ActivationError: another thread is running the model with it.
     """
-    record = shared_record(model)
+    state = state_of(model)
     with ACTIVATION_LOCK:
-        record.activation.forget(name)
-        record.hosts.pop(name, None)
+        state.activation.forget(name)
+        state.hosts.pop(name, None)
         for path, _, _ in list(sites_of(model)):
-            drop_modules(model, record, name, path)
-        refresh(model, record)
+            drop_modules(model, state, name, path)
+        refresh(model, state)
 
 
 def check_free(model: nn.Module, name: str) -> None:
@@ -111,29 +111,29 @@ def check_free(model: nn.Module, name: str) -> None:
         raise AdapterNameError(f"the model already has an adapter {name!r}; remove it first, or choose another name")
 
 
-def shared_record(model: nn.Module) -> Record:
-    """The model's record, or a new one that is not in the model yet.
+def state_of(model: nn.Module) -> ModelState:
+    """The model's state, or a new one that is not in the model yet.
 
     Raises:
-        CompatibilityError: parts of the model were wrapped apart, so that two records claim it.
+        CompatibilityError: parts of the model were wrapped apart, so that two states claim it.
     """
-    record, modules = record_of(model) or Record(), dict(model.named_modules())
-    apart = [path for path, _, site in sites_among(modules) if site.record is not record]
-    apart += [path for path, module in modules.items() if path and RECORD in module.__dict__]
+    state, modules = find_state(model) or ModelState(), dict(model.named_modules())
+    apart = [path for path, _, site in sites_among(modules) if site.state is not state]
+    apart += [path for path, module in modules.items() if path and STATE in module.__dict__]
     if apart:
         raise CompatibilityError(
             f"parts of {type(model).__name__} were wrapped on their own ({apart[0]!r} among them); unwrap them, then "
             "wrap the whole model once"
         )
-    return record
+    return state
 
 
-def refresh(model: nn.Module, record: Record) -> None:
+def refresh(model: nn.Module, state: ModelState) -> None:
     """Bring hooks and steps in line with the sites."""
-    sync_site_hooks(model, record)
-    sync_labels_hooks(model, record)
+    sync_site_hooks(model, state)
+    sync_labels_hooks(model, state)
     forget_compiled()
-    apply(model, record)
+    apply(model, state)
 
 
 def check_unsharded(model: nn.Module) -> None:

@@ -13,19 +13,19 @@ from ..heads.config import OwnHead
 from ..heads.find import FoundHead, build_heads
 from ..heads.spec import HeadSpec
 from ..methods import method_of
-from ..methods.method import Sharing
-from ..nn.twin import Twin
+from ..methods.method import SharesTensors
+from ..nn.twin import TiedModule
 from ..placement.layers import settings_site
 from ..placement.spec import SiteSpec
 from ..structure.base_tensors import base_tensors, parameter_at
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import outside_inference_mode
 
-__all__ = ["Part", "build_parts", "device_near", "dtype_at", "head_parts", "tied_groups"]
+__all__ = ["BuiltModule", "build_head_modules", "build_modules", "device_near", "dtype_at", "tied_groups"]
 
 
 @dataclass(frozen=True)
-class Part:
+class BuiltModule:
     """One module of an adapter, and where it goes: a site, or the host of a head (spec None)."""
 
     path: str
@@ -35,9 +35,9 @@ class Part:
 
 
 @outside_inference_mode()
-def build_parts(
+def build_modules(
     model: nn.Module, config: Config, sites: Sequence[SiteSpec], heads: Sequence[FoundHead], *, meta: bool = False
-) -> list[Part]:
+) -> list[BuiltModule]:
     """The modules of these sites and heads, not yet attached.
 
     Args:
@@ -53,11 +53,11 @@ def build_parts(
     if not meta:
         for part in parts:
             part.module.to(device_near(model, part.path))
-    return parts + head_parts(model, heads, meta=meta)
+    return parts + build_head_modules(model, heads, meta=meta)
 
 
 @outside_inference_mode()
-def head_parts(model: nn.Module, heads: Sequence[FoundHead], *, meta: bool = False) -> list[Part]:
+def build_head_modules(model: nn.Module, heads: Sequence[FoundHead], *, meta: bool = False) -> list[BuiltModule]:
     """The modules of these heads, not yet attached: on their hosts' devices, but for copies, which lie where the host does.
 
     Args:
@@ -68,11 +68,11 @@ def head_parts(model: nn.Module, heads: Sequence[FoundHead], *, meta: bool = Fal
     for head, module in zip(heads, build_heads(model, heads, dtype, meta=meta), strict=True):
         if not meta and not isinstance(head.spec.config, OwnHead):
             module.to(device_near(model, head.path))
-        parts.append(Part(head.path, module, None, head.spec))
+        parts.append(BuiltModule(head.path, module, None, head.spec))
     return parts
 
 
-def _check_order(parts: Sequence[Part]) -> None:
+def _check_order(parts: Sequence[BuiltModule]) -> None:
     """Raise TargetError where a module that needs what the host itself returned would get it from another module."""
     hosts: dict[str, SiteSpec] = {}
     for part in parts:
@@ -86,7 +86,7 @@ def _check_order(parts: Sequence[Part]) -> None:
             )
 
 
-def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -> list[Part]:
+def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -> list[BuiltModule]:
     """The modules of one config, with what they share reachable from each.
 
     What several sites share is held by the first in the model alone, so that it trains, moves and is saved once; the
@@ -95,7 +95,9 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
     method = method_of(config)
     order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     dtypes = {id(site): dtype_at(model, site.path, config.dtype) for site in sites}
-    shared = method.shared(config, sites, dtype=dtypes[id(sites[0])]) if isinstance(method, Sharing) and sites else None
+    shared = (
+        method.shared(config, sites, dtype=dtypes[id(sites[0])]) if isinstance(method, SharesTensors) and sites else None
+    )
     built: dict[int, nn.Module] = {}
     for tied in tied_groups(model, sites):
         site, first = settings_site(config, tied), min(tied, key=lambda site: order[site.path])
@@ -105,10 +107,10 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
                 f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
                 f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
             )
-        built |= {id(site): module if site is first else Twin(module) for site in tied}
-    parts = [Part(site.path, built[id(site)], site) for site in sites]
+        built |= {id(site): module if site is first else TiedModule(module) for site in tied}
+    parts = [BuiltModule(site.path, built[id(site)], site) for site in sites]
     if shared is not None:
-        holding = [part for part in parts if not isinstance(part.module, Twin)]
+        holding = [part for part in parts if not isinstance(part.module, TiedModule)]
         owner = min(holding, key=lambda part: order[part.path])
         for part in holding:
             (part.module._modules if part is owner else part.module.__dict__)["shared"] = shared
@@ -120,7 +122,7 @@ def tied_groups(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSp
     groups: dict[object, list[SiteSpec]] = {}
     for site in sites:
         parameter = parameter_at(model.get_submodule(site.path), site.parameters[0]) if site.parameters else None
-        groups.setdefault(site if parameter is None else (id(parameter), site.tag, site.parts), []).append(site)
+        groups.setdefault(site if parameter is None else (id(parameter), site.tag, site.slices), []).append(site)
     return list(groups.values())
 
 

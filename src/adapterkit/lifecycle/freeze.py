@@ -14,7 +14,7 @@ from ..errors import ActivationError
 from ..runtime.hooks import KitHook, has_hook, remove_hooks, require_input_grad, set_hook
 from ..runtime.lookup import open_parameters, sites_of
 from ..runtime.originals import base_digests
-from ..runtime.state import RECORD, Frozen, Record
+from ..runtime.state import STATE, Frozen, ModelState
 from ..runtime.sync import forget_compiled
 from ..structure import pytree
 from ..structure.base_tensors import base_parameters
@@ -90,7 +90,7 @@ class RootInputHook(CheckpointAware):
         return None
 
 
-def freeze(model: nn.Module, record: Record, *, reentrant: bool = True) -> None:
+def freeze(model: nn.Module, state: ModelState, *, reentrant: bool = True) -> None:
     """Freeze the base: no gradients, no moving statistics. Remembers what it finds; freezing twice changes nothing.
 
     Args:
@@ -98,9 +98,9 @@ def freeze(model: nn.Module, record: Record, *, reentrant: bool = True) -> None:
             in requires one. It is asked of models alone that do not say so themselves.
     """
     modules = modules_by_path(model)
-    model.__dict__[RECORD] = record
-    if record.frozen is None:
-        record.frozen = Frozen(
+    model.__dict__[STATE] = state
+    if state.frozen is None:
+        state.frozen = Frozen(
             requires_grad={name: p.requires_grad for name, p in base_parameters(model)},
             digests=base_digests(model),
             own_mode={
@@ -116,28 +116,28 @@ def freeze(model: nn.Module, record: Record, *, reentrant: bool = True) -> None:
         norm.training = False  # at once, for what does not run through the model's own forward
     starts = reentrant or any(map(_says_whether_checkpointed, modules.values()))
     for module in modules.values():
-        set_hook(module, FrozenNormHook, has_running_statistics(module) and not is_scripted(module), record)
-        set_hook(module, StreamStartHook, starts and isinstance(module, (nn.Embedding, nn.EmbeddingBag)), record)
-    set_hook(model, ScriptedNormsHook, bool(scripted), record)
-    set_hook(model, RootInputHook, starts, record)
+        set_hook(module, FrozenNormHook, has_running_statistics(module) and not is_scripted(module), state)
+        set_hook(module, StreamStartHook, starts and isinstance(module, (nn.Embedding, nn.EmbeddingBag)), state)
+    set_hook(model, ScriptedNormsHook, bool(scripted), state)
+    set_hook(model, RootInputHook, starts, state)
     _tell_who_is_checkpointed(modules)
     forget_compiled()
 
 
-def unfreeze(model: nn.Module, record: Record) -> None:
+def unfreeze(model: nn.Module, state: ModelState) -> None:
     """Undo `freeze`: every base parameter trains, or not, as it did before; norms follow the mode around them again."""
-    if record.frozen is None:
+    if state.frozen is None:
         return
     for name, parameter in base_parameters(model):
-        parameter.requires_grad_(record.frozen.requires_grad.get(name, parameter.requires_grad))
+        parameter.requires_grad_(state.frozen.requires_grad.get(name, parameter.requires_grad))
     modules = modules_by_path(model)
     for path, module in modules.items():
         if has_hook(module, FrozenNormHook) or (is_scripted(module) and has_running_statistics(module)):
             around = _mode_around(path, modules)
-            module.training = record.frozen.own_mode.get(path, module.training if around is None else around)
+            module.training = state.frozen.own_mode.get(path, module.training if around is None else around)
         for kind in (FrozenNormHook, ScriptedNormsHook, StreamStartHook, RootInputHook):
             remove_hooks(module, kind)
-    record.frozen = None
+    state.frozen = None
     forget_compiled()
 
 
@@ -165,21 +165,21 @@ def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:
     return modules[path.rpartition(".")[0]].training if path else None
 
 
-def check_may_train(record: Record, name: str) -> None:
+def check_may_train(state: ModelState, name: str) -> None:
     """Raise ActivationError if the adapter is merged: its parameters do not run then."""
-    if name in record.merged:
+    if name in state.merged:
         raise ActivationError(
             f"adapter {name!r} is merged into the weights, so that its parameters do not run and cannot train. Call "
             f"kit.unmerge({name!r}) first"
         )
 
 
-def set_training(model: nn.Module, record: Record, name: str, trains: bool) -> None:
+def set_training(model: nn.Module, state: ModelState, name: str, trains: bool) -> None:
     """Open or close an adapter's parameters, its heads' too. Raises ActivationError if it is to train, yet merged."""
     if trains:
-        check_may_train(record, name)
-    elif name in record.merged:
-        record.merged[name] = ()  # so that unmerging opens none of them
+        check_may_train(state, name)
+    elif name in state.merged:
+        state.merged[name] = ()  # so that unmerging opens none of them
     for _, _, site in sites_of(model):
         for _, module in site.modules_of(name):
             open_parameters(module, trains)

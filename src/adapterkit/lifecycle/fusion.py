@@ -19,11 +19,11 @@ from ..nn.fusion import Fusion
 from ..placement.spec import SiteSpec, located
 from ..runtime.lookup import fusions_of, sites_of
 from ..runtime.site import AdapterSite
-from ..runtime.state import Record
+from ..runtime.state import ModelState
 from ..structure.tracing.forward import ExampleInputs, outside_inference_mode
 from .activate import check_known, check_plans
-from .attach import attach, check_free, detach, shared_record
-from .build import Part, device_near, dtype_at, head_parts
+from .attach import attach, check_free, detach, state_of
+from .build import BuiltModule, build_head_modules, device_near, dtype_at
 
 __all__ = [
     "add_fusion",
@@ -74,21 +74,21 @@ def add_fusion(
     config = config.override({"children": tuple(map(to_json, fuse.children))})
     parts, found = fusion_parts(model, fuse, config), find_heads(model, heads, example_inputs)
     check_apart([part.path for part in parts], [head.path for head in found if head.is_in_place])
-    attach_fusion(model, fuse.fusion, config, parts + head_parts(model, found))
+    attach_fusion(model, fuse.fusion, config, parts + build_head_modules(model, found))
 
 
-def attach_fusion(model: nn.Module, name: str, config: FusionConfig, parts: Sequence[Part]) -> None:
+def attach_fusion(model: nn.Module, name: str, config: FusionConfig, parts: Sequence[BuiltModule]) -> None:
     """Put a fusion's modules into the model. Raises CompatibilityError if its adapters cannot act together."""
     attach(model, name, config, parts)
     try:
-        check_plans(model, shared_record(model), fusions_of(model)[name])
+        check_plans(model, state_of(model), fusions_of(model)[name])
     except BaseException:
         detach(model, name)
         raise
 
 
 @outside_inference_mode()
-def fusion_parts(model: nn.Module, fuse: Fuse, config: FusionConfig, *, meta: bool = False) -> list[Part]:
+def fusion_parts(model: nn.Module, fuse: Fuse, config: FusionConfig, *, meta: bool = False) -> list[BuiltModule]:
     """New modules of a fusion, one for each tensor that its children change.
 
     Args:
@@ -106,7 +106,7 @@ def fusion_parts(model: nn.Module, fuse: Fuse, config: FusionConfig, *, meta: bo
     with torch.random.fork_rng(devices=[], enabled=config.seed is not None), torch.device("meta" if meta else "cpu"):
         if config.seed is not None:
             torch.manual_seed(config.seed)
-        parts = [Part(spec.path, _build(model, spec, config), spec) for spec in places]
+        parts = [BuiltModule(spec.path, _build(model, spec, config), spec) for spec in places]
     for part in parts if not meta else ():
         part.module.to(device_near(model, part.path))
     return parts
@@ -128,8 +128,8 @@ def _places(model: nn.Module, fuse: Fuse, config: FusionConfig) -> Iterator[Site
 
 def _place(spec: SiteSpec, config: FusionConfig) -> SiteSpec:
     """The place of a fusion, where the first of its children is at this one."""
-    spec = replace(spec, tag=spec.at, member=0, parts=())  # the tag tells two at one host apart
-    if config.query_reads == "adapter" and spec.reads != "input":
+    spec = replace(spec, tag=spec.at, member=0, slices=())  # the tag tells two at one host apart
+    if config.query_reads == "adapter" and spec.reads != "own_input":
         return spec
     argument = spec.input if spec.residual is None else None  # that of the host, not of the stream's module
     return replace(
@@ -196,7 +196,7 @@ def anneal(model: nn.Module, name: str) -> None:
                 module.temperature.sub_(_config(site, name).temperature_step).clamp_(min=1)
 
 
-def prune(model: nn.Module, record: Record, name: str, keep: Sequence[Composition]) -> Fuse:
+def prune(model: nn.Module, state: ModelState, name: str, keep: Sequence[Composition]) -> Fuse:
     """Let a fusion weigh fewer children from now on, and return what it weighs. Raises: see `AdapterKit.prune_fusion`."""
     fuse = fusion_of(model, name)[1]
     unknown = [child for child in keep if child not in fuse.children]
@@ -204,7 +204,7 @@ def prune(model: nn.Module, record: Record, name: str, keep: Sequence[Compositio
         raise ConfigError(f"the fusion {name!r} weighs {list(fuse.children)}; it cannot keep {unknown}")
     kept = [child for child in fuse.children if child in keep]
     pruned = Fuse(*kept, name=name)
-    if any(name in names_in(held) for held in record.activation.held):
+    if any(name in names_in(held) for held in state.activation.scheduled):
         raise CompatibilityError(
             f"the fusion {name!r} is active with all of its children, or will be when a `with` block ends: call "
             "kit.deactivate(), prune it, and activate it anew"

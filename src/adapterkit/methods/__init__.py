@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ..config.settings import ActivationConfig, AdapterConfig, Targets
+from ..config.settings import AdapterConfig, Targets, TensorConfig
 from ..errors import ConfigError
 from ..placement.layers import setting_at
 from ..placement.rule import Placement
@@ -21,21 +21,21 @@ from .compacter import Compacter
 from .ia3 import IA3
 from .invertible import Invertible
 from .lora import LoRA
-from .method import Additive, Method, Sharing
+from .method import LinearInParameters, Method, SharesTensors
 from .norm_tuning import NormTuning
 from .vera import VeRA
 
 __all__ = [
     "METHODS",
     "UNION_PRESETS",
-    "ActivationConfig",
     "AdapterConfig",
-    "Additive",
+    "LinearInParameters",
     "Method",
     "Placement",
-    "Sharing",
+    "SharesTensors",
     "SiteSpec",
     "Targets",
+    "TensorConfig",
     "all_methods",
     "method_named",
     "method_of",

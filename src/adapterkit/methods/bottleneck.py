@@ -7,7 +7,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
-from ..config.settings import ActivationConfig, Int, Probability, Size, check_map, number_by_place
+from ..config.settings import Int, Probability, Size, TensorConfig, check_map, number_by_place
 from ..errors import ConfigError
 from ..nn.bottleneck import BottleneckAdapter, BottleneckInit, BottleneckOptions
 from ..nn.functional.non_linearities import NonLinearity
@@ -27,7 +27,7 @@ __all__ = [
 Factor = Annotated[float, Field(gt=0)]
 
 
-class AnyBottleneckConfig(ActivationConfig):
+class AnyBottleneckConfig(TensorConfig):
     """The settings of every method that is a bottleneck, whatever its projections are: see `BottleneckConfig`."""
 
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("reduction_factor", "bottleneck_size"),)
@@ -106,7 +106,7 @@ class BottleneckConfig(AnyBottleneckConfig):
         stochastic_depth: Probability of dropping the adapter for a row in training.
         init: "lora" (= "mam": up-projection zero), "houlsby" or "bert" (near the identity, not at it).
 
-    Every other setting: see `ActivationConfig`.
+    Every other setting: see `TensorConfig`.
 
     Reference: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2022,
     arXiv:2110.04366 (parallel).
@@ -193,7 +193,7 @@ def bottleneck_placement(config: AnyBottleneckConfig) -> Placement:
     if config.at == "renormalised":
         return Placement(at="input", reads="norm")
     if config.placement == "parallel":
-        return Placement(reads="residual" if config.residual is not None else "input", residual=config.residual)
+        return Placement(reads="residual" if config.residual is not None else "own_input", residual=config.residual)
     if config.at in ("sum", "normalised"):
         return Placement(at=config.at)
     return Placement(at=config.at, reads="site" if config.residual is None else "sum", residual=config.residual)

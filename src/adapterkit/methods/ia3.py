@@ -78,4 +78,4 @@ class IA3:
                 "no hook reaches it; use LoRA there, or target the feed-forward alone"
             )
         scales: Literal["output", "input"] = "input" if site.at == "input" else "output"
-        return ia3.IA3(site.width, scales=scales, projection=projection_at(site, host), parts=site.parts, dtype=dtype)
+        return ia3.IA3(site.width, scales=scales, projection=projection_at(site, host), slices=site.slices, dtype=dtype)

@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ..config.settings import ActivationConfig, Targets
+from ..config.settings import Targets, TensorConfig
 from ..errors import TargetError
 from ..nn.functional.non_linearities import NonLinearity
-from ..nn.invertible import Block, Coupling, InvertibleAdapter
+from ..nn.invertible import Coupling, CouplingKind, InvertibleAdapter
 from ..placement.patterns import is_role
 from ..placement.rule import Placement
 from ..placement.spec import SiteSpec
@@ -19,7 +19,7 @@ from .bottleneck import Factor
 __all__ = ["Invertible", "InvertibleConfig"]
 
 
-class InvertibleConfig(ActivationConfig):
+class InvertibleConfig(TensorConfig):
     """An invertible map of the embeddings, undone before the output embedding: the language part of MAD-X.
 
     Each half of the features is changed by a two-layer network of the other half. Where the model has an output embedding
@@ -36,7 +36,7 @@ class InvertibleConfig(ActivationConfig):
         reduction_factor: Half the embedding's width / inner width of the networks.
         non_linearity: The function between their layers.
 
-    Every other setting: see `ActivationConfig`.
+    Every other setting: see `TensorConfig`.
 
     Reference: Pfeiffer et al. 2020, arXiv:2005.00052, section 4; NICE: Dinh et al. 2015, arXiv:1410.8516; GLOW: Kingma
     and Dhariwal 2018, arXiv:1807.03039.
@@ -45,7 +45,7 @@ class InvertibleConfig(ActivationConfig):
     method: Literal["invertible"] = "invertible"
     targets: Targets = Field(default=("@embedding",), min_length=1)
     output_targets: Targets = ("@output_embedding",)
-    block: Block = "nice"
+    block: CouplingKind = "nice"
     reduction_factor: Factor = 2.0
     non_linearity: NonLinearity = "relu"
 

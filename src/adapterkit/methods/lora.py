@@ -89,7 +89,7 @@ class LoRA:
 
     def placements(self, config: LoRAConfig) -> tuple[Placement, ...]:
         """At the targets' weights."""
-        return (Placement(level="projection", reads="input"),)
+        return (Placement(level="projection", reads="own_input"),)
 
     def build(self, config: LoRAConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
         """A pair of factors in the geometry of the host's weight."""
@@ -98,13 +98,13 @@ class LoRA:
             "scaling": setting_at(config.alpha, site) / (math.sqrt(rank) if config.use_rslora else rank),
             "dropout": config.dropout,
             "init": config.init,
-            "parts": site.parts,
+            "slices": site.slices,
             "dtype": dtype,
         }
         if config.use_dora:
             weight = base_weight(site, host)
             check_multiplies(site, host, projection)
-            magnitude = None if weight.is_meta else magnitude_of(projection, weight.to(dtype), parts=site.parts)
+            magnitude = None if weight.is_meta else magnitude_of(projection, weight.to(dtype), slices=site.slices)
             return DoRA(projection, rank, magnitude=magnitude, **both)
         both |= {"bias": config.bias, "gating": config.gating, "batch_axis": config.batch_axis}
         return LoRAModule(projection, rank, **both)

@@ -10,7 +10,7 @@ from ..config.settings import AdapterConfig
 from ..placement.rule import Placement
 from ..placement.spec import SiteSpec
 
-__all__ = ["Adapting", "Additive", "Mergeable", "Method", "Sharing"]
+__all__ = ["AdaptsParameter", "LinearInParameters", "Mergeable", "Method", "SharesTensors"]
 
 C = TypeVar("C", bound=AdapterConfig)
 
@@ -37,7 +37,7 @@ class Method(Protocol[C]):
 
         It has a property `compute_dtype`, the dtype that it computes in, and one of
 
-            module(z, x) -> delta              z (..., input_width), x and delta (..., width); for `level="activation"`
+            module(z, x) -> delta              z (..., input_width), x and delta (..., width); for `level="tensor"`
             module(z, x, host) -> delta        z what the host takes, x and delta what it returns; for `level="projection"`
             module.adapted(weight) -> weight   the host's Parameter with its change; for sites with `parameters`
 
@@ -68,7 +68,7 @@ class Mergeable(Protocol):
 
 
 @runtime_checkable
-class Adapting(Protocol):
+class AdaptsParameter(Protocol):
     """A module at a Parameter."""
 
     @property
@@ -82,7 +82,7 @@ class Adapting(Protocol):
 
 
 @runtime_checkable
-class Sharing(Protocol):
+class SharesTensors(Protocol):
     """A method whose modules of one adapter share tensors: each finds them as `self.shared`."""
 
     def shared(self, config: Any, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module:
@@ -91,7 +91,7 @@ class Sharing(Protocol):
 
 
 @runtime_checkable
-class Additive(Protocol):
+class LinearInParameters(Protocol):
     """A method whose change is linear in its parameters, so that sums of adapters are sums of parameters.
 
     Attributes:

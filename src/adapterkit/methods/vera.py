@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from ..config.settings import AdapterConfig, Probability, Size, Targets
-from ..nn.functional.slices import PartsLayout
+from ..nn.functional.slices import SliceLayout
 from ..nn.vera import VeRA as VeRAModule
 from ..nn.vera import VeRABases
 from ..placement.rule import Placement
@@ -48,17 +48,17 @@ class VeRA:
 
     def placements(self, config: VeRAConfig) -> tuple[Placement, ...]:
         """At the targets' weights."""
-        return (Placement(level="projection", reads="input"),)
+        return (Placement(level="projection", reads="own_input"),)
 
     def shared(self, config: VeRAConfig, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> VeRABases:
         """Matrices as large as the largest site."""
         most_in = max(site.input_width for site in sites)
-        most_out = max(max(PartsLayout(site.width, site.parts).sizes() or [site.width]) for site in sites)
+        most_out = max(max(SliceLayout(site.width, site.slices).sizes() or [site.width]) for site in sites)
         return VeRABases(config.rank, most_in, most_out, dtype=dtype)
 
     def build(self, config: VeRAConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> VeRAModule:
         """The vectors of one site."""
         projection = projection_at(site, host)
         return VeRAModule(
-            projection, config.rank, initial=config.initial, dropout=config.dropout, parts=site.parts, dtype=dtype
+            projection, config.rank, initial=config.initial, dropout=config.dropout, slices=site.slices, dtype=dtype
         )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .functional import non_linearities
 from .functional.non_linearities import NonLinearity
-from .own_tensors import held
+from .own_tensors import own_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -135,7 +135,7 @@ class AnyBottleneck(nn.Module):
 
     def _full_forward(self, z: Tensor, x: Tensor) -> Tensor:
         """The delta, with every option. Shape: z (..., input); x and result (..., output)."""
-        p, h = held(self), z
+        p, h = own_tensors(self), z
         if self.norm_before:
             h = F.layer_norm(h, (self.input_size,), p["norm_before_weight"], p["norm_before_bias"])
         branch = self._up(self._activation(self._down(h)))
@@ -220,13 +220,13 @@ class BottleneckAdapter(AnyBottleneck):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        return held(self)["up_weight"].dtype  # type: ignore[no-any-return]  # a tensor
+        return own_tensors(self)["up_weight"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
         if not self._is_plain:
             return self._full_forward(z, x)
-        p = held(self)
+        p = own_tensors(self)
         h = self._activation(F.linear(z, p["down_weight"], p["down_bias"]))
         return F.linear(h, p["up_weight"], p["up_bias"])
 

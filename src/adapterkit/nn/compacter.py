@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .bottleneck import AnyBottleneck, BottleneckOptions
 from .functional.phm import phm_linear
-from .own_tensors import held
+from .own_tensors import own_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -131,7 +131,7 @@ class CompacterAdapter(AnyBottleneck):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        return held(self)["up_bias"].dtype  # type: ignore[no-any-return]  # a tensor
+        return own_tensors(self)["up_bias"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
@@ -147,8 +147,8 @@ class CompacterAdapter(AnyBottleneck):
 
     def _project(self, h: Tensor, which: Literal["down", "up"]) -> Tensor:
         """The down- or the up-projection. Shape: (..., input) to (..., output), of the projection."""
-        own = held(self)
-        shared = held(self.shared) if self.shared_rule or self.shared_factors else own
+        own = own_tensors(self)
+        shared = own_tensors(self.shared) if self.shared_rule or self.shared_factors else own
         factors = shared if self.shared_factors else own
         rule = shared["rule"] if self.shared_rule else own[f"{which}_rule"]
         parts = ("blocks",) if self.rank is None else ("left", "right")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import CompatibilityError, ConfigError
 from .functional.low_rank import LowRank
 from .functional.projections import Projection, check_has_input
-from .functional.slices import Parts
+from .functional.slices import Slices
 from .lora import LoRAInit, reset_pair
 
 __all__ = ["DoRA", "as_stored", "magnitude_of"]
@@ -30,12 +30,12 @@ class DoRA(nn.Module):
     Args:
         projection: The host's weight and geometry.
         rank: Inner width; of each part, and of all groups of a grouped conv together.
-        magnitude: What m starts as: `magnitude_of(projection, weight, parts=parts)`, with the host's weight in the
+        magnitude: What m starts as: `magnitude_of(projection, weight, slices=slices)`, with the host's weight in the
             adapter's dtype. None where the host's weight has no values (the meta device): m starts as ones.
         scaling: A fixed factor: alpha / rank, or alpha / sqrt(rank).
         dropout: Probability of dropping an input feature in training, in [0, 1). It acts on B A z only, not on W z.
         init: Of A and B, as in `LoRA`; a new adapter is the identity.
-        parts: Parts of a fused projection, each with its own A, B and m; the rest of W stays as it is. () for the whole.
+        slices: Slices of a fused projection, each with its own A, B and m; the rest of W stays as it is. () for the whole.
         dtype: What the parameters are.
 
     Shape:
@@ -58,12 +58,12 @@ class DoRA(nn.Module):
         scaling: float = 1.0,
         dropout: float = 0.0,
         init: LoRAInit = "lora",
-        parts: Parts = (),
+        slices: Slices = (),
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_has_input(projection, dropout=dropout)
-        self.low_rank = LowRank(projection, rank, parts)
+        self.low_rank = LowRank(projection, rank, slices)
         self.scaling, self.dropout, self.init = scaling, dropout, init
         self.lora_A = nn.Parameter(torch.empty(self.low_rank.a_shape, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.low_rank.b_shape, dtype=dtype))
@@ -129,7 +129,7 @@ class DoRA(nn.Module):
         return f"{p.kind}, {p.in_features} -> {self.low_rank.rank} -> {p.out_features}, scaling={self.scaling:g}"
 
 
-def magnitude_of(projection: Projection, weight: Tensor, *, parts: Parts = ()) -> Tensor:
+def magnitude_of(projection: Projection, weight: Tensor, *, slices: Slices = ()) -> Tensor:
     """The norm of the weight of each output feature, of all or of those that parts cover.
 
     Shape: weight as the projection's, result (out,) or (covered,); with the leading axes of a Parameter before.
@@ -142,7 +142,7 @@ def magnitude_of(projection: Projection, weight: Tensor, *, parts: Parts = ()) -
             f"DoRA needs the norms of a weight of shape {projection.shape}, which is stored as {tuple(weight.shape)}; "
             "quantised weights must be unpacked first, or use LoRA"
         )
-    return _norms(LowRank(projection, 1, parts), weight)
+    return _norms(LowRank(projection, 1, slices), weight)
 
 
 def _norms(low_rank: LowRank, weight: Tensor) -> Tensor:

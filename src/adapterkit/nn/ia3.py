@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import CompatibilityError, ConfigError
 from .functional.projections import Projection
-from .functional.slices import Parts, PartsLayout
+from .functional.slices import SliceLayout, Slices
 
 __all__ = ["IA3"]
 
@@ -20,7 +20,7 @@ class IA3(nn.Module):
         width: Features of the tensor at the site.
         scales: Whether that tensor is the host's "output" or its "input".
         projection: The host's weight and geometry, for merging; None for a host that is no projection.
-        parts: Parts of the features, of which alone there are factors; () for all.
+        slices: Slices of the features, of which alone there are factors; () for all.
         dtype: What the parameter is.
 
     Shape:
@@ -38,14 +38,14 @@ class IA3(nn.Module):
         *,
         scales: Literal["output", "input"] = "output",
         projection: Projection | None = None,
-        parts: Parts = (),
+        slices: Slices = (),
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if projection is not None:
             _check(projection, width, scales)
         self.scales, self.projection = scales, projection
-        self.layout = PartsLayout(width, parts)
+        self.layout = SliceLayout(width, slices)
         self.ia3_l = nn.Parameter(torch.empty(self.layout.covered, dtype=dtype))
         self.reset_parameters()
 

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from .functional import non_linearities
 from .functional.non_linearities import NonLinearity
-from .own_tensors import held
+from .own_tensors import own_tensors
 
-__all__ = ["Block", "Coupling", "Direction", "InvertibleAdapter"]
+__all__ = ["Coupling", "CouplingKind", "Direction", "InvertibleAdapter"]
 
-Block = Literal["nice", "glow"]
+CouplingKind = Literal["nice", "glow"]
 Direction = Literal["forward", "inverse"]
 
 
@@ -53,7 +53,7 @@ class Coupling(nn.Module):
         self,
         width: int,
         *,
-        block: Block = "nice",
+        block: CouplingKind = "nice",
         reduction_factor: float = 2.0,
         non_linearity: NonLinearity = "relu",
         dtype: torch.dtype | None = None,
@@ -83,7 +83,7 @@ class Coupling(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the coupling computes in."""
-        return held(self)["f_up_bias"].dtype  # type: ignore[no-any-return]  # a tensor
+        return own_tensors(self)["f_up_bias"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, *, inverse: bool = False) -> Tensor:
         """Return what the coupling, or its inverse, adds to z. Shape: (..., width)."""
@@ -99,7 +99,7 @@ class Coupling(nn.Module):
 
     def _network(self, name: Literal["f", "g"], half: Tensor) -> tuple[Tensor | None, Tensor]:
         """Log-scale (None: there is none) and shift of the other half. Shape: (..., half) to (..., other half), each."""
-        p = held(self)
+        p = own_tensors(self)
         # The second site may lie on another device than the first one, where the parameters are.
         weights = (p[f"{name}_{part}"].to(half.device) for part in ("down_weight", "down_bias", "up_weight", "up_bias"))
         down_weight, down_bias, up_weight, up_bias = weights

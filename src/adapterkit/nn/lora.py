@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from ..errors import CompatibilityError
 from .functional.low_rank import LowRank
 from .functional.projections import Projection, check_has_input
-from .functional.slices import Parts
-from .own_tensors import held
+from .functional.slices import Slices
+from .own_tensors import own_tensors
 
 __all__ = ["LoRA", "LoRAInit", "reset_pair"]
 
@@ -38,7 +38,7 @@ class LoRA(nn.Module):
         batch_axis: The axis of rows, for gating.
         init: "lora" (A Kaiming-uniform, B zero; of an embedding A zero, B standard normal) or "gaussian" (A normal, 1 /
             rank, B zero). Both make a new adapter the identity.
-        parts: Parts of a fused projection, each with its own A and B; nothing is added outside them. () for the whole.
+        slices: Slices of a fused projection, each with its own A and B; nothing is added outside them. () for the whole.
         dtype: What the parameters are.
 
     Shape:
@@ -62,12 +62,12 @@ class LoRA(nn.Module):
         gating: bool = False,
         batch_axis: int = 0,
         init: LoRAInit = "lora",
-        parts: Parts = (),
+        slices: Slices = (),
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_has_input(projection, dropout=dropout, bias=bias, gating=gating)
-        self.low_rank = LowRank(projection, rank, parts)
+        self.low_rank = LowRank(projection, rank, slices)
         self.scaling, self.dropout, self.batch_axis, self.init = scaling, dropout, batch_axis, init
         self.lora_A = nn.Parameter(torch.empty(self.low_rank.a_shape, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.low_rank.b_shape, dtype=dtype))
@@ -90,11 +90,11 @@ class LoRA(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        return held(self)["lora_B"].dtype  # type: ignore[no-any-return]  # a tensor
+        return own_tensors(self)["lora_B"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
         """Return the delta for the host's output. Shape: as x."""
-        p = held(self)
+        p = own_tensors(self)
         low_rank = self.low_rank
         h = low_rank.down(z, p["lora_A"], dropout=self.dropout if self.training else 0.0)
         # On the thin tensor in the middle: the output is many times as large.

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["held"]
+__all__ = ["own_tensors"]
 
 
-def held(module: nn.Module) -> dict[str, Any]:
+def own_tensors(module: nn.Module) -> dict[str, Any]:
     """A module's parameters by name, without the look-ups of `nn.Module.__getattr__`, each as dear as a small kernel.
 
     Replicas of `nn.DataParallel` hold tensors among their attributes instead.

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Twin", "trained"]
+__all__ = ["TiedModule", "trained"]
 
 
-class Twin(nn.Module):
+class TiedModule(nn.Module):
     """Stand for another module of the same adapter, without parameters: those train, move, save and count there, once.
 
     Args:
@@ -46,5 +46,5 @@ class Twin(nn.Module):
 
 def trained(module: nn.Module) -> nn.Module:
     """The module that holds what a site trains: itself, or the one that it is a twin of."""
-    found: nn.Module = module.trained if isinstance(module, Twin) else module
+    found: nn.Module = module.trained if isinstance(module, TiedModule) else module
     return found

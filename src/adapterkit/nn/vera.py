@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .functional.projections import Projection, check_has_input
-from .functional.slices import Parts, PartsLayout
+from .functional.slices import SliceLayout, Slices
 
 __all__ = ["VeRA", "VeRABases"]
 
@@ -62,7 +62,7 @@ class VeRA(nn.Module):
         rank: Inner width, that of the bases.
         initial: What `lambda_d` starts as.
         dropout: Probability of dropping an input feature in training, in [0, 1).
-        parts: Parts of a fused projection; each is adapted as a layer of its own would be, with the first rows of B. ()
+        slices: Slices of a fused projection; each is adapted as a layer of its own would be, with the first rows of B. ()
             for the whole.
         dtype: What the parameters are.
 
@@ -84,7 +84,7 @@ class VeRA(nn.Module):
         *,
         initial: float = 0.1,
         dropout: float = 0.0,
-        parts: Parts = (),
+        slices: Slices = (),
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class VeRA(nn.Module):
         if rank < 1:
             raise ConfigError(f"rank={rank} is not positive")
         self.projection, self.rank, self.initial, self.dropout = projection, rank, initial, dropout
-        self.layout = PartsLayout(projection.out_features, parts)
+        self.layout = SliceLayout(projection.out_features, slices)
         self.lambda_d = nn.Parameter(torch.empty(self.layout.count, rank, dtype=dtype))
         self.lambda_b = nn.Parameter(torch.empty(self.layout.covered, dtype=dtype))
         self.reset_parameters()
@@ -116,11 +116,11 @@ class VeRA(nn.Module):
         if self.dropout and self.training:
             z = F.dropout(z, self.dropout)
         h = F.linear(z, self._a())
-        h = (h.unsqueeze(-2) * self.lambda_d).flatten(-2)  # (..., parts * rank)
+        h = (h.unsqueeze(-2) * self.lambda_d).flatten(-2)  # (..., slices * rank)
         return F.linear(h, self._b())
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The scaled A and B, as a LoRA's with these parts. Shape: (parts * rank, in) and (covered, rank)."""
+        """The scaled A and B, as a LoRA's with these parts. Shape: (slices * rank, in) and (covered, rank)."""
         return (self.lambda_d.unsqueeze(-1) * self._a()).flatten(0, 1), self._rows()
 
     def weight_delta(self) -> Tensor:
@@ -142,7 +142,7 @@ class VeRA(nn.Module):
         return self.shared.vera_A[:, : self.projection.in_features].to(self.lambda_d)
 
     def _b(self) -> Tensor:
-        """B of this site, scaled by `lambda_b`, each part in its own columns. Shape: (out, parts * rank)."""
+        """B of this site, scaled by `lambda_b`, each part in its own columns. Shape: (out, slices * rank)."""
         return self.layout.blocks(self._rows())
 
     def _rows(self) -> Tensor:

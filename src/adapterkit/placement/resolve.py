@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..config.settings import ActivationConfig, AdapterConfig
+from ..config.settings import AdapterConfig, TensorConfig
 from ..errors import TargetError
 from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Norm
@@ -23,7 +23,7 @@ from .layers import check_layers, in_layers, layer_of
 from .patterns import matches_nothing
 from .rule import Placement
 from .spec import SiteSpec, layout_of
-from .targets import Spot, find_spots
+from .targets import Found, find_locations
 from .weights import weight_sites
 
 __all__ = ["check_row_axes", "resolve"]
@@ -65,16 +65,16 @@ def _sites_at(
         config = config.override({"targets": placement.targets})
     if placement.is_optional and matches_nothing(modules, config.targets, lambda role: role_paths(role, discovery.anatomy)):
         return []
-    if placement.level != "activation":
+    if placement.level != "tensor":
         return weight_sites(model, modules, config, placement, discovery, example_inputs)
-    if not isinstance(config, ActivationConfig):
-        raise TypeError(f"the method {config.method!r} adapts activations; its config must derive from ActivationConfig")
-    spots = find_spots(model, modules, config, placement, discovery)
-    layers = {path: layer_of(path, modules) for path in spots}
+    if not isinstance(config, TensorConfig):
+        raise TypeError(f"the method {config.method!r} adapts tensors; its config must derive from TensorConfig")
+    at_hosts = find_locations(model, modules, config, placement, discovery)
+    layers = {path: layer_of(path, modules) for path in at_hosts}
     check_layers(layers.values(), config.layers)
-    spots = {path: spot for path, spot in spots.items() if in_layers(layers[path], config.layers)}
-    seen = _trace(model, spots, discovery.inputs if discovery.was_needed else example_inputs)
-    return [_site(spot, layers[path], modules, config, seen) for path, spot in spots.items()]
+    at_hosts = {path: found for path, found in at_hosts.items() if in_layers(layers[path], config.layers)}
+    seen = _trace(model, at_hosts, discovery.inputs if discovery.was_needed else example_inputs)
+    return [_site(found, layers[path], modules, config, seen) for path, found in at_hosts.items()]
 
 
 def _norms(anatomy: Anatomy, modules: dict[str, nn.Module]) -> dict[str, Norm]:
@@ -88,29 +88,30 @@ def _norms(anatomy: Anatomy, modules: dict[str, nn.Module]) -> dict[str, Norm]:
 
 
 def _site(
-    spot: Spot,
+    found: Found,
     layer: tuple[int, int] | None,
     modules: dict[str, nn.Module],
-    config: ActivationConfig,
+    config: TensorConfig,
     seen: dict[str, _Seen],
 ) -> SiteSpec:
-    """The site at a spot, with its width and axis."""
-    host = modules[spot.path]
-    shape = _shape(spot, host, config, seen.get(spot.path))
-    input_width, residual = shape.width, spot.residual
-    if residual is not None and spot.reads_own_input:
+    """Make the site at a location, with its width and axis."""
+    location = found.location
+    host = modules[location.path]
+    shape = _shape(found, host, config, seen.get(location.path))
+    input_width, residual = shape.width, location.residual
+    if residual is not None and found.reads_own_input:
         input_width = _input_width(residual, modules[residual], shape, seen)
     return SiteSpec(
-        path=spot.path,
+        path=location.path,
         host=host_type(host),
-        at=spot.at,
-        reads=spot.reads,
+        at=location.at,
+        reads=location.reads,
         width=shape.width,
         input_width=input_width,
         axis=shape.axis,
         layer=layer,
-        output=spot.output,
-        input=spot.argument,
+        output=location.output,
+        input=location.input,
         residual=residual,
     )
 
@@ -122,23 +123,24 @@ class _Seen(NamedTuple):
     input: tuple[int, ...] | None
 
 
-def _trace(model: nn.Module, spots: dict[str, Spot], example_inputs: ExampleInputs | None) -> dict[str, _Seen]:
+def _trace(model: nn.Module, at_hosts: dict[str, Found], example_inputs: ExampleInputs | None) -> dict[str, _Seen]:
     """What each host, and each module whose input is read beside one, took and returned; empty without inputs."""
     if example_inputs is None:
         return {}
 
     def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Seen:
-        call, spot = (args, kwargs), spots.get(path)
+        call, found = (args, kwargs), at_hosts.get(path)
+        here = None if found is None else found.location
         try:
-            argument = spot.argument if spot and spot.residual in (None, path) else None
+            argument = here.input if here and here.residual in (None, path) else None
             taken = pytree.argument_path(call, argument) if argument else pytree.find(call)
-            returned = (spot and spot.output) or pytree.find(output)
+            returned = (here and here.output) or pytree.find(output)
             return _Seen(_shape_at(output, returned), _shape_at(call, taken))
         except LookupError as error:
             raise TargetError(f"{path!r} has no tensor {error} where `output=` or `input=` say") from error
 
-    read = [spot.residual for spot in spots.values() if spot.residual is not None and spot.reads_own_input]
-    calls = observe(model, example_inputs, dict.fromkeys([*spots, *read]), look)
+    beside = [found.location.residual for found in at_hosts.values() if found.reads_own_input]
+    calls = observe(model, example_inputs, dict.fromkeys([*at_hosts, *filter(None, beside)]), look)
     never = [path for path, seen in calls.items() if not seen]
     if never:
         instead = list(dict.fromkeys(runs_around(model, example_inputs, never).values()))
@@ -154,19 +156,20 @@ def _shape_at(value: Any, path: pytree.Path | None) -> tuple[int, ...] | None:
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
-def _shape(spot: Spot, host: nn.Module, config: ActivationConfig, seen: _Seen | None) -> HostShape:
+def _shape(found: Found, host: nn.Module, config: TensorConfig, seen: _Seen | None) -> HostShape:
     """Width and axis of a site, from the trace if there is one, else from the host's type."""
-    path, known = spot.path, known_shape(host)
-    if spot.reads == "norm":
+    location, known = found.location, known_shape(host)
+    path = location.path
+    if location.reads == "norm":
         _check_norm(path, host)
     if seen is not None:
-        return _seen_shape(spot, host, known, config, seen)
+        return _seen_shape(found, host, known, config, seen)
     if known is None:
         raise TargetError(
             f"the width of {path!r} ({type(host).__name__}) cannot be told from its type; "
             "wrap the model with example inputs: ak.wrap(model, example_inputs=batch)"
         )
-    width = known.width if spot.at == "output" else known.input_width
+    width = known.width if location.at == "output" else known.input_width
     if not width:
         raise TargetError(
             f"{path!r} ({type(host).__name__}) takes no features that an adapter could change (or, if it is lazy, not yet: "
@@ -175,14 +178,15 @@ def _shape(spot: Spot, host: nn.Module, config: ActivationConfig, seen: _Seen | 
     return HostShape(width, None, known.axis if config.channel_axis is None else config.channel_axis)
 
 
-def _seen_shape(spot: Spot, host: nn.Module, known: HostShape | None, config: ActivationConfig, seen: _Seen) -> HostShape:
+def _seen_shape(found: Found, host: nn.Module, known: HostShape | None, config: TensorConfig, seen: _Seen) -> HostShape:
     """`_shape`, from what the host took and returned."""
-    path, here = spot.path, seen.output if spot.at == "output" else seen.input
+    location = found.location
+    path, here = location.path, seen.output if location.at == "output" else seen.input
     if here is None:
-        raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {spot.at}")
-    axis = spot.axis if config.channel_axis is None else config.channel_axis
+        raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {location.at}")
+    axis = found.axis if config.channel_axis is None else config.channel_axis
     if axis is None and known is not None and -len(here) <= known.axis < len(here):
-        width = known.width if spot.at == "output" else known.input_width
+        width = known.width if location.at == "output" else known.input_width
         axis = known.axis if here[known.axis] == width else None
     if axis is None:
         axis = channel_axis(host, here)

@@ -31,7 +31,7 @@ class Placement:
     one: which tensor of which module that is, the model's structure decides.
 
     Attributes:
-        level: What a target is: a module whose tensors are adapted ("activation"), a module that applies a weight to what
+        level: What a target is: a module whose tensors are adapted ("tensor"), a module that applies a weight to what
             it takes ("projection"; see `ops.projections`), or a Parameter ("parameter").
         targets: Patterns, roles or predicates in place of those of the config.
         is_optional: Whether they may match nothing.
@@ -43,7 +43,7 @@ class Placement:
     at: Literal["output", "input", "sum", "normalised"] = "output"
     reads: Reads = "site"
     residual: str | None = None
-    level: Literal["activation", "projection", "parameter"] = "activation"
+    level: Literal["tensor", "projection", "parameter"] = "tensor"
     targets: tuple[Target, ...] | None = None
     is_optional: bool = False
     accepts: Callable[[nn.Module, str, nn.Parameter], bool] = any_parameter
@@ -54,11 +54,11 @@ class Placement:
         if site.tag != self.tag:
             return False
         if self.level == "parameter" or site.at == "weight":
-            return self.level != "activation" and (site.at, site.reads) == ("weight", "weight") and bool(site.parameters)
+            return self.level != "tensor" and (site.at, site.reads) == ("weight", "weight") and bool(site.parameters)
         if self.level == "projection":
             return (site.at, site.reads, site.residual) == (self.at, self.reads, None)
         if self.at in ("sum", "normalised"):
             found = (site.at, site.reads, site.residual is None)
             return found in {("input", "norm", True), ("output", "site", True), ("output", "sum", False)}
-        reads = "residual" if self.reads == "input" else self.reads
+        reads = "residual" if self.reads == "own_input" else self.reads
         return (site.at, site.reads) == (self.at, reads) and (site.residual is None) == (reads in ("site", "norm"))

@@ -5,15 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..nn.functional.slices import Parts
+from ..nn.functional.slices import Slices
 from ..structure.anatomy.description import Norm
 from ..structure.pytree import Path
 from ..structure.tracing.row_layout import Layouts, RowLayout
 
-__all__ = ["SiteSpec", "layout_of", "located"]
+__all__ = ["Location", "Reads", "SiteSpec", "layout_of", "located"]
+
+Reads = Literal["site", "norm", "residual", "sum", "own_input", "weight"]
 
 
-Reads = Literal["site", "norm", "residual", "sum", "input", "weight"]
+@dataclass(frozen=True)
+class Location:
+    """Where one module of an adapter sits and what it reads: two modules with equal locations adapt the same tensor.
+
+    The fields are those of `SiteSpec`.
+    """
+
+    path: str
+    at: Literal["output", "input", "weight"]
+    reads: Reads
+    output: Path | None
+    input: tuple[int | None, str | None] | None
+    residual: str | None
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,8 @@ class SiteSpec:
         host: Name of the host's type, as in torch.nn where it derives from there.
         at: Whether the host's output, its input or one of its Parameters is adapted.
         reads: What the adapter reads: the tensor at the site ("site"), that tensor through the host ("norm"), what enters
-            the module `residual` ("residual"), the tensor at the site plus that ("sum"), what the host takes ("input"), or
+            the module `residual` ("residual"), the tensor at the site plus that ("sum"), what the host takes ("own_input"),
+            or
             the Parameter ("weight").
         width: Features of the tensor at the site; of a Parameter, its size on the first axis.
         input_width: Features of what the adapter reads; of a Parameter, its size on the last axis.
@@ -38,7 +53,7 @@ class SiteSpec:
             yields none, or the config did not need the model's structure.
         parameters: Names, from the host on, of the Parameter that is adapted; several where the host reads it under
             several. Of a tied Parameter each host that reads it is a site; one module serves them all.
-        parts: Which features of the output (rows of the Parameter) are adapted; () for all of them.
+        slices: Which features of the output (rows of the Parameter) are adapted; () for all of them.
         tag: Which of a method's placements it came of.
         member: Which config of a union it came of.
     """
@@ -56,9 +71,14 @@ class SiteSpec:
     residual: str | None = None
     norm: Norm | None = None
     parameters: tuple[str, ...] = ()
-    parts: Parts = ()
+    slices: Slices = ()
     tag: str = ""
     member: int = 0
+
+    @property
+    def location(self) -> Location:
+        """Where it is, without what its tensors look like and what it came of."""
+        return Location(self.path, self.at, self.reads, self.output, self.input, self.residual)
 
 
 def layout_of(layouts: Layouts, spec: SiteSpec) -> RowLayout | None:

@@ -1,17 +1,16 @@
-"""From targets (patterns, roles, predicates) to spots: which tensor of which module, and what an adapter there reads."""
+"""From targets (patterns, roles, predicates) to locations: which tensor of which module an adapter acts on."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import NamedTuple
 
 from torch import nn
 
-from ..config.settings import ActivationConfig, AdapterConfig
+from ..config.settings import AdapterConfig, TensorConfig
 from ..errors import TargetError
-from ..structure.anatomy.description import Place, Sublayer
+from ..structure.anatomy.description import ModuleOutput, Sublayer
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.roles import check_whole, role_paths, role_places
 from ..structure.hosts import resolve_host
@@ -19,28 +18,23 @@ from ..structure.paths import nearest_to
 from ..structure.pytree import Argument, Path
 from .patterns import is_role, match
 from .rule import STREAM, Placement
-from .spec import Reads
+from .spec import Location
 
-__all__ = ["Spot", "argument_of", "asks_for_structure", "find_spots"]
+__all__ = ["Found", "argument_of", "asks_for_structure", "find_locations"]
 
 
-@dataclass(frozen=True)
-class Spot:
-    """Where one module of an adapter goes, before its width is known. The fields are those of `SiteSpec`.
+class Found(NamedTuple):
+    """A location that targets lead to, before the width of its tensor is known.
 
     Attributes:
-        reads_own_input: Whether `residual` is the target itself, beside which the adapter sits.
-        axis: The axis of the features at its output, where tracing found it.
+        location: Where the module of an adapter goes, and what it reads.
+        axis: The axis of the features there, where tracing found it.
+        reads_own_input: Whether `location.residual` is the target itself, beside which the adapter sits.
     """
 
-    path: str
-    at: Literal["output", "input"]
-    reads: Reads
-    output: Path | None
-    argument: Argument | None
-    residual: str | None
-    reads_own_input: bool = False
+    location: Location
     axis: int | None = None
+    reads_own_input: bool = False
 
 
 def asks_for_structure(config: AdapterConfig, placement: Placement) -> bool:
@@ -50,10 +44,10 @@ def asks_for_structure(config: AdapterConfig, placement: Placement) -> bool:
     return placed or any(map(is_role, (*targets, *config.exclude)))
 
 
-def find_spots(
-    model: nn.Module, modules: dict[str, nn.Module], config: ActivationConfig, placement: Placement, discovery: Discovery
-) -> dict[str, Spot]:
-    """The spots that a config's targets name, by host, in the model's order.
+def find_locations(
+    model: nn.Module, modules: dict[str, nn.Module], config: TensorConfig, placement: Placement, discovery: Discovery
+) -> dict[str, Found]:
+    """Find the locations that a config's targets name: map each host's path to one, in the model's order.
 
     Raises:
         TargetError: a target matches nothing, or what it matches cannot be adapted as the placement says.
@@ -64,7 +58,7 @@ def find_spots(
 
     matched = match(model, config.targets, config.exclude, in_role)
     excluded = set(match(model, config.exclude, roles=in_role)) if config.exclude else set()
-    outputs: dict[str, Place] = {}
+    outputs: dict[str, ModuleOutput] = {}
     for role in filter(is_role, config.targets):
         if config.layers is None:
             check_whole(str(role), discovery.anatomy, excluded)
@@ -75,25 +69,25 @@ def find_spots(
                     f"{role!r}: {found.path!r} yields two branches, at {held.output} and {found.output} of its output; an "
                     f"adapter can sit at one: set output={list(held.output)} for that one, or exclude={[found.path]}"
                 )
-    spots: dict[str, Spot] = {}
+    at_hosts: dict[str, Found] = {}
     for path in matched:
         place = outputs.get(path)
         output = _as_path(config.output) or (place.output if place else ()) or None
         if placement.at in ("sum", "normalised"):
-            spot = _at_sum(_sublayer_of(path, modules, discovery), placement, modules)
+            here = _at_sum(_sublayer_of(path, modules, discovery), placement, modules)
         else:
-            spot = _at_module(path, output, placement, config, model, modules, discovery)
-            if place is not None and spot.at == "output" and output == (place.output or None):
-                spot = replace(spot, axis=place.axis)
-        if spot.path in spots and spots[spot.path] != spot:
+            here = _at_module(path, output, placement, config, model, modules, discovery)
+            if place is not None and here.location.at == "output" and output == (place.output or None):
+                here = here._replace(axis=place.axis)
+        host = here.location.path
+        if at_hosts.setdefault(host, here) != here:
             raise TargetError(
-                f"two targets lead to {spot.path!r} (parallel branches have one sum); exclude {path!r} or target another"
+                f"two targets lead to {host!r} (parallel branches have one sum); exclude {path!r} or target another"
             )
-        spots.setdefault(spot.path, spot)
-    kept = {path: spot for path, spot in spots.items() if path not in excluded}  # a host may be another than the target
+    kept = {host: here for host, here in at_hosts.items() if host not in excluded}  # a host may be another than the target
     if not kept:
         raise TargetError(
-            f"every module that would be adapted ({list(spots)}) is excluded by exclude={list(config.exclude)}"
+            f"every module that would be adapted ({list(at_hosts)}) is excluded by exclude={list(config.exclude)}"
         )
     return kept
 
@@ -102,17 +96,18 @@ def _at_module(
     path: str,
     output: Path | None,
     placement: Placement,
-    config: ActivationConfig,
+    config: TensorConfig,
     model: nn.Module,
     modules: dict[str, nn.Module],
     discovery: Discovery,
-) -> Spot:
-    """The spot at a target's own output or input."""
+) -> Found:
+    """Find the location at a target's own output or input."""
     at_input = placement.at == "input"
     host = resolve_host(path, modules, at_input=at_input)
-    if placement.reads == "input":
+    if placement.reads == "own_input":
         beside = resolve_host(path, modules, at_input=True)  # a Sequential's input is its first layer's
-        return Spot(host, "output", "residual", output, argument_of(modules[host], config.input), beside, True)
+        argument = argument_of(modules[host], config.input)
+        return Found(Location(host, "output", "residual", output, argument, beside), reads_own_input=True)
     argument, residual = argument_of(modules[host], config.input), None
     if placement.residual == STREAM:
         port = _sublayer_of(path, modules, discovery).stream
@@ -124,11 +119,11 @@ def _at_module(
         residual, argument = port.path, port.argument
     elif placement.residual is not None:
         residual = _nearest(host, placement.residual, model, modules)
-    return Spot(host, "input" if at_input else "output", placement.reads, output, argument, residual)
+    return Found(Location(host, "input" if at_input else "output", placement.reads, output, argument, residual))
 
 
-def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Module]) -> Spot:
-    """The spot after a sub-layer's residual addition s: in a post-norm block at its norm, else where s is returned.
+def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Module]) -> Found:
+    """Find the location after a sub-layer's sum s = x + r: in a post-norm block at its norm, else where s is returned.
 
     Where no module returns s, at the branch x, reading x + r, which is s.
     """
@@ -144,12 +139,12 @@ def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Modu
             "can run it again or adapt what it returns; use at='output' on a branch (such as '@feedforward.out')"
         )
     if norm is not None and placement.at == "normalised":
-        return Spot(norm.path, "output", "site", norm.output or None, None, None, axis=norm.axis)
+        return Found(Location(norm.path, "output", "site", norm.output or None, None, None), norm.axis)
     if norm is not None:
-        return Spot(norm.path, "input", "norm", None, None, None)
+        return Found(Location(norm.path, "input", "norm", None, None, None))
     if total is not None:
         host = resolve_host(total.path, modules, at_input=False)
-        return Spot(host, "output", "site", total.output or None, None, None, axis=total.axis)
+        return Found(Location(host, "output", "site", total.output or None, None, None), total.axis)
     if out is None or stream is None or sublayer.scales or sublayer.is_parallel:
         found = "is scaled before it is added" if sublayer.scales else "is one of two that are added at once"
         raise TargetError(
@@ -158,7 +153,7 @@ def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Modu
             + "; use at='output' there, or target '@block.out'"
         )
     host = resolve_host(out.path, modules, at_input=False)
-    return Spot(host, "output", "sum", out.output or None, stream.argument, stream.path, axis=out.axis)
+    return Found(Location(host, "output", "sum", out.output or None, stream.argument, stream.path), out.axis)
 
 
 def _sublayer_of(path: str, modules: dict[str, nn.Module], discovery: Discovery) -> Sublayer:

@@ -10,7 +10,7 @@ from torch import nn
 from ..config.settings import AdapterConfig, Predicate
 from ..errors import TargetError
 from ..nn.functional.projections import Projection, parameter_projection, projection_of
-from ..nn.functional.slices import Parts
+from ..nn.functional.slices import Slices
 from ..structure.anatomy.description import Anatomy, FusedProjection
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
@@ -185,15 +185,15 @@ def _projection_sites(
             at="input" if at_input else "output",
             reads=placement.reads,
             width=width,
-            input_width=projection.in_features if placement.reads == "input" else width,
+            input_width=projection.in_features if placement.reads == "own_input" else width,
             axis=projection.channel_axis,
             layer=layer_of(path, modules),
             input=argument_of(module, 0),
-            parts=() if "" in parts else _chosen(fused_slices(discovery.anatomy, path), parts, projection.out_features),
+            slices=() if "" in parts else _chosen(fused_slices(discovery.anatomy, path), parts, projection.out_features),
         )
 
 
-def _chosen(slices: Parts, parts: set[str], width: int) -> Parts:
+def _chosen(slices: Slices, parts: set[str], width: int) -> Slices:
     """Those of a fused projection's slices that these parts are; () where it is no fused one, or they are all of it."""
     chosen = tuple((part, ranges) for part, ranges in slices if part in parts)
     is_whole = len(chosen) == 1 and sum(stop - start for start, stop in chosen[0][1]) == width
@@ -244,11 +244,11 @@ def _parameter_sites(
                 axis=0,
                 layer=layer,
                 parameters=tuple(n.removeprefix(f"{host}.") if host else n for n in names),
-                parts=rows,
+                slices=rows,
             )
 
 
-def _rows(name: str, owner: str, parts: set[str], size: int, anatomy: Anatomy) -> Parts:
+def _rows(name: str, owner: str, parts: set[str], size: int, anatomy: Anatomy) -> Slices:
     """The rows of a Parameter that a module projects with inside that are its query, key or value."""
     for path in ancestors(owner):
         weight = name.removeprefix(f"{path}.") if path else name

@@ -13,7 +13,7 @@ from ..structure import pytree
 from ..structure.paths import SITE
 from ..structure.pytree import Argument, argument_path
 from .handover import Handover
-from .state import Record
+from .state import ModelState
 from .weight_swap import put_weights, take_weights
 
 __all__ = ["InputHook", "KitHook", "OutputHook", "WeightEndHook", "WeightHook", "has_hook", "remove_hooks", "set_hook"]
@@ -44,7 +44,7 @@ class OutputHook(KitHook):
         steps = site.output_steps
         if not steps:
             return None
-        if not site.record.activation.check(steps[0].adapter):
+        if not site.state.activation.check(steps[0].adapter):
             return None
         for step in steps:
             output = step(site, module, args, kwargs, output)
@@ -62,7 +62,7 @@ class InputHook(KitHook):
         steps = site.input_steps
         if not steps:
             return None
-        if not site.record.activation.check(steps[0].adapter):
+        if not site.state.activation.check(steps[0].adapter):
             return None
         call = (args, kwargs)
         for step in steps:
@@ -83,7 +83,7 @@ class WeightHook(KitHook):
         """Put the changed Parameters there. Shape: as the Parameters."""
         site: Any = module._modules[SITE]
         steps = site.weight_steps
-        if not steps or not site.record.activation.check(steps[0].adapter):
+        if not steps or not site.state.activation.check(steps[0].adapter):
             return
         changed: dict[tuple[nn.Module, str], Tensor] = {}
         for step in steps:
@@ -187,7 +187,7 @@ def has_hook(module: nn.Module, kind: type[KitHook] = KitHook) -> bool:
     return any(isinstance(hook, kind) for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
 
 
-def set_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Record) -> None:
+def set_hook(module: nn.Module, kind: type[KitHook], wanted: bool, state: ModelState) -> None:
     """Register a hook of this kind on the module, or remove it, unless that is how it stands."""
     if wanted == has_hook(module, kind):
         return
@@ -195,10 +195,10 @@ def set_hook(module: nn.Module, kind: type[KitHook], wanted: bool, record: Recor
     if not wanted:
         remove_hooks(module, kind)
     elif kind.is_pre:
-        record.last_hook_id = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=kind.is_first).id
+        state.last_hook_id = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=kind.is_first).id
     else:
         flags: dict[str, bool] = {"with_kwargs": True, "prepend": kind.is_first, "always_call": kind.always}
-        record.last_hook_id = module.register_forward_hook(hook, **flags).id
+        state.last_hook_id = module.register_forward_hook(hook, **flags).id
 
 
 def remove_hooks(module: nn.Module, kind: type[KitHook] = KitHook) -> None:

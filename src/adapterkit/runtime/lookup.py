@@ -12,18 +12,18 @@ from ..config.fusion import FusionConfig
 from ..placement.spec import SiteSpec
 from ..structure.paths import SITE
 from .site import AdapterSite
-from .state import RECORD, Record
+from .state import STATE, ModelState
 
 if TYPE_CHECKING:  # heads are above
     from ..heads.config import HeadConfig
 
 __all__ = [
     "adapter_names",
+    "find_state",
     "fusions_of",
     "heads_of",
     "named_parameters",
     "open_parameters",
-    "record_of",
     "sites_among",
     "sites_of",
     "specs_of",
@@ -89,7 +89,7 @@ def heads_of(model: nn.Module, name: str) -> dict[str, HeadConfig]:
     return {str(entry.head.config.name): entry.head.config for entry in entries if entry.head is not None}
 
 
-def record_of(model: nn.Module) -> Record | None:
-    """The model's record: on its root, or, in a part taken out of a larger model, on its sites; None if untouched."""
-    record: Record | None = model.__dict__.get(RECORD)
-    return record or next((site.record for _, _, site in sites_of(model)), None)
+def find_state(model: nn.Module) -> ModelState | None:
+    """The model's state: on its root, or, in a part taken out of a larger model, on its sites; None if untouched."""
+    state: ModelState | None = model.__dict__.get(STATE)
+    return state or next((site.state for _, _, site in sites_of(model)), None)

@@ -17,7 +17,7 @@ from ..placement.spec import SiteSpec
 from ..structure.paths import ancestors
 from .checkpoints import LoadLog, forgive_absent_adapters, warn_if_saved_as_base
 from .handover import Handover
-from .state import Record
+from .state import ModelState
 
 if TYPE_CHECKING:  # in annotations alone: what a step or a head is, sites need not know
     from ..heads.spec import HeadSpec
@@ -64,9 +64,9 @@ class AdapterSite(nn.Module):
     Never run as a module: the host's hooks call the steps that activation put here.
     """
 
-    def __init__(self, record: Record, host_path: str) -> None:
+    def __init__(self, state: ModelState, host_path: str) -> None:
         super().__init__()
-        self.record = record
+        self.state = state
         self.entries: dict[str, tuple[Entry, ...]] = {}
         self.output_steps: tuple[Step, ...] = ()
         self.input_steps: tuple[Step, ...] = ()
@@ -116,17 +116,17 @@ class AdapterSite(nn.Module):
         for entry in self.entries.get(name, ()):
             yield entry, self.get_submodule(entry.key)
 
-    def held(self, name: str) -> nn.Module:
+    def first_module(self, name: str) -> nn.Module:
         """The first module of one adapter at this host."""
         return self.get_submodule(self.entries[name][0].key)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module, but nothing inside `kit.base_checkpoint()`."""
-        if self.record.omit_adapters:
+        if self.state.omit_adapters:
             return kwargs.get("destination", {})
         if self.originals:
             warnings.warn(
-                f"state_dict holds weights with {list(self.record.merged)} merged into them, and the adapters as well: in "
+                f"state_dict holds weights with {list(self.state.merged)} merged into them, and the adapters as well: in "
                 "another model they would act twice. Take it inside `with kit.base_checkpoint():`, or unmerge first.",
                 stacklevel=2,
             )
@@ -154,7 +154,7 @@ class AdapterSite(nn.Module):
 
 
 _RESERVED = frozenset(dir(AdapterSite)) | {
-    "record", "entries", "output_steps", "input_steps", "weight_steps", "originals", "host_path", "training", "call",
+    "state", "entries", "output_steps", "input_steps", "weight_steps", "originals", "host_path", "training", "call",
 }  # fmt: skip
 
 

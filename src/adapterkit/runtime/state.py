@@ -1,7 +1,7 @@
 """The plain objects that all sites of a model share: which adapter is active, and what adapterkit changed.
 
-A `Record` hangs on the root module and on every site. It holds values only, so it is copied with `deepcopy`, pickled with
-the model, and found again by `ak.wrap`.
+A `ModelState` hangs on the root module and on every site. It holds values only, so it is copied with `deepcopy`, pickled
+with the model, and found again by `ak.wrap`.
 """
 
 import threading
@@ -20,10 +20,10 @@ from ..errors import ActivationError
 from ..structure.tracing.row_layout import Layouts
 from .this_call import THIS_CALL
 
-__all__ = ["ACTIVATION_LOCK", "RECORD", "Activation", "Frozen", "Record", "silenced"]
+__all__ = ["ACTIVATION_LOCK", "STATE", "Activation", "Frozen", "ModelState", "without_adapters"]
 
-# The attribute of the root module that holds its Record.
-RECORD = "_adapterkit_record"
+# The attribute of the root module that holds its ModelState.
+STATE = "_adapterkit_state"
 
 # Held while activation changes, until every site has its new steps. One for all models: a lock cannot be copied.
 ACTIVATION_LOCK = threading.RLock()
@@ -115,13 +115,13 @@ class Activation:
         self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
 
     @property
-    def held(self) -> tuple[Composition | None, ...]:
+    def scheduled(self) -> tuple[Composition | None, ...]:
         """What is active, and what will be as scopes that are open end."""
         return (self.active, self._default, *(held for _, held in self._scopes))
 
     def stays(self, name: str) -> bool:
         """Whether this adapter is active, and still will be when every scope that is open has ended."""
-        return all(name in names_always(composition) for composition in self.held)
+        return all(name in names_always(composition) for composition in self.scheduled)
 
     def change_weights(self) -> None:
         """Say that the base's weights are others from now on, though the same adapter is active."""
@@ -211,7 +211,7 @@ class Activation:
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
+def without_adapters() -> Iterator[None]:
     """Within the block this thread runs models as if no adapter were active, without activating anything."""
     THIS_CALL.without_adapters += 1
     try:
@@ -235,7 +235,7 @@ class Frozen:
     own_mode: dict[str, bool]
 
 
-class Record:
+class ModelState:
     """What adapterkit changed in a model beside adding sites, as plain values.
 
     Attributes:

@@ -20,7 +20,7 @@ from ..structure import pytree
 from .handover import Handover
 from .site import AdapterSite, Entry
 
-__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "Adding", "Pass", "Step", "View", "plus", "step_of"]
+__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "AddsToTensor", "Pass", "Step", "View", "plus", "step_of"]
 
 
 class View(NamedTuple):
@@ -98,7 +98,7 @@ def plus(x: Tensor, delta: Tensor) -> Tensor:
 
 
 @runtime_checkable
-class Adding(Protocol):
+class AddsToTensor(Protocol):
     """A step that adds to one tensor of what a hook is given."""
 
     key: str
@@ -341,6 +341,6 @@ def step_of(entry: Entry, active: Composition) -> Step:
     if spec.at == "weight":
         owners = [name.split(".") for name in spec.parameters]
         return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
-    if spec.reads == "input":
+    if spec.reads == "own_input":
         return AddProjected(entry.key, active, spec)
     return AddDelta(entry.key, active, spec, entry.handover)

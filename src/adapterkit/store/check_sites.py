@@ -13,12 +13,12 @@ from ..lifecycle.add import find_sites, needs_structure
 from ..placement.spec import SiteSpec
 from ..structure.tracing.forward import ExampleInputs
 
-__all__ = ["PlacesNotCheckedWarning", "check_places"]
+__all__ = ["SitesNotCheckedWarning", "check_places"]
 
 _SHOWN = 3
 
 
-class PlacesNotCheckedWarning(UserWarning):
+class SitesNotCheckedWarning(UserWarning):
     """An adapter was loaded whose places depend on the model's structure, and the model could not be traced."""
 
 
@@ -44,7 +44,7 @@ def check_places(
         warnings.warn(
             f"the places of the adapter in {str(source)!r} could not be checked against this {type(model).__name__}, which "
             f"tracing cannot run; if it is built otherwise than the saved one, they are wrong. {error}",
-            PlacesNotCheckedWarning,
+            SitesNotCheckedWarning,
             stacklevel=4,
         )
         return
@@ -71,7 +71,7 @@ def _place(site: SiteSpec) -> str:
     part = f" {site.output}" if site.output else ""
     beside = f" with the stream at {site.residual!r}" if site.residual is not None else ""
     norm = f", in a block of norm {site.norm!r}" if site.norm is not None else ""
-    parts = f", its parts {[name for name, _ in site.parts]} at {[at for _, at in site.parts]}" if site.parts else ""
+    parts = f", its parts {[name for name, _ in site.slices]} at {[at for _, at in site.slices]}" if site.slices else ""
     return f"its {site.at}{part}, reading {site.reads}{beside}{norm}{parts}"
 
 

@@ -19,7 +19,7 @@ from ..heads.find import FoundHead, check_apart, check_names
 from ..heads.spec import HeadSpec
 from ..lifecycle.add import seen_layouts
 from ..lifecycle.attach import attach, check_free
-from ..lifecycle.build import Part, build_parts, device_near, head_parts
+from ..lifecycle.build import BuiltModule, build_head_modules, build_modules, device_near
 from ..lifecycle.fusion import attach_fusion, fusion_parts
 from ..methods import method_of
 from ..methods.spellings import config_from
@@ -32,7 +32,7 @@ from .check_sites import check_places
 from .files import read_manifest_bytes, read_tensors_bytes
 from .fused_adapters import fuse_from
 from .identity import structure_of
-from .manifest import HeadRecord, Manifest, PlaceRecord, SiteRecord, parse_manifest
+from .manifest import HeadRecord, HostRecord, Manifest, SiteRecord, parse_manifest
 from .tensors import dtype_name, tensor_key
 
 __all__ = ["BaseMismatchWarning", "load_adapter", "read_manifest"]
@@ -113,7 +113,7 @@ def _check_structure(model: nn.Module, manifest: Manifest, heads: Sequence[HeadR
     """Raise CompatibilityError, naming the sites, unless the model has what the adapter was trained around."""
     modules = modules_by_path(model)
     differing = []
-    places: list[PlaceRecord] = [*manifest.sites, *heads]
+    places: list[HostRecord] = [*manifest.sites, *heads]
     for record in places:
         needs = {record.path, record.residual or record.path} if isinstance(record, SiteRecord) else {record.path}
         if not needs <= modules.keys():
@@ -197,7 +197,7 @@ def _found_heads(
 
 def _empty_parts(
     model: nn.Module, manifest: Manifest, fuse: Fuse | None, heads: Sequence[FoundHead]
-) -> tuple[Config | FusionConfig, list[Part]]:
+) -> tuple[Config | FusionConfig, list[BuiltModule]]:
     """The modules of the file without values, after checking that sites, heads and config agree."""
     config, parts = _empty_adapter(model, manifest) if fuse is None else _empty_fusion(model, manifest, fuse)
     replaced = [head.path for head in heads if head.is_in_place]
@@ -205,10 +205,10 @@ def _empty_parts(
         raise StoreError(f"it names a head twice: {sorted(replaced)}")
     check_names([head.spec for head in heads], replaced)
     check_apart([part.path for part in parts], replaced)
-    return config, parts + head_parts(model, heads, meta=True)
+    return config, parts + build_head_modules(model, heads, meta=True)
 
 
-def _empty_fusion(model: nn.Module, manifest: Manifest, fuse: Fuse) -> tuple[FusionConfig, list[Part]]:
+def _empty_fusion(model: nn.Module, manifest: Manifest, fuse: Fuse) -> tuple[FusionConfig, list[BuiltModule]]:
     """The fusion's modules, at the places of its adapters, which must be those of the file."""
     config = FusionConfig(**{**manifest.config, "children": tuple(map(to_json, fuse.children))})
     parts = fusion_parts(model, fuse, config, meta=True)
@@ -219,7 +219,7 @@ def _empty_fusion(model: nn.Module, manifest: Manifest, fuse: Fuse) -> tuple[Fus
     return config, parts
 
 
-def _empty_adapter(model: nn.Module, manifest: Manifest) -> tuple[Config, list[Part]]:
+def _empty_adapter(model: nn.Module, manifest: Manifest) -> tuple[Config, list[BuiltModule]]:
     """The adapter's modules, after checking that sites and config agree."""
     config, modules = config_from(manifest.config), modules_by_path(model)
     placements = [method_of(member).placements(member) for member in members(config)]
@@ -231,7 +231,7 @@ def _empty_adapter(model: nn.Module, manifest: Manifest) -> tuple[Config, list[P
             raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
     if len({(site.path, site.member, site.tag, site.parameters[:1]) for site in sites}) < len(sites):
         raise StoreError(f"it names a site twice: {sorted(site.path for site in sites)}")
-    return config, build_parts(model, config, sites, (), meta=True)
+    return config, build_modules(model, config, sites, (), meta=True)
 
 
 def _read(directory: Path) -> tuple[Manifest, bytes]:
@@ -278,7 +278,7 @@ def _parse_tensors(directory: Path, manifest: Manifest, content: bytes) -> dict[
 
 
 @outside_inference_mode()
-def _fill(model: nn.Module, parts: list[Part], tensors: dict[str, Tensor], *, heads: bool, source: Path) -> None:
+def _fill(model: nn.Module, parts: list[BuiltModule], tensors: dict[str, Tensor], *, heads: bool, source: Path) -> None:
     """Give the empty modules the tensors of the file, on their hosts' devices, after checking that they match."""
     states: list[dict[str, Tensor]] = []
     wanted: dict[str, Any] = {}

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..config.settings import describe
 from ..errors import StoreError
+from ..placement.spec import Reads
 from ..structure.anatomy.description import Norm
 
 __all__ = [
@@ -26,7 +27,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
-class PlaceRecord(_Strict):
+class HostRecord(_Strict):
     """A module that a base must have: its path, its type, and a hash over the shapes of and around it."""
 
     path: Text
@@ -34,11 +35,16 @@ class PlaceRecord(_Strict):
     structure: Sha256
 
 
-class SiteRecord(PlaceRecord):
+def _reads_as_now(reads: Any) -> Any:
+    """Return what the first files called "input" by its name now."""
+    return "own_input" if reads == "input" else reads
+
+
+class SiteRecord(HostRecord):
     """One site: the fields of `SiteSpec`."""
 
     at: Literal["output", "input", "weight"]
-    reads: Literal["site", "norm", "residual", "sum", "input", "weight"]
+    reads: Annotated[Reads, BeforeValidator(_reads_as_now)]
     width: Annotated[int, Field(ge=1, lt=2**31)]
     input_width: Annotated[int, Field(ge=1, lt=2**31)]
     axis: Annotated[int, Field(ge=-8, le=8)]
@@ -48,12 +54,15 @@ class SiteRecord(PlaceRecord):
     residual: Text | None
     norm: Norm | None = None
     parameters: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
-    parts: Annotated[tuple[tuple[Text, tuple[tuple[Count, Count], ...]], ...], Field(max_length=64)] = ()
+    slices: Annotated[
+        tuple[tuple[Text, tuple[tuple[Count, Count], ...]], ...],
+        Field(max_length=64, validation_alias=AliasChoices("slices", "parts")),  # "parts" in the first files
+    ] = ()
     tag: Text = ""
     member: Annotated[int, Field(ge=0, lt=64)] = 0
 
 
-class HeadRecord(PlaceRecord):
+class HeadRecord(HostRecord):
     """A head that the adapter owns, in its place or on the model's output: the fields of `HeadSpec`.
 
     Attributes:

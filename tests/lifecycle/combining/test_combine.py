@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import adapterkit as ak
 from adapterkit.lifecycle import attach
-from adapterkit.lifecycle.build import build_parts
+from adapterkit.lifecycle.build import build_modules
 from adapterkit.methods import UNION_PRESETS, presets
 from adapterkit.placement.layers import setting_at
 
@@ -73,7 +73,7 @@ def check_config(kit: ak.AdapterKit, name: str) -> None:
     for site in sites:
         module = held[site.path, site.parameters]
         rank = setting_at(config.rank, site)
-        assert module.low_rank.layout.parts == site.parts
+        assert module.low_rank.layout.slices == site.slices
         assert all(parameter.is_contiguous() for parameter in module.parameters())
         assert (module.low_rank.rank, module.lora_A.shape) == (rank, module.low_rank.a_shape)
         assert module.scaling == setting_at(config.alpha, site) / (rank**0.5 if config.use_rslora else rank)
@@ -559,8 +559,8 @@ def test_ia3_scales_of_parts_are_put_together(ids: Tensor) -> None:
     (site,) = kit.sites(config)
     parts = {"q": ("q", ((0, 8),)), "k": ("k", ((8, 16),)), "v": ("v", ((16, 24),))}
     for name in ("kv", "q", "qv"):  # as roles give them
-        sites = [replace(site, parts=tuple(parts[part] for part in name))]
-        attach.attach(model, name, config, build_parts(model, config, sites, []))
+        sites = [replace(site, slices=tuple(parts[part] for part in name))]
+        attach.attach(model, name, config, build_modules(model, config, sites, []))
         randomise(kit, name)
     kit.add("all", config)
     randomise(kit, "all")
@@ -697,13 +697,13 @@ def test_a_head_with_tied_weights_and_a_counter_is_combined_once() -> None:
         kit.add(name, "lora", targets=["0"], heads=["1"])
     own = model[1].one.weight
     for index, name in enumerate("ab"):
-        head: Any = model[1]._adapterkit.held(name)
+        head: Any = model[1]._adapterkit.first_module(name)
         with torch.no_grad():
             head.one.weight.add_(index + 1.0)
             head.norm.running_mean.add_(index + 1.0)
             head.norm.num_batches_tracked.add_(7 + index)
     kit.combine("sum", {"a": 3, "b": -1})
-    found: Any = model[1]._adapterkit.held("sum")
+    found: Any = model[1]._adapterkit.first_module("sum")
     assert found.two.weight is found.one.weight
     exact(found.one.weight, own + 1.0)
     exact(found.norm.running_mean, torch.ones(4).double())
@@ -724,7 +724,7 @@ def test_parts_that_roles_find_in_gpt2_are_put_together(tmp_path: Path, ids: Ten
     check_config(kit, "sum")
     check_loads(kit, "sum", ids, tmp_path / "lora")
     kit.combine("scales", {"c": 1.0, "d": -0.5})
-    sites = {(site.path, site.tag): site.parts for site in kit.sites(kit.adapters["scales"])}
+    sites = {(site.path, site.tag): site.slices for site in kit.sites(kit.adapters["scales"])}
     assert [name for name, _ in sites["transformer.h.0.attn.c_attn", "output"]] == ["q", "k", "v"]
     check_loads(kit, "scales", ids, tmp_path / "ia3")
 
@@ -867,7 +867,7 @@ def test_sources_of_different_tensors_or_shapes_at_one_place_are_refused(ids: Te
     kit.add("a", ak.BottleneckConfig(targets=["attention"], output=0, bottleneck_size={"default": 2}))
     kit.add("b", ak.BottleneckConfig(targets=["attention"], output=1, bottleneck_size={"default": 2}))
     kit.add("c", ak.BottleneckConfig(targets=["attention"], output=0, bottleneck_size={"default": 2}))
-    model.blocks[0].attention._adapterkit.held("c").down_bias = nn.Parameter(torch.zeros(3))
+    model.blocks[0].attention._adapterkit.first_module("c").down_bias = nn.Parameter(torch.zeros(3))
     with pytest.raises(ak.ConfigError, match="'a' has output=0 and 'b' output=1"):
         kit.combine("sum", {"a": 0.5, "b": 0.5}, how="linear")
     with pytest.raises(ak.ConfigError, match=r"'a' and 'c' have tensors of other shapes at 'blocks\.0\.attention'"):
@@ -894,7 +894,7 @@ def test_parts_of_one_name_that_are_different_features_are_refused() -> None:
     for name, start in (("a", 0), ("b", 8)):
         (entry,) = model[0]._adapterkit.entries[name]
         parts = (("q", ((start, start + 8),)),)
-        model[0]._adapterkit.entries[name] = (replace(entry, spec=replace(entry.spec, parts=parts)),)
+        model[0]._adapterkit.entries[name] = (replace(entry, spec=replace(entry.spec, slices=parts)),)
     with pytest.raises(ak.TargetError, match=r"mean other features by 'q': \(\(0, 8\),\) and \(\(8, 16\),\)"):
         kit.combine("sum", {"a": 1, "b": 1})
 

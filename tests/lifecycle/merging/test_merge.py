@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.lifecycle.attach import shared_record
+from adapterkit.lifecycle.attach import state_of
 from adapterkit.lifecycle.merging.merge import merge
 from adapterkit.lifecycle.merging.merged_weights import merged_weights
 from adapterkit.runtime.hooks import KitHook
@@ -262,8 +262,7 @@ class Scaling:
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     from adapterkit import methods
-    from adapterkit.lifecycle import add
-    from adapterkit.lifecycle import build
+    from adapterkit.lifecycle import add, build
 
     for module in (methods, add, build):
         known = module.method_of
@@ -639,7 +638,7 @@ def test_an_adapter_acts_on_the_weights_that_were_loaded(kit: ak.AdapterKit, ids
 
 def test_a_second_merge_does_not_build_on_weights_that_changed(kit: ak.AdapterKit, monkeypatch: pytest.MonkeyPatch) -> None:
     kit.merge("a")
-    monkeypatch.setattr(kit._record().activation, "stays", lambda name: True)  # as a composition of both will
+    monkeypatch.setattr(kit._state().activation, "stays", lambda name: True)  # as a composition of both will
     with torch.no_grad():
         kit.model.blocks[0].up.weight.add_(1)
     with pytest.raises(ak.CompatibilityError, match=r"'blocks.0.up.weight' changed since"):
@@ -932,7 +931,7 @@ def test_a_weight_that_is_read_around_its_module_is_merged_if_the_parameter_is_a
     model, config = ReadAround(lambda w: w.T), ak.LoRAConfig(targets=["embedding.weight"])
     kit = adapted(model, config=config)
     with pytest.raises(ak.CompatibilityError, match=r"around it.*'embedding.weight', by this name.*example_inputs=batch"):
-        merge(model, shared_record(model), "a", ids)
+        merge(model, state_of(model), "a", ids)
     kit.remove("a")
     kit = adapted(model, inputs=ids, config=config)
     before, expected = weights(model), model(ids)
@@ -1132,7 +1131,7 @@ def test_in_any_order_of_steps_merging_changes_no_output_and_unmerging_restores_
     kit = adapted(model, "a", "b", inputs=ids, config=ak.LoRAConfig(targets=["query", "mlp.0", "embedding"], alpha=3.0))
     before = weights(model)
     for step in steps:
-        active, expected = ak.wrap(model)._record().activation.active, model(ids)
+        active, expected = ak.wrap(model)._state().activation.active, model(ids)
         merged = [row.name for row in kit.summary().adapters if row.is_merged]
         try:
             match step.split():
@@ -1155,7 +1154,7 @@ def test_in_any_order_of_steps_merging_changes_no_output_and_unmerging_restores_
         except (ak.ActivationError, ak.AdapterNameError):
             pass
         now = [row.name for row in kit.summary().adapters if row.is_merged]
-        if kit._record().activation.active == active:
+        if kit._state().activation.active == active:
             atol = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.1}[dtype]
             torch.testing.assert_close(model(ids), expected, atol=atol, rtol=atol)
         assert now in ([], [active]) if merged or now else True
@@ -1174,19 +1173,19 @@ def test_of_several_in_the_weights_any_can_be_taken_out(order: list[str], out: l
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)).double()
     for name, targets in {"a": ["0"], "b": ["1"], "c": ["0", "1"]}.items():
         kit = adapted(model, name, inputs=rows().double(), config=ak.LoRAConfig(targets=targets))
-    before, record = weights(model), kit._record()
+    before, state = weights(model), kit._state()
 
     def delta(name: str, path: str) -> Tensor | float:
         pair = [kit.state_dict(name).get(f"{path}._adapterkit.{name}.lora_{x}") for x in "BA"]
         return 0.0 if pair[0] is None else pair[0] @ pair[1]
 
     for name in order:
-        merging._write(model, merged_weights(model, [*record.merged, name]))
-        record.merged[name] = ()
+        merging._write(model, merged_weights(model, [*state.merged, name]))
+        state.merged[name] = ()
     for name in out[:count]:
         kit.unmerge(name)
     rest = [name for name in order if name not in out[:count]]
-    assert list(record.merged) == rest
+    assert list(state.merged) == rest
     for path in "01":
         close(model.get_submodule(path).weight, before[f"{path}.weight"] + sum(delta(name, path) for name in rest))
     assert not any("changed since" in problem for problem in kit.verify().problems)

@@ -8,19 +8,19 @@ from hypothesis import strategies as st
 from adapterkit.nn.functional.low_rank import LowRank
 from adapterkit.nn.functional.low_rank_sums import concatenated, factored, reduced, refitted, relative_error
 from adapterkit.nn.functional.projections import Projection, parameter_projection
-from adapterkit.nn.functional.slices import Parts
+from adapterkit.nn.functional.slices import Slices
 
 from ...hosts.layers import LAYERS, convs, geometry, layer, parts_of
 
-QV: Parts = (("v", ((5, 9),)), ("q", ((0, 2), (3, 4))))
-GEOMETRIES: dict[str, tuple[Projection, Parts]] = {
+QV: Slices = (("v", ((5, 9),)), ("q", ((0, 2), (3, 4))))
+GEOMETRIES: dict[str, tuple[Projection, Slices]] = {
     **{name: (geometry(layer(name)), ()) for name in LAYERS},
-    "linear, parts": (geometry(layer("linear")), QV),
-    "Conv1D, parts": (geometry(layer("Conv1D")), QV),
+    "linear, slices": (geometry(layer("linear")), QV),
+    "Conv1D, slices": (geometry(layer("Conv1D")), QV),
     "parameter": (parameter_projection((9, 4)), ()),
-    "parameter, parts": (parameter_projection((9, 4)), QV),
+    "parameter, slices": (parameter_projection((9, 4)), QV),
     "experts": (parameter_projection((2, 3, 9, 4)), ()),
-    "experts, parts": (parameter_projection((2, 3, 9, 4)), QV),
+    "experts, slices": (parameter_projection((2, 3, 9, 4)), QV),
 }
 
 
@@ -34,12 +34,12 @@ def exact(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_concatenation_is_the_sum_and_a_factoring_with_enough_rank_exact(name: str) -> None:
-    projection, parts = GEOMETRIES[name]
+    projection, slices = GEOMETRIES[name]
     ranks = [one * projection.groups for one in (1, 3, 2)]
-    each = [LowRank(projection, rank, parts) for rank in ranks]
+    each = [LowRank(projection, rank, slices) for rank in ranks]
     pairs = [pair(low_rank) for low_rank in each]
     total = sum(low_rank.delta(a, b) for low_rank, (a, b) in zip(each, pairs, strict=True))
-    whole = LowRank(projection, sum(ranks), parts)
+    whole = LowRank(projection, sum(ranks), slices)
     wide = concatenated(whole, pairs)
     for found in (wide, factored(whole, total), reduced(whole, *wide)):
         assert (found[0].shape, found[1].shape) == (whole.a_shape, whole.b_shape)
@@ -64,17 +64,17 @@ def test_every_conv_can_be_combined(host: Any, rank: int) -> None:
 
 
 @given(parts_of(9), st.integers(1, 4))
-def test_a_factoring_is_as_near_as_its_rank_allows(parts: Parts, rank: int) -> None:
+def test_a_factoring_is_as_near_as_its_rank_allows(slices: Slices, rank: int) -> None:
     """Of each part, the squared error is the sum of the squares of the singular values left out."""
-    low_rank, weight = LowRank(geometry(layer("linear")), rank, parts), torch.randn(9, 6).double()
+    low_rank, weight = LowRank(geometry(layer("linear")), rank, slices), torch.randn(9, 6).double()
     found = low_rank.delta(*factored(low_rank, weight))
-    for _, ranges in parts:
+    for _, ranges in slices:
         rows = sorted(row for r in ranges for row in range(*r))
         left_out = torch.linalg.svdvals(weight[rows])[rank:]
         exact((weight - found)[rows].square().sum(), left_out.square().sum())
 
 
-WIDER: dict[str, Parts] = {"more parts": (("k", ((10, 13),)), *QV, ("rest", ((15, 16), (19, 20)))), "whole": ()}
+WIDER: dict[str, Slices] = {"more parts": (("k", ((10, 13),)), *QV, ("rest", ((15, 16), (19, 20)))), "whole": ()}
 
 
 @pytest.mark.parametrize("wider", WIDER)

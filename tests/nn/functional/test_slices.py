@@ -6,22 +6,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterkit.errors import ConfigError
-from adapterkit.nn.functional.slices import Parts, PartsLayout
+from adapterkit.nn.functional.slices import SliceLayout, Slices
 
 from ...hosts.layers import parts_of
 
-QKV: Parts = (("q", ((0, 4),)), ("k", ((4, 8),)), ("v", ((8, 12),)))
+QKV: Slices = (("q", ((0, 4),)), ("k", ((4, 8),)), ("v", ((8, 12),)))
 # Two heads of 2 features each, [q k v] after one another in each head; k is left alone.
-HEADS: Parts = (("q", ((0, 2), (6, 8))), ("v", ((4, 6), (10, 12))))
+HEADS: Slices = (("q", ((0, 2), (6, 8))), ("v", ((4, 6), (10, 12))))
 
 
-def rows_of(parts: Parts) -> list[list[int]]:
-    return [sorted(chain.from_iterable(range(*r) for r in ranges)) for _, ranges in parts]
+def rows_of(slices: Slices) -> list[list[int]]:
+    return [sorted(chain.from_iterable(range(*r) for r in ranges)) for _, ranges in slices]
 
 
 @given(parts_of(12) | st.sampled_from([QKV, HEADS, QKV[:1], QKV[2:]]))
-def test_values_come_to_the_features_that_parts_cover(parts: Parts) -> None:
-    layout, rows = PartsLayout(12, parts), rows_of(parts)
+def test_values_come_to_the_features_that_parts_cover(slices: Slices) -> None:
+    layout, rows = SliceLayout(12, slices), rows_of(slices)
     covered = sorted(chain.from_iterable(rows))
     values = torch.randn(3, len(covered), 2)
     expected = torch.zeros(3, 12, 2)
@@ -32,7 +32,7 @@ def test_values_come_to_the_features_that_parts_cover(parts: Parts) -> None:
     assert torch.equal(layout.pick(everything, 1), everything[:, covered])
     assert torch.equal(layout.pick(everything.movedim(1, -1)), everything[:, covered].movedim(1, -1))
 
-    blocks = torch.zeros(3, 12, 2 * len(parts))
+    blocks = torch.zeros(3, 12, 2 * len(slices))
     for index, own in enumerate(rows):
         blocks[:, own, 2 * index : 2 * index + 2] = expected[:, own]
     assert torch.equal(layout.blocks(values), blocks)
@@ -46,7 +46,7 @@ def test_values_come_to_the_features_that_parts_cover(parts: Parts) -> None:
 
 
 def test_no_parts_are_the_whole() -> None:
-    layout, values = PartsLayout(5), torch.randn(5, 2)
+    layout, values = SliceLayout(5), torch.randn(5, 2)
     assert (layout.count, layout.covered, layout.sizes()) == (1, 5, [5])
     assert layout.split(values)[0] is values
     assert all(
@@ -57,12 +57,12 @@ def test_no_parts_are_the_whole() -> None:
 
 def test_heads_that_repeat_cost_as_much_as_one() -> None:
     wide = (("q", tuple((6 * n, 6 * n + 2) for n in range(64))), ("v", tuple((6 * n + 4, 6 * n + 6) for n in range(64))))
-    assert len(PartsLayout(384, wide)._runs) == 3
-    assert len(PartsLayout(12, HEADS)._runs) == 3
+    assert len(SliceLayout(384, wide)._runs) == 3
+    assert len(SliceLayout(12, HEADS)._runs) == 3
 
 
 @pytest.mark.parametrize(
-    ("parts", "found"),
+    ("slices", "found"),
     [
         ((("q", ((0, 13),)),), r"part 'q' has the range \(0, 13\), which is not within 12"),
         ((("q", ((3, 3),)),), r"\(3, 3\), which is not within"),
@@ -70,6 +70,6 @@ def test_heads_that_repeat_cost_as_much_as_one() -> None:
         ((("q", ()),), "part 'q' has no range"),
     ],
 )
-def test_wrong_ranges_are_refused(parts: Parts, found: str) -> None:
+def test_wrong_ranges_are_refused(slices: Slices, found: str) -> None:
     with pytest.raises(ConfigError, match=found):
-        PartsLayout(12, parts)
+        SliceLayout(12, slices)

@@ -17,8 +17,8 @@ import adapterkit as ak
 from adapterkit.composition.nodes import (
     Average,
     BatchSplit,
-    Block,
     Composition,
+    CompositionNode,
     Drop,
     Fuse,
     Parallel,
@@ -61,7 +61,7 @@ def check_rows(composition: Composition | None, count: int) -> None:
     if isinstance(composition, BatchSplit):
         for child, size in zip(composition.children, sizes_in(composition, count), strict=True):
             check_rows(child, size)
-    elif isinstance(composition, Block):
+    elif isinstance(composition, CompositionNode):
         for child in composition.children:
             size = count // len(composition.children) if isinstance(composition, Parallel) else count
             check_rows(child, 1 if isinstance(composition, Rows) else size)
@@ -69,7 +69,7 @@ def check_rows(composition: Composition | None, count: int) -> None:
 
 def copies_in(composition: Composition | None) -> int:
     """How often the batch runs."""
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return 1
     below = max([1, *map(copies_in, composition.children)])
     return below * len(composition.children) if isinstance(composition, Parallel) else below
@@ -82,7 +82,7 @@ def check_drops(composition: Composition | None, pieces: Mapping[str, Sequence[P
         for index in composition.layers if places else ():
             if not any(place is not None and -place[1] <= index < place[1] for place in places):
                 raise NoMeaningError(f"{composition}: no layer {index}")
-    for child in composition.children if isinstance(composition, Block) else ():
+    for child in composition.children if isinstance(composition, CompositionNode) else ():
         check_drops(child, pieces)
 
 
@@ -113,7 +113,7 @@ def named_in(composition: Composition | None, dropped: Layers = ALL) -> Iterator
     """The adapters of a composition, in order, each with the layers in which it is dropped."""
     if isinstance(composition, Drop):
         dropped = dropped | {*composition.layers}
-    if isinstance(composition, Block):
+    if isinstance(composition, CompositionNode):
         for child in composition.children:
             yield from named_in(child, dropped)
     elif composition is not None:
@@ -124,7 +124,7 @@ def named_for(c: Composition | None, row: int, count: int, dropped: Layers = ALL
     """`named_in` what one row of so many runs."""
     if isinstance(c, (Rows, Parallel, BatchSplit)):
         yield from named_for(*child_of_row(c, row, count), dropped)
-    elif isinstance(c, Block):
+    elif isinstance(c, CompositionNode):
         for child in c.children:
             yield from named_for(child, row, count, dropped | {*c.layers} if isinstance(c, Drop) else dropped)
     else:
@@ -133,7 +133,7 @@ def named_for(c: Composition | None, row: int, count: int, dropped: Layers = ALL
 
 def is_stacked(composition: Composition | None) -> bool:
     """Whether a composition is nothing but names one after the other, in some layers or all."""
-    if not isinstance(composition, Block):
+    if not isinstance(composition, CompositionNode):
         return True
     return isinstance(composition, (Stack, Drop)) and all(map(is_stacked, composition.children))
 
@@ -261,7 +261,7 @@ def is_inverse(piece: Piece) -> bool:
 def delta(piece: Piece, x: Tensor, place: Place) -> Tensor:
     """What one module adds to x."""
     spec, module = piece.spec, piece.module
-    if spec.reads == "input":
+    if spec.reads == "own_input":
         z = place.taken.to(module.compute_dtype) if place.taken.is_floating_point() else place.taken
         return module(z, place.bare, place.host).to(x.dtype)
     z = read(spec, x, place).to(module.compute_dtype)

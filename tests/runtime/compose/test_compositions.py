@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition.nodes import Average, BatchSplit, Block, Drop, Fuse, Rows, Split, Stack, names_in
+from adapterkit.composition.nodes import Average, BatchSplit, CompositionNode, Drop, Fuse, Rows, Split, Stack, names_in
 from adapterkit.composition.rows import rows_of
 
 from ...conftest import PostNormBlock, PreNormBlock, Tiny, randomise
@@ -94,7 +94,7 @@ nested = st.recursive(
 
 @settings(max_examples=60)
 @given(nested)
-def test_nested_divisions_of_the_batch_are_the_rows_that_they_mean(composition: Block | str) -> None:
+def test_nested_divisions_of_the_batch_are_the_rows_that_they_mean(composition: CompositionNode | str) -> None:
     assume(list(names_in(composition)))
     try:
         rows = rows_of(composition, ROWS)

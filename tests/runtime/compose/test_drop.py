@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.composition.nodes import Average, BatchSplit, Drop, Rows, Split, Stack
-from adapterkit.runtime.compose.plan_nodes import Mix
+from adapterkit.runtime.compose.plan_nodes import ComposeStep
 from adapterkit.runtime.lookup import sites_of
 from adapterkit.runtime.steps import AddDelta, Pass
 from adapterkit.runtime.this_call import THIS_CALL
@@ -119,7 +119,7 @@ def test_a_drop_needs_none_of_the_machinery_for_parts_and_a_dropped_place_runs_n
                 steps[path] = [type(step) for step in site.output_steps]
         assert steps == {"blocks.0": [Pass], "blocks.1": [AddDelta]}
     with kit.active(Average("p", Drop("q", layers=[0]))):
-        assert all(type(step) is Mix for _, _, site in sites_of(kit.model) for step in site.output_steps)
+        assert all(type(step) is ComposeStep for _, _, site in sites_of(kit.model) for step in site.output_steps)
 
 
 def test_places_outside_of_blocks_and_heads_are_never_dropped() -> None:
@@ -148,7 +148,7 @@ def test_a_stream_is_handed_over_only_where_it_is_read() -> None:
     for composition in (Drop("parallel", layers=[0]), Average("mix", Drop("parallel", layers=[0]))):
         kit.activate(composition)
         wanted = {
-            (path, name): entry.handover.is_wanted
+            (path, name): entry.handover.wanted
             for path, _, site in sites_of(kit.model)
             for name, entries in site.entries.items()
             for entry in entries

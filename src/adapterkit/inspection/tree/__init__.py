@@ -1,7 +1,7 @@
 """A model as a tree that fits on a screen: repeated blocks folded, what each part is, where adapters sit."""
 
 from .grow import tree_of
-from .nodes import Mark, Node
+from .nodes import Mark, TreeNode
 from .tree import AdapterLine, Tree
 
-__all__ = ["AdapterLine", "Mark", "Node", "Tree", "tree_of"]
+__all__ = ["AdapterLine", "Mark", "Tree", "TreeNode", "tree_of"]

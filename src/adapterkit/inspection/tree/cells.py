@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .fold import without_place
-from .nodes import Mark, Node
+from .nodes import Mark, TreeNode
 
 __all__ = ["COLUMNS", "Cell", "Cells", "cells", "number", "size"]
 
@@ -29,7 +29,7 @@ class Cell:
 Cells = dict[str, list[Cell]]
 
 
-def cells(root: Node) -> Iterator[Cells]:
+def cells(root: TreeNode) -> Iterator[Cells]:
     """For each node that gets a line, the text in each column."""
     return (_cells(row) for row in _rows(root))
 
@@ -61,17 +61,17 @@ class _Row:
         asides: Where to look for what is not said here.
     """
 
-    node: Node
+    node: TreeNode
     guide: str
     asides: tuple[str, ...]
 
 
-def _rows(root: Node) -> Iterator[_Row]:
+def _rows(root: TreeNode) -> Iterator[_Row]:
     """The nodes that get a line, in order. What is in one of a build that was shown before is not shown again."""
-    shown: dict[Node, str] = {}
+    shown: dict[TreeNode, str] = {}
     paths = [path for node in root.walk() for path in node.paths]
 
-    def asides(node: Node, like: str) -> Iterator[str]:
+    def asides(node: TreeNode, like: str) -> Iterator[str]:
         if node.tied_to is not None:
             yield f"tied to {_short(node.tied_to, paths)}"
         if like != node.paths[0]:
@@ -79,7 +79,7 @@ def _rows(root: Node) -> Iterator[_Row]:
         if node.hidden:
             yield f"… {node.hidden} more"
 
-    def rows(node: Node, above: str, guide: str, below: str) -> Iterator[_Row]:
+    def rows(node: TreeNode, above: str, guide: str, below: str) -> Iterator[_Row]:
         like = shown.setdefault(without_place(node), node.paths[0]) if len(node.children) > 1 else node.paths[0]
         yield _Row(node, above + guide, tuple(asides(node, like)))
         for child in node.children if like == node.paths[0] else ():
@@ -114,7 +114,7 @@ def _cells(row: _Row) -> Cells:
     }
 
 
-def _role(node: Node, asides: Sequence[str]) -> Iterator[Cell]:
+def _role(node: TreeNode, asides: Sequence[str]) -> Iterator[Cell]:
     """What a node is: its roles, notes, and where to look for what is in it."""
     parts = [Cell(role, next((s for start, s in _ROLE_STYLES if role.startswith(start)), "")) for role in _telling(node)]
     parts += [Cell(note, "bold" if note.endswith("block") else "") for note in node.notes if not _is_implied(note, node)]
@@ -124,7 +124,7 @@ def _role(node: Node, asides: Sequence[str]) -> Iterator[Cell]:
         yield part
 
 
-def _telling(node: Node) -> Iterator[str]:
+def _telling(node: TreeNode) -> Iterator[str]:
     """The roles of a node, in short, without those that others imply."""
     parts: dict[str, list[str]] = {}
     for role in node.roles:
@@ -138,17 +138,17 @@ def _telling(node: Node) -> Iterator[str]:
             yield f"{kind}.{'/'.join(kept)}".rstrip(".")
 
 
-def _is_implied(note: str, node: Node) -> bool:
+def _is_implied(note: str, node: TreeNode) -> bool:
     return note == "post-norm" and "@block.out" in node.roles
 
 
-def _width(node: Node) -> str:
+def _width(node: TreeNode) -> str:
     if node.width is None or node.input_width in (None, node.width):
         return "" if node.width is None else str(node.width)
     return f"{node.input_width} → {node.width}"
 
 
-def _trains(node: Node) -> Cell:
+def _trains(node: TreeNode) -> Cell:
     if not node.parameters:
         return Cell("")
     if node.trainable in (0, node.parameters):

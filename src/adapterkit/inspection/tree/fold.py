@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from .nodes import Mark, Node
+from .nodes import Mark, TreeNode
 
 __all__ = ["cut", "folded", "numbers_as_text", "without_place"]
 
@@ -15,12 +15,12 @@ _NUMBERED = re.compile(r"(.*?)(\d+)")
 _RANGES = 3  # that a label spells out
 
 
-def folded(siblings: Iterable[Node]) -> tuple[Node, ...]:
+def folded(siblings: Iterable[TreeNode]) -> tuple[TreeNode, ...]:
     """Siblings with names that differ in the number at the end, as one node for all of the same build.
 
     The same build: equal in all but name and place, down to the leaves.
     """
-    groups: dict[object, list[Node]] = {}
+    groups: dict[object, list[TreeNode]] = {}
     for node in siblings:
         match = _NUMBERED.fullmatch(node.label)
         key = (match[1], without_place(node)) if match else node.paths
@@ -28,7 +28,7 @@ def folded(siblings: Iterable[Node]) -> tuple[Node, ...]:
     return tuple(_merged(_together(nodes)) for nodes in groups.values())
 
 
-def cut(node: Node, depth: int | None) -> Node:
+def cut(node: TreeNode, depth: int | None) -> TreeNode:
     """The tree without what lies more than `depth` levels below its root; adapters there move to what is left."""
     if depth is None:
         return node
@@ -52,7 +52,7 @@ def numbers_as_text(numbers: Sequence[int]) -> str:
     return ", ".join(texts if len(texts) <= _RANGES + 1 else [*texts[:_RANGES], f"…, {texts[-1]}"])
 
 
-def _together(nodes: list[Node]) -> Node:
+def _together(nodes: list[TreeNode]) -> TreeNode:
     """One node for several of the same build."""
     if len(nodes) == 1:
         return nodes[0]
@@ -62,7 +62,7 @@ def _together(nodes: list[Node]) -> Node:
     return replace(first, label=label, paths=tuple(path for node in nodes for path in node.paths))
 
 
-def _merged(node: Node) -> Node:
+def _merged(node: TreeNode) -> TreeNode:
     """A node about which there is nothing to say, and its only child, as one."""
     if not node.is_plain or len(node.children) != 1 or node.count > 1 < node.children[0].count:
         return node
@@ -71,7 +71,7 @@ def _merged(node: Node) -> Node:
     return replace(child, label=f"{node.label}.{child.label}", paths=paths)
 
 
-def without_place(node: Node, around: str | None = None) -> Node:
+def without_place(node: TreeNode, around: str | None = None) -> TreeNode:
     """The node as it would be in any place: what its siblings of the same build equal."""
     root = node.paths[0] if around is None else around
     return replace(
@@ -83,10 +83,10 @@ def without_place(node: Node, around: str | None = None) -> Node:
     )
 
 
-def _lines(node: Node) -> int:
+def _lines(node: TreeNode) -> int:
     return node.count * (1 + sum(_lines(child) for child in node.children))
 
 
-def _marks(node: Node) -> tuple[Mark, ...]:
+def _marks(node: TreeNode) -> tuple[Mark, ...]:
     """The adapters at a node and below it, each once."""
     return tuple(dict.fromkeys(mark for below in node.walk() for mark in below.adapters))

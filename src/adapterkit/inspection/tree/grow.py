@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from ...composition.nodes import names_in
 from ...errors import CompatibilityError
-from ...runtime.lookup import record_of
+from ...runtime.lookup import find_state
 from ...runtime.site import AdapterSite
-from ...runtime.state import ACTIVATION_LOCK, silenced
+from ...runtime.state import ACTIVATION_LOCK, without_adapters
 from ...structure import pytree
 from ...structure.anatomy.discover import Discovery
 from ...structure.base_tensors import base_parameters
@@ -23,7 +23,7 @@ from ...structure.tracing.forward import ExampleInputs, observe
 from ..summary import AdapterRow, summarise
 from .fold import cut, folded
 from .meaning import Meaning, meanings
-from .nodes import Mark, Node
+from .nodes import Mark, TreeNode
 from .tree import AdapterLine, Tree
 
 __all__ = ["tree_of"]
@@ -41,8 +41,8 @@ def tree_of(model: nn.Module, example_inputs: ExampleInputs | None = None, *, de
     """
     look = _look(model, example_inputs)
     root = _Grower(model, look).root()
-    record = record_of(model)
-    rows = summarise(model, record).adapters if record is not None else ()
+    state = find_state(model)
+    rows = summarise(model, state).adapters if state is not None else ()
     return Tree(cut(root, depth), tuple(map(_line, rows)), look.note)
 
 
@@ -58,7 +58,7 @@ class _Look:
 def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
     discovery = Discovery(model, example_inputs)
     try:
-        with ACTIVATION_LOCK, silenced():
+        with ACTIVATION_LOCK, without_adapters():
             found = meanings(discovery.anatomy)
             widths = _widths(model, discovery.inputs)
     except CompatibilityError as error:
@@ -100,14 +100,14 @@ class _Grower:
         self.first: dict[int, str] = {}
         for path, module in self.modules.items():
             self.first.setdefault(id(module), path)
-        record = record_of(model)
-        self.active = set(names_in(record.activation.active)) if record is not None else set()
+        state = find_state(model)
+        self.active = set(names_in(state.activation.active)) if state is not None else set()
 
-    def root(self) -> Node:
+    def root(self) -> TreeNode:
         """The node of the whole model."""
         return self._node(type(self.model).__name__, "", self.model)
 
-    def _node(self, label: str, path: str, module: nn.Module) -> Node:
+    def _node(self, label: str, path: str, module: nn.Module) -> TreeNode:
         own = list(self._own_parameters(module))
         counted = [p for name, p in own if self.owners.get(id(p)) == f"{path}.{name}".lstrip(".")]
         counted = [p for p in counted if not is_lazy(p)]
@@ -115,7 +115,7 @@ class _Grower:
         children = () if is_again else folded(self._children(path, module))
         said = self.look.meanings.get(path, Meaning())
         input_width, width = self._width(path, module)
-        return Node(
+        return TreeNode(
             label=label,
             type=type(module).__name__,
             paths=(path,),
@@ -132,7 +132,7 @@ class _Grower:
             children=children,
         )
 
-    def _children(self, path: str, module: nn.Module, prefix: str = "") -> Iterator[Node]:
+    def _children(self, path: str, module: nn.Module, prefix: str = "") -> Iterator[TreeNode]:
         """The nodes in a module that are worth a line; those in a list of modules, which never runs, as its own."""
         for name, child in module._modules.items():
             inner = f"{path}.{name}".lstrip(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from .cells import COLUMNS, Cell, Cells, cells
-from .nodes import Node
+from .nodes import TreeNode
 
 __all__ = ["Line", "lines"]
 
@@ -17,7 +17,7 @@ _GAP = "  "
 Line = tuple[Cell, ...]
 
 
-def lines(root: Node, width: int | None = None) -> Iterator[Line]:
+def lines(root: TreeNode, width: int | None = None) -> Iterator[Line]:
     """The tree, a line for each node, below a line of headings.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Mark", "Node"]
+__all__ = ["Mark", "TreeNode"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Node:
+class TreeNode:
     """A module, or `count` modules of the same build side by side. All numbers and children are those of one of them.
 
     Attributes:
@@ -60,7 +60,7 @@ class Node:
     tied_to: str | None = None
     hidden: int = 0
     adapters: tuple[Mark, ...] = ()
-    children: tuple[Node, ...] = ()
+    children: tuple[TreeNode, ...] = ()
 
     @property
     def count(self) -> int:
@@ -77,7 +77,7 @@ class Node:
         """Whether it, or something in it, is worth a line: a dropout or an activation without a role is not."""
         return not self.is_plain or bool(self.children)
 
-    def walk(self) -> Iterator[Node]:
+    def walk(self) -> Iterator[TreeNode]:
         """This node and all below it, in order."""
         yield self
         for child in self.children:

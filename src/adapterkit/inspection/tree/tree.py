@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cells import Cell, number
 from .layout import Line, lines
-from .nodes import Node
+from .nodes import TreeNode
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -43,7 +43,7 @@ class Tree:
         note: Why roles are missing; None if they are not.
     """
 
-    root: Node
+    root: TreeNode
     adapters: tuple[AdapterLine, ...] = ()
     note: str | None = None
 
@@ -87,5 +87,5 @@ class Tree:
             yield (Cell(shorten(self.note, _NOTE, placeholder=" …"), "yellow"),)
 
 
-def _plain(node: Node) -> dict[str, Any]:
+def _plain(node: TreeNode) -> dict[str, Any]:
     return {**asdict(node), "count": node.count, "children": [_plain(child) for child in node.children]}

@@ -8,22 +8,22 @@ from typing import Any, TypeVar
 
 from ...config.settings import AdapterConfig
 from ...errors import TargetError
-from ...nn.functional.slices import Parts
+from ...nn.functional.slices import Slices
 from ...placement.spec import SiteSpec
-from .sources import Place, Source, site_name
+from .sources import SiteKey, Source, site_name
 
 __all__ = ["addressing", "all_sites", "by_site", "check_same_places", "target_fields"]
 
 V = TypeVar("V")
 
 
-def all_sites(sources: Sequence[Source]) -> dict[Place, SiteSpec]:
+def all_sites(sources: Sequence[Source]) -> dict[SiteKey, SiteSpec]:
     """The places that any source has; of a fused projection, all parts.
 
     Raises:
         TargetError: two sources adapt different tensors there.
     """
-    found: dict[Place, tuple[Source, SiteSpec]] = {}
+    found: dict[SiteKey, tuple[Source, SiteSpec]] = {}
     for source in sources:
         for place, site in source.sites.items():
             first, held = found.setdefault(place, (source, site))
@@ -32,7 +32,7 @@ def all_sites(sources: Sequence[Source]) -> dict[Place, SiteSpec]:
                     f"at {site_name(site)!r}, {first.name!r} and {source.name!r} adapt different tensors: {_tensor(held)} "
                     f"and {_tensor(site)}"
                 )
-            found[place] = first, replace(held, parts=_all_parts((held, first), (site, source)))
+            found[place] = first, replace(held, slices=_all_parts((held, first), (site, source)))
     return {place: site for place, (_, site) in found.items()}
 
 
@@ -41,7 +41,7 @@ def check_same_places(sources: Sequence[Source]) -> None:
     first, *others = sources
     for other in others:
         differing = first.sites.keys() ^ other.sites.keys()
-        differing |= {p for p in first.sites.keys() & other.sites.keys() if first.sites[p].parts != other.sites[p].parts}
+        differing |= {p for p in first.sites.keys() & other.sites.keys() if first.sites[p].slices != other.sites[p].slices}
         if differing:
             paths = sorted({place.path for place in differing})
             raise TargetError(
@@ -64,12 +64,12 @@ def addressing(sources: Sequence[Source], sites: Iterable[SiteSpec], *, fields: 
         TargetError: none do, because parts of fused projections, or several kinds of places, are not named by a path.
     """
     sites = list(sites)
-    wanted = {(site_name(site), site.tag, site.parts) for site in sites}
+    wanted = {(site_name(site), site.tag, site.slices) for site in sites}
     configs: list[Any] = [source.config for source in sources]
     names = [*fields, "exclude", "layers"]
     if all(target_fields(config) == list(fields) for config in configs):
         for source in sources:
-            if {(site_name(site), site.tag, site.parts) for site in source.sites.values()} == wanted:
+            if {(site_name(site), site.tag, site.slices) for site in source.sites.values()} == wanted:
                 return {name: getattr(source.config, name) for name in names}
         same = {name for name in names if len({getattr(config, name) for config in configs}) == 1}
         settings = {name: getattr(configs[0], name) for name in names}
@@ -78,7 +78,7 @@ def addressing(sources: Sequence[Source], sites: Iterable[SiteSpec], *, fields: 
         if same == {*names} - {"layers"}:
             every = [config.layers for config in configs]
             return settings | {"layers": None if None in every else _once(index for layers in every for index in layers)}
-    if len(fields) > 1 or any(site.parts for site in sites):
+    if len(fields) > 1 or any(site.slices for site in sites):
         what = "parts of fused projections are named by roles alone" if len(fields) == 1 else f"it has {list(fields)}"
         raise TargetError(
             f"no config leads to all places of {[source.name for source in sources]}, which differ in more than their "
@@ -113,13 +113,13 @@ def _tensor(site: SiteSpec) -> str:
     return ", ".join(f"{key}={value}" for key, value in {**parts, **optional}.items() if value is not None)
 
 
-def _all_parts(one: tuple[SiteSpec, Source], other: tuple[SiteSpec, Source]) -> Parts:
+def _all_parts(one: tuple[SiteSpec, Source], other: tuple[SiteSpec, Source]) -> Slices:
     """The parts that either has; () if one of them has the whole."""
     (site, source), (more, adding) = one, other
-    if not site.parts or not more.parts:
+    if not site.slices or not more.slices:
         return ()
-    ranges = dict(site.parts)
-    for name, held in more.parts:
+    ranges = dict(site.slices)
+    for name, held in more.slices:
         if ranges.setdefault(name, held) != held:
             raise TargetError(
                 f"at {site_name(site)!r}, {source.name!r} and {adding.name!r} mean other features by {name!r}: "

@@ -12,11 +12,11 @@ from ...config.union import Union
 from ...errors import ConfigError
 from ...heads.find import check_apart, check_names
 from ...methods import method_of
-from ...methods.method import Additive
+from ...methods.method import LinearInParameters
 from ...structure.tracing.forward import outside_inference_mode
 from ..activate import check_known
 from ..attach import attach, check_free
-from ..build import Part, build_parts, device_near
+from ..build import BuiltModule, build_modules, device_near
 from .heads import combined_heads
 from .low_rank import How, changes_weights, check_adds, is_lora, low_rank
 from .parameters import averaged, summed
@@ -50,7 +50,9 @@ def combine(
         combined = [_copied(source) for source in adapters[0].sources]
     else:
         check_members(adapters)
-        if rank is not None and all(isinstance(method_of(source.config), Additive) for source in adapters[0].sources):
+        if rank is not None and all(
+            isinstance(method_of(source.config), LinearInParameters) for source in adapters[0].sources
+        ):
             raise ConfigError(f"rank={rank} is that of a LoRA; of {adapters[0].config.method!r} none comes out")
         combined = [_member(model, sources, how, rank) for sources in zip(*(a.sources for a in adapters), strict=True)]
     parts = _parts(model, combined) + (combined_heads(model, adapters) if heads else [])
@@ -90,7 +92,7 @@ def _member(model: nn.Module, sources: Sequence[Source], how: How, rank: int | N
         check_adds(source)
         check_finite(source.name, {place: module.state_dict() for place, module in source.modules.items()})
     method = method_of(sources[0].config)
-    if isinstance(method, Additive):
+    if isinstance(method, LinearInParameters):
         return summed(sources, method.neutral)
     if how == "linear" and not all(map(is_lora, sources)):
         return averaged(sources)
@@ -107,10 +109,10 @@ def _config(combined: Sequence[Combined]) -> Any:
     return Union(*configs) if len(configs) > 1 else configs[0]
 
 
-def _parts(model: nn.Module, combined: Sequence[Combined]) -> list[Part]:
+def _parts(model: nn.Module, combined: Sequence[Combined]) -> list[BuiltModule]:
     """The new adapter's modules, made as those of a file are: empty, then filled."""
     states = [(place_of(site), one.states[place_of(site)]) for one in combined for site in one.sites]
-    parts = build_parts(model, _config(combined), [site for one in combined for site in one.sites], [], meta=True)
+    parts = build_modules(model, _config(combined), [site for one in combined for site in one.sites], [], meta=True)
     for part, (place, state) in zip(parts, states, strict=True):
         check_finite("the sum", {place: state})
         part.module.load_state_dict(state, assign=True)

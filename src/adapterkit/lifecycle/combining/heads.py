@@ -11,13 +11,13 @@ from ...heads.config import OwnHead
 from ...heads.find import copy_heads
 from ...heads.spec import HeadSpec
 from ...runtime.originals import originals_of
-from ..build import Part
-from .sources import Adapter, HeadPlace, wide
+from ..build import BuiltModule
+from .sources import Adapter, HeadKey, wide
 
 __all__ = ["combined_heads"]
 
 
-def combined_heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[Part]:
+def combined_heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[BuiltModule]:
     """Copies of the heads. A copy of the model's own is the model's own plus the weighted sum of the differences to it.
 
     Others have nothing to differ from: one that a single adapter owns is copied as it is; of several of the same settings
@@ -29,7 +29,7 @@ def combined_heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[Part]:
     first = {place: held for adapter in reversed(adapters) for place, held in adapter.heads.items()}
     copies = copy_heads([module for _, module in first.values()])
     parts = {
-        place: Part(place.path, module, None, spec)
+        place: BuiltModule(place.path, module, None, spec)
         for (place, (spec, _)), module in zip(first.items(), copies, strict=True)
     }
     if len(adapters) == 1 and adapters[0].weight == 1.0:
@@ -43,7 +43,7 @@ def combined_heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[Part]:
     return list(parts.values())
 
 
-def _move(model: nn.Module, place: HeadPlace, part: Part, owners: Sequence[Adapter]) -> None:
+def _move(model: nn.Module, place: HeadKey, part: BuiltModule, owners: Sequence[Adapter]) -> None:
     """Make each tensor the model's own plus the weighted sum of the differences to it."""
     _check_labels(place, owners)
     originals = originals_of(model)  # the model's own is what it is without adapters merged into it
@@ -56,7 +56,7 @@ def _move(model: nn.Module, place: HeadPlace, part: Part, owners: Sequence[Adapt
             tensor.copy_(_moved(own[key], [(weight, state[key]) for weight, state in terms]))
 
 
-def _average(place: HeadPlace, part: Part, owners: Sequence[Adapter]) -> None:
+def _average(place: HeadKey, part: BuiltModule, owners: Sequence[Adapter]) -> None:
     """Make each tensor the weighted mean."""
     names = [adapter.name for adapter in owners]
     held = [adapter.heads[place] for adapter in owners]
@@ -76,7 +76,7 @@ def _average(place: HeadPlace, part: Part, owners: Sequence[Adapter]) -> None:
             tensor.copy_(sum(terms[1:], terms[0]))
 
 
-def _check_labels(place: HeadPlace, owners: Sequence[Adapter]) -> None:
+def _check_labels(place: HeadKey, owners: Sequence[Adapter]) -> None:
     """Raise ConfigError where the heads call their outputs by other names."""
     labels = {getattr(adapter.heads[place][0].config, "labels", None) for adapter in owners} - {None}
     if len(labels) > 1:

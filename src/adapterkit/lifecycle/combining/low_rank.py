@@ -21,7 +21,7 @@ from ...placement.spec import SiteSpec
 from ...placement.weights import projection_at
 from .addressing import addressing, all_sites, by_site
 from .parameters import changed, common_dtype, settled
-from .sources import Combined, Place, Source, site_name
+from .sources import Combined, SiteKey, Source, site_name
 
 __all__ = ["How", "changes_weights", "check_adds", "is_lora", "low_rank"]
 
@@ -101,7 +101,7 @@ def low_rank(model: nn.Module, sources: Sequence[Source], how: How, rank: int | 
     sums, states = [], {}
     for place, site in sites.items():
         there = [source for source in sources if place in source.modules]
-        geometry = LowRank(projection_at(site, model.get_submodule(site.path)), 1, site.parts)
+        geometry = LowRank(projection_at(site, model.get_submodule(site.path)), 1, site.slices)
         terms = [_term(source, place, geometry) for source in there]
         sums.append(_summed(geometry, there, terms, place, how, rank))
         scaling: Any = there[0].modules[place].scaling if keeps_scaling else 1.0
@@ -116,12 +116,12 @@ def low_rank(model: nn.Module, sources: Sequence[Source], how: How, rank: int | 
     return Combined(config, list(sites.values()), states, errors)
 
 
-def _term(source: Source, place: Place, geometry: LowRank) -> _Term:
+def _term(source: Source, place: SiteKey, geometry: LowRank) -> _Term:
     """What a source adds at a place, in the geometry of the result."""
     held = source.modules[place]
     shared = held.__dict__.get("shared")  # of all sites: not to be copied for each
     module: Any = copy.deepcopy(held, {id(shared): shared} if shared is not None else None).cpu().double()
-    own = LowRank(geometry.projection, 1, source.sites[place].parts)
+    own = LowRank(geometry.projection, 1, source.sites[place].slices)
     pair = module.pair() if isinstance(module, _HasPair) else _full_pair(own, module.weight_delta())
     bias = module._parameters.get("lora_bias")
     if bias is not None:
@@ -133,11 +133,11 @@ def _full_pair(geometry: LowRank, delta: Tensor) -> Pair:
     """A pair with a delta of any rank."""
     p = geometry.projection
     most = min(p.out_features // p.groups, p.in_features // p.groups * math.prod(p.kernel))
-    return factored(LowRank(p, most * p.groups, geometry.layout.parts), delta)
+    return factored(LowRank(p, most * p.groups, geometry.layout.slices), delta)
 
 
 def _summed(
-    geometry: LowRank, there: Sequence[Source], terms: Sequence[_Term], place: Place, how: How, rank: int | None
+    geometry: LowRank, there: Sequence[Source], terms: Sequence[_Term], place: SiteKey, how: How, rank: int | None
 ) -> _Sum:
     """The pair that stands for the sum at one place."""
     projection = geometry.projection
@@ -146,14 +146,14 @@ def _summed(
         return _Sum(_rank_of(projection, exact[1]), *exact)
     if how == "svd":
         used = rank or max(_own_rank(source, place) for source in there)
-        found = reduced(LowRank(projection, used, geometry.layout.parts), *exact)
+        found = reduced(LowRank(projection, used, geometry.layout.slices), *exact)
     else:
         found = _by_factor(projection, there, terms, place)
         used = _rank_of(projection, found[1])
     return _Sum(used, *found, relative_error(geometry, found, exact))
 
 
-def _by_factor(projection: Projection, there: Sequence[Source], terms: Sequence[_Term], place: Place) -> Pair:
+def _by_factor(projection: Projection, there: Sequence[Source], terms: Sequence[_Term], place: SiteKey) -> Pair:
     """Sums of As and of Bs, each with the root of the weights; the sign goes to B."""
     ranks = {source.name: _rank_of(projection, term.b) for source, term in zip(there, terms, strict=True)}
     if len({*ranks.values()}) > 1:
@@ -210,7 +210,7 @@ def _rank_of(projection: Projection, b: Tensor) -> int:
     return int(b.shape[-1 - len(projection.kernel)]) * projection.groups
 
 
-def _own_rank(source: Source, place: Place) -> int:
+def _own_rank(source: Source, place: SiteKey) -> int:
     """The rank that a source is configured with at a place."""
     rank = setting_at(getattr(source.config, "rank", None), source.sites[place])
     if not isinstance(rank, int):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...nn.functional.slices import PartsLayout
+from ...nn.functional.slices import SliceLayout
 from ...placement.spec import SiteSpec
 from .addressing import addressing, all_sites, check_same_places, target_fields
-from .sources import Combined, Place, Source, check_settings, site_name, wide
+from .sources import Combined, SiteKey, Source, check_settings, site_name, wide
 
 __all__ = ["averaged", "changed", "common_dtype", "settled", "summed"]
 
@@ -80,7 +80,7 @@ def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _weighted(place: Place, site: SiteSpec, sources: Sequence[Source], neutral: float) -> dict[str, Tensor]:
+def _weighted(place: SiteKey, site: SiteSpec, sources: Sequence[Source], neutral: float) -> dict[str, Tensor]:
     """The tensors at one place: of parameters neutral + sum of weight * (parameter - neutral), of others the same ones."""
     there = [source for source in sources if place in source.modules]
     held = [source.modules[place].state_dict() for source in there]
@@ -99,12 +99,12 @@ def _weighted(place: Place, site: SiteSpec, sources: Sequence[Source], neutral: 
 
 
 def _check_same(
-    place: Place, site: SiteSpec, there: Sequence[Source], held: Sequence[Mapping[str, Tensor]], trained: Set[str]
+    place: SiteKey, site: SiteSpec, there: Sequence[Source], held: Sequence[Mapping[str, Tensor]], trained: Set[str]
 ) -> None:
     """Raise ConfigError unless the sources have tensors of the same shapes, and the same values where none is trained."""
     (first, *others), (ours, *rest) = there, held
     for source, theirs in zip(others, rest, strict=True):
-        if first.sites[place].parts == source.sites[place].parts:
+        if first.sites[place].slices == source.sites[place].slices:
             shapes, found = ({key: tuple(t.shape) for key, t in tensors.items()} for tensors in (ours, theirs))
             if shapes != found:
                 raise ConfigError(
@@ -121,6 +121,6 @@ def _check_same(
 
 def _refitted(values: Tensor, old: SiteSpec, new: SiteSpec) -> Tensor:
     """Values of the features that a site covers as those of a site that covers more. Shape: (..., covered)."""
-    if old.parts == new.parts:
+    if old.slices == new.slices:
         return values
-    return PartsLayout(new.width, new.parts).pick(PartsLayout(old.width, old.parts).spread(values))
+    return SliceLayout(new.width, new.slices).pick(SliceLayout(old.width, old.slices).spread(values))

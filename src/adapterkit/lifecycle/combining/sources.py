@@ -18,8 +18,8 @@ from ...runtime.lookup import sites_of
 __all__ = [
     "Adapter",
     "Combined",
-    "HeadPlace",
-    "Place",
+    "HeadKey",
+    "SiteKey",
     "Source",
     "adapter_of",
     "check_finite",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class Place(NamedTuple):
+class SiteKey(NamedTuple):
     """Which of an adapter's modules: no two of one member have the same."""
 
     path: str
@@ -39,7 +39,7 @@ class Place(NamedTuple):
     parameter: str
 
 
-class HeadPlace(NamedTuple):
+class HeadKey(NamedTuple):
     """Which of an adapter's heads."""
 
     path: str
@@ -53,8 +53,8 @@ class Source:
     name: str
     weight: float
     config: AdapterConfig
-    sites: Mapping[Place, SiteSpec]
-    modules: Mapping[Place, nn.Module]
+    sites: Mapping[SiteKey, SiteSpec]
+    modules: Mapping[SiteKey, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Adapter:
     weight: float
     config: Config
     sources: tuple[Source, ...]
-    heads: Mapping[HeadPlace, tuple[HeadSpec, nn.Module]]
+    heads: Mapping[HeadKey, tuple[HeadSpec, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Combined:
 
     config: AdapterConfig
     sites: Sequence[SiteSpec]
-    states: Mapping[Place, Mapping[str, Tensor]]
+    states: Mapping[SiteKey, Mapping[str, Tensor]]
     errors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -99,13 +99,13 @@ def adapter_of(model: nn.Module, name: str, weight: float) -> Adapter:
     for path, entry, module in held:
         if entry.spec is None:
             spec = entry.head or HeadSpec(OwnHead(path, name=path))
-            heads[HeadPlace(path, str(spec.config.name))] = spec, module
+            heads[HeadKey(path, str(spec.config.name))] = spec, module
     return Adapter(name, weight, config, tuple(sources), heads)
 
 
-def place_of(site: SiteSpec) -> Place:
+def place_of(site: SiteSpec) -> SiteKey:
     """Where a module sits, among those of its member."""
-    return Place(site.path, site.tag, site.parameters[0] if site.parameters else "")
+    return SiteKey(site.path, site.tag, site.parameters[0] if site.parameters else "")
 
 
 def site_name(site: SiteSpec) -> str:

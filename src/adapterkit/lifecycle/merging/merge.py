@@ -13,7 +13,7 @@ from ...errors import ActivationError, CompatibilityError
 from ...runtime.lookup import fusions_of, named_parameters, sites_of
 from ...runtime.originals import originals_of
 from ...runtime.site import Entry, Original
-from ...runtime.state import ACTIVATION_LOCK, Record, silenced
+from ...runtime.state import ACTIVATION_LOCK, ModelState, without_adapters
 from ...runtime.sync import forget_compiled
 from ...structure.base_tensors import digest, owner_at, parameter_at
 from ...structure.tracing.forward import ExampleInputs, outside_inference_mode
@@ -25,7 +25,7 @@ from .merged_weights import Change, merged_weights
 __all__ = ["changed_since_merging", "merge", "unmerge", "unmerge_all"]
 
 
-def merge(model: nn.Module, record: Record, name: str, example_inputs: ExampleInputs | None = None) -> None:
+def merge(model: nn.Module, state: ModelState, name: str, example_inputs: ExampleInputs | None = None) -> None:
     """Write an adapter into the weights of its hosts. Raises: see `AdapterKit.merge`.
 
     Args:
@@ -35,45 +35,45 @@ def merge(model: nn.Module, record: Record, name: str, example_inputs: ExampleIn
     if name in fusions_of(model):
         raise CompatibilityError(f"{name!r} is a fusion: what it adds depends on each token, and no weight can hold that")
     with _undisturbed(model):
-        if name in record.merged:
+        if name in state.merged:
             raise ActivationError(f"adapter {name!r} is merged already; kit.unmerge({name!r}) takes it out again")
-        if not record.activation.stays(name):
+        if not state.activation.stays(name):
             raise ActivationError(
                 f"adapter {name!r} is not active, or only within a `with` block, and merging must not change what the "
                 f"model computes: call kit.activate({name!r}) first"
             )
-        _check_whole(model, record, name)
-        _check_company(model, record, name)
+        _check_whole(model, state, name)
+        _check_company(model, state, name)
         _check_unchanged(model)
-        changes = merged_weights(model, [*record.merged, name])
+        changes = merged_weights(model, [*state.merged, name])
         _check_reads(model, name, changes, example_inputs)
         _write(model, changes)
         own = [parameter for _, parameter in named_parameters(model, name, heads=False)]
-        record.merged[name] = tuple(parameter.requires_grad for parameter in own)
+        state.merged[name] = tuple(parameter.requires_grad for parameter in own)
         for parameter in own:
             parameter.requires_grad_(False)
-        _settle(model, record)
+        _settle(model, state)
 
 
-def unmerge(model: nn.Module, record: Record, name: str, *, restore: bool = True) -> None:
+def unmerge(model: nn.Module, state: ModelState, name: str, *, restore: bool = True) -> None:
     """Take an adapter out of the weights. Raises: see `AdapterKit.unmerge`."""
     check_known(model, name)
-    if name not in record.merged:
-        raise ActivationError(f"adapter {name!r} is not merged; merged are: {list(record.merged) or 'none'}")
+    if name not in state.merged:
+        raise ActivationError(f"adapter {name!r} is not merged; merged are: {list(state.merged) or 'none'}")
     if restore:
-        _keep_merged(model, record, [other for other in record.merged if other != name])
+        _keep_merged(model, state, [other for other in state.merged if other != name])
         return
     with _undisturbed(model):
         for _, _, site in sites_of(model):
             site.originals.clear()
-        _reopen(model, record, list(record.merged))
-        _settle(model, record)
+        _reopen(model, state, list(state.merged))
+        _settle(model, state)
 
 
-def unmerge_all(model: nn.Module, record: Record) -> None:
+def unmerge_all(model: nn.Module, state: ModelState) -> None:
     """Take every adapter out of the weights. Raises CompatibilityError if they changed since."""
-    if record.merged:
-        _keep_merged(model, record, [])
+    if state.merged:
+        _keep_merged(model, state, [])
 
 
 def changed_since_merging(model: nn.Module) -> list[str]:
@@ -87,13 +87,13 @@ def changed_since_merging(model: nn.Module) -> list[str]:
     return changed
 
 
-def _keep_merged(model: nn.Module, record: Record, names: Sequence[str]) -> None:
+def _keep_merged(model: nn.Module, state: ModelState, names: Sequence[str]) -> None:
     """Have these adapters, of those that are merged, in the weights, and no others: anew, from the originals."""
     with _undisturbed(model):
         _check_unchanged(model)
         _write(model, merged_weights(model, names))
-        _reopen(model, record, [name for name in record.merged if name not in names])
-        _settle(model, record)
+        _reopen(model, state, [name for name in state.merged if name not in names])
+        _settle(model, state)
 
 
 @contextmanager
@@ -109,9 +109,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _check_whole(model: nn.Module, record: Record, name: str) -> None:
+def _check_whole(model: nn.Module, state: ModelState, name: str) -> None:
     """Raise CompatibilityError if the adapter has hosts that are not in this model, or not any more."""
-    there, once = sum(name in site.entries for _, _, site in sites_of(model)), len(set(record.hosts[name]))
+    there, once = sum(name in site.entries for _, _, site in sites_of(model)), len(set(state.hosts[name]))
     if there != once:
         raise CompatibilityError(
             f"adapter {name!r} was added at {once} modules, of which this {type(model).__name__} has {there}: merge it in "
@@ -119,9 +119,9 @@ def _check_whole(model: nn.Module, record: Record, name: str) -> None:
         )
 
 
-def _check_company(model: nn.Module, record: Record, name: str) -> None:
+def _check_company(model: nn.Module, state: ModelState, name: str) -> None:
     """Raise CompatibilityError where adapters that stay unmerged act at one host with this one, and order matters there."""
-    others = {*names_in(record.activation.active)} - {name, *record.merged}
+    others = {*names_in(state.activation.active)} - {name, *state.merged}
     for path, _, site in sites_of(model):
         here = [other for other in others if other in site.entries] if name in site.entries else []
         held = [pair for which in (name, *here) for pair in site.modules_of(which) if pair[0].spec is not None]
@@ -134,7 +134,7 @@ def _check_company(model: nn.Module, record: Record, name: str) -> None:
 
 def _is_a_sum(entry: Entry, module: nn.Module) -> bool:
     """Whether a module adds to its host's output what depends on the host's input alone."""
-    reads_input = entry.spec is not None and entry.spec.reads == "input"
+    reads_input = entry.spec is not None and entry.spec.reads == "own_input"
     return reads_input and not getattr(module, "reads_bare_output", False)
 
 
@@ -158,7 +158,7 @@ def _check_reads(model: nn.Module, name: str, changes: Sequence[Change], inputs:
         if owner is not None
     ]
     try:
-        with silenced():
+        with without_adapters():
             inputs = tiny_inputs(model) if inputs is None else inputs
             around = reads_around(model, [holder for _, holder in held], inputs)
     except CompatibilityError:  # a model that runs on nothing that is known here: nothing can be seen
@@ -213,16 +213,16 @@ def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
     torch.clear_autocast_cache()  # inside an autocast region it holds the weight as it was
 
 
-def _reopen(model: nn.Module, record: Record, names: Sequence[str]) -> None:
+def _reopen(model: nn.Module, state: ModelState, names: Sequence[str]) -> None:
     """Forget that these adapters are merged, and let their parameters train that did before."""
     for name in names:
         own = named_parameters(model, name, heads=False)
-        for (_, parameter), trained in zip(own, record.merged.pop(name), strict=False):
+        for (_, parameter), trained in zip(own, state.merged.pop(name), strict=False):
             parameter.requires_grad_(trained)
 
 
-def _settle(model: nn.Module, record: Record) -> None:
+def _settle(model: nn.Module, state: ModelState) -> None:
     """Have hooks run what is not in the weights."""
-    record.activation.change_weights()
+    state.activation.change_weights()
     forget_compiled()  # a compiler may have folded the weights into its graph
-    apply(model, record)
+    apply(model, state)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...config.union import members
 from ...errors import CompatibilityError
-from ...methods.method import Adapting, Mergeable
+from ...methods.method import AdaptsParameter, Mergeable
 from ...nn.twin import trained
 from ...placement.spec import SiteSpec
 from ...runtime.lookup import sites_of
@@ -119,7 +119,7 @@ class _HostWeights:
         before: dict[str, Tensor] | None = None
         for name, entry, held_module in held:
             module = trained(held_module)
-            if not (isinstance(module, Mergeable) or (isinstance(module, Adapting) and _spec(entry).at == "weight")):
+            if not (isinstance(module, Mergeable) or (isinstance(module, AdaptsParameter) and _spec(entry).at == "weight")):
                 config: Any = entry.config
                 method = members(config)[_spec(entry).member].method
                 raise self._refusal(name, f"{method!r} is no change of a weight; only methods that are can be merged")
@@ -168,7 +168,7 @@ class _HostWeights:
         try:
             if isinstance(module, Mergeable):
                 merged = module.merged(given)
-            elif isinstance(module, Adapting):
+            elif isinstance(module, AdaptsParameter):
                 merged = {"weight": module.adapted(given["weight"])}
         except CompatibilityError as error:
             raise self._refusal(adapter, str(error)) from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...nn.functional.projections import Projection, projection_of, random_input
 from ...runtime.site import AdapterSite, Entry
-from ...runtime.state import silenced
+from ...runtime.state import without_adapters
 from ...runtime.steps import step_of
 from ...runtime.weight_swap import put_weights, take_weights
 from ...structure import pytree
@@ -61,7 +61,7 @@ def difference(
         return f"{type(host).__name__} is no projection that is known, so it cannot be tried on an input"
     # In double precision a small change stands out, whatever the host's own dtype is.
     dtype = torch.float32 if before["weight"].device.type == "mps" else torch.float64
-    with untouched(host), silenced():
+    with untouched(host), without_adapters():
         host.eval()
         rest = {name: tensor.to(dtype) for name, tensor in _own_tensors(host) if tensor.is_floating_point()}
         before, after = ({**rest, **{n: t.to(dtype) for n, t in tensors.items()}} for tensors in (before, after))

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ...errors import CompatibilityError, ConfigError
 from .projections import Projection, convolve, pointwise
-from .slices import Parts, PartsLayout
+from .slices import SliceLayout, Slices
 
 __all__ = ["LowRank"]
 
@@ -16,34 +16,34 @@ class LowRank:
 
     `up(down(z, A), B)` is what the projection would return with the weight `delta(A, B)` and no bias.
 
-    - linear: A (parts * rank, in), B (covered, rank); the weight is B A, transposed where the host's is.
+    - linear: A (slices * rank, in), B (covered, rank); the weight is B A, transposed where the host's is.
     - conv: A has the host's kernel, stride, padding and dilation; B has a kernel of 1. With groups both are grouped:
       each group has its own pair of rank / groups, rounded up (a rank below the number of groups is one for each).
-    - embedding: A (parts * rank, vocabulary), looked up; B (covered, rank).
+    - embedding: A (slices * rank, vocabulary), looked up; B (covered, rank).
     - parameter: A (..., parts * rank, in), B (..., covered, rank), one pair for each index of the leading axes.
 
     Args:
         projection: The host's geometry.
         rank: Of each part; with groups, of all groups together.
-        parts: Parts of the output features, each with its own rows of A and B; () for the whole.
+        slices: Slices of the output features, each with its own rows of A and B; () for the whole.
 
     Raises:
         ConfigError: rank is not positive; parts of a grouped conv; an embedding with max_norm, whose rows change as they
             are looked up.
     """
 
-    def __init__(self, projection: Projection, rank: int, parts: Parts = ()) -> None:
+    def __init__(self, projection: Projection, rank: int, slices: Slices = ()) -> None:
         if rank < 1:
             raise ConfigError(f"rank={rank} is not positive")
-        if parts and projection.groups > 1:
-            raise ConfigError(f"a conv with groups={projection.groups} has no parts; found {[name for name, _ in parts]}")
+        if slices and projection.groups > 1:
+            raise ConfigError(f"a conv with groups={projection.groups} has no slices; found {[name for name, _ in slices]}")
         if projection.max_norm is not None:
             raise ConfigError(
                 f"an embedding with max_norm={projection.max_norm} changes its rows as they are looked up; set its "
                 "max_norm to None, or leave it out of the targets"
             )
         self.projection, self.rank = projection, rank
-        self.layout = PartsLayout(projection.out_features, parts)
+        self.layout = SliceLayout(projection.out_features, slices)
         self.rank_of_each = -(-rank // projection.groups)  # rounded up
 
     @property

@@ -78,14 +78,14 @@ def refitted(low_rank: LowRank, wanted: LowRank, a: Tensor, b: Tensor) -> Pair:
     Shape: a and b at any rank; A and B at that rank; for the whole, at the rank of all parts together.
     """
     old, new = low_rank.layout, wanted.layout
-    if old.parts == new.parts:
+    if old.slices == new.slices:
         return a, b
     axis = b.dim() - 2 - len(low_rank.projection.kernel)  # of B's rows, and of A's
     if new.is_whole:
         return a, torch.unflatten(old.blocks(b.flatten(axis + 1)), -1, (-1, *b.shape[axis + 2 :]))
     rows = torch.unflatten(a, axis, (old.count, -1)).unbind(axis)
-    of_part = dict(zip([name for name, _ in old.parts], rows, strict=True))
-    grown = [of_part.get(name, torch.zeros_like(rows[0])) for name, _ in new.parts]
+    of_part = dict(zip([name for name, _ in old.slices], rows, strict=True))
+    grown = [of_part.get(name, torch.zeros_like(rows[0])) for name, _ in new.slices]
     return torch.cat(grown, axis), new.pick(old.spread(b, axis), axis)
 
 

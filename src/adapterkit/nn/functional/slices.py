@@ -1,4 +1,4 @@
-"""Parts of an axis: the output features of a fused projection that belong to the query, the key, the value."""
+"""Slices of an axis: the output features of a fused projection that belong to the query, the key, the value."""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 
-__all__ = ["Parts", "PartsLayout"]
+__all__ = ["SliceLayout", "Slices"]
 
-Parts = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+Slices = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 """(name, ranges) of each part; a range is (start, stop). Empty: one part, which is everything."""
 
 
-class PartsLayout:
+class SliceLayout:
     """Where the features of some parts lie on an axis, and how tensors that know only these are put there.
 
     The covered features keep their order on the axis: row i of such a tensor is the i-th feature that any part covers.
@@ -24,18 +24,18 @@ class PartsLayout:
 
     Args:
         width: Features on the axis.
-        parts: The parts; () for all features as one part.
+        slices: The parts; () for all features as one part.
 
     Raises:
         ConfigError: A range is empty or outside the axis, or two overlap.
     """
 
-    def __init__(self, width: int, parts: Parts = ()) -> None:
-        self.width, self.parts, self.count = width, parts, max(1, len(parts))
-        self.is_whole = not parts
-        owners = _owners(width, parts)
+    def __init__(self, width: int, slices: Slices = ()) -> None:
+        self.width, self.slices, self.count = width, slices, max(1, len(slices))
+        self.is_whole = not slices
+        owners = _owners(width, slices)
         self.covered = sum(owner >= 0 for owner in owners)
-        repeats = len(parts[0][1]) if parts else 1
+        repeats = len(slices[0][1]) if slices else 1
         period, rest = divmod(width, repeats)
         if rest or owners != owners[:period] * repeats:
             period, repeats = width, 1
@@ -73,7 +73,7 @@ class PartsLayout:
     def blocks(self, values: Tensor) -> Tensor:
         """Spread the rows of a matrix, and the columns by part: part p has columns p * rank to (p + 1) * rank.
 
-        Shape: values (..., covered, rank), result (..., width, parts * rank).
+        Shape: values (..., covered, rank), result (..., width, slices * rank).
         """
         if self.is_whole:
             return values
@@ -122,12 +122,12 @@ class PartsLayout:
                 start += size
 
 
-def _owners(width: int, parts: Parts) -> list[int]:
+def _owners(width: int, slices: Slices) -> list[int]:
     """The part that each feature belongs to, -1 for none."""
-    if not parts:
+    if not slices:
         return [0] * width
     owners = [-1] * width
-    for index, (name, ranges) in enumerate(parts):
+    for index, (name, ranges) in enumerate(slices):
         for start, stop in ranges:
             if not 0 <= start < stop <= width:
                 raise ConfigError(f"part {name!r} has the range ({start}, {stop}), which is not within {width} features")

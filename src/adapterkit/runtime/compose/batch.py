@@ -21,7 +21,7 @@ from ...errors import CompatibilityError
 from ...structure import pytree
 from ...structure.tracing.row_layout import RowLayout, first_with_rows, rows_at, tokens_in
 from ..hooks import KitHook
-from ..state import RECORD, Record
+from ..state import STATE, ModelState
 from ..this_call import THIS_CALL
 
 __all__ = [
@@ -69,19 +69,19 @@ class BatchHook(KitHook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return `(args, kwargs)`, each tensor with the batch's rows as often as there are children. Shape: as given."""
-        record: Record = module.__dict__[RECORD]
+        state: ModelState = module.__dict__[STATE]
         call = (args, kwargs)
         first = first_with_rows(call, self.axis)
         rows = None if first is None else first.shape[self.axis]
         tokens = frozenset[int]() if rows is None else tokens_in(call, rows, self.axis)
-        is_repeated = self.parallel is not None and record.activation.check(record.activation.active)
+        is_repeated = self.parallel is not None and state.activation.check(state.activation.active)
         if self.parallel is not None and is_repeated:
             _refuse_generation(self.parallel)
             call, rows = _repeated(call, self.parallel, self.axis)
-            rows_of(record.activation.active, rows)  # places at which all rows run the same do not count them
+            rows_of(state.activation.active, rows)  # places at which all rows run the same do not count them
         if not torch.compiler.is_compiling():
             sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
-            THIS_CALL.batches.setdefault(id(record), []).append(Batch(sizes, rows, tokens, is_repeated))
+            THIS_CALL.batches.setdefault(id(state), []).append(Batch(sizes, rows, tokens, is_repeated))
         return call if is_repeated else None
 
 
@@ -94,24 +94,24 @@ class BatchEndHook(KitHook):
         """Leave the output alone. Shape: any."""
         if torch.compiler.is_compiling():
             return
-        calls = THIS_CALL.batches.get(id(module.__dict__[RECORD]), [])
+        calls = THIS_CALL.batches.get(id(module.__dict__[STATE]), [])
         if calls:
             calls.pop()
         if not calls:
-            THIS_CALL.batches.pop(id(module.__dict__[RECORD]), None)
+            THIS_CALL.batches.pop(id(module.__dict__[STATE]), None)
 
 
-def running(record: Record) -> Batch | None:
+def running(state: ModelState) -> Batch | None:
     """What the model was called with that this thread is running; None outside of a call that was seen."""
-    calls = THIS_CALL.batches.get(id(record))
+    calls = THIS_CALL.batches.get(id(state))
     return calls[-1] if calls else None
 
 
-def check_sizes(record: Record, path: str, tensor: Tensor, axis: int) -> None:
+def check_sizes(state: ModelState, path: str, tensor: Tensor, axis: int) -> None:
     """Raise CompatibilityError where the rows of a tensor that are divided cannot be those of the batch."""
     if _is_unseen():
         return
-    batch, size = running(record), tensor.shape[axis]
+    batch, size = running(state), tensor.shape[axis]
     if batch is not None and batch.sizes and size not in batch.sizes:
         raise CompatibilityError(
             f"{path!r} has a tensor of shape {tuple(tensor.shape)}, with {size} rows on axis {axis}, and the model was "
@@ -120,7 +120,9 @@ def check_sizes(record: Record, path: str, tensor: Tensor, axis: int) -> None:
         )
 
 
-def indices_per_row(record: Record, path: str, tensor: Tensor, layout: RowLayout, composition: Composition | None) -> int:
+def indices_per_row(
+    state: ModelState, path: str, tensor: Tensor, layout: RowLayout, composition: Composition | None
+) -> int:
     """How many indices of its axis each row has in a tensor that has several for each, one after the other.
 
     A composition without sizes takes the fewest rows that it can divide, each of several of the batch.
@@ -130,7 +132,7 @@ def indices_per_row(record: Record, path: str, tensor: Tensor, layout: RowLayout
     """
     fixed, size = fixed_rows(composition), tensor.shape[layout.axis or 0]
     rows = max(1, least_rows(composition) if fixed is None else fixed)
-    batch = None if _is_unseen() else running(record)
+    batch = None if _is_unseen() else running(state)
     wrong = f"{rows} rows do not divide it" if size % rows else None
     if batch is not None and batch.rows:
         try:
@@ -147,17 +149,17 @@ def indices_per_row(record: Record, path: str, tensor: Tensor, layout: RowLayout
     return max(1, size // rows)
 
 
-def is_of_tokens(record: Record, size: int) -> bool:
+def is_of_tokens(state: ModelState, size: int) -> bool:
     """Whether an axis may be that of the tokens of a row, as far as the model's call is seen."""
-    batch = None if _is_unseen() else running(record)
+    batch = None if _is_unseen() else running(state)
     return batch is None or size in batch.tokens
 
 
-def check_repeated(record: Record, path: str, tensor: Tensor, axis: int, per_row: int) -> None:
+def check_repeated(state: ModelState, path: str, tensor: Tensor, axis: int, per_row: int) -> None:
     """Raise CompatibilityError where a tensor at which a Parallel's children differ does not have its repeated rows."""
     if _is_unseen():
         return
-    batch = running(record)
+    batch = running(state)
     if batch is None or not batch.is_repeated or batch.rows is None:
         raise CompatibilityError(
             f"Parallel repeats the batch as the model itself is called, and {path!r} ran outside of that: call the model"

@@ -13,8 +13,8 @@ from ...placement.layers import in_layers
 from ...placement.spec import layout_of
 from ...structure.tracing.row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout
 from ..site import AdapterSite, Entry
-from ..steps import AdaptWeight, AddDelta, Adding, AddProjected, Step, step_of
-from .plan_nodes import Attend, Chain, Group, Leaf, Mean, Mix, Node, RowMix, TokenMix, chain
+from ..steps import AdaptWeight, AddDelta, AddProjected, AddsToTensor, Step, step_of
+from .plan_nodes import ByRow, ByToken, Chain, ComposeStep, Fused, Leaf, Mean, PlanGroup, PlanNode, chain
 from .stacked import kind_of
 
 __all__ = ["SiteContext", "keys_of", "steps_at"]
@@ -22,7 +22,7 @@ __all__ = ["SiteContext", "keys_of", "steps_at"]
 
 def keys_of(steps: Iterable[Step]) -> frozenset[str]:
     """The names among a site's children of the modules that these steps run, heads apart."""
-    inner: list[Any] = [part for step in steps for part in (step.node.readers if isinstance(step, Mix) else [step])]
+    inner: list[Any] = [part for step in steps for part in (step.node.readers if isinstance(step, ComposeStep) else [step])]
     return frozenset(part.key for part in inner if isinstance(part, (AdaptWeight, AddDelta, AddProjected)))
 
 
@@ -76,12 +76,12 @@ def steps_at(place: SiteContext, composition: Composition | None) -> tuple[Step,
     if not node.leaves:  # those that have modules here get no rows
         return ()
     _check_one_tensor(place, node, composition)
-    if isinstance(node, RowMix) and len({*node.nodes}) == 1 and layout_of(place.layouts, node.readers[0].spec) == NO_ROWS:
+    if isinstance(node, ByRow) and len({*node.nodes}) == 1 and layout_of(place.layouts, node.readers[0].spec) == NO_ROWS:
         node = node.nodes[0]  # the same for all rows, as the tensor is
-    return (Mix(node, composition, _layout_at(place, node, composition)),)
+    return (ComposeStep(node, composition, _layout_at(place, node, composition)),)
 
 
-def _layout_at(place: SiteContext, node: Node, composition: Composition) -> RowLayout | None:
+def _layout_at(place: SiteContext, node: PlanNode, composition: Composition) -> RowLayout | None:
     """How rows lie in a place's tensor; None where their number is to tell it.
 
     Raises:
@@ -91,7 +91,7 @@ def _layout_at(place: SiteContext, node: Node, composition: Composition) -> RowL
     said = None if place.row_axis is None else RowLayout(place.row_axis)
     if not _divides(node):
         return said or RowLayout(0)
-    if seen is not None and seen.axis is None and _divides(node, RowMix):
+    if seen is not None and seen.axis is None and _divides(node, ByRow):
         what = "holds no fixed number of tokens of each row" if seen == UNCLEAR else "is one for all rows of the batch"
         raise CompatibilityError(
             f"{composition!r} cannot act on {place.path!r}: its tensor there {what}. Exclude this place"
@@ -109,11 +109,11 @@ def _layout_at(place: SiteContext, node: Node, composition: Composition) -> RowL
     return None
 
 
-def _divides(node: Node, *kinds: type[Node]) -> bool:
+def _divides(node: PlanNode, *kinds: type[PlanNode]) -> bool:
     """Whether a node is, or holds, one of these kinds; of those that divide rows or tokens, if none are named."""
-    if isinstance(node, kinds or (RowMix, TokenMix)):
+    if isinstance(node, kinds or (ByRow, ByToken)):
         return True
-    return isinstance(node, Group) and any(_divides(inner, *kinds) for inner in node.nodes)
+    return isinstance(node, PlanGroup) and any(_divides(inner, *kinds) for inner in node.nodes)
 
 
 def _is_in_order(composition: Composition | None) -> bool:
@@ -132,7 +132,7 @@ def _entries_in(place: SiteContext, composition: Composition | None) -> Iterator
             yield from _entries_in(place.inside(composition), child)
 
 
-def _node(place: SiteContext, composition: Composition | None, whole: Composition) -> Node:
+def _node(place: SiteContext, composition: Composition | None, whole: Composition) -> PlanNode:
     """What a composition is at a place. `whole` is all of it, for messages."""
     if composition is None:
         return Chain(())
@@ -151,22 +151,22 @@ def _node(place: SiteContext, composition: Composition | None, whole: Compositio
         return Mean(tuple(nodes), tuple(weight / sum(weights) for weight in weights))
     if isinstance(composition, Split):
         _check_tokens(place, nodes, whole)
-        return TokenMix(tuple(nodes), composition.sizes, place.path)
+        return ByToken(tuple(nodes), composition.sizes, place.path)
     if isinstance(composition, Fuse):
         return _attend(place, composition, nodes, whole)
     raise TypeError(f"a {type(composition).__name__} is no plan of its own")  # Rows, BatchSplit, Parallel: above
 
 
-def _row_mix(place: SiteContext, composition: Composition, whole: Composition) -> Node:
+def _row_mix(place: SiteContext, composition: Composition, whole: Composition) -> PlanNode:
     """What a composition that divides the rows is at a place."""
     kinds, is_parallel = row_kinds(composition), multiplies_rows(composition)
     nodes = tuple(_node(place, kind, whole) for kind in kinds)
     if is_parallel and len(set(nodes)) == 1:
         return nodes[0]  # for all children the same here, so that they may share it
-    return RowMix(nodes, kinds, composition, place.path, is_parallel)
+    return ByRow(nodes, kinds, composition, place.path, is_parallel)
 
 
-def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[Node], whole: Composition) -> Node:
+def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[PlanNode], whole: Composition) -> PlanNode:
     """What a fusion is at a place."""
     entry = next(iter(place.entries(composition.fusion)), None)
     trained: Any = () if entry is None else getattr(entry.config, "children", ())
@@ -176,12 +176,12 @@ def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[Node], whole:
             f"no fusion {composition.fusion!r} weighs {others or list(composition.children)} at {place.path!r}; "
             f"kit.add_fusion({composition!r}) makes one, to be trained"
         )
-    return Attend(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))  # type: ignore[arg-type]  # not a head
+    return Fused(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))  # type: ignore[arg-type]  # not a head
 
 
 def _leaf(place: SiteContext, entry: Entry, whole: Composition) -> Leaf:
     step = step_of(entry, whole)
-    if not isinstance(step, Adding):
+    if not isinstance(step, AddsToTensor):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
     kind = kind_of(step, place.site.get_submodule(entry.key))
     return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)), _undoes(place, entry))
@@ -192,7 +192,7 @@ def _undoes(place: SiteContext, entry: Entry) -> bool:
     return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
 
 
-def _check_tokens(place: SiteContext, nodes: Sequence[Node], whole: Composition) -> None:
+def _check_tokens(place: SiteContext, nodes: Sequence[PlanNode], whole: Composition) -> None:
     """Raise CompatibilityError where what an adapter adds to a token depends on others, as in a convolution."""
     for leaf in (leaf for node in nodes for leaf in node.leaves):
         if leaf.step.spec.axis != -1:
@@ -202,7 +202,7 @@ def _check_tokens(place: SiteContext, nodes: Sequence[Node], whole: Composition)
             )
 
 
-def _check_one_tensor(place: SiteContext, node: Node, whole: Composition) -> None:
+def _check_one_tensor(place: SiteContext, node: PlanNode, whole: Composition) -> None:
     """Raise CompatibilityError where adapters change different tensors of one host's output or call."""
     specs = [leaf.step.spec for leaf in node.leaves]
     tensors = {(spec.input if spec.at == "input" else spec.output, spec.axis) for spec in specs}

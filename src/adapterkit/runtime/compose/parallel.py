@@ -17,7 +17,7 @@ from ...placement.layers import stack_of
 from ...structure import pytree
 from ...structure.tracing.row_layout import NO_ROWS, Layouts, RowLayout, axis_of_call, rows_at
 from ..hooks import KitHook, remove_hooks, set_hook
-from ..state import Record
+from ..state import ModelState
 from ..sync import forget_compiled
 from ..this_call import THIS_CALL
 from .batch import BatchEndHook, BatchHook, is_ambiguous, running
@@ -35,15 +35,15 @@ class _Sharing(KitHook):
     axis = 0
 
 
-class TrimHook(_Sharing):
+class FirstRowsHook(_Sharing):
     """Let a block in which no child differs from another compute the rows of the first child alone.
 
-    `record`: the model's.
+    `state`: the model's.
     """
 
     is_pre = True
     is_first = True  # what else sees the call sees these rows
-    record: Record
+    state: ModelState
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return `(args, kwargs)` with the first rows. Shape: as given, but for the rows."""
@@ -65,7 +65,7 @@ class TrimHook(_Sharing):
         """Whether the batch is a repeated one: not while someone looks at the base."""
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0:
             return True
-        batch = running(self.record)
+        batch = running(self.state)
         if batch is not None and batch.has_diverged:
             raise CompatibilityError(
                 f"the model ran a block ({type(module).__name__}) below the first one whose adapters differ, and after it, "
@@ -82,12 +82,12 @@ class TrimHook(_Sharing):
         rows: int = x.shape[self.axis]
         tensors = [tensor for _, tensor in pytree.tensors(call)]
         is_doubtful = any(is_ambiguous(tensor, x, tensors, rows) for tensor in tensors)
-        batch = None if torch.compiler.is_compiling() else running(self.record)
+        batch = None if torch.compiler.is_compiling() else running(self.state)
         is_other = batch is not None and rows != batch.rows
         return None if rows % self.copies or is_doubtful or is_other else rows
 
 
-class UntrimHook(_Sharing):
+class RepeatRowsHook(_Sharing):
     """Repeat what a block returned, if it computed the rows of the first child alone."""
 
     always = True
@@ -110,7 +110,7 @@ class UntrimHook(_Sharing):
 
 
 def set_batch_hooks(
-    model: nn.Module, record: Record, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
+    model: nn.Module, state: ModelState, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
 ) -> None:
     """Have the hooks that the active composition needs.
 
@@ -118,13 +118,13 @@ def set_batch_hooks(
         dividing: The hosts, heads apart, at which rows run different adapters, each with how rows lie there.
         layouts: What was seen of where rows lie in what modules take, by path.
     """
-    parallel = parallel_in(record.activation.active)
+    parallel = parallel_in(state.activation.active)
     old = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, BatchHook)), None)
     if old is None and parallel is None and not dividing:
         return
     for kind in (BatchHook, BatchEndHook):
         remove_hooks(model, kind)
-        set_hook(model, kind, parallel is not None or bool(dividing), record)  # after those that take labels off the call
+        set_hook(model, kind, parallel is not None or bool(dividing), state)  # after those that take labels off the call
     seen = next(
         (rows.axis for way, rows in layouts.get("", {}).items() if way[0] == "input" and rows.axis is not None), None
     )
@@ -134,23 +134,23 @@ def set_batch_hooks(
     if parallel is None and (old is None or old.parallel is None):
         return  # a compiler takes these hooks for nothing: what it made without them is right
     for block in model.modules():
-        for sharing in (TrimHook, UntrimHook):
+        for sharing in (FirstRowsHook, RepeatRowsHook):
             remove_hooks(block, sharing)
     if parallel is not None:
         for block, axis in _shared_blocks(model, dividing, layouts):
-            _share(block, axis, parallel, record)
+            _share(block, axis, parallel, state)
     forget_compiled()
 
 
-def _share(block: nn.Module, axis: int, parallel: Parallel, record: Record) -> None:
+def _share(block: nn.Module, axis: int, parallel: Parallel, state: ModelState) -> None:
     """Have a block compute the rows of the first child alone, which it takes on this axis."""
-    for kind in (TrimHook, UntrimHook):
-        set_hook(block, kind, True, record)
+    for kind in (FirstRowsHook, RepeatRowsHook):
+        set_hook(block, kind, True, state)
     for hook in (*block._forward_pre_hooks.values(), *block._forward_hooks.values()):
         if isinstance(hook, _Sharing):
             hook.copies, hook.axis = len(parallel.children), axis
-        if isinstance(hook, TrimHook):
-            hook.record = record
+        if isinstance(hook, FirstRowsHook):
+            hook.state = state
 
 
 def _shared_blocks(

@@ -21,14 +21,14 @@ from ...errors import CompatibilityError
 from ...structure import pytree
 from ...structure.tracing.row_layout import RowLayout
 from ..site import AdapterSite
-from ..steps import AddDelta, Adding, AddProjected, Step, View, plus
+from ..steps import AddDelta, AddProjected, AddsToTensor, Step, View, plus
 from .batch import check_repeated, check_sizes, indices_per_row, is_of_tokens
 from .stacked import run_each
 
-__all__ = ["Attend", "Chain", "Group", "Leaf", "Mean", "Mix", "Node", "RowMix", "TokenMix", "chain"]
+__all__ = ["ByRow", "ByToken", "Chain", "ComposeStep", "Fused", "Leaf", "Mean", "PlanGroup", "PlanNode", "chain"]
 
 
-class Node:
+class PlanNode:
     """Something that changes a site's tensor.
 
     Attributes:
@@ -37,7 +37,7 @@ class Node:
     """
 
     leaves: tuple[Leaf, ...]
-    readers: tuple[Adding, ...]
+    readers: tuple[AddsToTensor, ...]
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """The tensor as these adapters leave it. Shape: as `view.x`."""
@@ -49,7 +49,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Leaf(Node):
+class Leaf(PlanNode):
     """One module of one adapter.
 
     Attributes:
@@ -57,7 +57,7 @@ class Leaf(Node):
         undoes: It takes back what its adapter did elsewhere.
     """
 
-    step: Adding
+    step: AddsToTensor
     kind: int = field(compare=False)
     undoes: bool = False
 
@@ -72,10 +72,10 @@ class Leaf(Node):
 
 
 @dataclass(frozen=True)
-class Group(Node):
+class PlanGroup(PlanNode):
     """Base of what is made of other nodes."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[PlanNode, ...]
 
     def __post_init__(self) -> None:
         # Once, for hooks to read: gathering them anew in each forward would cost as much as a small kernel.
@@ -84,7 +84,7 @@ class Group(Node):
 
 
 @dataclass(frozen=True)
-class Chain(Group):
+class Chain(PlanGroup):
     """One after the other; () changes nothing."""
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
@@ -95,7 +95,7 @@ class Chain(Group):
 
 
 @dataclass(frozen=True)
-class Mean(Group):
+class Mean(PlanGroup):
     """The weighted sum of what the nodes add. Weights sum to 1."""
 
     weights: tuple[float, ...]
@@ -108,7 +108,7 @@ class Mean(Group):
 
 
 @dataclass(frozen=True)
-class Attend(Group):
+class Fused(PlanGroup):
     """What the nodes add, weighed by a fusion: nothing, where a node has no module.
 
     Attributes:
@@ -137,7 +137,7 @@ class Attend(Group):
 
 
 @dataclass(frozen=True)
-class TokenMix(Group):
+class ByToken(PlanGroup):
     """Each node on its part of the sequence. Sizes are of the parts, equal ones if None."""
 
     sizes: tuple[int, ...] | None
@@ -150,7 +150,7 @@ class TokenMix(Group):
                 f"Split divides a sequence, and {self.path!r} has a tensor of shape {tuple(view.x.shape)}"
             )
         axis = 1 - view.axis
-        if view.per_row > 1 and not is_of_tokens(site.record, view.x.shape[axis]):
+        if view.per_row > 1 and not is_of_tokens(site.state, view.x.shape[axis]):
             raise CompatibilityError(
                 f"Split divides a sequence, and {self.path!r} has a tensor of shape {tuple(view.x.shape)}, in which each "
                 f"row of the batch is several indices of axis {view.axis}: windows of it. Exclude this place"
@@ -165,7 +165,7 @@ class TokenMix(Group):
 
 
 @dataclass(frozen=True)
-class RowMix(Group):
+class ByRow(PlanGroup):
     """Each row of the batch its own chain of modules, or another node.
 
     Attributes:
@@ -208,10 +208,10 @@ class RowMix(Group):
                 f"its adapters read tensors of shapes {shapes}: other rows. Name another `residual`, or exclude this place"
             )
         if self.is_parallel:  # first: it says more than that there are no equal parts
-            check_repeated(site.record, self.path, view.x, view.axis, view.per_row)
+            check_repeated(site.state, self.path, view.x, view.axis, view.per_row)
         rows = self.assign(view)
         if not self.is_parallel and view.per_row == 1:
-            check_sizes(site.record, self.path, view.x, view.axis)
+            check_sizes(site.state, self.path, view.x, view.axis)
         used = sorted(set(rows))
         if len(used) == 1:
             node = self.nodes[used[0]]
@@ -230,7 +230,7 @@ class RowMix(Group):
 
 
 @dataclass(frozen=True)
-class Mix(Step):
+class ComposeStep(Step):
     """Run a node on the tensor that all of its modules change.
 
     Args:
@@ -238,7 +238,7 @@ class Mix(Step):
         layout: How rows lie; None where they are on the axis that has as many as the composition needs.
     """
 
-    node: Node
+    node: PlanNode
     adapter: Composition | None
     layout: RowLayout | None
 
@@ -260,7 +260,7 @@ class Mix(Step):
                 streams[step.key] = stream
         axis, per_row = self._row_axis(x), 1
         if self.layout is not None and self.layout.is_flat:
-            per_row = indices_per_row(site.record, steps[0].spec.path, x, self.layout, self.adapter)
+            per_row = indices_per_row(site.state, steps[0].spec.path, x, self.layout, self.adapter)
         return pytree.put(value, path, self.node.run(site, host, View(x, x, taken, streams, axis, per_row)))
 
     def _row_axis(self, x: Tensor) -> int:
@@ -279,12 +279,12 @@ class Mix(Step):
         )
 
 
-def chain(nodes: Sequence[Node]) -> Node:
+def chain(nodes: Sequence[PlanNode]) -> PlanNode:
     """The nodes one after the other, those that do nothing left out."""
     kept = tuple(node for node in nodes if node.leaves)
     return kept[0] if len(kept) == 1 else Chain(kept)
 
 
-def _is_chain(node: Node) -> bool:
+def _is_chain(node: PlanNode) -> bool:
     """Whether a node is modules one after the other, and nothing else."""
     return isinstance(node, Leaf) or (isinstance(node, Chain) and all(isinstance(inner, Leaf) for inner in node.nodes))

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..site import AdapterSite
-from ..steps import Adding, View, plus
+from ..steps import AddsToTensor, View, plus
 
 __all__ = ["kind_of", "run_each"]
 
 _OF_EVERY_MODULE = (frozenset(vars(nn.Module())) | {"shared"}) - {"training"}
 
 
-def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, Adding, int]]) -> Tensor:
+def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, AddsToTensor, int]]) -> Tensor:
     """The tensor x with each of these rows changed by its module. Shape: as `view.x`.
 
     Args:
         at: Rows, each with its step and a number for what `kind_of` says of it.
     """
-    groups: dict[int | str, list[tuple[int, Adding]]] = {}
+    groups: dict[int | str, list[tuple[int, AddsToTensor]]] = {}
     for row, step, kind in at:
         # A compiler follows no shallow copies of modules: there each adapter is a group, and one call, of its own.
         group = step.key if torch.compiler.is_compiling() else kind
@@ -38,7 +38,7 @@ def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[
     return result.x
 
 
-def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[Adding]) -> Tensor:
+def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[AddsToTensor]) -> Tensor:
     """`run_each` of modules that differ in their tensors alone, one for each row of the view."""
     step, axis = steps[0], view.axis
     modules = {step.key: site.get_submodule(step.key) for step in steps}
@@ -59,7 +59,7 @@ def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[A
     return changed.flatten(axis, axis + 1)
 
 
-def kind_of(step: Adding, module: nn.Module) -> Hashable:
+def kind_of(step: AddsToTensor, module: nn.Module) -> Hashable:
     """What two modules have in common that differ in the values of their tensors alone."""
     spec = step.spec
     shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(_tensors(module).items()))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..tracing.flow import BOUNDED, MATMULS, VIEWS, Flow, bits
-from ..tracing.graph import ADDITIONS, Call, Node
+from ..tracing.graph import ADDITIONS, ModuleCall, Operation
 
 __all__ = ["Addition", "addends", "block_of", "follows", "residual_additions", "up_to_number"]
 
@@ -24,7 +24,7 @@ class Addition:
         branch: The operand that a sub-layer computed.
     """
 
-    node: Node
+    node: Operation
     stream: int
     skip: int
     branch: int
@@ -45,7 +45,7 @@ def residual_additions(flow: Flow) -> tuple[list[Addition], list[Addition]]:
     return _outermost(flow, [a for a in every if flow.source(a.branch) not in streams]), every
 
 
-def addends(flow: Flow, node: Node) -> tuple[int, int] | None:
+def addends(flow: Flow, node: Operation) -> tuple[int, int] | None:
     """The two activations that a node adds, one of them times a gate (addcmul) or not; None if it does not."""
     if node.op not in ADDITIONS or not node.is_floating or len(node.shape) < 2:
         return None
@@ -54,7 +54,7 @@ def addends(flow: Flow, node: Node) -> tuple[int, int] | None:
     return (operands[0], operands[-1]) if len(operands) > 1 else None
 
 
-def block_of(call: Call | None) -> tuple[str, int] | None:
+def block_of(call: ModuleCall | None) -> tuple[str, int] | None:
     """The outermost numbered module around a call, as (path, which call of it); None if there is none."""
     for around in reversed(list(call.around()) if call else []):
         match = _NUMBERED.match(around.path or "")
@@ -71,7 +71,7 @@ def up_to_number(path: str) -> str:
     return ".".join(parts)
 
 
-def _residual(flow: Flow, node: Node, found: dict[int, Addition]) -> Addition | None:
+def _residual(flow: Flow, node: Operation, found: dict[int, Addition]) -> Addition | None:
     """The node as a residual addition, if it is one."""
     operands = addends(flow, node)
     split = _skip_and_branch(flow, node, *operands, found) if operands is not None else None
@@ -98,7 +98,9 @@ def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> b
     return bool(last & flow.endings) or any(deeper)
 
 
-def _skip_and_branch(flow: Flow, node: Node, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
+def _skip_and_branch(
+    flow: Flow, node: Operation, a: int, b: int, found: dict[int, Addition]
+) -> tuple[int, int, int] | None:
     """Which operand is the stream, and which was computed from it: (skip, branch, stream)."""
     for reach in (flow.source, flow.unscaled):
         roots = [i if i in found else reach(i) for i in (a, b)]
@@ -112,7 +114,7 @@ def _skip_and_branch(flow: Flow, node: Node, a: int, b: int, found: dict[int, Ad
     return _projected_skip(flow, node, a, b, found)
 
 
-def _projected_skip(flow: Flow, node: Node, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
+def _projected_skip(flow: Flow, node: Operation, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
     """The same where a block that changes the stream's width projects its skip, or pools it: W x + f(x)."""
     common = flow.ancestors[a] & flow.ancestors[b] & flow.from_inputs
     if not common or flow.leads_to(a, b) or flow.leads_to(b, a):
@@ -132,7 +134,7 @@ def _projected_skip(flow: Flow, node: Node, a: int, b: int, found: dict[int, Add
     return (skip, branch, stream) if shallow & flow.endings and is_light and is_deeper and is_one_block else None
 
 
-def _numbered(call: Call | None) -> str:
+def _numbered(call: ModuleCall | None) -> str:
     """The block that a call is in, or its path where that has no number."""
     path = (call.path if call else None) or ""
     return up_to_number(path) or path
@@ -144,7 +146,7 @@ def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
     return node.op in ("sub", "rsub") and any(flow.source(i) == stream for i in node.inputs)
 
 
-def _is_inside_a_cell(flow: Flow, node: Node) -> bool:
+def _is_inside_a_cell(flow: Flow, node: Operation) -> bool:
     """Whether a sum is a gate of a recurrent cell, a number between bounds."""
     readers = [j for i in flow.readers[node.index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
     return bool(readers) and all(flow.nodes[i].op in BOUNDED for i in readers)

@@ -14,7 +14,7 @@ from .. import pytree
 from ..base_tensors import base_parameters
 from ..hosts import resolve_host
 from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
-from ..tracing.graph import ADDITIONS, Call
+from ..tracing.graph import ADDITIONS, ModuleCall
 from .additions import Addition, addends, residual_additions
 from .description import Kind
 from .feature_axes import FeatureAxes
@@ -42,7 +42,7 @@ class Branch:
     is_parallel: bool
     kind: Kind
     is_moe: bool
-    call: tuple[Call, pytree.Path] | None
+    call: tuple[ModuleCall, pytree.Path] | None
     scales: tuple[str, ...]
     block: str | None = None
 
@@ -94,13 +94,13 @@ class BranchReader:
         else:
             yield end
 
-    def _finished(self, addition: Addition, node: int) -> Iterator[tuple[Call, pytree.Path]]:
+    def _finished(self, addition: Addition, node: int) -> Iterator[tuple[ModuleCall, pytree.Path]]:
         """The calls that returned a node before it was added."""
         for call, path in self.flow.returned.get(node, []):
             if call.end is not None and call.end <= addition.node.index and call.path is not None:
                 yield call, path
 
-    def _module_of(self, addition: Addition, end: int) -> tuple[tuple[Call, pytree.Path] | None, tuple[str, ...]]:
+    def _module_of(self, addition: Addition, end: int) -> tuple[tuple[ModuleCall, pytree.Path] | None, tuple[str, ...]]:
         """The outermost module whose output is added, once in each call of what is around it; and what scales it.
 
         One that serves several branches (a dropout, a drop path) cannot be told which it serves: then the module before.
@@ -139,15 +139,15 @@ class BranchReader:
         """Whether a node is a number between bounds: a gate, for what it is multiplied with."""
         return self.flow.nodes[self.flow.source(index)].op in BOUNDED
 
-    def is_hookable(self, call: Call) -> bool:
+    def is_hookable(self, call: ModuleCall) -> bool:
         """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""
         return self.repeats[call.path, id(call.parent)] == 1 and self.can_carry(call)
 
-    def _is_shared(self, call: Call) -> bool:
+    def _is_shared(self, call: ModuleCall) -> bool:
         """Whether a module with weights runs several times in a call of the module around it."""
         return any(True for _ in base_parameters(call.module)) and self.can_carry(call)
 
-    def can_carry(self, call: Call) -> bool:
+    def can_carry(self, call: ModuleCall) -> bool:
         """Whether a hook on the module would fire."""
         try:
             resolve_host(call.path or "", self.modules, at_input=False)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..pytree import Argument, Path
 
-__all__ = ["Anatomy", "FusedProjection", "Kind", "Norm", "Place", "Port", "Slices", "Sublayer"]
+__all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Slices", "Sublayer"]
 
 Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
@@ -16,7 +16,7 @@ Slices = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleOutput:
     """A tensor that a module returns.
 
     Attributes:
@@ -33,7 +33,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Port:
+class ModuleInput:
     """A module that takes the residual stream, and as which argument."""
 
     path: str
@@ -89,7 +89,7 @@ class Sublayer:
 
     kind: Kind
     block: str | None
-    out: Place | None
+    out: ModuleOutput | None
     first: tuple[str, ...]
     last: tuple[str, ...]
     query: tuple[str, ...]
@@ -101,9 +101,9 @@ class Sublayer:
     is_moe: bool
     is_last: bool
     norm: Norm
-    stream: Port | None
-    sum: Place | None
-    post_norm: Place | None
+    stream: ModuleInput | None
+    sum: ModuleOutput | None
+    post_norm: ModuleOutput | None
     shares_norm: bool
     addition: tuple[str, int]
 
@@ -124,9 +124,9 @@ class Anatomy:
 
     sublayers: tuple[Sublayer, ...]
     others: tuple[Sublayer, ...]
-    embeddings: tuple[Place, ...]
-    output_embeddings: tuple[Place, ...]
-    blocks: tuple[Place, ...]
+    embeddings: tuple[ModuleOutput, ...]
+    output_embeddings: tuple[ModuleOutput, ...]
+    blocks: tuple[ModuleOutput, ...]
     unexplained: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()
 

@@ -15,7 +15,7 @@ from ...errors import CompatibilityError
 from ..paths import modules_by_path
 from ..tracing.flow import Flow
 from ..tracing.forward import ExampleInputs
-from ..tracing.graph import record
+from ..tracing.graph import record_graph
 from ..tracing.inputs import first_that_runs, moved_to
 from ..tracing.key import structure_key
 from .description import Anatomy
@@ -103,9 +103,9 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> t
 
     def find() -> tuple[Anatomy, ExampleInputs]:
         if example_inputs is None:
-            inputs, graph = first_that_runs(model, partial(record, model))
+            inputs, graph = first_that_runs(model, partial(record_graph, model))
         else:
-            inputs, graph = (), record(model, example_inputs)
+            inputs, graph = (), record_graph(model, example_inputs)
         return dissect(Flow(graph), modules_by_path(model)), inputs
 
     anatomy, inputs = _REMEMBERED.get(structure_key(model, example_inputs), find)

@@ -11,12 +11,12 @@ from torch import nn
 from .. import pytree
 from ..paths import ancestors
 from ..tracing.flow import SCALES, VIEWS, WHOLE_NORMS, Flow, bits
-from ..tracing.graph import Call
+from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays
 from .additions import follows
 from .blocks import find_blocks, template_of, within
 from .branches import Branch, BranchReader
-from .description import Anatomy, Norm, Place, Port, Sublayer
+from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
 from .fused import fused_projections
 from .kinds import projected
 from .vocabulary import output_calls
@@ -113,11 +113,11 @@ class _Dissection:
         after = [other for other in mates if follows(self.flow, branch.addition, self.flow.unscaled(other.addition.skip))]
         return not beside and not after
 
-    def _place(self, call: Call, path: pytree.Path) -> Place:
+    def _place(self, call: ModuleCall, path: pytree.Path) -> ModuleOutput:
         """What a call returned at a path of its output."""
         node = self.flow.nodes[dict(call.outputs)[path]]
         axis = self.axes.of(node.index)
-        return Place(call.path or "", path, node.shape, None if axis is None else axis - len(node.shape))
+        return ModuleOutput(call.path or "", path, node.shape, None if axis is None else axis - len(node.shape))
 
     def _has_sibling(self, branch: Branch) -> bool:
         """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
@@ -131,7 +131,7 @@ class _Dissection:
 
     # --- norms and streams --------------------------------------------------------------------------------------------
 
-    def _norm(self, branch: Branch, post: Place | None) -> Norm:
+    def _norm(self, branch: Branch, post: ModuleOutput | None) -> Norm:
         flow = self.flow
         root = flow.source(branch.addition.stream)
         pre = any(
@@ -145,7 +145,7 @@ class _Dissection:
         is_post = post is not None or self._is_normalised_by_a_function(branch)
         return "end" if at_end else "post" if is_post else "none"
 
-    def _post_norm(self, branch: Branch) -> Place | None:
+    def _post_norm(self, branch: Branch) -> ModuleOutput | None:
         """The norm, in the block or beside it, that takes the sum and makes the stream of it."""
         flow, node = self.flow, branch.addition.node.index
         if self._is_stream(node):
@@ -175,7 +175,7 @@ class _Dissection:
     def _runs_again(self, path: str, branch: Branch) -> bool:
         """Whether a module runs more than once in one call of the block, so that a hook sees other tensors as well."""
 
-        def around(call: Call) -> Call | None:
+        def around(call: ModuleCall) -> ModuleCall | None:
             return next((outer for outer in call.around() if outer.path == branch.block), call.parent)
 
         runs = Counter(around(call) for call in self.flow.calls if call.path == path)
@@ -188,7 +188,7 @@ class _Dissection:
             found += self._readers(i) if self.flow.nodes[i].op in VIEWS else [i]
         return found
 
-    def _port(self, branch: Branch) -> Port | None:
+    def _port(self, branch: Branch) -> ModuleInput | None:
         """The last module of the block, or beside it, that takes the stream before the branch's output is made."""
         flow, addition, port = self.flow, branch.addition, None
         made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
@@ -203,14 +203,14 @@ class _Dissection:
                 if call.path is None or len(path) != 2 or flow.source(i) != root:
                     continue
                 if flow.nodes[i].shape == shape and self.axes.of(i) in (axis, None):
-                    port = Port(call.path, _argument(path))
+                    port = ModuleInput(call.path, _argument(path))
         return port
 
-    def _sum(self, branch: Branch) -> Place | None:
+    def _sum(self, branch: Branch) -> ModuleOutput | None:
         """The outermost module of the block that returns the sum, which nothing reads before that."""
         flow, addition, node = self.flow, branch.addition, branch.addition.node.index
         first_reader = min(self._readers(node), default=len(flow.nodes))
-        best: tuple[int, Place] | None = None
+        best: tuple[int, ModuleOutput] | None = None
         for call in flow.calls:
             if call.path is None or call.end is None or not within(call.path, branch.block):
                 continue
@@ -256,7 +256,7 @@ class _Dissection:
 
     # --- embeddings and blocks ----------------------------------------------------------------------------------------
 
-    def embeddings(self, branches: list[Branch]) -> Iterator[Place]:
+    def embeddings(self, branches: list[Branch]) -> Iterator[ModuleOutput]:
         """What yields the stream that enters the first block of each stack."""
         flow = self.flow
         for stream, branch in self._entries(branches).items():
@@ -272,7 +272,7 @@ class _Dissection:
                     yield self._place(call, path)
                     break
 
-    def output_embeddings(self, branches: list[Branch]) -> Iterator[Place]:
+    def output_embeddings(self, branches: list[Branch]) -> Iterator[ModuleOutput]:
         """What maps the last hidden states to logits over tokens; nothing in a block does."""
         blocks = {branch.block for branch in branches if branch.block}
         for call in output_calls(self.flow, self._entries(branches)):
@@ -294,7 +294,7 @@ class _Dissection:
         views = [i for i in self.flow.readers[node] if self.flow.nodes[i].op in VIEWS]
         return [node, *(j for i in views for j in self._same(i))]
 
-    def blocks(self, sublayers: tuple[Sublayer, ...]) -> Iterator[Place]:
+    def blocks(self, sublayers: tuple[Sublayer, ...]) -> Iterator[ModuleOutput]:
         """What each block returns as its stream: the last sub-layer's sum, or its norm."""
         last = {sublayer.block: sublayer for sublayer in sublayers}
         for sublayer in last.values():

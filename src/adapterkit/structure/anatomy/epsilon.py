@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import pytree
 from ..tracing.flow import SCALES, VIEWS, Flow
 from ..tracing.forward import ExampleInputs
-from ..tracing.graph import ADDITIONS, Call, Graph, Node, record
+from ..tracing.graph import ADDITIONS, Graph, ModuleCall, Operation, record_graph
 from .description import Anatomy, Sublayer
 
 __all__ = ["Moved", "epsilon_test"]
@@ -59,7 +59,7 @@ def epsilon_test(model: nn.Module, inputs: ExampleInputs, anatomy: Anatomy) -> d
         for path, sublayer in sublayers.items():
             hook = _Move(sublayer.out.output if sublayer.out else (), returned[path])
             stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        graph = record(model, inputs, keep_addends=True)
+        graph = record_graph(model, inputs, keep_addends=True)
     flow = Flow(graph)
     found: dict[str, list[Moved]] = {}
     for call, tensor in _calls(graph, returned):
@@ -87,7 +87,7 @@ class _Move:
         return pytree.put(output, self.output, y)
 
 
-def _calls(graph: Graph, returned: dict[str, list[Tensor]]) -> Iterator[tuple[Call, Tensor]]:
+def _calls(graph: Graph, returned: dict[str, list[Tensor]]) -> Iterator[tuple[ModuleCall, Tensor]]:
     """Each call of a moved module with the tensor that it returned."""
     tensors = {path: iter(kept) for path, kept in returned.items()}
     for call in sorted(graph.calls, key=lambda call: -1 if call.end is None else call.end):
@@ -120,14 +120,14 @@ def _steps(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Iterator[t
             yield (factor[0] * outer[0], factor[1] * outer[1]) if both else None  # type: ignore[index]  # so checked
 
 
-def _carries_the_stream(flow: Flow, addition: Node, operand: int) -> bool:
+def _carries_the_stream(flow: Flow, addition: Operation, operand: int) -> bool:
     """Whether the other operand is what this one is computed from: if not, both are branches, yet to be added to it."""
     others = [flow.source(i) for i in addition.inputs[:2] if i != operand]
     before = [j for i in others if flow.nodes[i].op in ADDITIONS for j in flow.activations(flow.nodes[i])]
     return any(flow.leads_to(flow.source(i), operand) for i in (*others, *before)) or not flow.readers[addition.index]
 
 
-def _additions(flow: Flow, node: int, *, in_sum: bool) -> Iterator[tuple[Node, int]]:
+def _additions(flow: Flow, node: int, *, in_sum: bool) -> Iterator[tuple[Operation, int]]:
     """The additions of two activations that a node reaches through views and scales alone, with their operand.
 
     A stack of parallel branches (`in_sum`) whose sum is taken is one of them.
@@ -143,7 +143,7 @@ def _additions(flow: Flow, node: int, *, in_sum: bool) -> Iterator[tuple[Node, i
             yield from _additions(flow, i, in_sum=in_sum)
 
 
-def _factor(addition: Node, operand: int, tensor: Tensor) -> tuple[float, float] | None:
+def _factor(addition: Operation, operand: int, tensor: Tensor) -> tuple[float, float] | None:
     """The range of factors that make the operand of the tensor, up to constants added to it; None if none do.
 
     A factor may differ along one axis (LayerScale), or along all but one (a gate for each token).

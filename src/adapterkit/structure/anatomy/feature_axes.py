@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..tracing.flow import Flow
-from ..tracing.graph import Node
+from ..tracing.graph import Operation
 
 __all__ = ["FeatureAxes"]
 
@@ -69,7 +69,7 @@ class FeatureAxes:
         """The inputs whose axis decides."""
         return [] if self.flow.projections >> index & 1 else self.flow.activations(self.flow.nodes[index])
 
-    def _axis(self, node: Node) -> int | None:
+    def _axis(self, node: Operation) -> int | None:
         rank = len(node.shape)
         if self.flow.projections >> node.index & 1:
             return 1 if node.op in _CONVOLUTIONS else rank - 1
@@ -85,7 +85,7 @@ class FeatureAxes:
         return None
 
 
-def _moved(node: Node, shape: tuple[int, ...], axis: int) -> int | None:
+def _moved(node: Operation, shape: tuple[int, ...], axis: int) -> int | None:
     """Where an operation puts an axis of its input of this shape; None if it does not keep it."""
     rank, numbers = len(shape), node.numbers
     if node.op == "permute":

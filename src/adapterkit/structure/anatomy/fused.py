@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import TargetError
 from ..tracing.flow import Flow
-from ..tracing.graph import Call
+from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays, along
 from .description import Anatomy, FusedProjection, Slices
 from .feature_axes import FeatureAxes
@@ -55,7 +55,7 @@ def fused_projections(
     flow: Flow, axes: FeatureAxes, replays: Replays, projected: Iterable[Projected]
 ) -> Iterator[FusedProjection]:
     """The modules that make more than one of an attention's queries, keys and values."""
-    by_path: dict[str, list[tuple[Projected, Call]]] = {}
+    by_path: dict[str, list[tuple[Projected, ModuleCall]]] = {}
     for one in projected:
         call = flow.nodes[one.node].call
         if call is not None and call.path is not None:
@@ -66,7 +66,7 @@ def fused_projections(
 
 
 def _told_apart(
-    flow: Flow, axes: FeatureAxes, replays: Replays, path: str, made: list[tuple[Projected, Call]]
+    flow: Flow, axes: FeatureAxes, replays: Replays, path: str, made: list[tuple[Projected, ModuleCall]]
 ) -> Iterator[FusedProjection]:
     """What one module makes: one for its output, or one for each of the parameters that it projects with inside."""
     depends: dict[str | None, dict[str, Tensor]] = {}
@@ -102,7 +102,7 @@ class _Source:
     since: int = 0
 
 
-def _output(flow: Flow, axes: FeatureAxes, one: Projected, call: Call) -> _Source | None:
+def _output(flow: Flow, axes: FeatureAxes, one: Projected, call: ModuleCall) -> _Source | None:
     """What the module returns, if that is one tensor, and between the projection and the attention."""
     returned = [i for _, i in call.outputs if not flow.is_constant[i] and flow.nodes[i].is_floating]
     if len(returned) != 1 or call.end is None or call.end > one.reader[0]:
@@ -117,7 +117,7 @@ def _output(flow: Flow, axes: FeatureAxes, one: Projected, call: Call) -> _Sourc
     return _Source(None, returned[0], axis - len(flow.nodes[returned[0]].shape))
 
 
-def _parameter(flow: Flow, axes: FeatureAxes, one: Projected, call: Call) -> _Source:
+def _parameter(flow: Flow, axes: FeatureAxes, one: Projected, call: ModuleCall) -> _Source:
     """The parameter that the projection reads."""
     node = flow.nodes[one.node]
     taken = [i for i in node.inputs[: len(node.taken)] if flow.is_constant[i] and len(flow.nodes[i].shape) > 1]

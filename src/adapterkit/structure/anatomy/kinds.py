@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..tracing.flow import MATMULS, Flow, bits
-from ..tracing.graph import Node
+from ..tracing.graph import Operation
 from .description import Kind
 from .feature_axes import FeatureAxes
 
@@ -87,7 +87,7 @@ def _is_cross(flow: Flow, stream: int, core: int) -> bool:
     return bool(flow.from_inputs >> key & 1)
 
 
-def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Node) -> bool:
+def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Operation) -> bool:
     """Whether an operation is a scan, a Fourier transform, a product of activations, or projects the tokens' axis."""
     if node.op in _MIXING or node.op.startswith("_fft"):
         return True
@@ -101,12 +101,12 @@ def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Node) -> bool:
     return len(taken) == 1 and axes.is_last(taken[0]) is False
 
 
-def _is_recurrent(nodes: list[Node]) -> bool:
+def _is_recurrent(nodes: list[Operation]) -> bool:
     """Whether one position is read after another: the same tensor at several places of one axis."""
     read = {(node.inputs[0], node.numbers) for node in nodes if node.op == "select" and len(node.inputs) == 1}
     places = Counter((source, numbers[0]) for source, numbers in read if len(numbers) == 2)
     return any(count > 2 for count in places.values())
 
 
-def _is_wide_convolution(flow: Flow, node: Node) -> bool:
+def _is_wide_convolution(flow: Flow, node: Operation) -> bool:
     return node.op.endswith("convolution") and any(size > 1 for size in flow.nodes[node.inputs[1]].shape[2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from ...errors import TargetError
-from .description import Anatomy, Place, Sublayer
+from .description import Anatomy, ModuleOutput, Sublayer
 
 __all__ = ["ROLES", "check_whole", "role_paths", "role_places"]
 
@@ -30,7 +30,7 @@ ROLES = (
     "@output_embedding",
 )
 # Of the whole model, not of its sub-layers.
-_PLACES: dict[str, Callable[[Anatomy], tuple[Place, ...]]] = {
+_PLACES: dict[str, Callable[[Anatomy], tuple[ModuleOutput, ...]]] = {
     "@block.out": lambda anatomy: anatomy.blocks,
     "@embedding": lambda anatomy: anatomy.embeddings,
     "@output_embedding": lambda anatomy: anatomy.output_embeddings,
@@ -52,7 +52,7 @@ def role_paths(role: str, anatomy: Anatomy) -> list[str]:
     return list(dict.fromkeys(path for sublayer in sublayers for path in _PARTS[part](sublayer)))
 
 
-def role_places(role: str, anatomy: Anatomy) -> tuple[Place, ...]:
+def role_places(role: str, anatomy: Anatomy) -> tuple[ModuleOutput, ...]:
     """Where in a module's output the tensor of a role lies, for roles that are outputs."""
     if role in _PLACES:
         return _PLACES[role](anatomy)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..tracing.flow import VIEWS, Flow, bits
-from ..tracing.graph import Call
+from ..tracing.graph import ModuleCall
 
 __all__ = ["output_calls"]
 
 
-def output_calls(flow: Flow, streams: Iterable[int]) -> list[Call]:
+def output_calls(flow: Flow, streams: Iterable[int]) -> list[ModuleCall]:
     """The calls of linear maps with one feature for each token of an embedding that feeds these streams.
 
     Nothing is projected after them. Where some share the embedding's weight, they are the ones.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from ..base_tensors import base_parameters
-from .graph import Call, Graph, Node
+from .graph import Graph, ModuleCall, Operation
 
 __all__ = ["Flow", "bits"]
 
@@ -80,16 +80,16 @@ class Flow:
         return readers
 
     @cached_property
-    def returned(self) -> dict[int, list[tuple[Call, tuple[int | str, ...]]]]:
+    def returned(self) -> dict[int, list[tuple[ModuleCall, tuple[int | str, ...]]]]:
         """For each node that a module call returned: the calls, and where in their output it lies."""
-        returned: dict[int, list[tuple[Call, tuple[int | str, ...]]]] = {}
+        returned: dict[int, list[tuple[ModuleCall, tuple[int | str, ...]]]] = {}
         for call in self.calls:
             for path, i in call.outputs:
                 returned.setdefault(i, []).append((call, path))
         return returned
 
     @cached_property
-    def norm_calls(self) -> list[Call]:
+    def norm_calls(self) -> list[ModuleCall]:
         """The calls of modules that normalise and do nothing else."""
         with_norm = {id(call) for node in self.nodes if node.op in NORMS and node.call for call in [node.call]}
         return [call for call in self.calls if id(call) in with_norm and call.end is not None and _is_small(call)]
@@ -113,7 +113,7 @@ class Flow:
         """Whether `end` depends on `start`."""
         return bool(self.ancestors[end] >> start & 1)
 
-    def activations(self, node: Node) -> list[int]:
+    def activations(self, node: Operation) -> list[int]:
         """A node's inputs that depend on more than parameters."""
         return [i for i in node.inputs if not self.is_constant[i]]
 
@@ -153,7 +153,7 @@ class Flow:
                 todo.extend(self.nodes[i].inputs)
         return found
 
-    def _mask(self, test: Callable[[Node], bool]) -> int:
+    def _mask(self, test: Callable[[Operation], bool]) -> int:
         return sum(1 << node.index for node in self.nodes if test(node))
 
     def _from_parameters(self) -> list[bool]:
@@ -186,10 +186,10 @@ class Flow:
                 descendants[i] |= descendants[node.index] | 1 << node.index
         return ancestors, descendants
 
-    def _reads_a_weight(self, node: Node) -> bool:
+    def _reads_a_weight(self, node: Operation) -> bool:
         return not self.is_constant[node.index] and any(self.is_constant[i] for i in node.inputs)
 
-    def _has_two(self, node: Node) -> bool:
+    def _has_two(self, node: Operation) -> bool:
         return not self._reads_a_weight(node) and len(self.activations(node)) > 1
 
     def weights_of(self, index: int) -> int | None:
@@ -222,6 +222,6 @@ def _is_mixing(op: str) -> bool:
     return op.startswith("_fft") or "pool" in op
 
 
-def _is_small(call: Call) -> bool:
+def _is_small(call: ModuleCall) -> bool:
     """Whether a module has no weight matrices and no children that have: a norm, whatever its name."""
     return all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))

@@ -16,13 +16,13 @@ from .. import pytree
 from ..paths import modules_by_path
 from .forward import ExampleInputs, forward
 
-__all__ = ["ADDITIONS", "Call", "Graph", "Node", "record"]
+__all__ = ["ADDITIONS", "Graph", "ModuleCall", "Operation", "record_graph"]
 
 ADDITIONS = ("add", "add_", "addcmul", "addcmul_")
 
 
 @dataclass(eq=False)
-class Call:
+class ModuleCall:
     """One call of a module.
 
     Attributes:
@@ -36,22 +36,22 @@ class Call:
 
     path: str | None
     module: nn.Module
-    parent: Call | None
+    parent: ModuleCall | None
     start: int
     inputs: list[tuple[pytree.Path, int]]
     outputs: list[tuple[pytree.Path, int]] = field(default_factory=list)
     end: int | None = None
 
-    def around(self) -> Iterator[Call]:
+    def around(self) -> Iterator[ModuleCall]:
         """This call and those that it was made in, innermost first."""
-        call: Call | None = self
+        call: ModuleCall | None = self
         while call is not None:
             yield call
             call = call.parent
 
 
 @dataclass(eq=False)
-class Node:
+class Operation:
     """One tensor operation, or a tensor that came from outside (`op` is "parameter" or "input").
 
     Attributes:
@@ -71,7 +71,7 @@ class Node:
     shape: tuple[int, ...] = ()
     is_floating: bool = False
     numbers: tuple[int, ...] = ()
-    call: Call | None = None
+    call: ModuleCall | None = None
     operation: tuple[Callable[..., Any], Any, Any] | None = None
     taken: tuple[Tensor, ...] = ()
     made: tuple[Tensor, ...] = ()
@@ -82,14 +82,14 @@ class Graph:
     """What one forward did: its nodes in order, and its module calls in the order that they began."""
 
     def __init__(self) -> None:
-        self.nodes: list[Node] = []
-        self.calls: list[Call] = []
+        self.nodes: list[Operation] = []
+        self.calls: list[ModuleCall] = []
 
     def __repr__(self) -> str:
         return f"Graph({len(self.nodes)} nodes, {len(self.calls)} calls)"
 
 
-def record(model: nn.Module, inputs: ExampleInputs, *, keep_addends: bool = False) -> Graph:
+def record_graph(model: nn.Module, inputs: ExampleInputs, *, keep_addends: bool = False) -> Graph:
     """Run the model once, in eval mode and without gradients, and record what it does. The model is as before afterwards.
 
     Raises:
@@ -120,12 +120,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._thread = threading.get_ident()  # operations are this thread's alone; hooks see those of all
         self._node_of: dict[int, int] = {}
         self._written: dict[int, int] = {}  # storage -> the last node that wrote into it in place
-        self._stack: list[Call] = []
+        self._stack: list[ModuleCall] = []
         self._paths: dict[int, str] = {}
         for path, module in modules_by_path(model).items():
             self._paths.setdefault(id(module), path)
         for tensor in (*model.parameters(), *model.buffers()):
-            self._add(Node(len(self.graph.nodes), "parameter"), tensor)
+            self._add(Operation(len(self.graph.nodes), "parameter"), tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -137,7 +137,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         addends = tuple(t.detach().clone() for t in taken) if self._keep_addends and name in (*ADDITIONS, "stack") else ()
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        node = Node(len(self.graph.nodes), name, (*reads, *sorted(written.difference(reads))), addends=addends)
+        node = Operation(len(self.graph.nodes), name, (*reads, *sorted(written.difference(reads))), addends=addends)
         node.call = self._stack[-1] if self._stack else None
         node.operation, node.taken = (func, args, kwargs), tuple(taken)
         node.numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
@@ -155,7 +155,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         parent = self._stack[-1] if self._stack else None
         start = len(self.graph.nodes)
         inputs = [(path, self._index(tensor)) for path, tensor in pytree.tensors((args, kwargs))]
-        call = Call(self._paths.get(id(module)), module, parent, start, inputs)
+        call = ModuleCall(self._paths.get(id(module)), module, parent, start, inputs)
         self._stack.append(call)
         self.graph.calls.append(call)
 
@@ -170,7 +170,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             call.outputs = [(path, self._index(tensor)) for path, tensor in pytree.tensors(output)]
             call.end = len(self.graph.nodes)
 
-    def _add(self, node: Node, *tensors: Tensor) -> None:
+    def _add(self, node: Operation, *tensors: Tensor) -> None:
         if tensors:
             node.shape, node.is_floating = tuple(tensors[0].shape), tensors[0].is_floating_point()
         node.made = tensors
@@ -184,7 +184,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def _index(self, tensor: Tensor) -> int:
         """The tensor's node; a new one if it came from outside."""
         if id(tensor) not in self._node_of:
-            self._add(Node(len(self.graph.nodes), "input"), tensor)
+            self._add(Operation(len(self.graph.nodes), "input"), tensor)
         return self._node_of[id(tensor)]
 
 
