@@ -1,14 +1,17 @@
-"""Every Python snippet of the README and the docs runs, in the order in which they stand."""
+"""Every Python snippet of the README and the docs runs, in the order in which they stand; pictures are as drawn."""
 
 import json
 import re
+import runpy
 import warnings
 from pathlib import Path
 
 import pytest
 
+import adapterkit as ak
 from benchmarks.parity.table import page
 from benchmarks.zoo import table as zoo
+from tests.stand_ins import stand_ins
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if "```python" in path.read_text()]
@@ -16,12 +19,22 @@ PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page.read_text()
     monkeypatch.chdir(tmp_path)
+    if "from_pretrained(" in text:
+        stand_ins(tmp_path)
     names: dict[str, object] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's nested tensors
-        for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        warnings.simplefilter("ignore")  # of torch's nested tensors, and of transformers
+        warnings.simplefilter("error", ak.BaseMismatchWarning)  # no page loads an adapter that does not belong there
+        for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
             exec(snippet, names)  # noqa: S102 (our own docs)
+
+
+def test_the_pictures_are_as_the_script_draws_them() -> None:
+    folder = ROOT / "docs/images"
+    drawn = runpy.run_path(str(folder / "draw.py"))["pictures"]()
+    assert {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.svg")} == drawn
 
 
 @pytest.mark.parametrize(
