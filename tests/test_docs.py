@@ -57,6 +57,25 @@ def test_links_to_headings_lead_somewhere(page: Path) -> None:
     assert [link for link in links if link[1] not in _anchors(page.parent / link[0] if link[0] else page)] == []
 
 
+def test_the_readme_says_what_was_measured() -> None:
+    """Accuracies and sizes as in the committed results; bytes of the demo as on its own page."""
+    readme, sentiment = (ROOT / "README.md").read_text(), (ROOT / "docs/sentiment.md").read_text()
+    for arm in json.loads((ROOT / "benchmarks/results/sentiment.json").read_text())["summary"]:
+        row = re.search(rf"^\| {arm['arm']} \|.*$", readme, re.MULTILINE)
+        assert row is not None
+        _, _, accuracy, parameters, size, _ = (cell.strip() for cell in row[0].split("|"))
+        assert accuracy == f"{arm['mean']:.1f} ± {arm['stdev']:.1f} %"
+        assert re.search(rf"^\| {arm['arm']} \| .* \| {parameters.split()[0]} \| .* \| {size} \|", sentiment, re.MULTILINE)
+    widths = {
+        row["bottleneck_size"]: row["bytes"] / 1e6
+        for row in json.loads((ROOT / "benchmarks/results/savings.json").read_text())["rows"]
+        if (row["base"], row["method"]) == ("RoBERTa-base", "pfeiffer")
+    }
+    said = re.search(r"takes ([\d.]+) MB at a width of 12, ([\d.]+) MB\s+at 48 .* and ([\d.]+) MB at 384", readme)
+    assert said is not None
+    assert [float(number) for number in said.groups()] == [round(widths[12], 1), round(widths[48], 1), round(widths[384])]
+
+
 def test_the_docs_name_the_sessions_that_exist() -> None:
     sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE))
     text = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"))
