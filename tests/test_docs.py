@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import adapterkit
+import adapterkit as ak
 from benchmarks.parity.table import page
 from benchmarks.zoo import table as zoo
 
@@ -41,7 +41,7 @@ def test_the_docs_name_the_sessions_that_exist() -> None:
 
 def test_every_public_name_stands_in_one_page_of_the_reference() -> None:
     pages = "\n".join(path.read_text() for path in ROOT.glob("docs/api/*.md"))
-    assert sorted(re.findall(r"^::: adapterkit\.(\w+)$", pages, re.MULTILINE)) == sorted(adapterkit.__all__)
+    assert sorted(re.findall(r"^::: adapterkit\.(\w+)$", pages, re.MULTILINE)) == sorted(ak.__all__)
 
 
 def test_the_menu_of_the_site_names_every_page() -> None:
