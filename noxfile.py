@@ -57,6 +57,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, in site/. A link or a name that leads nowhere is an error. Some ten seconds."""
+    session.install("-c", "constraints-docs.txt", "mkdocs-material", "mkdocstrings[python]", "ruff")
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """All quick benchmarks; `nox -s bench -- hooks` runs one of them in full."""
     _install_demo(session)

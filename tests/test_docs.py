@@ -82,6 +82,18 @@ def test_the_docs_name_the_sessions_that_exist() -> None:
     assert set(re.findall(r"nox -s (\w+)", text)) <= sessions
 
 
+def test_every_public_name_stands_in_one_page_of_the_reference() -> None:
+    pages = "\n".join(path.read_text() for path in ROOT.glob("docs/api/*.md"))
+    assert sorted(re.findall(r"^::: adapterkit\.(\w+)$", pages, re.MULTILINE)) == sorted(ak.__all__)
+
+
+def test_the_menu_of_the_site_names_every_page() -> None:
+    menu = re.findall(r"([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2], re.MULTILINE)
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    assert pages <= set(menu)
+    assert len(menu) == len(set(menu))
+
+
 def test_the_parity_page_says_what_its_numbers_say() -> None:
     names = ("parity", "parity_methods", "parity_compositions")
     parts = [json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in names]

@@ -15,35 +15,39 @@ Cases = Sequence[Mapping[str, Any]]
 
 _HEAD = """# Parity with the `adapters` and `peft` libraries
 
-`nox -s parity` compares, number by number, with the libraries that people use today: bottlenecks with `adapters`, and
-[every other method](#every-other-method) with both, [compositions](#compositions) with `adapters`.
+Does adapterkit compute what the libraries that people use today compute? `nox -s parity` compares them number by number:
+[bottlenecks](#bottlenecks) with `adapters`, [every other method](#every-other-method) with `adapters` and `peft`, and
+[compositions](#compositions) with `adapters`. Where they differ, this page says why.
 
 ## Bottlenecks
 
 Compared with `adapters` {adapters} on transformers {transformers}: all of its {families} families of models, each with
-{presets} presets and {factors} reduction factors (one for all layers, and maps by layer). Each model is tiny, every
-weight random, norms and biases too. That library adapts one copy, adapterkit another; the adapters' weights are copied
-over; both run in float32 in eval mode on the same inputs, with padding where the family takes a mask. Compared are all
-floating-point outputs, and the gradients of every adapter tensor for a random projection of the outputs. The run writes
-`benchmarks/results/parity.json`.
+{presets} presets and {factors} reduction factors (one for all layers, and maps by layer).
+
+- Each model is tiny. Every weight is random, norms and biases too.
+- That library adapts one copy of the model, adapterkit another. The adapters' weights are copied over.
+- Both run in float32 in eval mode on the same inputs, with padding if the family takes a mask.
+- Compared are all floating-point outputs, and the gradients of every adapter tensor for a random projection of the outputs.
+
+The run writes `benchmarks/results/parity.json`.
 
 **{equal} of {cases} cases are equal within {tolerance:g}; {explained} differ for a known reason, {differ} for an unknown.**
 A reason counts as known if the two agree once it, and nothing else, is put right.
 
-The largest difference over the reduction factors, of outputs / of gradients, these in parts of the largest entry of their
-tensor. A number in brackets names the reason below.
+Each cell has the largest difference over the reduction factors: of outputs / of gradients, as a fraction of the largest
+entry of their tensor. A number in brackets names the reason below.
 
 """
 _DEFAULTS = """
 ### Default settings that differ
 
-Each preset was used as such; only the reduction factor was set (and in that library AdapterPlus' stochastic depth, which
-needs torchvision and acts in training alone, was off). Of the other default settings, these differ:
+Each preset was used as such; only the reduction factor was set. (In that library AdapterPlus' stochastic depth was off: it
+needs torchvision, and acts in training alone.) Of the other default settings, these differ:
 
 """
 _MAPS = """
-Maps of reduction factors count layers from 0 in each stack of blocks; that library counts on from the encoder to the
-decoder (BART, T5, Whisper) and from CLIP's text to its vision blocks, but not in `EncoderDecoderModel`.
+Maps of reduction factors count layers from 0 in each stack of blocks. That library counts on from the encoder to the
+decoder (BART, T5, Whisper), and from CLIP's text blocks to its vision blocks, but not in `EncoderDecoderModel`.
 """
 _REASONS = """
 ### Differences explained
@@ -52,21 +56,29 @@ _REASONS = """
 _METHODS = """
 ## Every other method
 
-Compared with `adapters` {adapters} and `peft` {peft}, in float64: on tiny models of the former's families, and on layers of
-every geometry (linear, Conv1D, convolutions of 1 to 3 dimensions with any padding, dilation and groups, embeddings, torch's
-attention, stacked experts). A peer adapts one copy of a model, adapterkit another, and the peer's tensors, drawn at random,
-are copied over to its places. Compared are outputs, the gradient of every tensor, outputs when merged, and outputs when
-unmerged again; ours have to be what they were, bit for bit.
+Compared with `adapters` {adapters} and `peft` {peft} (the "peers"), in float64:
 
-A peer is no judge of itself: both are also compared with the papers' formulas, written out by hand
+- on tiny models of the families of `adapters`;
+- on layers of every geometry: linear, Conv1D, convolutions of 1 to 3 dimensions with any padding, dilation and groups,
+  embeddings, torch's attention, stacked experts.
+
+A peer adapts one copy of a model, adapterkit another. The peer's tensors are drawn at random and copied over to the same
+sites. Compared are outputs, the gradient of every tensor, and outputs when merged. When unmerged again, our outputs have to
+be what they were, bit for bit.
+
+A peer is no judge of itself. So both are also compared with the papers' formulas, written out by hand
 (`benchmarks/parity/methods/formula.py`). The run writes `benchmarks/results/parity_methods.json`, and this page from both.
 
-**Of {cases} cases {equal} are equal to the peer; in {explained} the peer is wrong in something, or refuses it, for a known
-reason, and ours equals the formula; {absent} ours does not do; {differ} differ for an unknown reason.** Equal is within
-1e-09, or within 1e-05 in models that compute in float32 whatever their dtype is (DeBERTa, Llama, Mistral, T5 and mT5).
+Of {cases} cases:
 
-The number after a semicolon is the largest difference from the peer, where that is right, of outputs, merged outputs and
-gradients (in parts of the largest entry of their tensor). Numbers in brackets name the reasons below.
+- **{equal} are equal to the peer.** Equal is within 1e-09, or within 1e-05 in models that compute in float32 whatever their
+  dtype is (DeBERTa, Llama, Mistral, T5 and mT5).
+- **In {explained} the peer is wrong in something, or refuses it**, for a known reason, and ours equals the formula.
+- **{absent} ours does not do.**
+- **{differ} differ for an unknown reason.**
+
+The number after a semicolon is the largest difference from the peer where the peer is right: of outputs, merged outputs and
+gradients, as a fraction of the largest entry of their tensor. Numbers in brackets name the reasons below.
 
 """
 _METHOD_REASONS = """
@@ -81,38 +93,43 @@ _PLACES = """
 ### Where the presets go
 
 Above, ours was put where the peer had adapted. By themselves, the presets `lora` and `ia3` of `adapters` and ours go to the
-same places but for these. The paper of IA3 scales what enters the feed-forward's last projection, behind the non-linearity.
+same sites, with the exceptions below. The paper of IA3 scales what enters the feed-forward's last projection, after the
+non-linearity.
 
 """
 _COMPOSITIONS = """
 ## Compositions
 
 Compared with `adapters` {adapters}, in float64 on tiny models: fusions in {fusion_families} families, every other
-composition in {families}, each over one to three bottlenecks (`seq_bn`, `double_seq_bn`, `par_bn`), LoRAs or IA3s, alone
-and one in another. That library adapts one copy of a model, adapterkit another, with the same tensors, drawn at random,
-those of fusions, too. Compared are outputs and the gradients of all tensors of the adapters and the fusion.
+composition in {families}. Each is over one to three bottlenecks (`seq_bn`, `double_seq_bn`, `par_bn`), LoRAs or IA3s, alone
+and one in another. That library adapts one copy of a model, adapterkit another. Both have the same tensors, drawn at
+random, those of fusions, too. Compared are outputs, and the gradients of all tensors of the adapters and the fusion.
 
-That library is no judge of itself: both are also compared with the definitions, computed row by row, one composition
-without rows in it at a time (`benchmarks/parity/compositions/formula.py`). So `BatchSplit`, `Rows` (its `MultiTask`) and
-`Parallel` are compared with each adapter alone on its rows. The run writes `benchmarks/results/parity_compositions.json`.
+That library is no judge of itself. So both are also compared with the definitions, computed row by row, one composition
+without rows in it at a time (`benchmarks/parity/compositions/formula.py`). `BatchSplit`, `Rows` (its `MultiTask`) and
+`Parallel` are compared in this way with each adapter alone on its rows. The run writes
+`benchmarks/results/parity_compositions.json`.
 
-**Of {cases} cases {equal} are equal to that library and to the formula; in {explained} that library is wrong in something,
-or refuses it, for a known reason, and ours equals the formula; {differ} differ for an unknown reason.** Equal is within
-1e-09, or within 1e-05 in models that compute in float32 whatever their dtype is.
+Of {cases} cases:
 
-The number after a semicolon is the largest difference, of outputs and of gradients in parts of the largest entry of their
-tensor, where both are right.
+- **{equal} are equal to that library and to the formula.** Equal is within 1e-09, or within 1e-05 in models that compute in
+  float32 whatever their dtype is.
+- **In {explained} that library is wrong in something, or refuses it**, for a known reason, and ours equals the formula.
+- **{differ} differ for an unknown reason.**
+
+The number after a semicolon is the largest difference where both are right: of outputs and of gradients, as a fraction of
+the largest entry of their tensor.
 
 """
 _FUSIONS = """
 ### Fusions
 
-- That library's keys have a bias, and ours none: it adds the same to the score of each child, and the softmax takes it out.
-  Theirs was drawn at random, and outputs are equal without it; its largest gradient is {key_bias:.0e} of that of the
-  weights.
-- Their Wv starts at the identity plus {values_start:.0e} beside the diagonal, ours at the identity.
-- Wv stands there before the sum over children or after it, as `value_before_softmax` says; the cases with either are equal
-  to ours, which has it after the sum.
+- **Keys.** That library's keys have a bias, ours have none. A bias adds the same to the score of each child, and the
+  softmax takes it out. Theirs was drawn at random, and outputs are equal without it; its largest gradient is
+  {key_bias:.0e} of that of the weights.
+- **How Wv starts.** Theirs starts at the identity plus {values_start:.0e} beside the diagonal, ours at the identity.
+- **Where Wv stands.** In that library it stands before or after the sum over children, as `value_before_softmax` says. Ours
+  has it after the sum. The cases with either are equal to ours.
 """
 _COMPOSITION_REASONS = """
 ### Where that library composes otherwise, and why

@@ -36,21 +36,25 @@ _KINDS = {
 }
 _HEAD = """# The zoo
 
-`nox -s zoo` puts every architecture that it can build offline through the same gates, each with random weights, and
-made small. Nothing is known to adapterkit of any: their places are found by tracing. The gates of one architecture:
+Does "any PyTorch model" hold? `nox -s zoo` builds every architecture that it can build offline, small and with random
+weights, and puts each through the same gates. adapterkit knows nothing of any of them: sites are found by tracing.
 
-1. It runs, sub-layers are found, and blocks of one build have as many.
-2. The ε-test proves that what each place returns is added to the stream, as it is or times a declared factor.
-3. A new Pfeiffer and a new Houlsby adapter leave the output as it was, bit for bit; randomised, they change it; each of
-   their tensors gets a gradient.
-4. A deep copy, a state dict, and a saved and loaded adapter give the same output, bit for bit.
-5. After removal the output, the keys and the hooks are as before.
-6. Two adapters in one batch (`Rows`, `BatchSplit`, `Parallel`): each row is what its adapter alone gives it, or a typed
-   error says why not. Not compared is what the base itself gives otherwise to a row in a batch than alone.
+The gates of one architecture:
 
-A CNN is told by what its branches do, and refused: its gate is that the presets say so and leave it alone. The run writes
-`benchmarks/results/zoo_*.json`, from them this page, and a list of all places, `zoo_*_sites.json`, with which
-`nox -s zoo -- --check` compares: a place that a new release of a library moves is a difference.
+1. **It runs.** Sub-layers are found, and blocks of one build have equally many.
+2. **The ε-test** proves that what each site returns is added to the stream, as it is or times a declared factor.
+3. **Identity and gradients.** A new Pfeiffer and a new Houlsby adapter leave the output as it was, bit for bit. With random
+   weights they change it. Each of their tensors gets a gradient.
+4. **Copies and files.** A deep copy, a state dict, and a saved and loaded adapter give the same output, bit for bit.
+5. **Removal.** After it the output, the keys and the hooks are as before.
+6. **Two adapters in one batch** (`Rows`, `BatchSplit`, `Parallel`). Each row is what its adapter alone gives it, or a typed
+   error says why not. Some base models give a row something else in a batch than alone; that is not compared.
+
+A CNN is told by what its branches do. Its gate is that the presets refuse it and leave it alone.
+
+The run writes `benchmarks/results/zoo_*.json`, and from them this page. It also writes a list of all sites,
+`zoo_*_sites.json`. `nox -s zoo -- --check` compares with that list: a site that a new release of a library moves is a
+difference.
 
 | | there are | build | of these run | have sub-layers | of these pass each gate | rows as alone | CNNs, refused | seconds |
 |---|---|---|---|---|---|---|---|---|
