@@ -30,6 +30,7 @@ from transformers import (
 import adapterkit as ak
 from adapterkit.composition.nodes import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack
 from adapterkit.heads.plan import head_owner
+from adapterkit.runtime.site import HeadEntry
 from adapterkit.runtime.this_call import THIS_CALL
 
 from ..conftest import PostNormBlock, Tiny, randomise
@@ -60,7 +61,7 @@ def kit_of(model: nn.Module, heads: dict[str, Any], config: Any = ADAPTER) -> ak
 def held(kit: ak.AdapterKit, name: str, index: int = 0, path: str = "") -> Any:
     """The module of an adapter's head at a host."""
     site = kit.model.get_submodule(path)._adapterkit
-    return [module for entry, module in site.modules_of(name) if entry.spec is None][index]
+    return [module for entry, module in site.modules_of(name) if isinstance(entry, HeadEntry)][index]
 
 
 def row(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:

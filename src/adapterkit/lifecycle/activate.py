@@ -18,8 +18,8 @@ from ..runtime.compose.compile import SiteContext, keys_of, steps_at
 from ..runtime.compose.parallel import set_batch_hooks
 from ..runtime.compose.plan_nodes import ByRow, ComposeStep
 from ..runtime.hooks import WeightHook, has_hook
-from ..runtime.lookup import adapter_names, fusions_of, sites_among, specs_of
-from ..runtime.site import AdapterSite
+from ..runtime.lookup import adapter_names, adapters_in, fusions_of, sites_among
+from ..runtime.site import AdapterSite, SiteEntry
 from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
 from ..runtime.steps import Pass, Step
 from ..runtime.sync import forget_compiled
@@ -116,7 +116,7 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     for name in dict.fromkeys(names_in(composition)) if isinstance(composition, CompositionNode) else (composition,):
         check_known(model, name)
     for drop in drops_in(composition):
-        specs = [spec for name in dict.fromkeys(names_in(drop)) for _, spec in specs_of(model, name)]
+        specs = [entry.spec for name in dict.fromkeys(names_in(drop)) for _, entry in adapters_in(model).sites(name)]
         if specs:  # else there is nothing to drop
             check_dropped([spec.layer for spec in specs], drop.layers)
     return expanded(composition, fusions)  # type: ignore[return-value]  # None of None alone
@@ -146,7 +146,7 @@ def _put(model: nn.Module, state: ModelState, plans: Plans) -> None:
     for _, host, site, plan in plans:
         keys = keys_of((*plan.input, *plan.output))
         for entry in (entry for entries in site.entries.values() for entry in entries):
-            if entry.handover is not None:
+            if isinstance(entry, SiteEntry) and entry.handover is not None:
                 entry.handover.wanted = True if entry.key in keys else None
         site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
         site.call.wanted = next((step.wants for step in plan.output if isinstance(step, RunHeads)), None)

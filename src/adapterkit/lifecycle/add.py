@@ -17,8 +17,8 @@ from ..placement.patterns import match
 from ..placement.resolve import check_row_axes, resolve
 from ..placement.spec import SiteSpec
 from ..placement.targets import asks_for_structure
-from ..runtime.lookup import find_state, fusions_of, named_parameters, sites_of
-from ..runtime.site import Entry
+from ..runtime.lookup import HeldModule, adapters_in, find_state, fusions_of, named_parameters, sites_of
+from ..runtime.site import HeadEntry, SiteEntry
 from ..runtime.state import ACTIVATION_LOCK, ModelState, without_adapters
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
@@ -78,12 +78,12 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
     if name in state.merged:
         raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
     found = find_heads(model, heads, example_inputs)
-    held = [(path, entry) for path, _, site in sites_of(model) for entry in site.entries.get(name, ())]
-    there = [(path, entry.head) for path, entry in held if entry.head is not None]
+    held = adapters_in(model).modules(name)
+    there = [(one.path, one.entry.spec) for one in held if isinstance(one.entry, HeadEntry)]
     replaced = [path for path, head in there if head.above is None] + [head.path for head in found if head.is_in_place]
     check_names([*(head for _, head in there), *(head.spec for head in found)], replaced)
-    check_apart([path for path, entry in held if entry.spec is not None], replaced)
-    config, trains = held[0][1].config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
+    check_apart([one.path for one in held if isinstance(one.entry, SiteEntry)], replaced)
+    config, trains = held[0].entry.config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
     parts = build_head_modules(model, found)
     with ACTIVATION_LOCK:
         try:
@@ -95,30 +95,28 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
             raise
 
 
-def _keep_only(model: nn.Module, state: ModelState, name: str, held: Sequence[tuple[str, Entry]]) -> None:
-    """Let go of an adapter's modules but these, each given with its host's path."""
-    keys = {(path, entry.key) for path, entry in held}
+def _keep_only(model: nn.Module, state: ModelState, name: str, held: Sequence[HeldModule]) -> None:
+    """Let go of all modules of an adapter but these."""
+    keys = {(one.path, one.entry.key) for one in held}
     for path, _, site in list(sites_of(model)):
         others = {entry.key for entry in site.entries.get(name, ()) if (path, entry.key) not in keys}
         if others:
             drop_modules(model, state, name, path, others)
-    state.hosts[name] = tuple(path for path, _ in held)
+    state.hosts[name] = tuple(one.path for one in held)
     refresh(model, state)
 
 
 def remove_head(model: nn.Module, name: str, head: str) -> None:
     """Take a head from an adapter. Raises: see `AdapterKit.remove_head`."""
     state = state_of(model)
-    held = [(path, e) for path, _, site in sites_of(model) for e in site.entries.get(name, ()) if e.head is not None]
-    path, entry = next(((path, e) for path, e in held if e.head and e.head.config.name == head), (None, None))
-    if path is None or entry is None:
-        raise AdapterNameError(
-            f"adapter {name!r} has no head {head!r}; it has {[e.head.config.name for _, e in held if e.head] or 'none'}"
-        )
+    heads = {str(entry.spec.config.name): held for held, entry in adapters_in(model).heads(name)}
+    if head not in heads:
+        raise AdapterNameError(f"adapter {name!r} has no head {head!r}; it has {list(heads) or 'none'}")
+    path = heads[head].path
     if name in state.merged:
         raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
     with ACTIVATION_LOCK:
-        drop_modules(model, state, name, path, {entry.key})
+        drop_modules(model, state, name, path, {heads[head].entry.key})
         hosts = list(state.hosts[name])
         hosts.remove(path)
         state.hosts[name] = tuple(hosts)

@@ -10,6 +10,7 @@ from ..config.fusion import FusionConfig
 from ..config.union import Config
 from ..errors import AdapterKitError, AdapterNameError, CompatibilityError, ConfigError
 from ..heads.hook import sync_labels_hooks
+from ..placement.spec import SiteSpec
 from ..runtime.handover import Handover
 from ..runtime.hooks import InputHook, OutputHook, WeightEndHook, WeightHook, set_hook
 from ..runtime.lookup import adapter_names, find_state, open_parameters, sites_among, sites_of
@@ -70,9 +71,10 @@ def insert_modules(
         if not isinstance(site, AdapterSite):
             site = host._modules[SITE] = AdapterSite(state, part.path)
             site.train(host.training)
-        handover = Handover[Tensor]() if part.spec is not None and part.spec.residual is not None else None
+        reads_stream = isinstance(part.spec, SiteSpec) and part.spec.residual is not None
+        handover = Handover[Tensor]() if reads_stream else None
         open_parameters(part.module.train(host.training), trains)
-        site.insert(name, part.module, config, part.spec, handover, part.head)
+        site.insert(name, part.module, config, part.spec, handover)
     state.hosts[name] = (*state.hosts.get(name, ()), *(part.path for part in parts))
     refresh(model, state)
 

@@ -26,12 +26,11 @@ __all__ = ["BuiltModule", "build_head_modules", "build_modules", "device_near", 
 
 @dataclass(frozen=True)
 class BuiltModule:
-    """One module of an adapter, and where it goes: a site, or the host of a head (spec None)."""
+    """One module of an adapter, and where it goes: to a site, or to the host of a head."""
 
     path: str
     module: nn.Module
-    spec: SiteSpec | None
-    head: HeadSpec | None = None
+    spec: SiteSpec | HeadSpec
 
 
 @outside_inference_mode()
@@ -68,7 +67,7 @@ def build_head_modules(model: nn.Module, heads: Sequence[FoundHead], *, meta: bo
     for head, module in zip(heads, build_heads(model, heads, dtype, meta=meta), strict=True):
         if not meta and not isinstance(head.spec.config, OwnHead):
             module.to(device_near(model, head.path))
-        parts.append(BuiltModule(head.path, module, None, head.spec))
+        parts.append(BuiltModule(head.path, module, head.spec))
     return parts
 
 
@@ -76,7 +75,7 @@ def _check_order(parts: Sequence[BuiltModule]) -> None:
     """Raise TargetError where a module that needs what the host itself returned would get it from another module."""
     hosts: dict[str, SiteSpec] = {}
     for part in parts:
-        if part.spec is None or part.spec.at != "output":
+        if not isinstance(part.spec, SiteSpec) or part.spec.at != "output":
             continue
         before = hosts.setdefault(part.path, part.spec)
         if before is not part.spec and getattr(part.module, "reads_bare_output", False):

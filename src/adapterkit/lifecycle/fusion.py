@@ -17,7 +17,7 @@ from ..heads.find import Heads, check_apart, find_heads
 from ..methods.spellings import no_config, read_json
 from ..nn.fusion import Fusion
 from ..placement.spec import SiteSpec, located
-from ..runtime.lookup import fusions_of, sites_of
+from ..runtime.lookup import adapters_in, fusions_of, sites_of
 from ..runtime.site import AdapterSite
 from ..runtime.state import ModelState
 from ..structure.tracing.forward import ExampleInputs, outside_inference_mode
@@ -115,8 +115,7 @@ def fusion_parts(model: nn.Module, fuse: Fuse, config: FusionConfig, *, meta: bo
 def _places(model: nn.Module, fuse: Fuse, config: FusionConfig) -> Iterator[SiteSpec]:
     """Each tensor that children change, as a place of the fusion."""
     for path, _, site in sites_of(model):
-        held = [entry for name in names_in(fuse) for entry in site.entries.get(name, ()) if entry.spec is not None]
-        specs = [located(entry.spec, path) for entry in held if entry.spec is not None]
+        specs = [located(entry.spec, path) for name in names_in(fuse) for entry, _ in site.adapting(name)]
         for spec in {spec.at: spec for spec in reversed(specs)}.values():
             if spec.at == "weight":
                 raise CompatibilityError(
@@ -170,10 +169,9 @@ def fusion_of(model: nn.Module, fuse: Composition) -> tuple[str, Fuse]:
 
 def fusion_modules(model: nn.Module, name: str) -> Iterator[tuple[str, SiteSpec, Fusion]]:
     """A fusion's modules, each with its host's path and its place."""
-    for path, _, site in sites_of(model):
-        for entry, module in site.modules_of(name):
-            if entry.spec is not None and isinstance(module, Fusion):
-                yield path, entry.spec, module
+    for held, entry in adapters_in(model).sites(name):
+        if isinstance(held.module, Fusion):
+            yield held.path, entry.spec, held.module
 
 
 def loss(model: nn.Module, names: Sequence[str]) -> Tensor:

@@ -18,7 +18,7 @@ from ..errors import CompatibilityError
 from ..placement.spec import SiteSpec
 from ..structure import pytree
 from .handover import Handover
-from .site import AdapterSite, Entry
+from .site import AdapterSite, SiteEntry
 
 __all__ = ["AdaptWeight", "AddDelta", "AddProjected", "AddsToTensor", "Pass", "Step", "View", "plus", "step_of"]
 
@@ -335,9 +335,9 @@ class Pass(Step):
         return value
 
 
-def step_of(entry: Entry, active: Composition) -> Step:
+def step_of(entry: SiteEntry, active: Composition) -> Step:
     """What a module of an active adapter does; of those that are no heads."""
-    spec: Any = entry.spec
+    spec = entry.spec
     if spec.at == "weight":
         owners = [name.split(".") for name in spec.parameters]
         return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))

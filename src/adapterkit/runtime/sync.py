@@ -24,7 +24,7 @@ from .hooks import (
     set_hook,
 )
 from .lookup import sites_of
-from .site import AdapterSite, root_of
+from .site import AdapterSite, HeadEntry, SiteEntry, root_of
 from .state import ModelState
 
 __all__ = ["forget_compiled", "sync_site_hooks"]
@@ -58,7 +58,7 @@ def sync_site_hooks(model: nn.Module, state: ModelState) -> None:
 
 def _sync_host_hooks(host: nn.Module, site: AdapterSite, state: ModelState) -> None:
     """Register the hooks of one host that its site needs, and remove those that it does not."""
-    places = {"output" if e.spec is None else e.spec.at for entries in site.entries.values() for e in entries}
+    places = {"output" if isinstance(e, HeadEntry) else e.spec.at for entries in site.entries.values() for e in entries}
     set_hook(host, OutputHook, "output" in places, state)
     _set_pre_hook(host, WeightHook, "weight" in places, state)
     _set_pre_hook(host, InputHook, "input" in places, state)
@@ -71,12 +71,13 @@ def _sync_host_hooks(host: nn.Module, site: AdapterSite, state: ModelState) -> N
 def _open_ports(path: str, site: AdapterSite, modules: dict[str, nn.Module], ports: dict[str, StreamPort]) -> None:
     """Say at which modules streams and calls are taken for a site, and where what nobody took is let go."""
     entries = [entry for entries in site.entries.values() for entry in entries]
-    for entry in entries:
-        spec = located(entry.spec, path) if entry.spec else None
-        if entry.handover and spec and spec.residual is not None:
+    for entry in (entry for entry in entries if isinstance(entry, SiteEntry)):
+        spec = located(entry.spec, path)
+        if entry.handover and spec.residual is not None:
             ports[spec.residual].gives.append((entry.handover, spec.input))
             ports[_called_around(spec.residual, path, modules)].clears.append(entry.handover)
-    for root in {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}:
+    heads = [entry for entry in entries if isinstance(entry, HeadEntry) and entry.spec.above is not None]
+    for root in {root_of(path, entry) for entry in heads}:
         ports[root].clears.append(site.call)
 
 

@@ -89,7 +89,7 @@ def load_adapter(
     except (AdapterKitError, RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise StoreError(f"the manifest in {str(directory)!r} describes no adapter for this model: {error}") from error
     if not isinstance(config, FusionConfig):
-        sites = [part.spec for part in parts if part.spec is not None]
+        sites = [part.spec for part in parts if isinstance(part.spec, SiteSpec)]
         check_places(model, config, sites, example_inputs, directory)
         layouts = seen_layouts(model, config, sites, example_inputs)
     tensors = _parse_tensors(directory, manifest, content)
@@ -212,7 +212,7 @@ def _empty_fusion(model: nn.Module, manifest: Manifest, fuse: Fuse) -> tuple[Fus
     """The fusion's modules, at the places of its adapters, which must be those of the file."""
     config = FusionConfig(**{**manifest.config, "children": tuple(map(to_json, fuse.children))})
     parts = fusion_parts(model, fuse, config, meta=True)
-    specs = [part.spec for part in parts if part.spec is not None]
+    specs = [part.spec for part in parts if isinstance(part.spec, SiteSpec)]
     here, there = ({(s.path, s.at, s.width, s.input_width) for s in sites} for sites in (specs, manifest.sites))
     if here != there:
         raise StoreError(f"its adapters are at {sorted(here ^ there)[:3]} in one of file and model, and not in the other")
@@ -283,22 +283,20 @@ def _fill(model: nn.Module, parts: list[BuiltModule], tensors: dict[str, Tensor]
     states: list[dict[str, Tensor]] = []
     wanted: dict[str, Any] = {}
     for part in parts:
-        keys = {tensor: tensor_key(part.spec, part.path, tensor, part.head) for tensor in part.module.state_dict()}
+        keys = {tensor: tensor_key(part.spec, part.path, tensor) for tensor in part.module.state_dict()}
         wanted |= {keys[tensor]: tuple(value.shape) for tensor, value in part.module.state_dict().items()}
         states.append({tensor: tensors[key] for tensor, key in keys.items() if key in tensors})
     taken = {key: t for key, t in tensors.items() if heads or not key.startswith("heads/")}
     _check_same({key: tuple(t.shape) for key, t in taken.items()}, wanted, f"the adapter in {str(source)!r}", "its config")
     for part, state in zip(parts, states, strict=True):
         dtypes = {dtype_name(t) for t in state.values()}
-        is_new = part.spec is not None or (
-            part.head is not None and not isinstance(part.head.config, (OwnHead, CustomHead))
-        )
+        is_new = isinstance(part.spec, SiteSpec) or not isinstance(part.spec.config, (OwnHead, CustomHead))
         if is_new and state and (len(dtypes) > 1 or not all(t.is_floating_point() for t in state.values())):
             raise StoreError(f"the adapter in {str(source)!r} has, at {part.path!r}, {sorted(dtypes)}: not one float dtype")
     for part, state in zip(parts, states, strict=True):
-        if part.spec is None and not any(p.is_meta for p in part.module.parameters()):
+        if isinstance(part.spec, HeadSpec) and not any(p.is_meta for p in part.module.parameters()):
             part.module.load_state_dict(state)
-            if part.head is not None and isinstance(part.head.config, CustomHead):
+            if isinstance(part.spec.config, CustomHead):
                 part.module.to(device_near(model, part.path))
         else:
             part.module.load_state_dict(state, assign=True)

@@ -18,6 +18,7 @@ from adapterkit.lifecycle import attach
 from adapterkit.lifecycle.build import build_modules
 from adapterkit.methods import UNION_PRESETS, presets
 from adapterkit.placement.layers import setting_at
+from adapterkit.runtime.site import SiteEntry
 
 from ...conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from ...hosts.layers import LAYERS, layer, some_input
@@ -37,7 +38,7 @@ def modules(kit: ak.AdapterKit, name: str) -> dict[tuple[str, tuple[str, ...]], 
         for path, host in kit.model.named_modules()
         if "_adapterkit" in host._modules
         for entry, module in host._adapterkit.modules_of(name)
-        if entry.spec is not None
+        if isinstance(entry, SiteEntry)
     }
 
 
@@ -929,7 +930,7 @@ def test_new_heads_are_copied_from_their_only_owner_and_averaged_where_there_are
         kit.add(name, "lora", targets=["query"], heads=heads)
     kit.combine("mean", {"a": 0.25, "b": 0.75})
     a, b, mean = (
-        {entry.head.config.name: module for entry, module in kit.model._adapterkit.modules_of(name)}
+        {entry.spec.config.name: module for entry, module in kit.model._adapterkit.modules_of(name)}
         for name in ("a", "b", "mean")
     )
     for key, tensor in mean["tagging"].state_dict().items():

@@ -11,8 +11,10 @@ from torch import nn
 from ...config.union import Union
 from ...errors import ConfigError
 from ...heads.find import check_apart, check_names
+from ...heads.spec import HeadSpec
 from ...methods import method_of
 from ...methods.method import LinearInParameters
+from ...placement.spec import SiteSpec
 from ...structure.tracing.forward import outside_inference_mode
 from ..activate import check_known
 from ..attach import attach, check_free
@@ -56,10 +58,10 @@ def combine(
             raise ConfigError(f"rank={rank} is that of a LoRA; of {adapters[0].config.method!r} none comes out")
         combined = [_member(model, sources, how, rank) for sources in zip(*(a.sources for a in adapters), strict=True)]
     parts = _parts(model, combined) + (combined_heads(model, adapters) if heads else [])
-    specs = [(part.path, part.head) for part in parts if part.head is not None]
+    specs = [(part.path, part.spec) for part in parts if isinstance(part.spec, HeadSpec)]
     replaced = [path for path, head in specs if head.above is None]
     check_names([head for _, head in specs], replaced)
-    check_apart([part.path for part in parts if part.spec], replaced)
+    check_apart([part.path for part in parts if isinstance(part.spec, SiteSpec)], replaced)
     attach(model, name, _config(combined), parts)
     return {site: error for one in combined for site, error in one.errors.items()}
 

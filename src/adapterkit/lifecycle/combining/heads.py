@@ -29,7 +29,7 @@ def combined_heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[BuiltM
     first = {place: held for adapter in reversed(adapters) for place, held in adapter.heads.items()}
     copies = copy_heads([module for _, module in first.values()])
     parts = {
-        place: BuiltModule(place.path, module, None, spec)
+        place: BuiltModule(place.path, module, spec)
         for (place, (spec, _)), module in zip(first.items(), copies, strict=True)
     }
     if len(adapters) == 1 and adapters[0].weight == 1.0:

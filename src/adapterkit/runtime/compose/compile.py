@@ -12,7 +12,7 @@ from ...errors import CompatibilityError
 from ...placement.layers import in_layers
 from ...placement.spec import layout_of
 from ...structure.tracing.row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout
-from ..site import AdapterSite, Entry
+from ..site import AdapterSite, SiteEntry
 from ..steps import AdaptWeight, AddDelta, AddProjected, AddsToTensor, Step, step_of
 from .plan_nodes import ByRow, ByToken, Chain, ComposeStep, Fused, Leaf, Mean, PlanGroup, PlanNode, chain
 from .stacked import kind_of
@@ -39,13 +39,13 @@ class SiteContext:
     dropped: tuple[int, ...] = ()  # the layers in which nothing acts
     kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
 
-    def entries(self, name: str) -> list[Entry]:
+    def entries(self, name: str) -> list[SiteEntry]:
         """The modules of an adapter that act here."""
         held = self.site.entries.get(name, ()) if name not in self.merged else ()
         return [
             entry
             for entry in held
-            if entry.spec is not None and entry.spec.at == self.at and not in_layers(entry.spec.layer, self.dropped)
+            if isinstance(entry, SiteEntry) and entry.spec.at == self.at and not in_layers(entry.spec.layer, self.dropped)
         ]
 
     def inside(self, composition: Composition) -> SiteContext:
@@ -123,7 +123,7 @@ def _is_in_order(composition: Composition | None) -> bool:
     return isinstance(composition, (Stack, Drop)) and all(map(_is_in_order, composition.children))
 
 
-def _entries_in(place: SiteContext, composition: Composition | None) -> Iterator[Entry]:
+def _entries_in(place: SiteContext, composition: Composition | None) -> Iterator[SiteEntry]:
     """The modules at a place of all adapters that a composition names, in order, but for those that it drops there."""
     if isinstance(composition, str):
         yield from place.entries(composition)
@@ -176,10 +176,10 @@ def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[PlanNode], wh
             f"no fusion {composition.fusion!r} weighs {others or list(composition.children)} at {place.path!r}; "
             f"kit.add_fusion({composition!r}) makes one, to be trained"
         )
-    return Fused(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))  # type: ignore[arg-type]  # not a head
+    return Fused(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))
 
 
-def _leaf(place: SiteContext, entry: Entry, whole: Composition) -> Leaf:
+def _leaf(place: SiteContext, entry: SiteEntry, whole: Composition) -> Leaf:
     step = step_of(entry, whole)
     if not isinstance(step, AddsToTensor):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
@@ -187,7 +187,7 @@ def _leaf(place: SiteContext, entry: Entry, whole: Composition) -> Leaf:
     return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)), _undoes(place, entry))
 
 
-def _undoes(place: SiteContext, entry: Entry) -> bool:
+def _undoes(place: SiteContext, entry: SiteEntry) -> bool:
     """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
     return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
 
@@ -213,5 +213,5 @@ def _check_one_tensor(place: SiteContext, node: PlanNode, whole: Composition) ->
         )
 
 
-def _parameters(entries: Sequence[Entry]) -> str:
-    return ", ".join(sorted({name for entry in entries if entry.spec for name in entry.spec.parameters}))
+def _parameters(entries: Sequence[SiteEntry]) -> str:
+    return ", ".join(sorted({name for entry in entries for name in entry.spec.parameters}))
