@@ -378,7 +378,7 @@ def test_the_trace_is_of_the_base_alone() -> None:
     kit.add("a", "houlsby", bottleneck_size=2)
     kit.activate("a")
     for _, _, site in sites_of(model):
-        site.output_steps = (Explode("a"),)
+        site.steps["output"] = (Explode("a"),)
     assert kit.tree().note is None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adapterkit.nn.functional.slices import Slices
 from adapterkit.placement.spec import SiteSpec
 from adapterkit.runtime.lookup import sites_of
+from adapterkit.runtime.site import SiteEntry
 
 from .case import SHARED, Key, Place
 

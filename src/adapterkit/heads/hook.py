@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.handover import Handover
-from ..runtime.hooks import KitHook, set_hook
+from ..runtime.hooks import KitHook, keep_hook
 from ..runtime.lookup import sites_of
 from ..runtime.site import HeadEntry, root_of
 from ..runtime.state import ModelState
@@ -44,7 +44,7 @@ def sync_labels_hooks(model: nn.Module, state: ModelState) -> None:
         for root in {root_of(path, entry) for entry in on_output}:
             handovers[root].append(site.call)
     for path, module in model.named_modules():
-        set_hook(module, LabelsHook, path in handovers, state)
+        keep_hook(module, LabelsHook, state, is_wanted=path in handovers)
         if path in handovers:
             module.__dict__[_HANDOVERS] = handovers[path]
         else:

@@ -16,8 +16,8 @@ from ..lifecycle.add import find_sites, needs_structure
 from ..lifecycle.merging.merge import changed_since_merging
 from ..placement.layers import in_layers
 from ..placement.spec import SiteSpec, located
-from ..runtime.compose.compile import keys_of
-from ..runtime.hooks import InputHook, OutputHook, WeightHook, has_hook
+from ..runtime.acting import acting_at
+from ..runtime.hooks import has_hook
 from ..runtime.lookup import adapters_in, sites_of
 from ..runtime.originals import base_digests
 from ..runtime.site import AdapterSite, HeadEntry, SiteEntry, root_of
@@ -30,9 +30,6 @@ from ..structure.tracing.reads import Holder, reads_around
 from .proof import SiteProof, dead_parameters, prove_sites
 
 __all__ = ["Verification", "moved_tensors", "verify"]
-
-
-_HOOKS = {"output": OutputHook, "input": InputHook, "weight": WeightHook}
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,8 @@ def moved_tensors(model: nn.Module, state: ModelState) -> list[str] | None:
 def _missing_hooks(model: nn.Module, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
     for path, (host, site) in hosts.items():
         for name, entries in site.entries.items():
-            kinds = {_HOOKS[entry.spec.at if isinstance(entry, SiteEntry) else "output"] for entry in entries}
+            ways = {acting_at(entry.spec.at if isinstance(entry, SiteEntry) else "output") for entry in entries}
+            kinds = [kind for acting in ways for kind in (acting.before, acting.after) if kind is not None]
             if not all(has_hook(host, kind) for kind in kinds):
                 yield f"the hook of adapter {name!r} on {path!r} is gone: someone removed it"
             heads = [entry for entry in entries if isinstance(entry, HeadEntry) and entry.spec.above is not None]
@@ -196,7 +194,7 @@ def _dropped(model: nn.Module, state: ModelState, name: str) -> Iterator[str]:
     """How the names of an adapter's parameters begin that rest, since a Drop holds them back in their layer."""
     layers = [layer for drop in drops_in(state.activation.active) for layer in drop.layers]
     for path, _, site in sites_of(model):
-        acting = keys_of((*site.input_steps, *site.output_steps, *site.weight_steps))
+        acting = {key for steps in site.steps.values() for step in steps for key in step.module_keys}
         for entry in site.entries.get(name, ()):
             if isinstance(entry, SiteEntry) and in_layers(entry.spec.layer, layers) and entry.key not in acting:
                 yield f"{path}.{SITE}.{entry.key}.".lstrip(".")

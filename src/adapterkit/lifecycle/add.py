@@ -101,7 +101,7 @@ def _keep_only(model: nn.Module, state: ModelState, name: str, held: Sequence[He
     for path, _, site in list(sites_of(model)):
         others = {entry.key for entry in site.entries.get(name, ()) if (path, entry.key) not in keys}
         if others:
-            drop_modules(model, state, name, path, others)
+            drop_modules(model, name, path, others)
     state.hosts[name] = tuple(one.path for one in held)
     refresh(model, state)
 
@@ -116,7 +116,7 @@ def remove_head(model: nn.Module, name: str, head: str) -> None:
     if name in state.merged:
         raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
     with ACTIVATION_LOCK:
-        drop_modules(model, state, name, path, {heads[head].entry.key})
+        drop_modules(model, name, path, {heads[head].entry.key})
         hosts = list(state.hosts[name])
         hosts.remove(path)
         state.hosts[name] = tuple(hosts)

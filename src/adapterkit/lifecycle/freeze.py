@@ -5,13 +5,14 @@ stream require grad, without which reentrant gradient checkpointing trains nothi
 says that it is not checkpointed: see docs/decisions/0005).
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ActivationError
-from ..runtime.hooks import KitHook, has_hook, remove_hooks, require_input_grad, set_hook
+from ..runtime.hooks import KitHook, has_hook, keep_hook, remove_hooks, require_input_grad, set_hook
 from ..runtime.lookup import open_parameters, sites_of
 from ..runtime.originals import base_digests
 from ..runtime.state import STATE, Frozen, ModelState
@@ -48,11 +49,14 @@ class ScriptedNormsHook(KitHook):
 class CheckpointAware(KitHook):
     """Base of the hooks that gradient checkpointing needs.
 
-    `flagged`: the modules that say whether they are checkpointed, by the attribute that transformers gives them. Where
-    there are any, and none is, gradients need not go below the first adapter, which saves a block's share of backward.
+    Args:
+        flagged: The modules that say whether they are checkpointed, by the attribute that transformers gives them. Where
+            there are any, and none is, gradients need not go below the first adapter, which saves a block's share of
+            the backward pass.
     """
 
-    flagged: tuple[nn.Module, ...] = ()
+    def __init__(self, flagged: tuple[nn.Module, ...]) -> None:
+        self.flagged = flagged
 
     def is_idle(self) -> bool:
         """Whether nothing needs this hook now."""
@@ -116,11 +120,16 @@ def freeze(model: nn.Module, state: ModelState, *, reentrant: bool = True) -> No
         norm.training = False  # at once, for what does not run through the model's own forward
     starts = reentrant or any(map(_says_whether_checkpointed, modules.values()))
     for module in modules.values():
-        set_hook(module, FrozenNormHook, has_running_statistics(module) and not is_scripted(module), state)
-        set_hook(module, StreamStartHook, starts and isinstance(module, (nn.Embedding, nn.EmbeddingBag)), state)
-    set_hook(model, ScriptedNormsHook, bool(scripted), state)
-    set_hook(model, RootInputHook, starts, state)
-    _tell_who_is_checkpointed(modules)
+        keep_hook(module, FrozenNormHook, state, is_wanted=has_running_statistics(module) and not is_scripted(module))
+        remove_hooks(module, StreamStartHook)
+    keep_hook(model, ScriptedNormsHook, state, is_wanted=bool(scripted))
+    remove_hooks(model, RootInputHook)
+    if starts:
+        embeddings = {path: m for path, m in modules.items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        flagged = _saying_whether_checkpointed(modules, embeddings)
+        for module in embeddings.values():
+            set_hook(module, StreamStartHook(flagged), state)
+        set_hook(model, RootInputHook(flagged), state)
     forget_compiled()
 
 
@@ -141,18 +150,14 @@ def unfreeze(model: nn.Module, state: ModelState) -> None:
     forget_compiled()
 
 
-def _tell_who_is_checkpointed(modules: dict[str, nn.Module]) -> None:
-    """Give the hooks the modules that say whether they are checkpointed, as it is now or will be switched later.
+def _saying_whether_checkpointed(modules: Mapping[str, nn.Module], embeddings: Collection[str]) -> tuple[nn.Module, ...]:
+    """Return the modules that say whether they are checkpointed, as it is now or will be switched later.
 
     Those around an embedding are left out: a hook that led back to its own module would keep the model from being freed.
     Layers remain, which are switched with them.
     """
-    around = {above for path, m in modules.items() if has_hook(m, StreamStartHook) for above in ancestors(path)}
-    flagged = tuple(m for path, m in modules.items() if _says_whether_checkpointed(m) and path not in around)
-    for module in modules.values():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if isinstance(hook, CheckpointAware):
-                hook.flagged = flagged
+    around = {above for path in embeddings for above in ancestors(path)}
+    return tuple(m for path, m in modules.items() if _says_whether_checkpointed(m) and path not in around)
 
 
 def _says_whether_checkpointed(module: nn.Module) -> bool:

@@ -40,7 +40,7 @@ class Placement:
         tag: A name for the method to tell its placements apart by.
     """
 
-    at: Literal["output", "input", "sum", "normalised"] = "output"
+    at: str = "output"
     reads: Reads = "site"
     residual: str | None = None
     level: Literal["tensor", "projection", "parameter"] = "tensor"

@@ -23,7 +23,7 @@ class Location:
     """
 
     path: str
-    at: Literal["output", "input", "weight"]
+    at: str
     reads: Reads
     output: Path | None
     input: tuple[int | None, str | None] | None
@@ -37,7 +37,7 @@ class SiteSpec:
     Attributes:
         path: The host module's path in the model.
         host: Name of the host's type, as in torch.nn where it derives from there.
-        at: Whether the host's output, its input or one of its Parameters is adapted.
+        at: How the host is adapted: at its "output", its "input" or a Parameter ("weight"); see `runtime.acting`.
         reads: What the adapter reads: the tensor at the site ("site"), that tensor through the host ("norm"), what enters
             the module `residual` ("residual"), the tensor at the site plus that ("sum"), what the host takes ("own_input"),
             or
@@ -60,7 +60,7 @@ class SiteSpec:
 
     path: str
     host: str
-    at: Literal["output", "input", "weight"]
+    at: str
     reads: Reads
     width: int
     input_width: int

@@ -95,9 +95,7 @@ class AdapterSite(nn.Module):
         super().__init__()
         self.state = state
         self.entries: dict[str, tuple[Entry, ...]] = {}
-        self.output_steps: tuple[Step, ...] = ()
-        self.input_steps: tuple[Step, ...] = ()
-        self.weight_steps: tuple[Step, ...] = ()
+        self.steps: dict[str, tuple[Step, ...]] = {}  # by `Acting.at`: what the hooks run
         self.call = Handover[Any]()  # what the model's call had for heads on its output
         # Of the Parameters into which adapters are merged, by their names from the host on.
         self.originals: dict[str, Original] = {}
@@ -189,7 +187,7 @@ class AdapterSite(nn.Module):
 
 
 _RESERVED = frozenset(dir(AdapterSite)) | {
-    "state", "entries", "output_steps", "input_steps", "weight_steps", "originals", "host_path", "training", "call",
+    "state", "entries", "steps", "originals", "host_path", "training", "call",
 }  # fmt: skip
 
 

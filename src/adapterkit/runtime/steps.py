@@ -18,9 +18,9 @@ from ..errors import CompatibilityError
 from ..placement.spec import SiteSpec
 from ..structure import pytree
 from .handover import Handover
-from .site import AdapterSite, SiteEntry
+from .site import AdapterSite
 
-__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "AddsToTensor", "Pass", "Step", "View", "plus", "step_of"]
+__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "AddsToTensor", "Pass", "Step", "View", "plus"]
 
 
 class View(NamedTuple):
@@ -83,6 +83,11 @@ class Step:
 
     adapter: Composition | None
 
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The names among the site's children of the modules that it runs, heads apart."""
+        return ()
+
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` (the host's output, or its `(args, kwargs)`) with tensors of shape (..., width) replaced."""
         raise NotImplementedError
@@ -128,6 +133,11 @@ class AddDelta(Step):
     adapter: Composition | None
     spec: SiteSpec
     handover: Handover[Tensor] | None = None
+
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The one module that it runs."""
+        return (self.key,)
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output (or the arguments) with its tensor x, shape (..., width), replaced by x + delta."""
@@ -230,6 +240,11 @@ class AddProjected(Step):
     adapter: Composition | None
     spec: SiteSpec
 
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The one module that it runs."""
+        return (self.key,)
+
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output with its tensor x, shape (..., width), replaced by x + delta."""
         module: Any = site._modules[self.key]
@@ -301,6 +316,11 @@ class AdaptWeight(Step):
     adapter: Composition | None
     owners: tuple[tuple[tuple[str, ...], str], ...]
 
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The one module that it runs."""
+        return (self.key,)
+
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Put the Parameter plus its change in the way of the Parameter; `value` holds what is put there by owner."""
         module: Any = site._modules[self.key]
@@ -333,14 +353,3 @@ class Pass(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the value. Shape: any."""
         return value
-
-
-def step_of(entry: SiteEntry, active: Composition) -> Step:
-    """What a module of an active adapter does; of those that are no heads."""
-    spec = entry.spec
-    if spec.at == "weight":
-        owners = [name.split(".") for name in spec.parameters]
-        return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
-    if spec.reads == "own_input":
-        return AddProjected(entry.key, active, spec)
-    return AddDelta(entry.key, active, spec, entry.handover)

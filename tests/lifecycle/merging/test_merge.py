@@ -375,7 +375,7 @@ def test_hooks_stay_and_do_no_more_than_those_of_an_inactive_adapter(kit: ak.Ada
 
     def steps() -> set[str]:
         held = [m for m in kit.model.modules() if type(m).__name__ == "AdapterSite"]
-        return {type(s).__name__ for m in held for s in (*m.output_steps, *m.input_steps, *m.weight_steps)}
+        return {type(s).__name__ for m in held for steps in m.steps.values() for s in steps}
 
     before = hooks()
     kit.merge("a")

@@ -16,6 +16,7 @@ from ...errors import CompatibilityError
 from ...methods.method import AdaptsParameter, Mergeable
 from ...nn.twin import trained
 from ...placement.spec import SiteSpec
+from ...runtime.acting import acting_at
 from ...runtime.lookup import sites_of
 from ...runtime.originals import originals_of
 from ...runtime.site import AdapterSite, SiteEntry
@@ -24,9 +25,6 @@ from .mergeable import Ties, refusal
 from .trial import difference, needs_trial
 
 __all__ = ["Change", "merged_weights"]
-
-# At one host: a changed weight is what an output is added to, and an input is scaled before both.
-_ORDER = ("weight", "output", "input")
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,21 @@ def merged_weights(model: nn.Module, names: Sequence[str]) -> list[Change]:
     for path, host, site in sites_of(model):
         held = [(name, *pair) for name in names for pair in site.adapting(name)]
         if held:
-            held.sort(key=lambda item: _ORDER.index(item[1].spec.at))
+            held.sort(key=lambda item: _merge_rank(path, item[0], item[1].spec.at))
             changes += _HostWeights(path, host, site, ties, originals, covered).merged(held)
     _check_agree(changes, names)
     return changes
+
+
+def _merge_rank(path: str, adapter: str, at: str) -> int:
+    """Return the place of a module in the order in which those at one host are merged. Raises CompatibilityError."""
+    rank = acting_at(at).merge_rank
+    if rank is None:
+        raise CompatibilityError(
+            f"adapter {adapter!r} cannot be merged into {path!r}: what it does there is no change of a weight ({at}). "
+            "Nothing was changed"
+        )
+    return rank
 
 
 def _covered(model: nn.Module, names: Sequence[str]) -> dict[int, set[tuple[int, str]]]:

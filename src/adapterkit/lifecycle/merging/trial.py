@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.functional.projections import Projection, projection_of, random_input
+from ...runtime.acting import acting_at
 from ...runtime.site import AdapterSite, SiteEntry
 from ...runtime.state import without_adapters
-from ...runtime.steps import step_of
 from ...runtime.weight_swap import put_weights, take_weights
 from ...structure import pytree
 from ...structure.paths import SITE
@@ -88,7 +88,7 @@ def _run_beside(
     kwargs: dict[str, Any] = {}
     for name, entry in held:
         if entry.spec.at == "input":
-            args, kwargs = step_of(entry, name)(site, host, args, kwargs, (args, kwargs))
+            args, kwargs = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, (args, kwargs))
     output = _run(host, tensors, args, kwargs)
     put_weights(
         host, {(host, name): tensors[name] for name in tensors if name in host._parameters}
@@ -96,7 +96,7 @@ def _run_beside(
     try:
         for name, entry in held:
             if entry.spec.at == "output":
-                output = step_of(entry, name)(site, host, args, kwargs, output)
+                output = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, output)
     finally:
         take_weights(host)
     return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,18 +12,13 @@ from ...errors import CompatibilityError
 from ...placement.layers import in_layers
 from ...placement.spec import layout_of
 from ...structure.tracing.row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout
+from ..acting import acting_at
 from ..site import AdapterSite, SiteEntry
-from ..steps import AdaptWeight, AddDelta, AddProjected, AddsToTensor, Step, step_of
+from ..steps import AddDelta, AddProjected, AddsToTensor, Step
 from .plan_nodes import ByRow, ByToken, Chain, ComposeStep, Fused, Leaf, Mean, PlanGroup, PlanNode, chain
 from .stacked import kind_of
 
-__all__ = ["SiteContext", "keys_of", "steps_at"]
-
-
-def keys_of(steps: Iterable[Step]) -> frozenset[str]:
-    """The names among a site's children of the modules that these steps run, heads apart."""
-    inner: list[Any] = [part for step in steps for part in (step.node.readers if isinstance(step, ComposeStep) else [step])]
-    return frozenset(part.key for part in inner if isinstance(part, (AdaptWeight, AddDelta, AddProjected)))
+__all__ = ["SiteContext", "steps_at"]
 
 
 @dataclass(frozen=True)
@@ -59,15 +54,17 @@ def steps_at(place: SiteContext, composition: Composition | None) -> tuple[Step,
     if composition is None or not entries:
         return ()
     in_order = _is_in_order(composition)
-    if not in_order and place.at == "weight":
+    acting = acting_at(place.at)
+    if not in_order and acting.is_shared:
+        changed = f"the Parameter {_parameters(entries)}" if place.at == "weight" else f"its {place.at}"
         raise CompatibilityError(
-            f"{composition!r} cannot act on {place.path!r}: an adapter there changes the Parameter "
-            f"{_parameters(entries)}, which all rows and tokens share. Stack such adapters, or adapt a layer"
+            f"{composition!r} cannot act on {place.path!r}: an adapter there changes {changed}, which all rows and tokens "
+            "share. Stack such adapters, or adapt a layer"
         )
     if in_order:
         undoing = [entry for entry in entries if _undoes(place, entry)]
         ordered = [*(entry for entry in entries if entry not in undoing), *reversed(undoing)]
-        steps = tuple(step_of(entry, composition) for entry in ordered)
+        steps = tuple(acting.step(entry, composition) for entry in ordered)
         # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
         if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
@@ -180,7 +177,7 @@ def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[PlanNode], wh
 
 
 def _leaf(place: SiteContext, entry: SiteEntry, whole: Composition) -> Leaf:
-    step = step_of(entry, whole)
+    step = acting_at(place.at).step(entry, whole)
     if not isinstance(step, AddsToTensor):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
     kind = kind_of(step, place.site.get_submodule(entry.key))
