@@ -25,8 +25,9 @@ from ..structure.tracing.forward import ExampleInputs
 from ..structure.tracing.row_layout import Layouts
 from ..structure.tracing.rows import discover_rows
 from .activate import check_plans, layouts_of
-from .attach import attach, check_free, detach, drop_modules, insert_modules, refresh, state_of
-from .build import build_head_modules, build_modules, tied_groups
+from .admit import AdapterDraft, admit
+from .attach import check_free, detach, drop_modules, insert_modules, refresh, state_of
+from .build import build_head_modules, tied_groups
 from .merging.merge import unmerge
 
 __all__ = ["add", "add_heads", "find_sites", "needs_structure", "remove", "remove_head", "seen_layouts"]
@@ -46,9 +47,8 @@ def add(
     replaced = [head.path for head in found if head.is_in_place]
     if replaced:
         sites = _outside_heads(model, sites, config, replaced)
-        check_apart([site.path for site in sites], replaced)
     layouts = seen_layouts(model, config, sites, example_inputs)
-    attach(model, name, _with_paths(model, config), build_modules(model, config, sites, found), layouts)
+    admit(model, AdapterDraft(name, _with_paths(model, config), sites, found, layouts))
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..config.fusion import FusionConfig
 from ..config.settings import AdapterConfig
 from ..config.union import Config, members
-from ..errors import TargetError
+from ..errors import ConfigError, TargetError
 from ..heads.config import OwnHead
 from ..heads.find import FoundHead, build_heads
 from ..heads.spec import HeadSpec
 from ..methods import method_of
 from ..methods.method import SharesTensors
+from ..nn.fusion import Fusion
+from ..nn.seeded import seeded
 from ..nn.twin import TiedModule
 from ..placement.layers import settings_site
 from ..placement.spec import SiteSpec
@@ -21,7 +24,15 @@ from ..structure.base_tensors import base_tensors, parameter_at
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import outside_inference_mode
 
-__all__ = ["BuiltModule", "build_head_modules", "build_modules", "device_near", "dtype_at", "tied_groups"]
+__all__ = [
+    "BuiltModule",
+    "build_fusion_modules",
+    "build_head_modules",
+    "build_modules",
+    "device_near",
+    "dtype_at",
+    "tied_groups",
+]
 
 
 @dataclass(frozen=True)
@@ -34,25 +45,42 @@ class BuiltModule:
 
 
 @outside_inference_mode()
-def build_modules(
-    model: nn.Module, config: Config, sites: Sequence[SiteSpec], heads: Sequence[FoundHead], *, meta: bool = False
-) -> list[BuiltModule]:
-    """The modules of these sites and heads, not yet attached.
+def build_modules(model: nn.Module, config: Config, sites: Sequence[SiteSpec], *, meta: bool = False) -> list[BuiltModule]:
+    """Build the modules of these sites, on their hosts' devices, not yet attached.
 
     Args:
-        meta: Build what is new without memory or values, for a file to fill.
+        meta: Build them without memory or values, for a file to fill.
     """
-    parts = []
+    built = []
     for index, member in enumerate(members(config)):
-        with torch.random.fork_rng(devices=[], enabled=member.seed is not None), torch.device("meta" if meta else "cpu"):
-            if member.seed is not None:
-                torch.manual_seed(member.seed)
-            parts += _build(model, member, [site for site in sites if site.member == index])
-    _check_order(parts)
-    if not meta:
-        for part in parts:
-            part.module.to(device_near(model, part.path))
-    return parts + build_head_modules(model, heads, meta=meta)
+        with seeded(member.seed, meta=meta):
+            built += _build(model, member, [site for site in sites if site.member == index])
+    _check_order(built)
+    return built if meta else _near_hosts(model, built)
+
+
+@outside_inference_mode()
+def build_fusion_modules(
+    model: nn.Module, config: FusionConfig, sites: Sequence[SiteSpec], *, meta: bool = False
+) -> list[BuiltModule]:
+    """Build the modules of a fusion, one for each of its sites, on their hosts' devices, not yet attached.
+
+    Args:
+        meta: Build them without memory or values, for a file to fill.
+
+    Raises:
+        ConfigError: without a projection, the queries do not fit the keys.
+    """
+    with seeded(config.seed, meta=meta):
+        built = [BuiltModule(site.path, _build_fusion(model, site, config), site) for site in sites]
+    return built if meta else _near_hosts(model, built)
+
+
+def _near_hosts(model: nn.Module, built: list[BuiltModule]) -> list[BuiltModule]:
+    """Move each module to where its host computes."""
+    for one in built:
+        one.module.to(device_near(model, one.path))
+    return built
 
 
 @outside_inference_mode()
@@ -114,6 +142,27 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
         for part in holding:
             (part.module._modules if part is owner else part.module.__dict__)["shared"] = shared
     return parts
+
+
+def _build_fusion(model: nn.Module, spec: SiteSpec, config: FusionConfig) -> Fusion:
+    """Build the module of a fusion at one site."""
+    if not config.query and spec.input_width != spec.width:
+        raise ConfigError(
+            f"query=False compares what is read at {spec.path!r}, of {spec.input_width} features, with what is added, of "
+            f"{spec.width}; leave query=True, or give query_reads='site'"
+        )
+    return Fusion(
+        spec.width,
+        query_size=spec.input_width,
+        query=config.query,
+        key=config.key,
+        value=config.value,
+        value_init=config.value_init,
+        residual_before=config.residual_before,
+        temperature=config.temperature,
+        dropout=config.dropout,
+        dtype=dtype_at(model, spec.path, config.dtype),
+    )
 
 
 def tied_groups(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSpec]]:

@@ -561,7 +561,7 @@ def test_ia3_scales_of_parts_are_put_together(ids: Tensor) -> None:
     parts = {"q": ("q", ((0, 8),)), "k": ("k", ((8, 16),)), "v": ("v", ((16, 24),))}
     for name in ("kv", "q", "qv"):  # as roles give them
         sites = [replace(site, slices=tuple(parts[part] for part in name))]
-        attach.attach(model, name, config, build_modules(model, config, sites, []))
+        attach.attach(model, name, config, build_modules(model, config, sites))
         randomise(kit, name)
     kit.add("all", config)
     randomise(kit, "all")
