@@ -524,7 +524,7 @@ def test_layers_of_several_adapters_are_put_together_on_a_fused_projection(tmp_p
     check_config(kit, "sum")
     check_loads(kit, "sum", x, tmp_path)
     kit.add("c", "lora", targets=["@attention.k"], layers=[1])
-    with pytest.raises(ak.TargetError, match=r"no config leads to all places of \['a', 'c'\].* parts of fused projections"):
+    with pytest.raises(ak.TargetError, match=r"no config leads to all sites of \['a', 'c'\].* parts of fused projections"):
         kit.combine("d", {"a": 1, "c": 1})
 
 
@@ -822,7 +822,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"weights": {"relu": 0.5, "first": 0.5}, "how": "linear"},
         ak.TargetError,
-        r"'relu' and 'first' do not sit at the same places.*they differ at \['blocks.1",
+        r"'relu' and 'first' do not adapt the same sites.*they differ at \['blocks.1",
     ),
     (
         {"weights": {"houlsby": 0.5, "houlsby 2": 0.5}, "how": "linear"},
@@ -837,7 +837,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"weights": {"ia3 less": 1, "ia3 more": 1}},
         ak.TargetError,
-        r"no config leads to all places of \['ia3 less', 'ia3 more'\].*it has \['targets', 'feedforward_targets'\]",
+        r"no config leads to all sites of \['ia3 less', 'ia3 more'\].*it has \['targets', 'feedforward_targets'\]",
     ),
     ({"weights": {"lora": 1, "nan": 1}}, ak.CompatibilityError, "'nan' has values that are not finite, in 'lora_A' at 'blocks.0"),
     ({"weights": {"huge": 3}}, ak.CompatibilityError, "'the sum' has values that are not finite, in 'lora_B' at 'blocks.0"),
