@@ -51,7 +51,7 @@ class SitePlan:
 
     @property
     def dividing(self) -> tuple[ComposeStep, ...]:
-        """The steps, heads apart, that need to know the batch: rows run different adapters there, or lie flat."""
+        """Return the steps, no heads, that must know the batch: rows run different adapters there, or lie flat."""
         mixes = (step for steps in self.steps.values() for step in steps if isinstance(step, ComposeStep))
         return tuple(step for step in mixes if isinstance(step.node, ByRow) or (step.layout and step.layout.is_flat))
 
@@ -100,7 +100,7 @@ def apply(model: nn.Module, state: ModelState) -> None:
 
 
 def check_active(model: nn.Module, composition: Composition) -> Composition:
-    """The composition, if it is one, and the model has all of its adapters; what they weigh in the place of fusions.
+    """Return the composition to run: checked, and with what they weigh in the place of the names of fusions.
 
     Raises:
         AdapterNameError: no adapter or fusion has such a name.
@@ -126,7 +126,7 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
 
 
 def _plans(model: nn.Module, state: ModelState, composition: Composition | None) -> Plans:
-    """What a composition becomes at the site of each host, in the model's order."""
+    """Compile a composition: return the plan for the site of each host, in the model's order."""
     modules = dict(model.named_modules())
     axes, layouts = RowAxes(modules), layouts_of(model, state)
     return [
@@ -136,12 +136,15 @@ def _plans(model: nn.Module, state: ModelState, composition: Composition | None)
 
 
 def layouts_of(model: nn.Module, state: ModelState) -> Mapping[str, Layouts]:
-    """What was seen of where rows lie, by path; nothing of a part of the model, in which paths are others."""
+    """Map the path of each module to what was seen of where rows lie in its tensors.
+
+    Nothing is known in a part of a wrapped model: its paths are others.
+    """
     return state.layouts if model.__dict__.get(STATE) is state else {}
 
 
 def _put(model: nn.Module, state: ModelState, plans: Plans) -> None:
-    """Have the sites run these plans."""
+    """Put the steps of these plans into the sites, for their hooks to run."""
     active = state.activation.active
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
     idle = (Pass(active),) if state.activation.was_used else ()
@@ -197,7 +200,7 @@ def plan_at(
     layouts: Layouts,
     merged: Collection[str] = (),
 ) -> SitePlan:
-    """The plan of a composition at the site of this host, without what is merged into its weights.
+    """Compile a composition for the site of one host, without what is merged into its weights.
 
     Args:
         row_axis: What the model's modules say of it; see `RowAxes.at`.

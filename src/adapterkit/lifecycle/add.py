@@ -124,9 +124,10 @@ def remove_head(model: nn.Module, name: str, head: str) -> None:
 
 
 def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
-    """The sites without those in heads that a method named by itself (every bias, say): the copies train whole.
+    """Return the sites without those that lie in replaced heads by the method's own choice, such as every bias.
 
-    Without those, too, at a Parameter that is tied to one outside of the heads, which is what is adapted then.
+    Copies of heads train whole. A site that the user's `targets` name stays, and is refused later. A site in a head at a
+    Parameter that is tied to one outside of the heads goes, too: it is adapted there.
     """
     named = [index for index, member in enumerate(members(config)) if "targets" in member.model_fields_set]
     outside = [site for site in sites if not {*heads} & {*ancestors(site.path)}]
@@ -138,7 +139,7 @@ def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, 
 
 
 def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
-    """The sites that a config would adapt. Raises: see `placement.resolve`."""
+    """Find the sites that a config would adapt. Raises: see `placement.resolve`."""
     with ACTIVATION_LOCK, without_adapters():
         sites = resolve(model, [(m, method_of(m).placements(m)) for m in members(config)], example_inputs)
     for index, member in enumerate(members(config)):
@@ -147,16 +148,16 @@ def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs |
 
 
 def needs_structure(config: Config) -> bool:
-    """Whether a config's places depend on what the model computes."""
+    """Tell whether a config's sites depend on what the model computes, not on names alone."""
     return any(asks_for_structure(m, placement) for m in members(config) for placement in method_of(m).placements(m))
 
 
 def seen_layouts(
     model: nn.Module, config: Config, sites: Sequence[SiteSpec], example_inputs: ExampleInputs | None
 ) -> Mapping[str, Layouts]:
-    """By the path of each module: where the rows of a batch lie in its tensors, as running the model shows or has shown.
+    """Map the path of each module to where rows lie in its tensors, as running the model shows or has shown.
 
-    It is run on the inputs, if there are any; on tiny ones, if the config's places are found by running it, too.
+    The model runs on the inputs, if there are any; else on tiny ones, if it runs anyway to find the config's sites.
 
     Raises:
         TargetError: the config has a row-wise setting that would take another axis for that of rows.
@@ -172,14 +173,14 @@ def seen_layouts(
 
 
 def _with_paths(model: nn.Module, config: Config) -> Config:
-    """The config with predicates replaced by what they matched, so that it can be saved."""
+    """Return the config with predicates replaced by the paths that they matched, so that it can be saved."""
     if isinstance(config, Union):
         return Union(*(_member_with_paths(model, member) for member in config.configs))
     return _member_with_paths(model, config)
 
 
 def _member_with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """`_with_paths` of one config."""
+    """Return one config of a union as `_with_paths` does."""
 
     def paths(targets: Sequence[Any]) -> list[str]:
         return [

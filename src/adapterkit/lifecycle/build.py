@@ -85,7 +85,9 @@ def _near_hosts(model: nn.Module, built: list[BuiltModule]) -> list[BuiltModule]
 
 @outside_inference_mode()
 def build_head_modules(model: nn.Module, heads: Sequence[FoundHead], *, meta: bool = False) -> list[BuiltModule]:
-    """The modules of these heads, not yet attached: on their hosts' devices, but for copies, which lie where the host does.
+    """Build the modules of these heads, not yet attached.
+
+    New ones lie where their hosts compute. Copies of the model's own lie where the host does.
 
     Args:
         meta: Build what is new without memory or values, for a file to fill.
@@ -100,7 +102,7 @@ def build_head_modules(model: nn.Module, heads: Sequence[FoundHead], *, meta: bo
 
 
 def _check_order(parts: Sequence[BuiltModule]) -> None:
-    """Raise TargetError where a module that needs what the host itself returned would get it from another module."""
+    """Raise TargetError where a module that needs what the host itself returned would get what another has changed."""
     hosts: dict[str, SiteSpec] = {}
     for part in parts:
         if not isinstance(part.spec, SiteSpec) or part.spec.at != "output":
@@ -114,10 +116,10 @@ def _check_order(parts: Sequence[BuiltModule]) -> None:
 
 
 def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -> list[BuiltModule]:
-    """The modules of one config, with what they share reachable from each.
+    """Build the modules of one config, with what they share reachable from each.
 
-    What several sites share is held by the first in the model alone, so that it trains, moves and is saved once; the
-    sites of a file are in the model's order, those of a config need not be.
+    What several sites share is held by the first in the model alone, so that it trains, moves and is saved once. The
+    sites of a file are in the model's order; those of a config need not be.
     """
     method = method_of(config)
     order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
@@ -166,7 +168,7 @@ def _build_fusion(model: nn.Module, spec: SiteSpec, config: FusionConfig) -> Fus
 
 
 def tied_groups(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSpec]]:
-    """The sites, those at the same Parameter together."""
+    """Group the sites: those at one tied Parameter together, every other one alone."""
     groups: dict[object, list[SiteSpec]] = {}
     for site in sites:
         parameter = parameter_at(model.get_submodule(site.path), site.parameters[0]) if site.parameters else None
@@ -175,7 +177,7 @@ def tied_groups(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSp
 
 
 def parameter_near(model: nn.Module, path: str) -> torch.Tensor:
-    """A floating-point tensor of the host's, or of the innermost module around it that has one."""
+    """Return a floating-point tensor of the host, or of the innermost module around it that has one."""
     for around in ancestors(path):
         for _, tensor in base_tensors(model.get_submodule(around)):
             if tensor.is_floating_point():
@@ -184,7 +186,7 @@ def parameter_near(model: nn.Module, path: str) -> torch.Tensor:
 
 
 def device_near(model: nn.Module, path: str) -> torch.device:
-    """Where the host computes: where its parameters are or, if accelerate moves them, where it moves them to."""
+    """Return the device on which the host computes: that of its parameters, or where accelerate moves them to."""
     for around in ancestors(path):
         device = getattr(getattr(model.get_submodule(around), "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -193,7 +195,10 @@ def device_near(model: nn.Module, path: str) -> torch.device:
 
 
 def dtype_at(model: nn.Module, path: str, given: str | None) -> torch.dtype:
-    """As given, else float32, on half-precision and quantised hosts as well; float64 on a float64 host."""
+    """Return the dtype of new modules at a host: the given one, else float32, or float64 on a float64 host.
+
+    It is float32 on half-precision and quantised hosts, too: what trains needs more bits than what rests.
+    """
     if given is not None:
         return getattr(torch, given)  # type: ignore[no-any-return]  # one of `DType`
     return torch.float64 if parameter_near(model, path).dtype == torch.float64 else torch.float32
