@@ -32,7 +32,7 @@ from adapterkit.composition.nodes import Average, BatchSplit, Fuse, Parallel, Ro
 from adapterkit.heads.plan import head_owner
 from adapterkit.runtime.this_call import THIS_CALL
 
-from ..conftest import PostNormBlock, Tiny, randomise
+from ..hosts.tiny import PostNormBlock, Tiny, randomise
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
 ADAPTER = ak.BottleneckConfig(targets=["attention.output.dense"], bottleneck_size=3)

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2Model, T5Config, T5ForConditionalGenera
 import adapterkit as ak
 from adapterkit.runtime.lookup import sites_of
 
-from ..conftest import PreNormBlock, Tiny, randomise
+from ..hosts.tiny import PreNormBlock, Tiny, randomise
 
 
 def places(kit: ak.AdapterKit, config: Any, **settings: Any) -> list[tuple[str, tuple[str, ...]]]:

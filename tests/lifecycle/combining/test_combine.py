@@ -19,8 +19,8 @@ from adapterkit.lifecycle.build import build_modules
 from adapterkit.methods import UNION_PRESETS, presets
 from adapterkit.placement.layers import setting_at
 
-from ...conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from ...hosts.layers import LAYERS, layer, some_input
+from ...hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
 
 HOWS = ["linear", "concatenate", "svd"]
 EXACT = ["concatenate", "svd"]

@@ -23,8 +23,8 @@ from adapterkit.lifecycle.merging.merged_weights import merged_weights
 from adapterkit.runtime.hooks import KitHook
 from adapterkit.runtime.originals import originals_of
 
-from ...conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from ...hosts.layers import Conv1D
+from ...hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
 
 LORA = ak.LoRAConfig(targets=["query", "up", "down"], rank=3, alpha=5.0)
 
