@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adapterkit.errors import ConfigError
 from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
 from adapterkit.nn.invertible import Coupling, CouplingKind, InvertibleAdapter
+from adapterkit.nn.shared import share
 
 BLOCKS: list[CouplingKind] = ["nice", "glow"]
 
@@ -26,7 +27,7 @@ def random_coupling(width: int, block: CouplingKind, *, dtype: torch.dtype = tor
 def pair(coupling: Coupling) -> nn.ModuleList:
     """The modules of one adapter, with the coupling where the core puts it: a child of the first alone."""
     modules = nn.ModuleList([InvertibleAdapter("forward"), InvertibleAdapter("inverse")])
-    modules[0]._modules["shared"] = modules[1].__dict__["shared"] = coupling
+    share(coupling, modules, owner=modules[0])
     return modules
 
 

@@ -217,22 +217,22 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
 def check_row_axes(
     model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: Mapping[str, Layouts]
 ) -> None:
-    """Raise TargetError where a row-wise setting takes the first axis for that of rows, and it is or may be another.
+    """Raise TargetError where a setting acts row by row, takes the first axis for that of the rows, and may be wrong.
 
     Args:
-        configs: Those of the sites' members.
-        layouts: What was seen of where rows lie, by path.
+        configs: The config of each member; a site says which one it came of.
+        layouts: The row layouts that were observed: map each host's path to them.
     """
     axes = RowAxes(dict(model.named_modules()))
     for site in sites:
         config, seen = configs[site.member], layout_of(layouts.get(site.path, {}), site)
-        by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
+        by_row = [name for name in config.by_row if getattr(config, name)]
         axis = axes.at(site.path) if seen is None else seen.axis or 0
         if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
             found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
             raise TargetError(
-                f"{site.path!r} {found} its batch on axis 1; gating and stochastic_depth need to know: set "
-                f"batch_axis={1 if axis else '0 or 1'}"
+                f"{site.path!r} {found} its batch on axis 1; {' and '.join(by_row)} must know which axis the rows are on: "
+                f"set batch_axis={1 if axis else '0 or 1'}"
             )
 
 

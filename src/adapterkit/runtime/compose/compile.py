@@ -9,6 +9,7 @@ from typing import Any
 from ...composition.nodes import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, to_json
 from ...composition.rows import divides_rows, fixed_rows, row_kinds
 from ...errors import CompatibilityError
+from ...nn.traits import takes_back
 from ...placement.layers import in_layers
 from ...placement.spec import layout_of
 from ...structure.tracing.row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout
@@ -186,7 +187,7 @@ def _leaf(place: SiteContext, entry: SiteEntry, whole: Composition) -> Leaf:
 
 def _undoes(place: SiteContext, entry: SiteEntry) -> bool:
     """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
-    return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
+    return takes_back(place.site.get_submodule(entry.key))
 
 
 def _check_tokens(place: SiteContext, nodes: Sequence[PlanNode], whole: Composition) -> None:
