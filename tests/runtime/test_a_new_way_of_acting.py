@@ -137,10 +137,7 @@ LINES = {
             '    Acting("call", prepend, before=EnterHook, after=LeaveHook, is_shared=True, reads_forward=True, label="(call)"),\n',
         ),
     ],
-    "methods/__init__.py": [
-        ("from .vera import", "from .soft_tokens import SoftTokens\n"),
-        ("# Presets that are several", "METHODS = (*METHODS, SoftTokens())\n\n"),
-    ],
+    "methods/in_tree.py": [("from .vera import", "from .soft_tokens import SoftTokensConfig as SoftTokensConfig\n")],
 }
 
 SCRIPT = '''

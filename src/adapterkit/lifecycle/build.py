@@ -14,9 +14,11 @@ from ..heads.config import OwnHead
 from ..heads.find import FoundHead, build_heads
 from ..heads.spec import HeadSpec
 from ..methods import method_of
-from ..methods.method import SharesTensors
+from ..methods.method import AdaptsParameter, SharesTensors
 from ..nn.fusion import Fusion
 from ..nn.seeded import seeded
+from ..nn.shared import share
+from ..nn.traits import reads_bare_output
 from ..nn.twin import TiedModule
 from ..placement.layers import settings_site
 from ..placement.spec import SiteSpec
@@ -108,7 +110,7 @@ def _check_order(parts: Sequence[BuiltModule]) -> None:
         if not isinstance(part.spec, SiteSpec) or part.spec.at != "output":
             continue
         before = hosts.setdefault(part.path, part.spec)
-        if before is not part.spec and getattr(part.module, "reads_bare_output", False):
+        if before is not part.spec and reads_bare_output(part.module):
             raise TargetError(
                 f"{part.path!r} is adapted by members {before.member} and {part.spec.member} of a union, and the latter "
                 f"({type(part.module).__name__}) must come first there; change their order"
@@ -123,27 +125,38 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
     """
     method = method_of(config)
     order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    dtypes = {id(site): dtype_at(model, site.path, config.dtype) for site in sites}
-    shared = (
-        method.shared(config, sites, dtype=dtypes[id(sites[0])]) if isinstance(method, SharesTensors) and sites else None
-    )
-    built: dict[int, nn.Module] = {}
+    dtypes = {site.path: dtype_at(model, site.path, config.dtype) for site in sites}
+    # First, so that a seed gives the same shared tensors however many sites there are.
+    shared = None
+    if isinstance(method, SharesTensors) and sites:
+        shared = method.shared(config, sites, dtype=dtypes[sites[0].path])
+    built: dict[int, nn.Module] = {}  # by the `id` of the site: two sites of one adapter may be equal
     for tied in tied_groups(model, sites):
-        site, first = settings_site(config, tied), min(tied, key=lambda site: order[site.path])
-        module = method.build(config, site, host=model.get_submodule(site.path), dtype=dtypes[id(first)])
-        if site.parameters and not hasattr(module, "adapted"):
-            raise TargetError(
-                f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
-                f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
-            )
+        first = min(tied, key=lambda site: order[site.path])
+        module = _build_tied(model, config, tied, dtype=dtypes[first.path])
         built |= {id(site): module if site is first else TiedModule(module) for site in tied}
-    parts = [BuiltModule(site.path, built[id(site)], site) for site in sites]
+    modules = [BuiltModule(site.path, built[id(site)], site) for site in sites]
     if shared is not None:
-        holding = [part for part in parts if not isinstance(part.module, TiedModule)]
-        owner = min(holding, key=lambda part: order[part.path])
-        for part in holding:
-            (part.module._modules if part is owner else part.module.__dict__)["shared"] = shared
-    return parts
+        holding = [one for one in modules if not isinstance(one.module, TiedModule)]
+        owner = min(holding, key=lambda one: order[one.path]).module
+        share(shared, [one.module for one in holding], owner=owner)
+    return modules
+
+
+def _build_tied(model: nn.Module, config: AdapterConfig, tied: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module:
+    """Build the one module that serves all sites of a tied Parameter, or the one site of another.
+
+    Raises:
+        TargetError: the site is a Parameter, and the method's modules change no Parameters.
+    """
+    site = settings_site(config, tied)
+    module = method_of(config).build(config, site, host=model.get_submodule(site.path), dtype=dtype)
+    if site.parameters and not isinstance(module, AdaptsParameter):
+        raise TargetError(
+            f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
+            f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
+        )
+    return module
 
 
 def _build_fusion(model: nn.Module, spec: SiteSpec, config: FusionConfig) -> Fusion:
