@@ -15,7 +15,15 @@ from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Norm
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.roles import role_paths
-from ..structure.hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
+from ..structure.hosts import (
+    HostShape,
+    channel_axis,
+    host_type,
+    is_more_than_a_norm,
+    known_shape,
+    note_of_unread_packages,
+    resolve_host,
+)
 from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
 from ..structure.tracing.row_layout import Layouts, RowAxes
@@ -167,7 +175,7 @@ def _shape(found: Found, host: nn.Module, config: TensorConfig, seen: _Seen | No
     if known is None:
         raise TargetError(
             f"the width of {path!r} ({type(host).__name__}) cannot be told from its type; "
-            "wrap the model with example inputs: ak.wrap(model, example_inputs=batch)"
+            f"wrap the model with example inputs: ak.wrap(model, example_inputs=batch){note_of_unread_packages()}"
         )
     width = known.width if location.at == "output" else known.input_width
     if not width:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..placement.spec import located
+from ..structure.hosts import is_called
 from ..structure.paths import ancestors
 from .hooks import (
     PORT,
@@ -98,4 +99,4 @@ def _set_pre_hook(module: nn.Module, kind: type[KitHook], wanted: bool, state: M
 def _called_around(one: str, other: str, modules: dict[str, nn.Module]) -> str:
     """The innermost module around both (`one` may be it) that is called when they are: no nn.ModuleList is."""
     around = (path for path in ancestors(one) if path in ancestors(other) and path != other)
-    return next((path for path in around if not isinstance(modules[path], (nn.ModuleList, nn.ModuleDict))), "")
+    return next((path for path in around if is_called(modules[path])), "")
