@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from ..structure.hosts import (
 )
 from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
-from ..structure.tracing.row_layout import Layouts, RowAxes
+from ..structure.tracing.row_layout import RowAxes, SeenRows
 from .layers import check_layers, in_layers, layer_of
 from .patterns import matches_nothing
 from .rule import Placement
@@ -223,7 +223,7 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
 
 
 def check_row_axes(
-    model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: Mapping[str, Layouts]
+    model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: SeenRows
 ) -> None:
     """Raise TargetError where a row-wise setting takes the first axis for that of rows, and it is or may be another.
 
@@ -239,8 +239,8 @@ def check_row_axes(
         if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
             found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
             raise TargetError(
-                f"{site.path!r} {found} its batch on axis 1; gating and stochastic_depth need to know: set "
-                f"batch_axis={1 if axis else '0 or 1'}"
+                f"{site.path!r} {found} its batch on axis 1{layouts.note(site.path)}; gating and stochastic_depth need "
+                f"to know: set batch_axis={1 if axis else '0 or 1'}"
             )
 
 
