@@ -24,7 +24,7 @@ from ..runtime.site import AdapterSite, SiteEntry
 from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
 from ..runtime.steps import Pass, Step
 from ..runtime.sync import forget_compiled
-from ..structure.tracing.row_layout import Layouts, RowAxes
+from ..structure.tracing.row_layout import Layouts, RowAxes, SeenRows
 
 __all__ = [
     "SitePlan",
@@ -130,17 +130,18 @@ def _plans(model: nn.Module, state: ModelState, composition: Composition | None)
     modules = dict(model.named_modules())
     axes, layouts = RowAxes(modules), layouts_of(model, state)
     return [
-        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts.get(path, {}), state.merged))
+        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts, state.merged))
         for path, host, site in sites_among(modules)
     ]
 
 
-def layouts_of(model: nn.Module, state: ModelState) -> Mapping[str, Layouts]:
+def layouts_of(model: nn.Module, state: ModelState) -> SeenRows:
     """Map the path of each module to what was seen of where rows lie in its tensors.
 
     Nothing is known in a part of a wrapped model: its paths are others.
     """
-    return state.layouts if model.__dict__.get(STATE) is state else {}
+    is_whole = model.__dict__.get(STATE) is state
+    return state.layouts if is_whole else SeenRows(why_unknown="it was seen of the whole model, of which this is a part")
 
 
 def _put(model: nn.Module, state: ModelState, plans: Plans) -> None:
@@ -197,25 +198,27 @@ def plan_at(
     row_axis: int | None,
     site: AdapterSite,
     composition: Composition | None,
-    layouts: Layouts,
+    layouts: SeenRows,
     merged: Collection[str] = (),
 ) -> SitePlan:
     """Compile a composition for the site of one host, without what is merged into its weights.
 
     Args:
         row_axis: What the model's modules say of it; see `RowAxes.at`.
-        layouts: What was seen of where rows lie.
+        layouts: What was seen of where rows lie, by path.
 
     Raises:
         CompatibilityError: its adapters cannot act together here as it says.
     """
-    seen = layouts.get(("output",))
+    here: Layouts = layouts.get(path, {})
+    seen = here.get(("output",))
     head_axis = row_axis if seen is None or seen.is_flat else seen.axis
     heads = head_steps(path, modules, site, composition, head_axis or 0)
     if not heads and not any(name in site.entries for name in names_in(composition)):
         return SitePlan({})
     steps: dict[str, tuple[Step, ...]] = {}
     for acting in ACTING:
-        steps[acting.at] = steps_at(SiteContext(path, site, acting.at, row_axis, layouts, merged), composition)
+        context = SiteContext(path, site, acting.at, row_axis, here, merged, layouts.note(path))
+        steps[acting.at] = steps_at(context, composition)
     steps["output"] += heads  # they read what the adapters there made
     return SitePlan({at: own for at, own in steps.items() if own})

@@ -126,7 +126,7 @@ def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
         return held.originals[name].value
     way, _, leaf = name.rpartition(".")
     owner: Any = host.get_submodule(way)
-    is_steady = leaf in owner._parameters
+    is_steady = leaf in owner._parameters or leaf in owner._buffers  # a quantised weight may be a buffer
     if not is_steady and is_parametrized(owner, leaf):
         is_steady = not any(True for _ in owner.parametrizations[leaf].buffers())  # spectral norm's move as they are read
     if not is_steady:

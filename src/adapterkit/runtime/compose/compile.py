@@ -32,6 +32,7 @@ class SiteContext:
     row_axis: int | None
     layouts: Layouts
     merged: Collection[str]
+    why_unseen: str = ""  # why `layouts` is empty, in brackets, for messages
     dropped: tuple[int, ...] = ()  # the layers in which nothing acts
     kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
 
@@ -101,8 +102,8 @@ def _layout_at(place: SiteContext, node: PlanNode, composition: Composition) -> 
     if fixed_rows(composition) is None:
         raise CompatibilityError(
             f"{composition!r} cannot act on {place.path!r}: some modules of the model have the rows of the batch on axis 1 "
-            "(batch_first=False), and nothing says on which axis they are here. Say how many there are, by Rows or by "
-            "ak.BatchSplit(..., sizes=[...]), or exclude this place"
+            f"(batch_first=False), and nothing says on which axis they are here{place.why_unseen}. Say how many there are, "
+            "by Rows or by ak.BatchSplit(..., sizes=[...]), or exclude this place"
         )
     return None
 
