@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import adapterkit as ak
 from adapterkit.nn.fusion import Fusion
 
-from ..conftest import PostNormBlock, PreNormBlock, Tiny, randomise
+from ..hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [0, 2, 4, 6, 8]])
 

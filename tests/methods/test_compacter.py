@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 
-from ..conftest import PostNormBlock, PreNormBlock, Tiny, randomise
+from ..hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
 
 IDS = torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(0))
 

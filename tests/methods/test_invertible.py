@@ -9,7 +9,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertForMas
 
 import adapterkit as ak
 
-from ..conftest import PostNormBlock, Tiny, randomise
+from ..hosts.tiny import PostNormBlock, Tiny, randomise
 
 IDS = torch.randint(2, 11, (3, 5), generator=torch.Generator().manual_seed(0))
 SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

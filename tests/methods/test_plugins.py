@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "adapterkit_ssf"
 USE = """
 import sys, torch
 import adapterkit as ak
-from tests.conftest import PreNormBlock, Tiny, randomise
+from tests.hosts.tiny import PreNormBlock, Tiny, randomise
 
 torch.manual_seed(0)
 ids = torch.randint(0, 11, (3, 5))
@@ -77,7 +77,7 @@ def test_the_example_package_works_like_a_method_of_ours(tmp_path: Path) -> None
 def test_a_file_of_a_method_that_is_not_installed_names_what_is_missing(tmp_path: Path) -> None:
     install(tmp_path, "ssf = adapterkit_ssf:ScaleAndShift")
     assert run(USE, str(tmp_path / "saved"), path=[tmp_path, EXAMPLE]).returncode == 0
-    code = "import sys, adapterkit as ak; from tests.conftest import *; ak.wrap(Tiny(PreNormBlock)).load(sys.argv[1])"
+    code = "import sys, adapterkit as ak; from tests.hosts.tiny import *; ak.wrap(Tiny(PreNormBlock)).load(sys.argv[1])"
     done = run(code, str(tmp_path / "saved"), path=[])
     assert "StoreError" in done.stderr
     missing = "cannot be loaded: the method 'ssf' is not here: install the package that brings it, or register it with"

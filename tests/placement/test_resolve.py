@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import adapterkit as ak
 from adapterkit.runtime.lookup import sites_of
 
-from ..conftest import PostNormBlock, PreNormBlock, Tiny, randomise
+from ..hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
 
 
 def adapted(block: nn.Module, **config: object) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 
-from ..conftest import PostNormBlock, PreNormBlock, Tiny, randomise
-from ..structure.test_hosts import HOSTS, same, tensors
+from ..hosts.any_module import HOSTS, same, tensors
+from ..hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
 
 CONFIG = ak.BottleneckConfig(targets=["attention.out", "down"], bottleneck_size=3)
 PLACES: dict[str, tuple[type[nn.Module], dict[str, object]]] = {

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CompatibilityError, ConfigError, TargetError
+from ..nn.seeded import seeded
 from ..placement.patterns import match
 from ..runtime.hooks import remove_hooks
 from ..runtime.state import ACTIVATION_LOCK, without_adapters
@@ -34,7 +35,7 @@ class FoundHead:
 
     Attributes:
         path: Its host: the module whose place it takes, or which yields the model's output.
-        module: The user's own module; None for what is copied, or made.
+        module: The module that is to run, of the user's own or made already; None for what is copied, or built.
         vocabulary: Tokens that its logits are of, for a head with a vocabulary.
     """
 
@@ -109,20 +110,17 @@ def build_heads(model: nn.Module, heads: Sequence[FoundHead], dtype: torch.dtype
         dtype: Of new ones.
         meta: Make new ones without memory or values, for a file to fill.
     """
-    own = [head.path for head in heads if isinstance(head.spec.config, OwnHead)]
+    own = [head.path for head in heads if isinstance(head.spec.config, OwnHead) and head.module is None]
     copies = dict(zip(own, copy_heads([model.get_submodule(path) for path in own]), strict=True))
     modules: list[nn.Module] = []
     for head in heads:
         config = head.spec.config
-        if isinstance(config, OwnHead):
-            modules.append(copies[head.path])
-        elif head.module is not None:
+        if head.module is not None:
             modules.append(head.module)
+        elif isinstance(config, OwnHead):
+            modules.append(copies[head.path])
         else:
-            seed = getattr(config, "seed", None)
-            with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta" if meta else "cpu"):
-                if seed is not None:
-                    torch.manual_seed(seed)
+            with seeded(getattr(config, "seed", None), meta=meta):
                 modules.append(build_head(config, head.spec, head.vocabulary, dtype))
     return modules
 

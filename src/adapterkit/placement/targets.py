@@ -119,7 +119,7 @@ def _at_module(
         residual, argument = port.path, port.argument
     elif placement.residual is not None:
         residual = _nearest(host, placement.residual, model, modules)
-    return Found(Location(host, "input" if at_input else "output", placement.reads, output, argument, residual))
+    return Found(Location(host, placement.at, placement.reads, output, argument, residual))
 
 
 def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Module]) -> Found:

@@ -15,13 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 from adapterkit.composition.nodes import Average, BatchSplit, Parallel, Rows, Split, Stack, names_in
 
-from ...conftest import PostNormBlock, PreNormBlock, randomise
-from ...hosts.composed import HOSTS, ROWS, TINY, TOKENS, WIDTH, Blocks, Built, built, encoder, example, input_ids
+from ...hosts.composed import HOSTS, ROWS, TINY, TOKENS, WIDTH, Built, built, encoder, example, input_ids
+from ...hosts.tiny import Blocks, CheckpointedBlocks, PostNormBlock, PreNormBlock, randomise
 from ...strategies import compositions
 from .oracle import NoMeaningError, expected, pieces_of
 
@@ -207,18 +206,6 @@ def test_compiled_rows_are_those_of_the_oracle(tree: Any) -> None:
         torch.testing.assert_close(compiled(**inputs), right, atol=1e-5, rtol=1e-5)
 
 
-class Checkpointed(Blocks):
-    """`Blocks` that keeps nothing of its blocks for the backward."""
-
-    reentrant = False
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("tree", MIXED, ids=str)
 def test_recomputed_blocks_give_the_gradients_of_the_oracle(tree: Any, reentrant: bool) -> None:
@@ -228,7 +215,7 @@ def test_recomputed_blocks_give_the_gradients_of_the_oracle(tree: Any, reentrant
     right = gradients(wanted(host, tree, inputs), parameters)
     model = host.kit.model
     with host.kit.active(tree):
-        model.__class__, model.reentrant = Checkpointed, reentrant
+        model.__class__, model.reentrant = CheckpointedBlocks, reentrant
         try:
             model(**inputs).pow(2).sum().backward()
         finally:

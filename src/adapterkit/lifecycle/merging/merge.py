@@ -13,7 +13,7 @@ from ...errors import ActivationError, CompatibilityError
 from ...nn.traits import reads_bare_output
 from ...runtime.lookup import fusions_of, named_parameters, sites_of
 from ...runtime.originals import originals_of
-from ...runtime.site import Entry, Original
+from ...runtime.site import Original, SiteEntry
 from ...runtime.state import ACTIVATION_LOCK, ModelState, without_adapters
 from ...runtime.sync import forget_compiled
 from ...structure.base_tensors import digest, owner_at, parameter_at
@@ -125,7 +125,7 @@ def _check_company(model: nn.Module, state: ModelState, name: str) -> None:
     others = {*names_in(state.activation.active)} - {name, *state.merged}
     for path, _, site in sites_of(model):
         here = [other for other in others if other in site.entries] if name in site.entries else []
-        held = [pair for which in (name, *here) for pair in site.modules_of(which) if pair[0].spec is not None]
+        held = [pair for which in (name, *here) for pair in site.adapting(which)]
         if here and not all(_is_a_sum(entry, module) for entry, module in held):
             raise CompatibilityError(
                 f"adapter {name!r} cannot be merged into {path!r}, where {here[0]!r} acts as well and is not merged: what "
@@ -133,10 +133,9 @@ def _check_company(model: nn.Module, state: ModelState, name: str) -> None:
             )
 
 
-def _is_a_sum(entry: Entry, module: nn.Module) -> bool:
+def _is_a_sum(entry: SiteEntry, module: nn.Module) -> bool:
     """Whether a module adds to its host's output what depends on the host's input alone."""
-    reads_input = entry.spec is not None and entry.spec.reads == "own_input"
-    return reads_input and not reads_bare_output(module)
+    return entry.spec.reads == "own_input" and not reads_bare_output(module)
 
 
 def _check_unchanged(model: nn.Module) -> None:

@@ -17,17 +17,15 @@ from ...methods.method import AdaptsParameter, Mergeable
 from ...nn.shared import borrowed
 from ...nn.twin import trained
 from ...placement.spec import SiteSpec
+from ...runtime.acting import acting_at
 from ...runtime.lookup import sites_of
 from ...runtime.originals import originals_of
-from ...runtime.site import AdapterSite, Entry
+from ...runtime.site import AdapterSite, SiteEntry
 from ...structure.base_tensors import owner_at, parameter_at
 from .mergeable import Ties, refusal
 from .trial import difference, needs_trial
 
 __all__ = ["Change", "merged_weights"]
-
-# At one host: a changed weight is what an output is added to, and an input is scaled before both.
-_ORDER = ("weight", "output", "input")
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,23 @@ def merged_weights(model: nn.Module, names: Sequence[str]) -> list[Change]:
     ties, originals, covered = Ties(model), originals_of(model), _covered(model, names)
     changes: list[Change] = []
     for path, host, site in sites_of(model):
-        held = [(name, *pair) for name in names for pair in site.modules_of(name) if pair[0].spec is not None]
+        held = [(name, *pair) for name in names for pair in site.adapting(name)]
         if held:
-            held.sort(key=lambda item: _ORDER.index(_spec(item[1]).at))
+            held.sort(key=lambda item: _merge_rank(path, item[0], item[1].spec.at))
             changes += _HostWeights(path, host, site, ties, originals, covered).merged(held)
     _check_agree(changes, names)
     return changes
+
+
+def _merge_rank(path: str, adapter: str, at: str) -> int:
+    """Return the place of a module in the order in which those at one host are merged. Raises CompatibilityError."""
+    rank = acting_at(at).merge_rank
+    if rank is None:
+        raise CompatibilityError(
+            f"adapter {adapter!r} cannot be merged into {path!r}: what it does there is no change of a weight ({at}). "
+            "Nothing was changed"
+        )
+    return rank
 
 
 def _covered(model: nn.Module, names: Sequence[str]) -> dict[int, set[tuple[int, str]]]:
@@ -74,8 +83,8 @@ def _covered(model: nn.Module, names: Sequence[str]) -> dict[int, set[tuple[int,
     holders: dict[int, set[tuple[int, str]]] = {}
     acting: dict[int, dict[str, list[int]]] = {}
     for path, host, site in sites_of(model):
-        for entry, module in (pair for name in names for pair in site.modules_of(name) if pair[0].spec is not None):
-            for owner, leaf in (owner_at(host, own) for own in _spec(entry).parameters or ("weight",)):
+        for entry, module in (pair for name in names for pair in site.adapting(name)):
+            for owner, leaf in (owner_at(host, own) for own in entry.spec.parameters or ("weight",)):
                 parameter = None if owner is None else parameter_at(owner, leaf)
                 if parameter is not None:
                     holders.setdefault(id(parameter), set()).add((id(owner), leaf))
@@ -114,18 +123,18 @@ class _HostWeights:
         self._names: dict[str, tuple[str, ...]] = {}
         self._refused: dict[str, str] = {}
 
-    def merged(self, held: Sequence[tuple[str, Entry, nn.Module]]) -> Iterator[Change]:
+    def merged(self, held: Sequence[tuple[str, SiteEntry, nn.Module]]) -> Iterator[Change]:
         """Merge adapters' modules, in order, and return what changes."""
         changed: dict[str, list[int]] = {}
         before: dict[str, Tensor] | None = None
         for name, entry, held_module in held:
             module = trained(held_module)
-            if not (isinstance(module, Mergeable) or (isinstance(module, AdaptsParameter) and _spec(entry).at == "weight")):
+            if not (isinstance(module, Mergeable) or (isinstance(module, AdaptsParameter) and entry.spec.at == "weight")):
                 config: Any = entry.config
-                method = members(config)[_spec(entry).member].method
+                method = members(config)[entry.spec.member].method
                 raise self._refusal(name, f"{method!r} is no change of a weight; only methods that are can be merged")
-            names = self._load(name, _spec(entry), _dtype_of(held, self._host))
-            if before is None and _spec(entry).at != "weight":
+            names = self._load(name, entry.spec, _dtype_of(held, self._host))
+            if before is None and entry.spec.at != "weight":
                 before = {key: self._wide[name] for key, name in names.items()}
             given = {key: self._wide[own] for key, own in names.items()}
             for key, value in self._merge(name, entry, module, given).items():
@@ -135,7 +144,7 @@ class _HostWeights:
                 changed.setdefault(names[key], []).append(id(module))
         entries = [entry for _, entry, _ in held]
         if before is not None and needs_trial(self._host, entries):
-            beside = [(name, entry) for name, entry, _ in held if _spec(entry).at != "weight"]
+            beside = [(name, entry) for name, entry, _ in held if entry.spec.at != "weight"]
             wrong = difference(self._host, self._site, beside, before, {name: self._wide[name] for name in before})
             if wrong is not None:
                 raise self._refusal(held[0][0], wrong)
@@ -162,7 +171,7 @@ class _HostWeights:
                 self._wide[name] = self._originals.get(id(tensor), tensor.detach()).to(tensor.device, dtype)
         return {key: all_names[0] for key, all_names in names.items()}
 
-    def _merge(self, adapter: str, entry: Entry, module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _merge(self, adapter: str, entry: SiteEntry, module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """What one module makes of the tensors, checked."""
         self._check_finite(adapter, "the adapter has", (*module.parameters(), *module.buffers()))
         module = _in_dtype(module, given["weight"].dtype)
@@ -197,14 +206,7 @@ class _HostWeights:
         )
 
 
-def _spec(entry: Entry) -> SiteSpec:
-    """The place of a module that is no head."""
-    if entry.spec is None:
-        raise CompatibilityError("a head has no place at which it could be merged")
-    return entry.spec
-
-
-def _dtype_of(held: Sequence[tuple[str, Entry, nn.Module]], host: nn.Module) -> torch.dtype:
+def _dtype_of(held: Sequence[tuple[str, SiteEntry, nn.Module]], host: nn.Module) -> torch.dtype:
     """float32, or float64 where the host's weights or the adapters are in it."""
     tensors = [*host.parameters(), *(parameter for _, _, module in held for parameter in module.parameters())]
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

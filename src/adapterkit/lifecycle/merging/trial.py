@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.functional.projections import Projection, projection_of, random_input
-from ...runtime.site import AdapterSite, Entry
+from ...runtime.acting import acting_at
+from ...runtime.site import AdapterSite, SiteEntry
 from ...runtime.state import without_adapters
-from ...runtime.steps import step_of
 from ...runtime.weight_swap import put_weights, take_weights
 from ...structure import pytree
 from ...structure.paths import SITE
@@ -34,9 +34,9 @@ class _Bare(nn.Module):
         return self.host.forward(*args, **kwargs)
 
 
-def needs_trial(host: nn.Module, entries: Sequence[Entry]) -> bool:
+def needs_trial(host: nn.Module, entries: Sequence[SiteEntry]) -> bool:
     """Whether it is not plain that merging these changes the host's output as they do: see `difference`."""
-    beside = [entry for entry in entries if entry.spec is not None and entry.spec.at != "weight"]
+    beside = [entry for entry in entries if entry.spec.at != "weight"]
     projection = projection_of(host)
     is_torchs = projection is not None and not projection.has_own_forward and "forward" not in host.__dict__
     return bool(beside) and (not is_torchs or len(entries) > 1)
@@ -45,7 +45,7 @@ def needs_trial(host: nn.Module, entries: Sequence[Entry]) -> bool:
 def difference(
     host: nn.Module,
     site: AdapterSite,
-    held: Sequence[tuple[str, Entry]],
+    held: Sequence[tuple[str, SiteEntry]],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
 ) -> str | None:
@@ -81,22 +81,22 @@ def difference(
 
 
 def _run_beside(
-    host: nn.Module, site: AdapterSite, held: Sequence[tuple[str, Entry]], tensors: Mapping[str, Tensor], z: Tensor
+    host: nn.Module, site: AdapterSite, held: Sequence[tuple[str, SiteEntry]], tensors: Mapping[str, Tensor], z: Tensor
 ) -> Tensor:
     """The host's output with the adapters beside it, as hooks run them."""
     args: tuple[Any, ...] = (z,)
     kwargs: dict[str, Any] = {}
     for name, entry in held:
-        if entry.spec is not None and entry.spec.at == "input":
-            args, kwargs = step_of(entry, name)(site, host, args, kwargs, (args, kwargs))
+        if entry.spec.at == "input":
+            args, kwargs = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, (args, kwargs))
     output = _run(host, tensors, args, kwargs)
     put_weights(
         host, {(host, name): tensors[name] for name in tensors if name in host._parameters}
     )  # for those that read them
     try:
         for name, entry in held:
-            if entry.spec is not None and entry.spec.at == "output":
-                output = step_of(entry, name)(site, host, args, kwargs, output)
+            if entry.spec.at == "output":
+                output = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, output)
     finally:
         take_weights(host)
     return output
