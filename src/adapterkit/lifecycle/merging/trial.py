@@ -13,6 +13,7 @@ from ...placement.projections import projection_of
 from ...runtime.acting import acting_at
 from ...runtime.site import AdapterSite, SiteEntry
 from ...runtime.state import without_adapters
+from ...runtime.steps import Step
 from ...runtime.weight_swap import put_weights, take_weights
 from ...structure import pytree
 from ...structure.paths import SITE
@@ -81,6 +82,11 @@ def difference(
     )
 
 
+def _step(site: AdapterSite, entry: SiteEntry, name: str) -> Step:
+    """Make the step that the module of an entry would run as, were its adapter active alone."""
+    return acting_at(entry.spec.at).step(entry, name, site.get_submodule(entry.key))
+
+
 def _run_beside(
     host: nn.Module, site: AdapterSite, held: Sequence[tuple[str, SiteEntry]], tensors: Mapping[str, Tensor], z: Tensor
 ) -> Tensor:
@@ -89,7 +95,7 @@ def _run_beside(
     kwargs: dict[str, Any] = {}
     for name, entry in held:
         if entry.spec.at == "input":
-            args, kwargs = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, (args, kwargs))
+            args, kwargs = _step(site, entry, name)(site, host, args, kwargs, (args, kwargs))
     output = _run(host, tensors, args, kwargs)
     put_weights(
         host, {(host, name): tensors[name] for name in tensors if name in host._parameters}
@@ -97,7 +103,7 @@ def _run_beside(
     try:
         for name, entry in held:
             if entry.spec.at == "output":
-                output = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, output)
+                output = _step(site, entry, name)(site, host, args, kwargs, output)
     finally:
         take_weights(host)
     return output

@@ -66,7 +66,7 @@ def steps_at(place: SiteContext, composition: Composition | None) -> tuple[Step,
     if in_order:
         undoing = [entry for entry in entries if _undoes(place, entry)]
         ordered = [*(entry for entry in entries if entry not in undoing), *reversed(undoing)]
-        steps = tuple(acting.step(entry, composition) for entry in ordered)
+        steps = tuple(acting.step(entry, composition, place.site.get_submodule(entry.key)) for entry in ordered)
         # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
         if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
@@ -179,10 +179,11 @@ def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[PlanNode], wh
 
 
 def _leaf(place: SiteContext, entry: SiteEntry, whole: Composition) -> Leaf:
-    step = acting_at(place.at).step(entry, whole)
+    module = place.site.get_submodule(entry.key)
+    step = acting_at(place.at).step(entry, whole, module)
     if not isinstance(step, AddsToTensor):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
-    kind = kind_of(step, place.site.get_submodule(entry.key))
+    kind = kind_of(step, module)
     return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)), _undoes(place, entry))
 
 
