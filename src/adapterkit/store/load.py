@@ -23,7 +23,7 @@ from ..lifecycle.admit import AdapterDraft, admit, modules_for
 from ..lifecycle.attach import check_free
 from ..lifecycle.build import BuiltModule, device_near
 from ..lifecycle.fusion import fusion_sites
-from ..methods import method_of
+from ..methods import check_methods_of, method_of
 from ..methods.spellings import config_from
 from ..placement.spec import SiteSpec
 from ..runtime.originals import fingerprint
@@ -82,6 +82,7 @@ def load_adapter(
     manifest, content = _read(directory)
     name = manifest.name if name is None else name
     check_free(model, name)
+    _check_methods(manifest, source=directory)
     head_records = manifest.heads if heads is not False else ()
     _check_structure(model, manifest, head_records, source=directory)
     found = _found_heads(model, head_records, heads if isinstance(heads, Mapping) else {}, source=directory)
@@ -106,6 +107,15 @@ def load_adapter(
         )
     admit(model, draft, modules)
     return name
+
+
+def _check_methods(manifest: Manifest, *, source: Path) -> None:
+    """Raise StoreError, naming the method, if the adapter is of one that is not here. A fusion is of none."""
+    if not manifest.children:
+        try:
+            check_methods_of(manifest.config)
+        except ConfigError as error:
+            raise StoreError(f"the adapter in {str(source)!r} cannot be loaded: {error}") from error
 
 
 def _check_structure(model: nn.Module, manifest: Manifest, heads: Sequence[HeadRecord], *, source: Path) -> None:

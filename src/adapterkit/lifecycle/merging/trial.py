@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn.functional.projections import Projection, projection_of, random_input
+from ...nn.functional.projections import Projection, random_input
+from ...placement.projections import projection_of
 from ...runtime.acting import acting_at
 from ...runtime.site import AdapterSite, SiteEntry
 from ...runtime.state import without_adapters
+from ...runtime.steps import Step
 from ...runtime.weight_swap import put_weights, take_weights
 from ...structure import pytree
 from ...structure.paths import SITE
@@ -91,6 +93,11 @@ def difference(
     )
 
 
+def _step(site: AdapterSite, entry: SiteEntry, name: str) -> Step:
+    """Make the step that the module of an entry would run as, were its adapter active alone."""
+    return acting_at(entry.spec.at).step(entry, name, site.get_submodule(entry.key))
+
+
 def _run_beside(
     host: nn.Module, site: AdapterSite, held: Sequence[tuple[str, SiteEntry]], tensors: Mapping[str, Tensor], z: Tensor
 ) -> Tensor:
@@ -107,14 +114,14 @@ def _run_beside(
     kwargs: dict[str, Any] = {}
     for name, entry in held:
         if entry.spec.at == "input":
-            args, kwargs = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, (args, kwargs))
+            args, kwargs = _step(site, entry, name)(site, host, args, kwargs, (args, kwargs))
     output = _run(host, tensors, args, kwargs)
     # A module at the output may read the host's weight (DoRA its norm): it must see the same values.
     put_weights(host, {(host, name): tensors[name] for name in tensors if name in host._parameters})
     try:
         for name, entry in held:
             if entry.spec.at == "output":
-                output = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, output)
+                output = _step(site, entry, name)(site, host, args, kwargs, output)
     finally:
         take_weights(host)
     return output

@@ -9,6 +9,7 @@ from typing import Any
 from ...composition.nodes import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, to_json
 from ...composition.rows import divides_rows, fixed_rows, row_kinds
 from ...errors import CompatibilityError
+from ...nn.traits import takes_back
 from ...placement.layers import in_layers
 from ...placement.spec import layout_of
 from ...structure.tracing.row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout
@@ -31,6 +32,7 @@ class SiteContext:
     row_axis: int | None
     layouts: Layouts
     merged: Collection[str]
+    why_unseen: str = ""  # why `layouts` is empty, in brackets, for messages
     dropped: tuple[int, ...] = ()  # the layers in which nothing acts
     kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
 
@@ -64,7 +66,7 @@ def steps_at(place: SiteContext, composition: Composition | None) -> tuple[Step,
     if in_order:
         undoing = [entry for entry in entries if _undoes(place, entry)]
         ordered = [*(entry for entry in entries if entry not in undoing), *reversed(undoing)]
-        steps = tuple(acting.step(entry, composition) for entry in ordered)
+        steps = tuple(acting.step(entry, composition, place.site.get_submodule(entry.key)) for entry in ordered)
         # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
         if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
@@ -100,8 +102,8 @@ def _layout_at(place: SiteContext, node: PlanNode, composition: Composition) -> 
     if fixed_rows(composition) is None:
         raise CompatibilityError(
             f"{composition!r} cannot act on {place.path!r}: some modules of the model have the rows of the batch on axis 1 "
-            "(batch_first=False), and nothing says on which axis they are here. Say how many there are, by Rows or by "
-            "ak.BatchSplit(..., sizes=[...]), or exclude this place"
+            f"(batch_first=False), and nothing says on which axis they are here{place.why_unseen}. Say how many there are, "
+            "by Rows or by ak.BatchSplit(..., sizes=[...]), or exclude this place"
         )
     return None
 
@@ -177,16 +179,17 @@ def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[PlanNode], wh
 
 
 def _leaf(place: SiteContext, entry: SiteEntry, whole: Composition) -> Leaf:
-    step = acting_at(place.at).step(entry, whole)
+    module = place.site.get_submodule(entry.key)
+    step = acting_at(place.at).step(entry, whole, module)
     if not isinstance(step, AddsToTensor):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
-    kind = kind_of(step, place.site.get_submodule(entry.key))
+    kind = kind_of(step, module)
     return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)), _undoes(place, entry))
 
 
 def _undoes(place: SiteContext, entry: SiteEntry) -> bool:
     """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
-    return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
+    return takes_back(place.site.get_submodule(entry.key))
 
 
 def _check_tokens(place: SiteContext, nodes: Sequence[PlanNode], whole: Composition) -> None:
