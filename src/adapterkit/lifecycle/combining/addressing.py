@@ -75,7 +75,8 @@ def addressing(sources: Sequence[Source], sites: Iterable[SiteSpec], *, fields: 
     sites = list(sites)
     # Where a method's change becomes a LoRA, the method may name its targets in other fields than LoRA does.
     if all(target_fields(source.config) == list(fields) for source in sources):
-        found = _of_one_source(sources, sites, fields) or _of_all_targets(sources, fields) or _of_all_layers(sources, fields)
+        found = _of_one_source(sources, sites, fields)
+        found = found or _of_all_targets(sources, fields) or _of_all_layers(sources, fields)
         if found is not None:
             return found
     return _of_paths(sources, sites, fields)
@@ -117,15 +118,16 @@ def _of_all_layers(sources: Sequence[Source], fields: Sequence[str]) -> dict[str
     if _equal_settings(sources, names) != {*names}:
         return None
     each = [source.config.layers for source in sources]
-    layers = None if None in each else _once(index for own in each for index in own)  # None: every layer
+    # None is every layer. Negative indices stay as they are: the config then reads as the sources' do.
+    layers = None if None in each else _once(index for own in each for index in own or ())
     return {**{name: getattr(sources[0].config, name) for name in names}, "layers": layers}
 
 
 def _of_paths(sources: Sequence[Source], sites: Sequence[SiteSpec], fields: Sequence[str]) -> dict[str, Any]:
-    """Return a pattern for each site that matches it alone. Raises TargetError where paths cannot name the sites.
+    r"""Return a pattern for each site that matches it alone. Raises TargetError where paths cannot name the sites.
 
     Example:
-        "query" in layers (0,) and "up" in layers (1,): targets ("re:blocks\\.0\\.query", "re:blocks\\.1\\.up").
+        "query" in layers (0,) and "up" in layers (1,): targets ("re:blocks\.0\.query", "re:blocks\.1\.up").
     """
     if len(fields) > 1 or any(site.slices for site in sites):
         what = "parts of fused projections are named by roles alone" if len(fields) == 1 else f"it has {list(fields)}"
@@ -137,7 +139,7 @@ def _of_paths(sources: Sequence[Source], sites: Sequence[SiteSpec], fields: Sequ
 
 
 def exactly(site: SiteSpec) -> str:
-    """Return the pattern that matches this host or Parameter and nothing else: "re:blocks\\.0\\.query"."""
+    r"""Return the pattern that matches this host or Parameter and nothing else: "re:blocks\.0\.query"."""
     return f"re:{re.escape(site_name(site))}"
 
 
@@ -170,7 +172,7 @@ def _once(values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _tensor(site: SiteSpec) -> tuple[object, ...]:
-    """Return what tells which tensor a module adapts and what it reads: its location, and the shape that it was made for."""
+    """Return what tells which tensor a module adapts and reads: its location, and the shape that it was made for."""
     return site.location, site.axis, site.input_width, site.width
 
 

@@ -64,7 +64,7 @@ def _transient(source: Source) -> set[str]:
 
 
 def settled(sources: Sequence[Source]) -> dict[str, Any]:
-    """Transient settings in which sources differ: the least dropout, the widest dtype."""
+    """Return the result's values of settings that sums do not depend on: the least dropout, the widest dtype."""
     settings: dict[str, Any] = {
         name: min(getattr(source.config, name, 0.0) for source in sources) for name in sources[0].config.in_training
     }

@@ -39,7 +39,8 @@ __all__ = [
 class SiteKey(NamedTuple):
     """Which of the modules of one member of an adapter is meant: no two of them have one key.
 
-    Not `SiteSpec.location`: sources whose modules at one host read different tensors must meet under one key, to be refused.
+    Not `SiteSpec.location`: modules of two sources that read different tensors at one host must meet under one key, where
+    they are refused.
 
     Attributes:
         path: The host's path.
