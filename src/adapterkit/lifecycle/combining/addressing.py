@@ -35,6 +35,7 @@ def all_sites(sources: Sequence[Source]) -> dict[SiteKey, SiteSpec]:
                     f"at {site_name(site)!r}, {first.name!r} and {source.name!r} adapt different tensors: "
                     f"{_in_words(held)} and {_in_words(site)}"
                 )
+            # The first source stays the one that messages name; the slices grow with each.
             found[key] = first, replace(held, slices=_all_slices((held, first), (site, source)))
     return {key: site for key, (_, site) in found.items()}
 
@@ -75,14 +76,14 @@ def addressing(sources: Sequence[Source], sites: Iterable[SiteSpec], *, fields: 
     sites = list(sites)
     # Where a method's change becomes a LoRA, the method may name its targets in other fields than LoRA does.
     if all(target_fields(source.config) == list(fields) for source in sources):
-        found = _of_one_source(sources, sites, fields)
-        found = found or _of_all_targets(sources, fields) or _of_all_layers(sources, fields)
+        found = _reuse_one_source(sources, sites, fields)
+        found = found or _unite_targets(sources, fields) or _unite_layers(sources, fields)
         if found is not None:
             return found
-    return _of_paths(sources, sites, fields)
+    return _list_paths(sources, sites, fields)
 
 
-def _of_one_source(sources: Sequence[Source], sites: Sequence[SiteSpec], fields: Sequence[str]) -> dict[str, Any] | None:
+def _reuse_one_source(sources: Sequence[Source], sites: Sequence[SiteSpec], fields: Sequence[str]) -> dict[str, Any] | None:
     """Return the settings of the first source that has all of these sites; None if none has.
 
     Example:
@@ -94,7 +95,7 @@ def _of_one_source(sources: Sequence[Source], sites: Sequence[SiteSpec], fields:
     return None
 
 
-def _of_all_targets(sources: Sequence[Source], fields: Sequence[str]) -> dict[str, Any] | None:
+def _unite_targets(sources: Sequence[Source], fields: Sequence[str]) -> dict[str, Any] | None:
     """Return the targets of all sources, if `exclude` and `layers` are equal in all; else None.
 
     Example:
@@ -108,7 +109,7 @@ def _of_all_targets(sources: Sequence[Source], fields: Sequence[str]) -> dict[st
     return {**targets, "exclude": first.exclude, "layers": first.layers}
 
 
-def _of_all_layers(sources: Sequence[Source], fields: Sequence[str]) -> dict[str, Any] | None:
+def _unite_layers(sources: Sequence[Source], fields: Sequence[str]) -> dict[str, Any] | None:
     """Return the layers of all sources, if all else is equal in all; else None.
 
     Example:
@@ -123,7 +124,7 @@ def _of_all_layers(sources: Sequence[Source], fields: Sequence[str]) -> dict[str
     return {**{name: getattr(sources[0].config, name) for name in names}, "layers": layers}
 
 
-def _of_paths(sources: Sequence[Source], sites: Sequence[SiteSpec], fields: Sequence[str]) -> dict[str, Any]:
+def _list_paths(sources: Sequence[Source], sites: Sequence[SiteSpec], fields: Sequence[str]) -> dict[str, Any]:
     r"""Return a pattern for each site that matches it alone. Raises TargetError where paths cannot name the sites.
 
     Example:
@@ -153,6 +154,7 @@ def by_site(values: Sequence[V], sites: Iterable[SiteSpec]) -> V | dict[str, V]:
         values: The value at each site.
         sites: The sites, in the same order.
     """
+    # The most frequent value becomes the default, so that the fewest sites need a key of their own.
     ((default, count),) = Counter(values).most_common(1)
     if count == len(values):
         return default

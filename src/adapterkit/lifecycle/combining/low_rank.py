@@ -128,6 +128,7 @@ def _term(source: Source, key: SiteKey, geometry: LowRank) -> _Term:
     shared = borrowed(held)  # of all sites: not to be copied for each
     module: Any = copy.deepcopy(held, {id(shared): shared} if shared is not None else None).cpu().double()
     own = LowRank(geometry.projection, 1, source.sites[key].slices)
+    # A VeRA of rank 4 becomes a LoRA of rank 4: its scales are multiplied into its frozen factors.
     pair = module.pair() if isinstance(module, LowRankDelta) else _full_pair(own, module.weight_delta())
     bias = module.bias_delta() if isinstance(module, BiasDelta) else None
     return _Term(source.weight, *refitted(own, geometry, *pair), None if bias is None else geometry.layout.pick(bias))
@@ -136,6 +137,7 @@ def _term(source: Source, key: SiteKey, geometry: LowRank) -> _Term:
 def _full_pair(geometry: LowRank, delta: Tensor) -> Pair:
     """Return a pair of thin tensors with this delta, which may have any rank."""
     p = geometry.projection
+    # No matrix has a greater rank than it has rows or columns: with so many singular values nothing is lost.
     most = min(p.out_features // p.groups, p.in_features // p.groups * math.prod(p.kernel))
     return factored(LowRank(p, most * p.groups, geometry.layout.slices), delta)
 
@@ -189,6 +191,7 @@ def _sum_of_factors(projection: Projection, there: Sequence[Source], terms: Sequ
 
 def _sum_of_biases(geometry: LowRank, terms: Sequence[_Term]) -> Tensor:
     """Return the weighted sum of the biases; zeros where none of these sources has one. Shape: (covered,)."""
+    # One without biases among others that have some adds nothing, but the result has a bias there.
     total = terms[0].a.new_zeros(geometry.layout.covered)
     for term in terms:
         total = total if term.bias is None else total + term.weight * term.bias

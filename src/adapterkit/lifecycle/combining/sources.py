@@ -119,6 +119,7 @@ def adapter_of(model: nn.Module, name: str, weight: float) -> Adapter:
     config = adapters.configs[name]
     if isinstance(config, FusionConfig):
         raise ConfigError(f"{name!r} is a fusion, which weighs adapters and cannot be summed; combine the adapters")
+    # A site remembers the paths of the model that its adapter was added in, of which this one may be a part.
     here = [(located(entry.spec, held.path), held.module) for held, entry in adapters.sites(name)]
     sources = []
     for index, member in enumerate(members(config)):
