@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from .methods.norm_tuning import NormTuningConfig
     from .methods.vera import VeRAConfig
     from .placement.spec import SiteSpec
+    from .store.check_base import BaseMismatchWarning
     from .store.check_sites import SitesNotCheckedWarning
-    from .store.load import BaseMismatchWarning
     from .store.manifest import Metadata
 
 __version__ = "0.1.0"
@@ -111,7 +111,7 @@ __all__ = [
 _HOMES = {
     "AdapterKit": ".kit",
     "Average": ".composition.nodes",
-    "BaseMismatchWarning": ".store.load",
+    "BaseMismatchWarning": ".store.check_base",
     "BatchSplit": ".composition.nodes",
     "BitFitConfig": ".methods.bitfit",
     "BottleneckConfig": ".methods.bottleneck",
