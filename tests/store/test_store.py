@@ -348,7 +348,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no sites": (lambda f: edit(f, lambda m: m.update(sites=[])), "sites"),
     "unknown method": (
         lambda f: edit(f, lambda m: m["config"].update(method="exec")),
-        "of the method 'exec', which is not known here. Install .*found 'exec'",
+        "cannot be loaded: the method 'exec' is not here: install the package that brings it",
     ),
     "unknown setting": (lambda f: edit(f, lambda m: m["config"].update(code="x")), "no setting code"),
     "bad setting": (lambda f: edit(f, lambda m: m["config"].update(dropout=7)), "dropout"),
