@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import adapterkit as ak
-from adapterkit.inspection.tree import Mark, Node, tree_of
+from adapterkit.inspection.tree import Mark, TreeNode, tree_of
 from adapterkit.inspection.tree.cells import number, size
 from adapterkit.inspection.tree.fold import cut, numbers_as_text
 from adapterkit.runtime.lookup import sites_of
@@ -44,7 +44,7 @@ class Picky(nn.Module):
         raise ValueError("no such graph")
 
 
-def nodes(model: nn.Module, **settings: object) -> dict[str, Node]:
+def nodes(model: nn.Module, **settings: object) -> dict[str, TreeNode]:
     """The nodes of a model's tree by the path of the first module that each stands for."""
     return {node.paths[0]: node for node in tree_of(model, **settings).root.walk()}
 
@@ -378,7 +378,7 @@ def test_the_trace_is_of_the_base_alone() -> None:
     kit.add("a", "houlsby", bottleneck_size=2)
     kit.activate("a")
     for _, _, site in sites_of(model):
-        site.output_steps = (Explode("a"),)
+        site.steps["output"] = (Explode("a"),)
     assert kit.tree().note is None
 
 

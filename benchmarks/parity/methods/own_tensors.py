@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adapterkit.nn.functional.slices import Slices
 from adapterkit.placement.spec import SiteSpec
 from adapterkit.runtime.lookup import sites_of
+from adapterkit.runtime.site import SiteEntry
 
 from .case import SHARED, Key, Place
 
@@ -50,7 +51,7 @@ def own_tensors(model: nn.Module, name: str) -> dict[Key, Own]:
         (path, entry.spec, module)
         for path, _, site in sites_of(model)
         for entry, module in site.modules_of(name)
-        if entry.spec is not None
+        if isinstance(entry, SiteEntry)
     ]
     blocks = Counter(_block(path) for path, _, module in held if _is_bottleneck(module))
     found: dict[Key, Own] = {}

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import CompatibilityError, ConfigError, TargetError
-from ..placement.patterns import match
+from ..nn.seeded import seeded
+from ..placement.match import match
 from ..runtime.hooks import remove_hooks
 from ..runtime.state import ACTIVATION_LOCK, without_adapters
 from ..structure.hosts import known_shape, resolve_host
@@ -34,7 +36,7 @@ class FoundHead:
 
     Attributes:
         path: Its host: the module whose place it takes, or which yields the model's output.
-        module: The user's own module; None for what is copied, or made.
+        module: The module that is to run, of the user's own or made already; None for what is copied, or built.
         vocabulary: Tokens that its logits are of, for a head with a vocabulary.
     """
 
@@ -109,20 +111,17 @@ def build_heads(model: nn.Module, heads: Sequence[FoundHead], dtype: torch.dtype
         dtype: Of new ones.
         meta: Make new ones without memory or values, for a file to fill.
     """
-    own = [head.path for head in heads if isinstance(head.spec.config, OwnHead)]
+    own = [head.path for head in heads if isinstance(head.spec.config, OwnHead) and head.module is None]
     copies = dict(zip(own, copy_heads([model.get_submodule(path) for path in own]), strict=True))
     modules: list[nn.Module] = []
     for head in heads:
         config = head.spec.config
-        if isinstance(config, OwnHead):
-            modules.append(copies[head.path])
-        elif head.module is not None:
+        if head.module is not None:
             modules.append(head.module)
+        elif isinstance(config, OwnHead):
+            modules.append(copies[head.path])
         else:
-            seed = getattr(config, "seed", None)
-            with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta" if meta else "cpu"):
-                if seed is not None:
-                    torch.manual_seed(seed)
+            with seeded(getattr(config, "seed", None), meta=meta):
                 modules.append(build_head(config, head.spec, head.vocabulary, dtype))
     return modules
 
@@ -174,6 +173,13 @@ def _own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
     modules = modules_by_path(model)
     paths = [inner for path in match(model, [head.target]) for inner in _parametrised(path, modules)]
     paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
+    inside = [path for path in paths if {*ancestors(path)[1:]} & {*paths}]
+    if inside:
+        outside = next(path for path in ancestors(inside[0])[1:] if path in paths)
+        raise TargetError(
+            f"heads={[head.target]} matches {len(paths)} modules, {paths[:4]}, of which {inside[0]!r} lies inside "
+            f"{outside!r}; name the one that you mean, such as heads=['re:{re.escape(outside)}']"
+        )
     if not paths:
         raise TargetError(f"heads={[head.target]} have no parameters of their own to train")
     found = []

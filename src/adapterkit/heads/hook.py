@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from ..runtime.handover import Handover
-from ..runtime.hooks import KitHook, set_hook
+from ..runtime.hooks import KitHook, keep_hook
 from ..runtime.lookup import sites_of
-from ..runtime.site import root_of
+from ..runtime.site import HeadEntry, root_of
 from ..runtime.state import ModelState
 from .call import HeadInputs, taken_off
 
@@ -40,11 +40,11 @@ def sync_labels_hooks(model: nn.Module, state: ModelState) -> None:
     handovers: dict[str, list[Handover[HeadInputs]]] = defaultdict(list)
     for path, _, site in sites_of(model):
         entries = [entry for entries in site.entries.values() for entry in entries]
-        on_output = [entry for entry in entries if entry.head is not None and entry.head.above is not None]
+        on_output = [entry for entry in entries if isinstance(entry, HeadEntry) and entry.spec.above is not None]
         for root in {root_of(path, entry) for entry in on_output}:
             handovers[root].append(site.call)
     for path, module in model.named_modules():
-        set_hook(module, LabelsHook, path in handovers, state)
+        keep_hook(module, LabelsHook, state, is_wanted=path in handovers)
         if path in handovers:
             module.__dict__[_HANDOVERS] = handovers[path]
         else:

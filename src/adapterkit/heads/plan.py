@@ -10,7 +10,7 @@ from torch import nn
 from ..composition.nodes import Composition, CompositionNode, Fuse, Stack, names_in
 from ..composition.rows import copies_of_rows, divides_rows, row_kinds
 from ..errors import CompatibilityError
-from ..runtime.site import AdapterSite, Entry, root_of
+from ..runtime.site import AdapterSite, HeadEntry, root_of
 from ..runtime.steps import Step
 from ..structure.paths import SITE, ancestors
 from .call import LABELS, SPAN, HeadRequest, masks_of
@@ -50,9 +50,14 @@ def head_steps(
     Raises:
         CompatibilityError: see `head_owner`.
     """
-    entries = {name: [e for e in held if e.spec is None] for name, held in site.entries.items()}
-    in_place = {name: e for name, held in entries.items() for e in held if e.head is None or e.head.above is None}
-    on_output = {name: own for name, held in entries.items() if (own := [e for e in held if e is not in_place.get(name)])}
+    in_place: dict[str, HeadEntry] = {}  # an adapter has at most one head in the place of a host
+    on_output: dict[str, list[HeadEntry]] = {}
+    for name, entries in site.entries.items():
+        for entry in entries:
+            if isinstance(entry, HeadEntry) and entry.spec.above is None:
+                in_place[name] = entry
+            elif isinstance(entry, HeadEntry):
+                on_output.setdefault(name, []).append(entry)
     if not in_place and not on_output:
         return ()
     kinds = row_kinds(composition) if divides_rows(composition) else (composition,)
@@ -66,7 +71,7 @@ def head_steps(
 
 def _in_place(
     path: str,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, HeadEntry],
     composition: Composition | None,
     kinds: tuple[Composition | None, ...],
     row_axis: int,
@@ -83,7 +88,7 @@ def _in_place(
 def _on_output(
     path: str,
     modules: Mapping[str, nn.Module],
-    entries: Mapping[str, list[Entry]],
+    entries: Mapping[str, list[HeadEntry]],
     composition: Composition | None,
     kinds: tuple[Composition | None, ...],
     row_axis: int,
@@ -97,7 +102,7 @@ def _on_output(
         None if owner is None else Owned(owner, tuple(_head(entry, kind, root, modules) for entry in entries[owner]))
         for owner, kind in zip(owners, kinds, strict=True)
     )
-    configs = [entry.head.config for entry in running if entry.head is not None]
+    configs = [entry.spec.config for entry in running]
     spans = any(isinstance(config, QuestionAnsweringHead) for config in configs)
     choices = {config.num_choices for config in configs if isinstance(config, MultipleChoiceHead)}
     if len(choices) > 1:
@@ -108,10 +113,10 @@ def _on_output(
     yield RunHeads(owned, kinds, composition, row_axis, copies_of_rows(composition), wants)
 
 
-def _head(entry: Entry, kind: Composition | None, root: str, modules: Mapping[str, nn.Module]) -> Head:
+def _head(entry: HeadEntry, kind: Composition | None, root: str, modules: Mapping[str, nn.Module]) -> Head:
     """What a step knows of a head that rows of this kind run."""
-    spec: Any = entry.head
-    config = spec.config
+    spec = entry.spec
+    config: Any = spec.config
     if not config.has_vocabulary:
         return Head(config.name, entry.key, spec.width, config.output, spec.takes_mask)
     embedding = None if spec.embedding is None else tuple(spec.embedding.split(".") if spec.embedding else ())

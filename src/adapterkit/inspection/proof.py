@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CompatibilityError
 from ..placement.spec import SiteSpec
-from ..runtime.lookup import named_parameters, specs_of
+from ..runtime.lookup import adapters_in, named_parameters
 from ..runtime.state import without_adapters
 from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Sublayer
@@ -57,7 +57,7 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
     Raises:
         CompatibilityError: the model does not run on the inputs.
     """
-    specs = list(specs_of(model, name))
+    specs = [(held.path, entry.spec) for held, entry in adapters_in(model).sites(name)]
     first = dict(reversed(specs))
 
     def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[tuple[int, ...], torch.dtype]:

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass
 from torch import nn
 
 from ..composition.nodes import names_in
-from ..runtime.lookup import adapter_names, sites_of
+from ..runtime.lookup import adapters_in
 from ..runtime.state import ModelState
 from ..structure.base_tensors import base_parameters
 
@@ -49,15 +49,15 @@ def summarise(model: nn.Module, state: ModelState) -> Summary:
     base = [p for _, p in base_parameters(model)]
     total = sum(p.numel() for p in base)
     rows = []
-    for name in adapter_names(model):
-        held = [pair for _, _, site in sites_of(model) for pair in site.modules_of(name)]
-        own = [p for entry, module in held if entry.spec is not None for p in module.parameters()]
-        heads = [p for entry, module in held if entry.spec is None for p in module.parameters()]
+    adapters = adapters_in(model)
+    for name, config in adapters.configs.items():
+        own = [p for held, _ in adapters.sites(name) for p in held.module.parameters()]
+        heads = [p for held, _ in adapters.heads(name) for p in held.module.parameters()]
         rows.append(
             AdapterRow(
                 name=name,
-                method=held[0][0].config.method,
-                sites=sum(entry.spec is not None for entry, _ in held),
+                method=config.method,
+                sites=len(adapters.sites(name)),
                 parameters=sum(p.numel() for p in own),
                 head_parameters=sum(p.numel() for p in heads),
                 size_bytes=sum(p.numel() * p.element_size() for p in own + heads),

@@ -16,11 +16,11 @@ from ..lifecycle.add import find_sites, needs_structure
 from ..lifecycle.merging.merge import changed_since_merging
 from ..placement.layers import in_layers
 from ..placement.spec import SiteSpec, located
-from ..runtime.compose.compile import keys_of
-from ..runtime.hooks import InputHook, OutputHook, WeightHook, has_hook
-from ..runtime.lookup import sites_of, specs_of
+from ..runtime.acting import acting_at
+from ..runtime.hooks import has_hook
+from ..runtime.lookup import adapters_in, sites_of
 from ..runtime.originals import base_digests
-from ..runtime.site import AdapterSite, root_of
+from ..runtime.site import AdapterSite, HeadEntry, SiteEntry, root_of
 from ..runtime.state import STATE, ModelState, without_adapters
 from ..structure.base_tensors import base_parameters, owner_at, parameter_at
 from ..structure.paths import SITE
@@ -30,9 +30,6 @@ from ..structure.tracing.reads import Holder, reads_around
 from .proof import SiteProof, dead_parameters, prove_sites
 
 __all__ = ["Verification", "moved_tensors", "verify"]
-
-
-_HOOKS = {"output": OutputHook, "input": InputHook, "weight": WeightHook}
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def verify(
     if active is not None and inputs is not None:
         names = list(dict.fromkeys(names_in(active)))
         sites = tuple(proof for name in names for proof in prove_sites(model, name, inputs))
-        specs = [pair for name in names for pair in specs_of(model, name)]
+        specs = [(held.path, entry.spec) for name in names for held, entry in adapters_in(model).sites(name)]
         problems += _site_problems(model, sites, specs, inputs)
         for name in names:
             problems += [*([] if lost else _elsewhere_now(model, name, inputs)), *_dead(model, state, name, inputs)]
@@ -128,10 +125,12 @@ def moved_tensors(model: nn.Module, state: ModelState) -> list[str] | None:
 def _missing_hooks(model: nn.Module, hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]:
     for path, (host, site) in hosts.items():
         for name, entries in site.entries.items():
-            kinds = {_HOOKS[entry.spec.at if entry.spec is not None else "output"] for entry in entries}
+            ways = {acting_at(entry.spec.at if isinstance(entry, SiteEntry) else "output") for entry in entries}
+            kinds = [kind for acting in ways for kind in (acting.before, acting.after) if kind is not None]
             if not all(has_hook(host, kind) for kind in kinds):
                 yield f"the hook of adapter {name!r} on {path!r} is gone: someone removed it"
-            roots = {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}
+            heads = [entry for entry in entries if isinstance(entry, HeadEntry) and entry.spec.above is not None]
+            roots = {root_of(path, entry) for entry in heads}
             if not all(has_hook(model.get_submodule(root), LabelsHook) for root in roots):
                 yield f"the hook that takes labels for the heads of adapter {name!r} is gone: someone removed it"
 
@@ -159,7 +158,7 @@ def _elsewhere(hosts: dict[str, tuple[nn.Module, AdapterSite]]) -> Iterator[str]
 
 def _elsewhere_now(model: nn.Module, name: str, inputs: ExampleInputs) -> Iterator[str]:
     """Where the adapter's config, read anew, asks for other places: the model computes otherwise than when it was added."""
-    config = next((site.entries[name][0].config for _, _, site in sites_of(model) if name in site.entries), None)
+    config = adapters_in(model).configs.get(name)
     if not isinstance(config, AdapterConfig | Union) or not needs_structure(config):
         return
     try:
@@ -167,7 +166,7 @@ def _elsewhere_now(model: nn.Module, name: str, inputs: ExampleInputs) -> Iterat
     except TargetError as error:
         yield f"the places that adapter {name!r} was added at are not found any more: {error}"
         return
-    there = {_where(located(spec, path)) for path, spec in specs_of(model, name)}
+    there = {_where(located(entry.spec, held.path)) for held, entry in adapters_in(model).sites(name)}
     changed = sorted({path for path, *_ in wanted ^ there})
     if changed:
         yield (
@@ -195,9 +194,9 @@ def _dropped(model: nn.Module, state: ModelState, name: str) -> Iterator[str]:
     """How the names of an adapter's parameters begin that rest, since a Drop holds them back in their layer."""
     layers = [layer for drop in drops_in(state.activation.active) for layer in drop.layers]
     for path, _, site in sites_of(model):
-        acting = keys_of((*site.input_steps, *site.output_steps, *site.weight_steps))
+        acting = {key for steps in site.steps.values() for step in steps for key in step.module_keys}
         for entry in site.entries.get(name, ()):
-            if entry.spec is not None and in_layers(entry.spec.layer, layers) and entry.key not in acting:
+            if isinstance(entry, SiteEntry) and in_layers(entry.spec.layer, layers) and entry.key not in acting:
                 yield f"{path}.{SITE}.{entry.key}.".lstrip(".")
 
 

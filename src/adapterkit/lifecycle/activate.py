@@ -14,12 +14,13 @@ from ..errors import ActivationError, AdapterNameError, ConfigError
 from ..heads.plan import head_steps
 from ..heads.steps import RunHeads
 from ..placement.layers import check_dropped
-from ..runtime.compose.compile import SiteContext, keys_of, steps_at
+from ..runtime.acting import ACTING
+from ..runtime.compose.compile import SiteContext, steps_at
 from ..runtime.compose.parallel import set_batch_hooks
 from ..runtime.compose.plan_nodes import ByRow, ComposeStep
-from ..runtime.hooks import WeightHook, has_hook
-from ..runtime.lookup import adapter_names, fusions_of, sites_among, specs_of
-from ..runtime.site import AdapterSite
+from ..runtime.hooks import has_hook
+from ..runtime.lookup import adapter_names, adapters_in, fusions_of, sites_among
+from ..runtime.site import AdapterSite, SiteEntry
 from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
 from ..runtime.steps import Pass, Step
 from ..runtime.sync import forget_compiled
@@ -40,16 +41,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The steps of one site, by where they act."""
+    """The steps of one site.
 
-    input: tuple[Step, ...]
-    output: tuple[Step, ...]
-    weight: tuple[Step, ...]
+    Attributes:
+        steps: Map the name of a way of acting (`Acting.at`) to its steps; without those that have none.
+    """
+
+    steps: Mapping[str, tuple[Step, ...]]
 
     @property
     def dividing(self) -> tuple[ComposeStep, ...]:
-        """The steps, heads apart, that need to know the batch: rows run different adapters there, or lie flat."""
-        mixes = (step for step in (*self.input, *self.output) if isinstance(step, ComposeStep))
+        """Return the steps, no heads, that must know the batch: rows run different adapters there, or lie flat."""
+        mixes = (step for steps in self.steps.values() for step in steps if isinstance(step, ComposeStep))
         return tuple(step for step in mixes if isinstance(step.node, ByRow) or (step.layout and step.layout.is_flat))
 
 
@@ -97,7 +100,7 @@ def apply(model: nn.Module, state: ModelState) -> None:
 
 
 def check_active(model: nn.Module, composition: Composition) -> Composition:
-    """The composition, if it is one, and the model has all of its adapters; what they weigh in the place of fusions.
+    """Return the composition to run: checked, and with what they weigh in the place of the names of fusions.
 
     Raises:
         AdapterNameError: no adapter or fusion has such a name.
@@ -116,14 +119,14 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     for name in dict.fromkeys(names_in(composition)) if isinstance(composition, CompositionNode) else (composition,):
         check_known(model, name)
     for drop in drops_in(composition):
-        specs = [spec for name in dict.fromkeys(names_in(drop)) for _, spec in specs_of(model, name)]
+        specs = [entry.spec for name in dict.fromkeys(names_in(drop)) for _, entry in adapters_in(model).sites(name)]
         if specs:  # else there is nothing to drop
             check_dropped([spec.layer for spec in specs], drop.layers)
     return expanded(composition, fusions)  # type: ignore[return-value]  # None of None alone
 
 
 def _plans(model: nn.Module, state: ModelState, composition: Composition | None) -> Plans:
-    """What a composition becomes at the site of each host, in the model's order."""
+    """Compile a composition: return the plan for the site of each host, in the model's order."""
     modules = dict(model.named_modules())
     axes, layouts = RowAxes(modules), layouts_of(model, state)
     return [
@@ -133,28 +136,34 @@ def _plans(model: nn.Module, state: ModelState, composition: Composition | None)
 
 
 def layouts_of(model: nn.Module, state: ModelState) -> SeenRows:
-    """What was seen of where rows lie, by path; nothing of a part of the model, in which paths are others."""
+    """Map the path of each module to what was seen of where rows lie in its tensors.
+
+    Nothing is known in a part of a wrapped model: its paths are others.
+    """
     is_whole = model.__dict__.get(STATE) is state
     return state.layouts if is_whole else SeenRows(why_unknown="it was seen of the whole model, of which this is a part")
 
 
 def _put(model: nn.Module, state: ModelState, plans: Plans) -> None:
-    """Have the sites run these plans."""
+    """Put the steps of these plans into the sites, for their hooks to run."""
     active = state.activation.active
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
     idle = (Pass(active),) if state.activation.was_used else ()
     is_stale = False
     for _, host, site, plan in plans:
-        keys = keys_of((*plan.input, *plan.output))
+        keys = {key for steps in plan.steps.values() for step in steps for key in step.module_keys}
         for entry in (entry for entries in site.entries.values() for entry in entries):
-            if entry.handover is not None:
+            if isinstance(entry, SiteEntry) and entry.handover is not None:
                 entry.handover.wanted = True if entry.key in keys else None
-        site.input_steps, site.output_steps = plan.input or idle, plan.output or idle
-        site.call.wanted = next((step.wants for step in plan.output if isinstance(step, RunHeads)), None)
-        # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put in
-        # the way of its Parameters.
-        is_stale |= (plan.weight or idle) != site.weight_steps and has_hook(host, WeightHook)
-        site.weight_steps = plan.weight or idle
+        heads = (step for step in plan.steps.get("output", ()) if isinstance(step, RunHeads))
+        site.call.wanted = next((step.wants for step in heads), None)
+        for acting in ACTING:
+            steps = plan.steps.get(acting.at, idle)
+            # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put
+            # in the way of its Parameters.
+            is_read_inside = acting.is_unguarded and acting.before is not None and has_hook(host, acting.before)
+            is_stale |= is_read_inside and steps != site.steps.get(acting.at, ())
+            site.steps[acting.at] = steps
     if is_stale:
         forget_compiled()
     dividing = [(path, step.layout) for path, _, _, plan in plans for step in plan.dividing]
@@ -192,7 +201,7 @@ def plan_at(
     layouts: SeenRows,
     merged: Collection[str] = (),
 ) -> SitePlan:
-    """The plan of a composition at the site of this host, without what is merged into its weights.
+    """Compile a composition for the site of one host, without what is merged into its weights.
 
     Args:
         row_axis: What the model's modules say of it; see `RowAxes.at`.
@@ -206,9 +215,10 @@ def plan_at(
     head_axis = row_axis if seen is None or seen.is_flat else seen.axis
     heads = head_steps(path, modules, site, composition, head_axis or 0)
     if not heads and not any(name in site.entries for name in names_in(composition)):
-        return SitePlan((), (), ())
-    steps = {
-        at: steps_at(SiteContext(path, site, at, row_axis, here, merged, layouts.note(path)), composition)
-        for at in ("input", "output", "weight")
-    }
-    return SitePlan(steps["input"], (*steps["output"], *heads), steps["weight"])
+        return SitePlan({})
+    steps: dict[str, tuple[Step, ...]] = {}
+    for acting in ACTING:
+        context = SiteContext(path, site, acting.at, row_axis, here, merged, layouts.note(path))
+        steps[acting.at] = steps_at(context, composition)
+    steps["output"] += heads  # they read what the adapters there made
+    return SitePlan({at: own for at, own in steps.items() if own})

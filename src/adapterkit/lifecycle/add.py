@@ -13,20 +13,21 @@ from ..errors import ActivationError, AdapterKitError, AdapterNameError, Compati
 from ..heads.find import Heads, check_apart, check_names, find_heads
 from ..methods import method_of
 from ..placement.layers import check_maps
-from ..placement.patterns import match
+from ..placement.match import match
 from ..placement.resolve import check_row_axes, resolve
 from ..placement.spec import SiteSpec
 from ..placement.targets import asks_for_structure
-from ..runtime.lookup import find_state, fusions_of, named_parameters, sites_of
-from ..runtime.site import Entry
+from ..runtime.lookup import HeldModule, adapters_in, find_state, fusions_of, named_parameters, sites_of
+from ..runtime.site import HeadEntry, SiteEntry
 from ..runtime.state import ACTIVATION_LOCK, ModelState, without_adapters
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from ..structure.tracing.row_layout import SeenRows
 from ..structure.tracing.rows import discover_rows
 from .activate import check_plans, layouts_of
-from .attach import attach, check_free, detach, drop_modules, insert_modules, refresh, state_of
-from .build import build_head_modules, build_modules, tied_groups
+from .admit import AdapterDraft, admit
+from .attach import check_free, detach, drop_modules, insert_modules, refresh, state_of
+from .build import build_head_modules, tied_groups
 from .merging.merge import unmerge
 
 __all__ = ["add", "add_heads", "find_sites", "needs_structure", "remove", "remove_head", "seen_layouts"]
@@ -46,9 +47,8 @@ def add(
     replaced = [head.path for head in found if head.is_in_place]
     if replaced:
         sites = _outside_heads(model, sites, config, replaced)
-        check_apart([site.path for site in sites], replaced)
     layouts = seen_layouts(model, config, sites, example_inputs)
-    attach(model, name, _with_paths(model, config), build_modules(model, config, sites, found), layouts)
+    admit(model, AdapterDraft(name, _with_paths(model, config), sites, found, layouts))
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -78,12 +78,12 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
     if name in state.merged:
         raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
     found = find_heads(model, heads, example_inputs)
-    held = [(path, entry) for path, _, site in sites_of(model) for entry in site.entries.get(name, ())]
-    there = [(path, entry.head) for path, entry in held if entry.head is not None]
+    held = adapters_in(model).modules(name)
+    there = [(one.path, one.entry.spec) for one in held if isinstance(one.entry, HeadEntry)]
     replaced = [path for path, head in there if head.above is None] + [head.path for head in found if head.is_in_place]
     check_names([*(head for _, head in there), *(head.spec for head in found)], replaced)
-    check_apart([path for path, entry in held if entry.spec is not None], replaced)
-    config, trains = held[0][1].config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
+    check_apart([one.path for one in held if isinstance(one.entry, SiteEntry)], replaced)
+    config, trains = held[0].entry.config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
     parts = build_head_modules(model, found)
     with ACTIVATION_LOCK:
         try:
@@ -95,30 +95,28 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
             raise
 
 
-def _keep_only(model: nn.Module, state: ModelState, name: str, held: Sequence[tuple[str, Entry]]) -> None:
-    """Let go of an adapter's modules but these, each given with its host's path."""
-    keys = {(path, entry.key) for path, entry in held}
+def _keep_only(model: nn.Module, state: ModelState, name: str, held: Sequence[HeldModule]) -> None:
+    """Let go of all modules of an adapter but these."""
+    keys = {(one.path, one.entry.key) for one in held}
     for path, _, site in list(sites_of(model)):
         others = {entry.key for entry in site.entries.get(name, ()) if (path, entry.key) not in keys}
         if others:
-            drop_modules(model, state, name, path, others)
-    state.hosts[name] = tuple(path for path, _ in held)
+            drop_modules(model, name, path, others)
+    state.hosts[name] = tuple(one.path for one in held)
     refresh(model, state)
 
 
 def remove_head(model: nn.Module, name: str, head: str) -> None:
     """Take a head from an adapter. Raises: see `AdapterKit.remove_head`."""
     state = state_of(model)
-    held = [(path, e) for path, _, site in sites_of(model) for e in site.entries.get(name, ()) if e.head is not None]
-    path, entry = next(((path, e) for path, e in held if e.head and e.head.config.name == head), (None, None))
-    if path is None or entry is None:
-        raise AdapterNameError(
-            f"adapter {name!r} has no head {head!r}; it has {[e.head.config.name for _, e in held if e.head] or 'none'}"
-        )
+    heads = {str(entry.spec.config.name): held for held, entry in adapters_in(model).heads(name)}
+    if head not in heads:
+        raise AdapterNameError(f"adapter {name!r} has no head {head!r}; it has {list(heads) or 'none'}")
+    path = heads[head].path
     if name in state.merged:
         raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
     with ACTIVATION_LOCK:
-        drop_modules(model, state, name, path, {entry.key})
+        drop_modules(model, name, path, {heads[head].entry.key})
         hosts = list(state.hosts[name])
         hosts.remove(path)
         state.hosts[name] = tuple(hosts)
@@ -126,9 +124,10 @@ def remove_head(model: nn.Module, name: str, head: str) -> None:
 
 
 def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
-    """The sites without those in heads that a method named by itself (every bias, say): the copies train whole.
+    """Return the sites without those that lie in replaced heads by the method's own choice, such as every bias.
 
-    Without those, too, at a Parameter that is tied to one outside of the heads, which is what is adapted then.
+    Copies of heads train whole. A site that the user's `targets` name stays, and is refused later. A site in a head at a
+    Parameter that is tied to one outside of the heads goes, too: it is adapted there.
     """
     named = [index for index, member in enumerate(members(config)) if "targets" in member.model_fields_set]
     outside = [site for site in sites if not {*heads} & {*ancestors(site.path)}]
@@ -140,7 +139,7 @@ def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, 
 
 
 def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
-    """The sites that a config would adapt. Raises: see `placement.resolve`."""
+    """Find the sites that a config would adapt. Raises: see `placement.resolve`."""
     with ACTIVATION_LOCK, without_adapters():
         sites = resolve(model, [(m, method_of(m).placements(m)) for m in members(config)], example_inputs)
     for index, member in enumerate(members(config)):
@@ -149,7 +148,7 @@ def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs |
 
 
 def needs_structure(config: Config) -> bool:
-    """Whether a config's places depend on what the model computes."""
+    """Tell whether a config's sites depend on what the model computes, not on names alone."""
     return any(asks_for_structure(m, placement) for m in members(config) for placement in method_of(m).placements(m))
 
 
@@ -158,7 +157,7 @@ def seen_layouts(
 ) -> SeenRows:
     """Return where the rows of a batch lie in each module's tensors, as running the model shows or has shown.
 
-    It is run on the inputs, if there are any; on tiny ones, if the config's places are found by running it, too.
+    The model runs on the inputs, if there are any; else on tiny ones, if it runs anyway to find the config's sites.
 
     Raises:
         TargetError: the config has a row-wise setting that would take another axis for that of rows.
@@ -176,14 +175,14 @@ def seen_layouts(
 
 
 def _with_paths(model: nn.Module, config: Config) -> Config:
-    """The config with predicates replaced by what they matched, so that it can be saved."""
+    """Return the config with predicates replaced by the paths that they matched, so that it can be saved."""
     if isinstance(config, Union):
         return Union(*(_member_with_paths(model, member) for member in config.configs))
     return _member_with_paths(model, config)
 
 
 def _member_with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """`_with_paths` of one config."""
+    """Return one config of a union as `_with_paths` does."""
 
     def paths(targets: Sequence[Any]) -> list[str]:
         return [

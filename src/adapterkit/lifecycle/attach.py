@@ -3,15 +3,17 @@
 from collections.abc import Container, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..composition.names import check_name
 from ..config.fusion import FusionConfig
 from ..config.union import Config
 from ..errors import AdapterKitError, AdapterNameError, CompatibilityError, ConfigError
 from ..heads.hook import sync_labels_hooks
+from ..placement.spec import SiteSpec
+from ..runtime.acting import ACTING, acting_at
 from ..runtime.handover import Handover
-from ..runtime.hooks import InputHook, OutputHook, WeightEndHook, WeightHook, set_hook
+from ..runtime.hooks import remove_hooks
 from ..runtime.lookup import adapter_names, find_state, open_parameters, sites_among, sites_of
 from ..runtime.site import AdapterSite
 from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
@@ -70,22 +72,24 @@ def insert_modules(
         if not isinstance(site, AdapterSite):
             site = host._modules[SITE] = AdapterSite(state, part.path)
             site.train(host.training)
-        handover = Handover[Tensor]() if part.spec is not None and part.spec.residual is not None else None
-        open_parameters(part.module.train(host.training), trains)
-        site.insert(name, part.module, config, part.spec, handover, part.head)
+        spec = part.spec
+        reads_more = isinstance(spec, SiteSpec) and (spec.residual is not None or acting_at(spec.at).reads_forward)
+        handover = Handover[Any]() if reads_more else None
+        open_parameters(part.module.train(host.training), trains=trains)
+        site.insert(name, part.module, config, spec, handover)
     state.hosts[name] = (*state.hosts.get(name, ()), *(part.path for part in parts))
     refresh(model, state)
 
 
-def drop_modules(model: nn.Module, state: ModelState, name: str, path: str, keys: Container[str] | None = None) -> None:
-    """Let go of an adapter's modules at a host, or of those with these keys; of the site and its hooks, if it is empty."""
+def drop_modules(model: nn.Module, name: str, path: str, keys: Container[str] | None = None) -> None:
+    """Remove an adapter's modules from a host, or those with these keys; remove the site and its hooks if it is empty."""
     host = model.get_submodule(path)
     site: Any = host._modules[SITE]
     if name in site.entries:
         site.discard(name, keys)
     if not site.entries:
-        for kind in (OutputHook, InputHook, WeightHook, WeightEndHook):
-            set_hook(host, kind, False, state)
+        for kind in (kind for acting in ACTING for kind in (acting.before, acting.after) if kind is not None):
+            remove_hooks(host, kind)
         del host._modules[SITE]
 
 
@@ -100,7 +104,7 @@ def detach(model: nn.Module, name: str) -> None:
         state.activation.forget(name)
         state.hosts.pop(name, None)
         for path, _, _ in list(sites_of(model)):
-            drop_modules(model, state, name, path)
+            drop_modules(model, name, path)
         refresh(model, state)
 
 
@@ -112,7 +116,7 @@ def check_free(model: nn.Module, name: str) -> None:
 
 
 def state_of(model: nn.Module) -> ModelState:
-    """The model's state, or a new one that is not in the model yet.
+    """Return the model's state, or a new one that is not in the model yet.
 
     Raises:
         CompatibilityError: parts of the model were wrapped apart, so that two states claim it.
@@ -129,7 +133,7 @@ def state_of(model: nn.Module) -> ModelState:
 
 
 def refresh(model: nn.Module, state: ModelState) -> None:
-    """Bring hooks and steps in line with the sites."""
+    """Bring hooks and steps in line with the sites, after these have changed."""
     sync_site_hooks(model, state)
     sync_labels_hooks(model, state)
     forget_compiled()

@@ -5,13 +5,14 @@ stream require grad, without which reentrant gradient checkpointing trains nothi
 says that it is not checkpointed: see docs/decisions/0005).
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ActivationError
-from ..runtime.hooks import KitHook, has_hook, remove_hooks, require_input_grad, set_hook
+from ..runtime.hooks import KitHook, has_hook, keep_hook, remove_hooks, require_input_grad, set_hook
 from ..runtime.lookup import open_parameters, sites_of
 from ..runtime.originals import base_digests
 from ..runtime.state import STATE, Frozen, ModelState
@@ -48,14 +49,17 @@ class ScriptedNormsHook(KitHook):
 class CheckpointAware(KitHook):
     """Base of the hooks that gradient checkpointing needs.
 
-    `flagged`: the modules that say whether they are checkpointed, by the attribute that transformers gives them. Where
-    there are any, and none is, gradients need not go below the first adapter, which saves a block's share of backward.
+    Args:
+        flagged: The modules that say whether they are checkpointed, by the attribute that transformers gives them. Where
+            there are any, and none is, gradients need not go below the first adapter, which saves a block's share of
+            the backward pass.
     """
 
-    flagged: tuple[nn.Module, ...] = ()
+    def __init__(self, flagged: tuple[nn.Module, ...]) -> None:
+        self.flagged = flagged
 
     def is_idle(self) -> bool:
-        """Whether nothing needs this hook now."""
+        """Tell whether nothing needs this hook now."""
         if torch.compiler.is_compiling():
             return True
         return bool(self.flagged) and not any(module.gradient_checkpointing for module in self.flagged)
@@ -116,11 +120,16 @@ def freeze(model: nn.Module, state: ModelState, *, reentrant: bool = True) -> No
         norm.training = False  # at once, for what does not run through the model's own forward
     starts = reentrant or any(map(_says_whether_checkpointed, modules.values()))
     for module in modules.values():
-        set_hook(module, FrozenNormHook, has_running_statistics(module) and not is_scripted(module), state)
-        set_hook(module, StreamStartHook, starts and isinstance(module, (nn.Embedding, nn.EmbeddingBag)), state)
-    set_hook(model, ScriptedNormsHook, bool(scripted), state)
-    set_hook(model, RootInputHook, starts, state)
-    _tell_who_is_checkpointed(modules)
+        keep_hook(module, FrozenNormHook, state, is_wanted=has_running_statistics(module) and not is_scripted(module))
+        remove_hooks(module, StreamStartHook)
+    keep_hook(model, ScriptedNormsHook, state, is_wanted=bool(scripted))
+    remove_hooks(model, RootInputHook)
+    if starts:
+        embeddings = {path: m for path, m in modules.items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        flagged = _saying_whether_checkpointed(modules, embeddings)
+        for module in embeddings.values():
+            set_hook(module, StreamStartHook(flagged), state)
+        set_hook(model, RootInputHook(flagged), state)
     forget_compiled()
 
 
@@ -141,27 +150,23 @@ def unfreeze(model: nn.Module, state: ModelState) -> None:
     forget_compiled()
 
 
-def _tell_who_is_checkpointed(modules: dict[str, nn.Module]) -> None:
-    """Give the hooks the modules that say whether they are checkpointed, as it is now or will be switched later.
+def _saying_whether_checkpointed(modules: Mapping[str, nn.Module], embeddings: Collection[str]) -> tuple[nn.Module, ...]:
+    """Return the modules that say whether they are checkpointed, as it is now or will be switched later.
 
     Those around an embedding are left out: a hook that led back to its own module would keep the model from being freed.
     Layers remain, which are switched with them.
     """
-    around = {above for path, m in modules.items() if has_hook(m, StreamStartHook) for above in ancestors(path)}
-    flagged = tuple(m for path, m in modules.items() if _says_whether_checkpointed(m) and path not in around)
-    for module in modules.values():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if isinstance(hook, CheckpointAware):
-                hook.flagged = flagged
+    around = {above for path in embeddings for above in ancestors(path)}
+    return tuple(m for path, m in modules.items() if _says_whether_checkpointed(m) and path not in around)
 
 
 def _says_whether_checkpointed(module: nn.Module) -> bool:
-    """Whether a module has the attribute by which transformers switches gradient checkpointing."""
+    """Tell whether a module has the attribute by which transformers switches gradient checkpointing."""
     return isinstance(getattr(module, "gradient_checkpointing", None), bool)
 
 
 def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:
-    """Whether the module around this one is in training mode; None for the root."""
+    """Tell whether the module around this one is in training mode; None for the root."""
     return modules[path.rpartition(".")[0]].training if path else None
 
 
@@ -174,28 +179,28 @@ def check_may_train(state: ModelState, name: str) -> None:
         )
 
 
-def set_training(model: nn.Module, state: ModelState, name: str, trains: bool) -> None:
-    """Open or close an adapter's parameters, its heads' too. Raises ActivationError if it is to train, yet merged."""
+def set_training(model: nn.Module, state: ModelState, name: str, *, trains: bool) -> None:
+    """Let an adapter's parameters train, its heads' too, or not. Raises ActivationError if it is to train, yet merged."""
     if trains:
         check_may_train(state, name)
     elif name in state.merged:
         state.merged[name] = ()  # so that unmerging opens none of them
     for _, _, site in sites_of(model):
         for _, module in site.modules_of(name):
-            open_parameters(module, trains)
+            open_parameters(module, trains=trains)
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Whether the module normalises with running statistics (BatchNorm, InstanceNorm and their like)."""
+    """Tell whether the module normalises with running statistics (BatchNorm, InstanceNorm and their like)."""
     held = {name for name, buffer in module._buffers.items() if buffer is not None}
     return {"running_mean", "running_var"} <= held
 
 
 def scripted_norms(model: nn.Module) -> list[nn.Module]:
-    """The norms with running statistics among the model's TorchScript modules."""
+    """Return the norms with running statistics among the model's TorchScript modules."""
     return [module for module in model.modules() if is_scripted(module) and has_running_statistics(module)]
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Whether the module runs as TorchScript, which calls none of its hooks."""
+    """Tell whether the module runs as TorchScript, which calls none of its hooks."""
     return isinstance(module, torch.jit.ScriptModule)

@@ -13,33 +13,33 @@ from torch import Tensor, nn
 from ..composition.nodes import Composition, Fuse, expanded, names_in, to_json
 from ..config.fusion import FusionConfig
 from ..errors import AdapterNameError, CompatibilityError, ConfigError
-from ..heads.find import Heads, check_apart, find_heads
+from ..heads.find import Heads, find_heads
 from ..methods.spellings import no_config, read_json
 from ..nn.fusion import Fusion
 from ..placement.spec import SiteSpec, located
-from ..runtime.lookup import fusions_of, sites_of
+from ..runtime.acting import acting_at
+from ..runtime.lookup import adapters_in, fusions_of, sites_of
 from ..runtime.site import AdapterSite
 from ..runtime.state import ModelState
-from ..structure.tracing.forward import ExampleInputs, outside_inference_mode
-from .activate import check_known, check_plans
-from .attach import attach, check_free, detach, state_of
-from .build import BuiltModule, build_head_modules, device_near, dtype_at
+from ..structure.tracing.forward import ExampleInputs
+from .activate import check_known
+from .admit import AdapterDraft, admit
+from .attach import check_free
 
 __all__ = [
     "add_fusion",
     "anneal",
     "as_fusion_config",
-    "attach_fusion",
     "fusion_modules",
     "fusion_of",
-    "fusion_parts",
+    "fusion_sites",
     "loss",
     "prune",
 ]
 
 
 def as_fusion_config(config: FusionConfig | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> FusionConfig:
-    """A config from "dynamic", "static", a config, a mapping or a path to JSON.
+    """Return the config that "dynamic", "static", a config, a mapping or a path to JSON stands for.
 
     Raises:
         ConfigError: not one of these, or bad settings.
@@ -72,62 +72,40 @@ def add_fusion(
         check_known(model, name)
     expanded(fuse, fusions_of(model))  # refuses a fusion among the children
     config = config.override({"children": tuple(map(to_json, fuse.children))})
-    parts, found = fusion_parts(model, fuse, config), find_heads(model, heads, example_inputs)
-    check_apart([part.path for part in parts], [head.path for head in found if head.is_in_place])
-    attach_fusion(model, fuse.fusion, config, parts + build_head_modules(model, found))
+    sites = fusion_sites(model, fuse, config)
+    admit(model, AdapterDraft(fuse.fusion, config, sites, find_heads(model, heads, example_inputs)))
 
 
-def attach_fusion(model: nn.Module, name: str, config: FusionConfig, parts: Sequence[BuiltModule]) -> None:
-    """Put a fusion's modules into the model. Raises CompatibilityError if its adapters cannot act together."""
-    attach(model, name, config, parts)
-    try:
-        check_plans(model, state_of(model), fusions_of(model)[name])
-    except BaseException:
-        detach(model, name)
-        raise
-
-
-@outside_inference_mode()
-def fusion_parts(model: nn.Module, fuse: Fuse, config: FusionConfig, *, meta: bool = False) -> list[BuiltModule]:
-    """New modules of a fusion, one for each tensor that its children change.
-
-    Args:
-        meta: Build them without memory or values, for a file to fill.
+def fusion_sites(model: nn.Module, fuse: Fuse, config: FusionConfig) -> list[SiteSpec]:
+    """Find the sites of a fusion: one for each tensor that its children change.
 
     Raises:
         CompatibilityError: a child changes a Parameter, or none changes anything.
-        ConfigError: without a projection, the queries do not fit the keys.
     """
-    places = list(_places(model, fuse, config))
-    if not places:
+    sites = list(_sites(model, fuse, config))
+    if not sites:
         raise CompatibilityError(
             f"{fuse!r} has nothing to weigh: its adapters have no modules in this {type(model).__name__}"
         )
-    with torch.random.fork_rng(devices=[], enabled=config.seed is not None), torch.device("meta" if meta else "cpu"):
-        if config.seed is not None:
-            torch.manual_seed(config.seed)
-        parts = [BuiltModule(spec.path, _build(model, spec, config), spec) for spec in places]
-    for part in parts if not meta else ():
-        part.module.to(device_near(model, part.path))
-    return parts
+    return sites
 
 
-def _places(model: nn.Module, fuse: Fuse, config: FusionConfig) -> Iterator[SiteSpec]:
-    """Each tensor that children change, as a place of the fusion."""
+def _sites(model: nn.Module, fuse: Fuse, config: FusionConfig) -> Iterator[SiteSpec]:
+    """Yield each tensor that children change, as a site of the fusion."""
     for path, _, site in sites_of(model):
-        held = [entry for name in names_in(fuse) for entry in site.entries.get(name, ()) if entry.spec is not None]
-        specs = [located(entry.spec, path) for entry in held if entry.spec is not None]
+        specs = [located(entry.spec, path) for name in names_in(fuse) for entry, _ in site.adapting(name)]
         for spec in {spec.at: spec for spec in reversed(specs)}.values():
-            if spec.at == "weight":
+            if acting_at(spec.at).is_shared:
+                changed = f"the Parameter {spec.parameters[0]!r}" if spec.parameters else f"the host's {spec.at}"
                 raise CompatibilityError(
-                    f"{fuse!r} cannot weigh what is done at {path!r}: an adapter there changes the Parameter "
-                    f"{spec.parameters[0]!r}, which all tokens share. Fuse adapters of layers, or stack these"
+                    f"{fuse!r} cannot weigh what is done at {path!r}: an adapter there changes {changed}, which all tokens "
+                    "share. Fuse adapters of layers, or stack these"
                 )
-            yield _place(spec, config)
+            yield _fusion_site(spec, config)
 
 
-def _place(spec: SiteSpec, config: FusionConfig) -> SiteSpec:
-    """The place of a fusion, where the first of its children is at this one."""
+def _fusion_site(spec: SiteSpec, config: FusionConfig) -> SiteSpec:
+    """Return the site of a fusion where the first of its children is at this one."""
     spec = replace(spec, tag=spec.at, member=0, slices=())  # the tag tells two at one host apart
     if config.query_reads == "adapter" and spec.reads != "own_input":
         return spec
@@ -137,28 +115,8 @@ def _place(spec: SiteSpec, config: FusionConfig) -> SiteSpec:
     )
 
 
-def _build(model: nn.Module, spec: SiteSpec, config: FusionConfig) -> Fusion:
-    if not config.query and spec.input_width != spec.width:
-        raise ConfigError(
-            f"query=False compares what is read at {spec.path!r}, of {spec.input_width} features, with what is added, of "
-            f"{spec.width}; leave query=True, or give query_reads='site'"
-        )
-    return Fusion(
-        spec.width,
-        query_size=spec.input_width,
-        query=config.query,
-        key=config.key,
-        value=config.value,
-        value_init=config.value_init,
-        residual_before=config.residual_before,
-        temperature=config.temperature,
-        dropout=config.dropout,
-        dtype=dtype_at(model, spec.path, config.dtype),
-    )
-
-
 def fusion_of(model: nn.Module, fuse: Composition) -> tuple[str, Fuse]:
-    """The name of a fusion in the model, and what it weighs. Raises AdapterNameError: there is none."""
+    """Return the name of a fusion in the model, and what it weighs. Raises AdapterNameError if there is none."""
     name = fuse.fusion if isinstance(fuse, Fuse) else fuse
     fusions = fusions_of(model)
     if name not in fusions:
@@ -169,15 +127,14 @@ def fusion_of(model: nn.Module, fuse: Composition) -> tuple[str, Fuse]:
 
 
 def fusion_modules(model: nn.Module, name: str) -> Iterator[tuple[str, SiteSpec, Fusion]]:
-    """A fusion's modules, each with its host's path and its place."""
-    for path, _, site in sites_of(model):
-        for entry, module in site.modules_of(name):
-            if entry.spec is not None and isinstance(module, Fusion):
-                yield path, entry.spec, module
+    """Yield a fusion's modules, each with its host's path and its site."""
+    for held, entry in adapters_in(model).sites(name):
+        if isinstance(held.module, Fusion):
+            yield held.path, entry.spec, held.module
 
 
 def loss(model: nn.Module, names: Sequence[str]) -> Tensor:
-    """The regularisation of fusions: the weighted squared distance of each Wv to the identity. Shape: ()."""
+    """Return the regularisation of fusions: the weighted squared distance of each Wv to the identity. Shape: ()."""
     terms = [
         _config(site, name).regularization * module.distance_to_identity()
         for name in names

@@ -52,6 +52,10 @@ class LoRAConfig(AdapterConfig):
     2024, arXiv:2402.09353; gating: Mao et al. 2022, arXiv:2110.07577.
     """
 
+    by_row: ClassVar[tuple[str, ...]] = ("gating",)
+    at_start: ClassVar[tuple[str, ...]] = ("init",)
+    in_training: ClassVar[tuple[str, ...]] = ("dropout",)
+
     method: Literal["lora"] = "lora"
     targets: Targets = Field(default=("@attention.q", "@attention.v"), min_length=1)
     rank: Annotated[

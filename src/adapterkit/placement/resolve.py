@@ -14,7 +14,6 @@ from ..errors import TargetError
 from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Norm
 from ..structure.anatomy.discover import Discovery
-from ..structure.anatomy.roles import role_paths
 from ..structure.hosts import (
     HostShape,
     channel_axis,
@@ -28,7 +27,7 @@ from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
 from ..structure.tracing.row_layout import RowAxes, SeenRows
 from .layers import check_layers, in_layers, layer_of
-from .patterns import matches_nothing
+from .match import match_nothing
 from .rule import Placement
 from .spec import SiteSpec, layout_of
 from .targets import Found, find_locations
@@ -71,7 +70,7 @@ def _sites_at(
     """The sites of one placement."""
     if placement.targets is not None:
         config = config.override({"targets": placement.targets})
-    if placement.is_optional and matches_nothing(modules, config.targets, lambda role: role_paths(role, discovery.anatomy)):
+    if placement.is_optional and match_nothing(modules, config.targets, discovery):
         return []
     if placement.level != "tensor":
         return weight_sites(model, modules, config, placement, discovery, example_inputs)
@@ -225,22 +224,22 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
 def check_row_axes(
     model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: SeenRows
 ) -> None:
-    """Raise TargetError where a row-wise setting takes the first axis for that of rows, and it is or may be another.
+    """Raise TargetError where a setting acts row by row, takes the first axis for that of the rows, and may be wrong.
 
     Args:
-        configs: Those of the sites' members.
-        layouts: What was seen of where rows lie, by path.
+        configs: The config of each member; a site says which one it came of.
+        layouts: The row layouts that were observed: map each host's path to them.
     """
     axes = RowAxes(dict(model.named_modules()))
     for site in sites:
         config, seen = configs[site.member], layout_of(layouts.get(site.path, {}), site)
-        by_row = getattr(config, "gating", False) or getattr(config, "stochastic_depth", 0)
+        by_row = [name for name in config.by_row if getattr(config, name)]
         axis = axes.at(site.path) if seen is None else seen.axis or 0
         if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
             found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
             raise TargetError(
-                f"{site.path!r} {found} its batch on axis 1{layouts.note(site.path)}; gating and stochastic_depth need "
-                f"to know: set batch_axis={1 if axis else '0 or 1'}"
+                f"{site.path!r} {found} its batch on axis 1{layouts.note(site.path)}; {' and '.join(by_row)} must "
+                f"know which axis the rows are on: set batch_axis={1 if axis else '0 or 1'}"
             )
 
 

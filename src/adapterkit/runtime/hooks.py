@@ -1,4 +1,4 @@
-"""The hooks that adapterkit registers: instances of these classes, without state, and nothing else.
+"""The hooks that adapterkit registers on modules: instances of `KitHook`, and nothing else.
 
 Each finds what it needs through the module that it is called with, so that copies, replicas and pickles of a model run
 their own adapters. They are told apart from anyone else's hooks by their class.
@@ -16,7 +16,17 @@ from .handover import Handover
 from .state import ModelState
 from .weight_swap import put_weights, take_weights
 
-__all__ = ["InputHook", "KitHook", "OutputHook", "WeightEndHook", "WeightHook", "has_hook", "remove_hooks", "set_hook"]
+__all__ = [
+    "InputHook",
+    "KitHook",
+    "OutputHook",
+    "WeightEndHook",
+    "WeightHook",
+    "has_hook",
+    "keep_hook",
+    "remove_hooks",
+    "set_hook",
+]
 
 # The attribute of a module that holds its StreamPort.
 PORT = "_adapterkit_stream"
@@ -25,7 +35,10 @@ PORT = "_adapterkit_stream"
 class KitHook:
     """Base of all hooks of adapterkit.
 
-    `is_pre`: runs before the module; `is_first`: before hooks that were there; `always`: also when the module raised.
+    Attributes:
+        is_pre: It runs before the module.
+        is_first: It runs before the hooks that were there when it was registered.
+        always: It runs even if the module raised.
     """
 
     is_pre = False
@@ -41,7 +54,7 @@ class OutputHook(KitHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Return the adapted output, or None for no change. Shape: as the host's output."""
         site: Any = module._modules[SITE]
-        steps = site.output_steps
+        steps = site.steps.get("output")
         if not steps:
             return None
         if not site.state.activation.check(steps[0].adapter):
@@ -59,7 +72,7 @@ class InputHook(KitHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the adapted `(args, kwargs)`, or None for no change. Shape: as the host's arguments."""
         site: Any = module._modules[SITE]
-        steps = site.input_steps
+        steps = site.steps.get("input")
         if not steps:
             return None
         if not site.state.activation.check(steps[0].adapter):
@@ -82,7 +95,7 @@ class WeightHook(KitHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Put the changed Parameters there. Shape: as the Parameters."""
         site: Any = module._modules[SITE]
-        steps = site.weight_steps
+        steps = site.steps.get("weight")
         if not steps or not site.state.activation.check(steps[0].adapter):
             return
         changed: dict[tuple[nn.Module, str], Tensor] = {}
@@ -110,7 +123,7 @@ class WeightEndHook(KitHook):
             take_weights(module)
             return
         site: Any = module._modules[SITE]
-        for step in site.weight_steps:
+        for step in site.steps.get("weight", ()):
             for owner, leaf in step.places(module):
                 owner.__dict__.pop(leaf, None)
 
@@ -143,7 +156,7 @@ class StreamHook(KitHook):
 
 
 class ClearHook(KitHook):
-    """Let go of streams and labels that no site took, when the module around both ends, by an exception too."""
+    """Let go of streams and labels that no site took, when the module around both ends, even if it raised."""
 
     always = True
 
@@ -171,7 +184,7 @@ class EncoderHook(KitHook):
 
 
 def require_input_grad(value: Any, path: pytree.Path | None = None) -> Any:
-    """The value with one tensor (its first floating one) requiring grad, in grad mode; None for no change."""
+    """Return the value with one tensor, its first floating one, requiring grad; None if nothing is to change."""
     path = pytree.find(value) if path is None else path
     if path is None or not torch.is_grad_enabled():
         return None
@@ -183,22 +196,31 @@ def require_input_grad(value: Any, path: pytree.Path | None = None) -> Any:
 
 
 def has_hook(module: nn.Module, kind: type[KitHook] = KitHook) -> bool:
-    """Whether a hook of this kind is registered on the module."""
+    """Tell whether a hook of this kind is registered on the module."""
     return any(isinstance(hook, kind) for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
 
 
-def set_hook(module: nn.Module, kind: type[KitHook], wanted: bool, state: ModelState) -> None:
-    """Register a hook of this kind on the module, or remove it, unless that is how it stands."""
-    if wanted == has_hook(module, kind):
-        return
-    hook: Any = kind()
-    if not wanted:
-        remove_hooks(module, kind)
-    elif kind.is_pre:
-        state.last_hook_id = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=kind.is_first).id
+def set_hook(module: nn.Module, hook: KitHook, state: ModelState) -> None:
+    """Register a hook on the module, replacing any of the same class."""
+    remove_hooks(module, type(hook))
+    called: Any = hook
+    if hook.is_pre:
+        handle = module.register_forward_pre_hook(called, with_kwargs=True, prepend=hook.is_first)
     else:
-        flags: dict[str, bool] = {"with_kwargs": True, "prepend": kind.is_first, "always_call": kind.always}
-        state.last_hook_id = module.register_forward_hook(hook, **flags).id
+        flags: dict[str, bool] = {"with_kwargs": True, "prepend": hook.is_first, "always_call": hook.always}
+        handle = module.register_forward_hook(called, **flags)
+    state.last_hook_id = handle.id
+
+
+def keep_hook(module: nn.Module, kind: type[KitHook], state: ModelState, *, is_wanted: bool) -> None:
+    """Register a hook of this kind, which needs no arguments, if it is wanted and not there; else remove it.
+
+    A hook that is there stays as it is: registering it anew would change its order among other people's hooks.
+    """
+    if is_wanted and not has_hook(module, kind):
+        set_hook(module, kind(), state)
+    elif not is_wanted:
+        remove_hooks(module, kind)
 
 
 def remove_hooks(module: nn.Module, kind: type[KitHook] = KitHook) -> None:

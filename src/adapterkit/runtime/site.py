@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from urllib.parse import unquote
 
 from torch import Tensor, nn
@@ -23,26 +23,53 @@ if TYPE_CHECKING:  # in annotations alone: what a step or a head is, sites need 
     from ..heads.spec import HeadSpec
     from .steps import Step
 
-__all__ = ["AdapterSite", "Entry", "Original", "root_of", "site_key"]
+__all__ = [
+    "AdapterSite",
+    "Entry",
+    "HeadEntry",
+    "Original",
+    "SiteEntry",
+    "adapter_name",
+    "module_key",
+    "root_of",
+    "site_key",
+]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What an AdapterSite knows of one module of an adapter.
+class SiteEntry:
+    """What an AdapterSite knows of a module that adapts a tensor or a Parameter of the host.
 
     Attributes:
         key: Its name among the site's children.
         config: The adapter's config, or the fusion's.
-        spec: Its place; None for a head.
-        handover: Where the residual stream is left, if it reads that.
-        head: What head it is, if it is one.
+        spec: Its site.
+        handover: Carries what it reads from another module's call, such as the residual stream; None if it reads nothing
+            of the kind.
     """
 
     key: str
     config: Config | FusionConfig
-    spec: SiteSpec | None
-    handover: Handover[Tensor] | None = field(default=None, compare=False)
-    head: HeadSpec | None = None
+    spec: SiteSpec
+    handover: Handover[Any] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class HeadEntry:
+    """What an AdapterSite knows of a head, which runs in the host's place or on what the model returns.
+
+    Attributes:
+        key: Its name among the site's children.
+        config: The config of the adapter that owns it, or of the fusion.
+        spec: What head it is, and where.
+    """
+
+    key: str
+    config: Config | FusionConfig
+    spec: HeadSpec
+
+
+Entry: TypeAlias = SiteEntry | HeadEntry
 
 
 @dataclass(frozen=True)
@@ -59,18 +86,16 @@ class Original:
 
 
 class AdapterSite(nn.Module):
-    """Holds the adapters of one host module; registered as its child, so that it moves, saves and copies with it.
+    """Hold the adapters of one host module. It is the host's child, so that it moves, saves and copies with the host.
 
-    Never run as a module: the host's hooks call the steps that activation put here.
+    It is never run as a module: the host's hooks call the steps that activation put here.
     """
 
     def __init__(self, state: ModelState, host_path: str) -> None:
         super().__init__()
         self.state = state
         self.entries: dict[str, tuple[Entry, ...]] = {}
-        self.output_steps: tuple[Step, ...] = ()
-        self.input_steps: tuple[Step, ...] = ()
-        self.weight_steps: tuple[Step, ...] = ()
+        self.steps: dict[str, tuple[Step, ...]] = {}  # by `Acting.at`: what the hooks run
         self.call = Handover[Any]()  # what the model's call had for heads on its output
         # Of the Parameters into which adapters are merged, by their names from the host on.
         self.originals: dict[str, Original] = {}
@@ -78,7 +103,7 @@ class AdapterSite(nn.Module):
         self.register_load_state_dict_post_hook(forgive_absent_adapters)  # type: ignore[no-untyped-call]  # torch's
 
     def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse. Shape: any."""
+        """Refuse: only a host that runs all of its children as layers would call this. Shape: any."""
         raise AdapterKitError(
             f"the host {self.host_path!r} runs all of its children as layers, the adapter site among them; "
             "target the children of that module instead"
@@ -89,17 +114,19 @@ class AdapterSite(nn.Module):
         name: str,
         module: nn.Module,
         config: Config | FusionConfig,
-        spec: SiteSpec | None,
-        handover: Handover[Tensor] | None = None,
-        head: HeadSpec | None = None,
+        spec: SiteSpec | HeadSpec,
+        handover: Handover[Any] | None = None,
     ) -> None:
         """Hold a module of an adapter for this host, after those that it has here already."""
         there = self.entries.get(name, ())
         taken = {entry.key for entry in there}
         key = next(key for index in range(len(there) + 1) if (key := site_key(name, index)) not in taken)
-        entry = Entry(key, config, spec, handover, head)
+        if isinstance(spec, SiteSpec):
+            entry: Entry = SiteEntry(key, config, spec, handover)
+        else:
+            entry = HeadEntry(key, config, spec)
         self.entries[name] = (*there, entry)
-        self._modules[entry.key] = module
+        self._modules[key] = module
 
     def discard(self, name: str, keys: Container[str] | None = None) -> None:
         """Let go of an adapter's modules, or of those with these keys."""
@@ -112,16 +139,22 @@ class AdapterSite(nn.Module):
             self.entries[name] = kept
 
     def modules_of(self, name: str) -> Iterator[tuple[Entry, nn.Module]]:
-        """The modules of one adapter at this host, in order; none if it has none here."""
+        """Yield the modules of one adapter at this host, heads too, in order; nothing if it has none here."""
         for entry in self.entries.get(name, ()):
             yield entry, self.get_submodule(entry.key)
 
+    def adapting(self, name: str) -> Iterator[tuple[SiteEntry, nn.Module]]:
+        """Yield the modules of one adapter that adapt this host, in order; no heads."""
+        for entry, module in self.modules_of(name):
+            if isinstance(entry, SiteEntry):
+                yield entry, module
+
     def first_module(self, name: str) -> nn.Module:
-        """The first module of one adapter at this host."""
+        """Return the first module of one adapter at this host."""
         return self.get_submodule(self.entries[name][0].key)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, but nothing inside `kit.base_checkpoint()`."""
+        """Return what any module does; inside `kit.base_checkpoint()` nothing."""
         if self.state.omit_adapters:
             return kwargs.get("destination", {})
         if self.originals:
@@ -154,12 +187,12 @@ class AdapterSite(nn.Module):
 
 
 _RESERVED = frozenset(dir(AdapterSite)) | {
-    "state", "entries", "output_steps", "input_steps", "weight_steps", "originals", "host_path", "training", "call",
+    "state", "entries", "steps", "originals", "host_path", "training", "call",
 }  # fmt: skip
 
 
 def site_key(name: str, index: int = 0) -> str:
-    """The name under which a site holds an adapter's module: its first there, or a later one."""
+    """Return the name under which a site holds an adapter's module: its first there, or a later one."""
     return module_key(name, _RESERVED) + (f"%+{index}" if index else "")  # no name is spelled with "%+"
 
 
@@ -181,7 +214,6 @@ def adapter_name(key: str) -> str:
     return unquote(key)
 
 
-def root_of(path: str, entry: Entry) -> str:
-    """The path of the model on whose output a head is, of a host at this path."""
-    above = entry.head.above if entry.head is not None else None
-    return ancestors(path)[above or 0]
+def root_of(path: str, entry: HeadEntry) -> str:
+    """Return the path of the model on whose output a head is, given its host's path."""
+    return ancestors(path)[entry.spec.above or 0]

@@ -18,9 +18,9 @@ from ..errors import CompatibilityError
 from ..placement.spec import SiteSpec
 from ..structure import pytree
 from .handover import Handover
-from .site import AdapterSite, Entry
+from .site import AdapterSite
 
-__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "AddsToTensor", "Pass", "Step", "View", "plus", "step_of"]
+__all__ = ["AdaptWeight", "AddDelta", "AddProjected", "AddsToTensor", "Pass", "Step", "View", "plus"]
 
 
 class View(NamedTuple):
@@ -44,21 +44,21 @@ class View(NamedTuple):
 
     @property
     def row_count(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
         return self.x.shape[self.axis] // self.per_row
 
     def map(self, function: Callable[[Tensor], Tensor]) -> View:
-        """The view with a function of each tensor in its place."""
+        """Return a view with this function applied to each tensor."""
         streams = {key: function(stream) for key, stream in self.streams.items()}
         taken = None if self.taken is None else function(self.taken)
         return self._replace(x=function(self.x), bare=function(self.bare), taken=taken, streams=streams)
 
     def narrow(self, axis: int, start: int, size: int) -> View:
-        """A part of an axis: some tokens, all rows."""
+        """Return a part of an axis: some tokens, all rows."""
         return self.map(lambda tensor: tensor.narrow(axis, start, size))
 
     def indices(self, rows: Sequence[int]) -> Tensor:
-        """Where these rows lie on their axis. Shape: (rows * per_row,)."""
+        """Return where these rows lie on their axis. Shape: (rows * per_row,)."""
         where = torch.tensor(rows, device=self.x.device)
         if self.per_row == 1:
             return where
@@ -66,11 +66,11 @@ class View(NamedTuple):
         return (where[:, None] * self.per_row + within).flatten()
 
     def select(self, where: Tensor) -> View:
-        """These indices of the axis of rows: some rows."""
+        """Return these indices of the axis of rows: some rows."""
         return self.map(lambda tensor: tensor.index_select(self.axis, where))
 
     def put(self, where: Tensor, changed: Tensor) -> Tensor:
-        """The tensor x with others at these indices. Shape: as x."""
+        """Return the tensor x with others at these indices. Shape: as x."""
         return self.x.index_copy(self.axis, where, changed)
 
 
@@ -83,18 +83,28 @@ class Step:
 
     adapter: Composition | None
 
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The names, among the site's children, of the modules that the step runs; no heads."""
+        return ()
+
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` (the host's output, or its `(args, kwargs)`) with tensors of shape (..., width) replaced."""
         raise NotImplementedError
 
     def places(self, host: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        """The Parameters that it changes, each by the module that holds it and its name there."""
+        """Yield the Parameters that it changes, each as the module that holds it and its name there."""
         yield from ()
 
 
 def plus(x: Tensor, delta: Tensor) -> Tensor:
-    """X + delta, in x's dtype. Shape: both the same."""
+    """Return x + delta, in x's dtype. Shape: both the same."""
     return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Tell whether someone has registered hooks on a module, which calling its forward alone would pass by."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @runtime_checkable
@@ -105,11 +115,11 @@ class AddsToTensor(Protocol):
     spec: SiteSpec
 
     def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
-        """Where the tensor lies."""
+        """Return the path of the tensor in the host's output, or in its `(args, kwargs)`."""
         ...
 
     def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """What `module` adds, in the dtype that it computes in. Shape: as `view.x`."""
+        """Return what `module` adds, in the dtype that it computes in. Shape: as `view.x`."""
         ...
 
 
@@ -120,14 +130,21 @@ class AddDelta(Step):
     Args:
         key: The adapter's name among the site's children.
         adapter: The active adapter or composition.
-        spec: The place.
+        spec: The site.
         handover: Where the residual stream is left, if the adapter reads it.
+        is_fused: The module adds its delta itself: see `nn.fused`.
     """
 
     key: str
     adapter: Composition | None
     spec: SiteSpec
     handover: Handover[Tensor] | None = None
+    is_fused: bool = False
+
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The one module that it runs."""
+        return (self.key,)
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output (or the arguments) with its tensor x, shape (..., width), replaced by x + delta."""
@@ -137,11 +154,11 @@ class AddDelta(Step):
         return pytree.put(value, path, self._adapt(site, host, pytree.get(value, path)))
 
     def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """Return module(z, x), of a view. Shape: as `view.x`."""
+        """Return module(z, x) for the tensors of a view. Shape: as `view.x`."""
         return self._delta(module, self.read(host, view), view.x)
 
     def read(self, host: nn.Module, view: View) -> Tensor:
-        """What the adapter reads. Shape: (..., input_width)."""
+        """Return what the adapter reads. Shape: (..., input_width)."""
         return view.x if self.spec.reads == "site" else self._read(host, view.x, view.streams.get(self.key))
 
     def _adapt(self, site: AdapterSite, host: nn.Module, x: Tensor) -> Tensor:
@@ -149,6 +166,10 @@ class AddDelta(Step):
         spec = self.spec
         module: Any = site._modules[self.key]
         z = x if spec.reads == "site" else self._read(host, x, self.handover.take() if self.handover else None)
+        if self.is_fused and spec.axis == -1 and not x.is_nested and not _has_hooks(module):
+            if x.shape[-1] != spec.width or z.shape[-1] != spec.input_width:
+                raise self._wrong_shape(z, x)
+            return module.added(z, x, host)  # type: ignore[no-any-return]  # a tensor, by its protocol
         if not x.is_nested:
             return plus(x, self._delta(module, z, x))
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
@@ -167,14 +188,14 @@ class AddDelta(Step):
         if z.dtype is not dtype:
             z = z.to(dtype)
         # Straight to forward where calling the module would do no more than that: it costs as much as a small kernel.
-        run = module if module._forward_hooks or module._forward_pre_hooks else module.forward
+        run = module if _has_hooks(module) else module.forward
         delta: Tensor = run(z, x) if axis == -1 else run(z.movedim(axis, -1), x.movedim(axis, -1)).movedim(-1, axis)
         if delta.shape != shape:
             raise self._wrong_shape(z, x)
         return delta
 
     def _read(self, host: nn.Module, x: Tensor, stream: Tensor | None) -> Tensor:
-        """What the adapter reads, where that is not the tensor at the site. Shape: (..., input_width)."""
+        """Return what the adapter reads, where that is not the tensor at the site. Shape: (..., input_width)."""
         reads = self.spec.reads
         if reads == "norm":
             return host.forward(x)  # type: ignore[no-any-return]  # not __call__: that would run this hook again
@@ -190,7 +211,7 @@ class AddDelta(Step):
         return x + stream
 
     def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
-        """The path of the tensor to adapt or read, in `(args, kwargs)` or in an output."""
+        """Return the path of the tensor to adapt, in `(args, kwargs)` or in an output."""
         spec = self.spec
         try:
             if in_call:
@@ -218,23 +239,33 @@ class AddDelta(Step):
 
 @dataclass(frozen=True)
 class AddProjected(Step):
-    """Add what the adapter makes of the host's input to the host's output: a change of its weight, without making one.
+    """Add to the host's output what the adapter makes of the host's input: the effect of a changed weight, without one.
 
     Args:
         key: The adapter's name among the site's children.
         adapter: The active adapter or composition.
-        spec: The place.
+        spec: The site.
+        is_fused: The module adds its delta itself: see `nn.fused`.
     """
 
     key: str
     adapter: Composition | None
     spec: SiteSpec
+    is_fused: bool = False
+
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The one module that it runs."""
+        return (self.key,)
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output with its tensor x, shape (..., width), replaced by x + delta."""
         module: Any = site._modules[self.key]
         path, z = self.locate(value, in_call=False), self.taken(args, kwargs)
         x: Tensor = pytree.get(value, path)
+        if self.is_fused and self.spec.axis == -1 and not x.is_nested and not _has_hooks(module):
+            self._check_width(x)
+            return pytree.put(value, path, module.added(z, x, host))
         if not x.is_nested:
             return pytree.put(value, path, plus(x, self._delta(module, z, x, host)))
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
@@ -242,12 +273,12 @@ class AddProjected(Step):
         return pytree.put(value, path, torch.nested.as_nested_tensor(rows))
 
     def _by_keyword(self, kwargs: Any) -> Any:
-        """The host's first argument where it is called by keyword; None if it is not there."""
+        """Return the host's first argument where it is called by keyword; None if it is not there."""
         name = self.spec.input[1] if self.spec.input else None
         return kwargs.get(name) if name in kwargs else next(iter(kwargs.values()), None)
 
     def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
-        """Where the output's first floating-point tensor lies."""
+        """Return the path of the output's first floating-point tensor."""
         path = () if isinstance(value, Tensor) else pytree.find(value)
         if path is None:
             raise CompatibilityError(
@@ -257,7 +288,7 @@ class AddProjected(Step):
         return path
 
     def taken(self, args: Any, kwargs: Any) -> Tensor:
-        """What the host takes: its first argument. Shape: any."""
+        """Return what the host takes: its first argument. Shape: any."""
         z = args[0] if args else self._by_keyword(kwargs)
         if not isinstance(z, Tensor):
             raise CompatibilityError(
@@ -267,24 +298,29 @@ class AddProjected(Step):
         return z
 
     def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """What is added, of a view: the change is that of the host's own output. Shape: as `view.x`."""
+        """Return what is added for a view: a change of what the host itself returned. Shape: as `view.x`."""
         if view.taken is None:
             raise CompatibilityError(f"what {self.spec.path!r} takes was not kept for adapter {self.adapter!r}")
         return self._delta(module, view.taken, view.bare, host)
 
     def _delta(self, module: Any, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
-        """What is added to x. Shape: z as the host takes, x as it returns."""
-        spec, dtype = self.spec, module.compute_dtype
+        """Return what is added to x. Shape: z as the host takes, x as it returns."""
+        dtype = module.compute_dtype
+        self._check_width(x)
+        if z.dtype is not dtype and z.is_floating_point():
+            z = z.to(dtype)
+        run = module if _has_hooks(module) else module.forward
+        delta: Tensor = run(z, x, host)
+        return delta
+
+    def _check_width(self, x: Tensor) -> None:
+        """Raise CompatibilityError unless the host returned as many features as it did when the adapter was added."""
+        spec = self.spec
         if x.shape[spec.axis] != spec.width:
             raise CompatibilityError(
                 f"adapter {self.adapter!r} at {spec.path!r} adds to {spec.width} features on axis {spec.axis}, but the "
                 f"host returned a tensor of shape {tuple(x.shape)}: it is not what it was; remove the adapter, add it anew"
             )
-        if z.dtype is not dtype and z.is_floating_point():
-            z = z.to(dtype)
-        run = module if module._forward_hooks or module._forward_pre_hooks else module.forward
-        delta: Tensor = run(z, x, host)
-        return delta
 
 
 @dataclass(frozen=True)
@@ -301,8 +337,13 @@ class AdaptWeight(Step):
     adapter: Composition | None
     owners: tuple[tuple[tuple[str, ...], str], ...]
 
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The one module that it runs."""
+        return (self.key,)
+
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
-        """Put the Parameter plus its change in the way of the Parameter; `value` holds what is put there by owner."""
+        """Add to `value`, which maps (owner, name) to a tensor, the changed Parameter that the host is to read."""
         module: Any = site._modules[self.key]
         before: Any = None
         for owner, leaf in self.places(host):
@@ -316,7 +357,7 @@ class AdaptWeight(Step):
         return value
 
     def places(self, host: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        """Each module that holds the Parameter, and its name there."""
+        """Yield each module that holds the Parameter, and the Parameter's name there."""
         for way, leaf in self.owners:
             owner: Any = host
             for name in way:
@@ -326,21 +367,13 @@ class AdaptWeight(Step):
 
 @dataclass(frozen=True)
 class Pass(Step):
-    """Change nothing where the active adapter has no module; there for the checks that come before every step."""
+    """Change nothing, where the active adapter has no module.
+
+    A hook that has a step makes the checks that come before steps: another thread, or a backward, may be in its way.
+    """
 
     adapter: Composition | None
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the value. Shape: any."""
         return value
-
-
-def step_of(entry: Entry, active: Composition) -> Step:
-    """What a module of an active adapter does; of those that are no heads."""
-    spec: Any = entry.spec
-    if spec.at == "weight":
-        owners = [name.split(".") for name in spec.parameters]
-        return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
-    if spec.reads == "own_input":
-        return AddProjected(entry.key, active, spec)
-    return AddDelta(entry.key, active, spec, entry.handover)

@@ -9,23 +9,22 @@ from torch import nn
 from ..placement.spec import located
 from ..structure.hosts import is_called
 from ..structure.paths import ancestors
+from .acting import ACTING, acting_at
+from .forward_call import ForwardHook, argument_names
 from .hooks import (
     PORT,
     ClearHook,
     EncoderHook,
-    InputHook,
     KitHook,
-    OutputHook,
     StreamHook,
     StreamPort,
-    WeightEndHook,
-    WeightHook,
     has_hook,
+    keep_hook,
     remove_hooks,
     set_hook,
 )
 from .lookup import sites_of
-from .site import AdapterSite, root_of
+from .site import AdapterSite, HeadEntry, SiteEntry, root_of
 from .state import ModelState
 
 __all__ = ["forget_compiled", "sync_site_hooks"]
@@ -48,55 +47,71 @@ def sync_site_hooks(model: nn.Module, state: ModelState) -> None:
         encoders |= {above for above in ancestors(path) if isinstance(modules.get(above), nn.TransformerEncoder)}
     for path, module in modules.items():
         port = ports.get(path, StreamPort())
-        _set_pre_hook(module, StreamHook, bool(port.gives), state)
-        set_hook(module, ClearHook, bool(port.clears), state)
-        set_hook(module, EncoderHook, path in encoders, state)
+        _keep_pre_hook(module, StreamHook, state, is_wanted=bool(port.gives))
+        keep_hook(module, ClearHook, state, is_wanted=bool(port.clears))
+        keep_hook(module, EncoderHook, state, is_wanted=path in encoders)
         if path in ports:
             module.__dict__[PORT] = port
         else:
             module.__dict__.pop(PORT, None)
+    _sync_forward_hook(model, state)
+
+
+def _sync_forward_hook(model: nn.Module, state: ModelState) -> None:
+    """Hand the model's call to the sites whose way of acting reads it; no hook where there are none."""
+    entries = [entry for _, _, site in sites_of(model) for entries in site.entries.values() for entry in entries]
+    reading = [entry for entry in entries if isinstance(entry, SiteEntry) and acting_at(entry.spec.at).reads_forward]
+    handovers = tuple(entry.handover for entry in reading if entry.handover is not None)
+    if handovers:
+        set_hook(model, ForwardHook(argument_names(model), handovers), state)
+    else:
+        remove_hooks(model, ForwardHook)
 
 
 def _sync_host_hooks(host: nn.Module, site: AdapterSite, state: ModelState) -> None:
-    """Register the hooks of one host that its site needs, and remove those that it does not."""
-    places = {"output" if e.spec is None else e.spec.at for entries in site.entries.values() for e in entries}
-    set_hook(host, OutputHook, "output" in places, state)
-    _set_pre_hook(host, WeightHook, "weight" in places, state)
-    _set_pre_hook(host, InputHook, "input" in places, state)
-    set_hook(host, WeightEndHook, "weight" in places, state)
-    if {"output", "weight"} <= places:
-        remove_hooks(host, OutputHook)  # so that it comes first again
-        set_hook(host, OutputHook, True, state)
+    """Register the hooks of one host that its site needs, in the order of `ACTING`, and remove those that it does not."""
+    entries = [entry for entries in site.entries.values() for entry in entries]
+    used = {entry.spec.at if isinstance(entry, SiteEntry) else "output" for entry in entries}  # heads act on the output
+    for acting in ACTING:
+        if acting.before is not None:
+            _keep_pre_hook(host, acting.before, state, is_wanted=acting.at in used)
+        if acting.after is not None:
+            keep_hook(host, acting.after, state, is_wanted=acting.at in used)
+    after = [acting.after for acting in ACTING if acting.after is not None and acting.at in used]
+    for kind in after[1:]:
+        set_hook(host, kind(), state)  # anew: before those that were registered since, and before the hooks of outer ways
 
 
 def _open_ports(path: str, site: AdapterSite, modules: dict[str, nn.Module], ports: dict[str, StreamPort]) -> None:
-    """Say at which modules streams and calls are taken for a site, and where what nobody took is let go."""
+    """Note at which modules streams are taken for a site, and when what nobody took is let go."""
     entries = [entry for entries in site.entries.values() for entry in entries]
-    for entry in entries:
-        spec = located(entry.spec, path) if entry.spec else None
-        if entry.handover and spec and spec.residual is not None:
+    for entry in (entry for entry in entries if isinstance(entry, SiteEntry)):
+        spec = located(entry.spec, path)
+        if entry.handover and acting_at(spec.at).reads_forward:
+            ports[""].clears.append(entry.handover)
+        elif entry.handover and spec.residual is not None:
             ports[spec.residual].gives.append((entry.handover, spec.input))
             ports[_called_around(spec.residual, path, modules)].clears.append(entry.handover)
-    for root in {root_of(path, entry) for entry in entries if entry.head is not None and entry.head.above is not None}:
+    heads = [entry for entry in entries if isinstance(entry, HeadEntry) and entry.spec.above is not None]
+    for root in {root_of(path, entry) for entry in heads}:
         ports[root].clears.append(site.call)
 
 
-def _set_pre_hook(module: nn.Module, kind: type[KitHook], wanted: bool, state: ModelState) -> None:
-    """`set_hook` of one that runs in this order among ours, whichever adapter came first.
+def _keep_pre_hook(module: nn.Module, kind: type[KitHook], state: ModelState, *, is_wanted: bool) -> None:
+    """Register a pre-hook, or remove it, keeping ours in their order: that of `ACTING`, then the one that sees the stream.
 
-    An adapter at the input may run the host on it (a norm), with the weights that it will have; a stream is what the
-    module takes.
+    The order must not depend on which adapter came first. The stream is what the module takes in the end, so its hook is
+    last.
     """
-    order = (WeightHook, InputHook, StreamHook)
-    is_new = wanted and not has_hook(module, kind)
-    set_hook(module, kind, wanted, state)
+    order = [*(acting.before for acting in ACTING if acting.before is not None), StreamHook]
+    is_new = is_wanted and not has_hook(module, kind)
+    keep_hook(module, kind, state, is_wanted=is_wanted)
     for later in order[order.index(kind) + 1 :] if is_new else ():
         if has_hook(module, later):
-            remove_hooks(module, later)
-            set_hook(module, later, True, state)
+            set_hook(module, later(), state)  # anew, so that it comes last again
 
 
 def _called_around(one: str, other: str, modules: dict[str, nn.Module]) -> str:
-    """The innermost module around both (`one` may be it) that is called when they are: no nn.ModuleList is."""
+    """Return the path of the innermost module around both, or `one` itself, that is called; an nn.ModuleList never is."""
     around = (path for path in ancestors(one) if path in ancestors(other) and path != other)
     return next((path for path in around if is_called(modules[path])), "")

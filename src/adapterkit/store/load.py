@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from ..config.fusion import FusionConfig
 from ..config.union import Config, members
 from ..errors import AdapterKitError, CompatibilityError, ConfigError, StoreError, TargetError
 from ..heads.config import CustomHead, OwnHead, head_from
-from ..heads.find import FoundHead, check_apart, check_names
+from ..heads.find import FoundHead
 from ..heads.spec import HeadSpec
 from ..lifecycle.add import seen_layouts
-from ..lifecycle.attach import attach, check_free
-from ..lifecycle.build import BuiltModule, build_head_modules, build_modules, device_near
-from ..lifecycle.fusion import attach_fusion, fusion_parts
-from ..methods import method_of
+from ..lifecycle.admit import AdapterDraft, admit, modules_for
+from ..lifecycle.attach import check_free
+from ..lifecycle.build import BuiltModule, device_near
+from ..lifecycle.fusion import fusion_sites
+from ..methods import check_methods_of, method_of
 from ..methods.spellings import config_from
 from ..placement.spec import SiteSpec
 from ..runtime.originals import fingerprint
@@ -80,20 +82,21 @@ def load_adapter(
     manifest, content = _read(directory)
     name = manifest.name if name is None else name
     check_free(model, name)
+    _check_methods(manifest, source=directory)
     head_records = manifest.heads if heads is not False else ()
     _check_structure(model, manifest, head_records, source=directory)
     found = _found_heads(model, head_records, heads if isinstance(heads, Mapping) else {}, source=directory)
     fuse = fuse_from(model, manifest, name, any_base=any_base, source=directory) if manifest.children else None
     try:
-        config, parts = _empty_parts(model, manifest, fuse, found)
+        draft = _draft(model, manifest, name, fuse, found)
+        modules = modules_for(model, draft, meta=True)
     except (AdapterKitError, RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise StoreError(f"the manifest in {str(directory)!r} describes no adapter for this model: {error}") from error
-    if not isinstance(config, FusionConfig):
-        sites = [part.spec for part in parts if part.spec is not None]
-        check_places(model, config, sites, example_inputs, directory)
-        layouts = seen_layouts(model, config, sites, example_inputs)
+    if not isinstance(draft.config, FusionConfig):
+        check_places(model, draft.config, draft.sites, example_inputs, directory)
+        draft = replace(draft, layouts=seen_layouts(model, draft.config, draft.sites, example_inputs))
     tensors = _parse_tensors(directory, manifest, content)
-    _fill(model, parts, tensors, heads=heads is not False, source=directory)
+    _fill(model, modules, tensors, heads=heads is not False, source=directory)
     if not any_base and fingerprint(model) != manifest.base.fingerprint:
         warnings.warn(
             f"adapter {manifest.name!r} was trained on {manifest.base.hub_id or manifest.base.class_path!r} with other "
@@ -102,11 +105,17 @@ def load_adapter(
             BaseMismatchWarning,
             stacklevel=3,
         )
-    if isinstance(config, FusionConfig):
-        attach_fusion(model, name, config, parts)
-    else:
-        attach(model, name, config, parts, layouts)
+    admit(model, draft, modules)
     return name
+
+
+def _check_methods(manifest: Manifest, *, source: Path) -> None:
+    """Raise StoreError, naming the method, if the adapter is of one that is not here. A fusion is of none."""
+    if not manifest.children:
+        try:
+            check_methods_of(manifest.config)
+        except ConfigError as error:
+            raise StoreError(f"the adapter in {str(source)!r} cannot be loaded: {error}") from error
 
 
 def _check_structure(model: nn.Module, manifest: Manifest, heads: Sequence[HeadRecord], *, source: Path) -> None:
@@ -195,32 +204,29 @@ def _found_heads(
     return found
 
 
-def _empty_parts(
-    model: nn.Module, manifest: Manifest, fuse: Fuse | None, heads: Sequence[FoundHead]
-) -> tuple[Config | FusionConfig, list[BuiltModule]]:
-    """The modules of the file without values, after checking that sites, heads and config agree."""
-    config, parts = _empty_adapter(model, manifest) if fuse is None else _empty_fusion(model, manifest, fuse)
+def _draft(model: nn.Module, manifest: Manifest, name: str, fuse: Fuse | None, heads: Sequence[FoundHead]) -> AdapterDraft:
+    """Return the adapter or fusion of a file as a draft, after checking that its sites, heads and config agree."""
     replaced = [head.path for head in heads if head.is_in_place]
     if len(set(replaced)) < len(replaced):
         raise StoreError(f"it names a head twice: {sorted(replaced)}")
-    check_names([head.spec for head in heads], replaced)
-    check_apart([part.path for part in parts], replaced)
-    return config, parts + build_head_modules(model, heads, meta=True)
+    if fuse is not None:
+        config, sites = _fusion_in(model, manifest, fuse)
+        return AdapterDraft(name, config, sites, heads)
+    return AdapterDraft(name, *_adapter_in(model, manifest), heads)
 
 
-def _empty_fusion(model: nn.Module, manifest: Manifest, fuse: Fuse) -> tuple[FusionConfig, list[BuiltModule]]:
-    """The fusion's modules, at the places of its adapters, which must be those of the file."""
+def _fusion_in(model: nn.Module, manifest: Manifest, fuse: Fuse) -> tuple[FusionConfig, list[SiteSpec]]:
+    """Return a fusion's config and sites; its sites follow from those of its adapters, and must be those of the file."""
     config = FusionConfig(**{**manifest.config, "children": tuple(map(to_json, fuse.children))})
-    parts = fusion_parts(model, fuse, config, meta=True)
-    specs = [part.spec for part in parts if part.spec is not None]
-    here, there = ({(s.path, s.at, s.width, s.input_width) for s in sites} for sites in (specs, manifest.sites))
+    sites = fusion_sites(model, fuse, config)
+    here, there = ({(s.path, s.at, s.width, s.input_width) for s in of} for of in (sites, manifest.sites))
     if here != there:
         raise StoreError(f"its adapters are at {sorted(here ^ there)[:3]} in one of file and model, and not in the other")
-    return config, parts
+    return config, sites
 
 
-def _empty_adapter(model: nn.Module, manifest: Manifest) -> tuple[Config, list[BuiltModule]]:
-    """The adapter's modules, after checking that sites and config agree."""
+def _adapter_in(model: nn.Module, manifest: Manifest) -> tuple[Config, list[SiteSpec]]:
+    """Return an adapter's config and sites, after checking that they agree."""
     config, modules = config_from(manifest.config), modules_by_path(model)
     placements = [method_of(member).placements(member) for member in members(config)]
     sites = [SiteSpec(**record.model_dump(exclude={"structure"})) for record in manifest.sites]
@@ -231,7 +237,7 @@ def _empty_adapter(model: nn.Module, manifest: Manifest) -> tuple[Config, list[B
             raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
     if len({(site.path, site.member, site.tag, site.parameters[:1]) for site in sites}) < len(sites):
         raise StoreError(f"it names a site twice: {sorted(site.path for site in sites)}")
-    return config, build_modules(model, config, sites, (), meta=True)
+    return config, sites
 
 
 def _read(directory: Path) -> tuple[Manifest, bytes]:
@@ -283,22 +289,20 @@ def _fill(model: nn.Module, parts: list[BuiltModule], tensors: dict[str, Tensor]
     states: list[dict[str, Tensor]] = []
     wanted: dict[str, Any] = {}
     for part in parts:
-        keys = {tensor: tensor_key(part.spec, part.path, tensor, part.head) for tensor in part.module.state_dict()}
+        keys = {tensor: tensor_key(part.spec, part.path, tensor) for tensor in part.module.state_dict()}
         wanted |= {keys[tensor]: tuple(value.shape) for tensor, value in part.module.state_dict().items()}
         states.append({tensor: tensors[key] for tensor, key in keys.items() if key in tensors})
     taken = {key: t for key, t in tensors.items() if heads or not key.startswith("heads/")}
     _check_same({key: tuple(t.shape) for key, t in taken.items()}, wanted, f"the adapter in {str(source)!r}", "its config")
     for part, state in zip(parts, states, strict=True):
         dtypes = {dtype_name(t) for t in state.values()}
-        is_new = part.spec is not None or (
-            part.head is not None and not isinstance(part.head.config, (OwnHead, CustomHead))
-        )
+        is_new = isinstance(part.spec, SiteSpec) or not isinstance(part.spec.config, (OwnHead, CustomHead))
         if is_new and state and (len(dtypes) > 1 or not all(t.is_floating_point() for t in state.values())):
             raise StoreError(f"the adapter in {str(source)!r} has, at {part.path!r}, {sorted(dtypes)}: not one float dtype")
     for part, state in zip(parts, states, strict=True):
-        if part.spec is None and not any(p.is_meta for p in part.module.parameters()):
+        if isinstance(part.spec, HeadSpec) and not any(p.is_meta for p in part.module.parameters()):
             part.module.load_state_dict(state)
-            if part.head is not None and isinstance(part.head.config, CustomHead):
+            if isinstance(part.spec.config, CustomHead):
                 part.module.to(device_near(model, part.path))
         else:
             part.module.load_state_dict(state, assign=True)

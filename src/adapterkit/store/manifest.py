@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..config.settings import describe
 from ..errors import StoreError
 from ..placement.spec import Reads
+from ..runtime.acting import ACTING
 from ..structure.anatomy.description import Norm
 
 __all__ = [
@@ -35,6 +36,14 @@ class HostRecord(_Strict):
     structure: Sha256
 
 
+def _known_at(at: str) -> str:
+    """Return the name of a way of acting if there is one of this name."""
+    known = [acting.at for acting in ACTING]
+    if at not in known:
+        raise ValueError(f"must be one of {known}")
+    return at
+
+
 def _reads_as_now(reads: Any) -> Any:
     """Return what the first files called "input" by its name now."""
     return "own_input" if reads == "input" else reads
@@ -43,7 +52,7 @@ def _reads_as_now(reads: Any) -> Any:
 class SiteRecord(HostRecord):
     """One site: the fields of `SiteSpec`."""
 
-    at: Literal["output", "input", "weight"]
+    at: Annotated[Text, AfterValidator(_known_at)]
     reads: Annotated[Reads, BeforeValidator(_reads_as_now)]
     width: Annotated[int, Field(ge=1, lt=2**31)]
     input_width: Annotated[int, Field(ge=1, lt=2**31)]

@@ -15,16 +15,16 @@ from torch import nn
 
 from ..config.settings import describe
 from ..errors import StoreError
-from ..heads.config import OwnHead
 from ..heads.spec import HeadSpec
 from ..placement.spec import located
-from ..runtime.site import Entry
+from ..runtime.lookup import HeldModule, adapters_in
+from ..runtime.site import HeadEntry
 from ..structure.hosts import host_type
 from .files import CARD_MARK, replace_adapter
 from .fused_adapters import children_of
 from .identity import base_identity, output_structure, structure_of
 from .manifest import FORMAT_VERSION, HeadRecord, Manifest, Metadata, SiteRecord, TensorRecord
-from .tensors import Held, digest_of, dtype_name, held_by, tensors_of
+from .tensors import digest_of, dtype_name, tensors_of
 
 __all__ = ["save_adapter"]
 
@@ -47,7 +47,8 @@ def save_adapter(
         StoreError: the directory cannot be written, or the metadata have wrong or unknown fields.
     """
     metadata = _as_metadata(metadata)
-    held = held_by(model, name, heads=heads)
+    adapters = adapters_in(model)
+    held = adapters.modules(name) if heads else [held for held, _ in adapters.sites(name)]
     tensors = tensors_of(held)
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     site_records, head_records = _records(model, held)
@@ -83,19 +84,18 @@ def _as_metadata(metadata: Metadata | Mapping[str, Any] | None) -> Metadata:
         raise StoreError(f"the metadata cannot be saved: {describe(error)}") from error
 
 
-def _records(model: nn.Module, held: list[Held]) -> tuple[list[SiteRecord], list[HeadRecord]]:
+def _records(model: nn.Module, held: list[HeldModule]) -> tuple[list[SiteRecord], list[HeadRecord]]:
     sites, heads = [], []
-    for path, host, entry, module in held:
-        if entry.spec is None:
-            heads.append(_head_record(model, path, host, entry, module))
+    for path, host, _, entry, module in held:
+        if isinstance(entry, HeadEntry):
+            heads.append(_head_record(model, path, host, entry.spec, module))
         else:
             sites.append(SiteRecord(**asdict(located(entry.spec, path)), structure=structure_of(model, path)))
     return sites, heads
 
 
-def _head_record(model: nn.Module, path: str, host: nn.Module, entry: Entry, module: nn.Module) -> HeadRecord:
+def _head_record(model: nn.Module, path: str, host: nn.Module, head: HeadSpec, module: nn.Module) -> HeadRecord:
     """What the manifest says of a head."""
-    head = entry.head or HeadSpec(OwnHead(path, name=path))
     config = head.config.model_dump(mode="json") | ({"target": path} if head.above is None else {})
     return HeadRecord(
         path=path,

@@ -29,6 +29,7 @@ from adapterkit.composition.nodes import (
 )
 from adapterkit.placement.spec import SiteSpec
 from adapterkit.runtime.lookup import sites_of
+from adapterkit.runtime.site import SiteEntry
 
 
 class NoMeaningError(Exception):
@@ -49,7 +50,7 @@ def pieces_of(model: nn.Module) -> dict[str, list[Piece]]:
     for _, _, site in sites_of(model):
         for name in site.entries:
             for entry, module in site.modules_of(name):
-                assert entry.spec is not None, "heads are no part of this oracle"
+                assert isinstance(entry, SiteEntry), "heads are no part of this oracle"
                 pieces.setdefault(name, []).append(Piece(entry.spec, module))
     return pieces
 

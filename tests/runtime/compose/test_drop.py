@@ -15,8 +15,8 @@ from adapterkit.runtime.lookup import sites_of
 from adapterkit.runtime.steps import AddDelta, Pass
 from adapterkit.runtime.this_call import THIS_CALL
 
-from ...conftest import PreNormBlock, Tiny, randomise
-from .test_compositions import CONFIGS, hidden
+from ...hosts.tiny import PreNormBlock, Tiny, randomise
+from .helpers import CONFIGS, hidden
 
 # With a seed: the frozen projections of VeRA, which are no parameters, are then the same in another adapter.
 EVERYWHERE = {name: config.override({"layers": None, "seed": 1}) for name, config in CONFIGS.items()}
@@ -116,10 +116,10 @@ def test_a_drop_needs_none_of_the_machinery_for_parts_and_a_dropped_place_runs_n
     for composition in (Drop("p", layers=[0]), Drop(Stack("p", Drop("q", layers=[1])), layers=[0])):
         with kit.active(composition):
             for path, _host, site in sites_of(kit.model):
-                steps[path] = [type(step) for step in site.output_steps]
+                steps[path] = [type(step) for step in site.steps["output"]]
         assert steps == {"blocks.0": [Pass], "blocks.1": [AddDelta]}
     with kit.active(Average("p", Drop("q", layers=[0]))):
-        assert all(type(step) is ComposeStep for _, _, site in sites_of(kit.model) for step in site.output_steps)
+        assert all(type(step) is ComposeStep for _, _, site in sites_of(kit.model) for step in site.steps["output"])
 
 
 def test_places_outside_of_blocks_and_heads_are_never_dropped() -> None:

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 from adapterkit.structure.tracing.row_layout import NO_ROWS, UNCLEAR, RowLayout
 from adapterkit.structure.tracing.rows import discover_rows
 
-from ...conftest import PostNormBlock, PreNormBlock, randomise
-from ...hosts.composed import Blocks, FlatBlock, TokensFirstBlock, TokensFirstInside, Windows, encoder
+from ...hosts.composed import FlatBlock, TokensFirstBlock, TokensFirstInside, Windows, encoder
+from ...hosts.tiny import Blocks, CheckpointedBlocks, PostNormBlock, PreNormBlock, randomise
 
 FIRST, SECOND, FLAT = RowLayout(0), RowLayout(1), RowLayout(0, is_flat=True)
 OF_TOKENS = RowLayout(0, is_flat=True, of_tokens=True)
@@ -147,17 +146,9 @@ def test_tokens_of_another_tensor_are_no_rows_of_the_batch() -> None:
         kit.model(ids())
 
 
-class CheckpointedFlat(Blocks):
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
-
-
 def test_flat_rows_without_sizes_are_recomputed_as_they_were() -> None:
     x, grads = ids(), []
-    for model in (Blocks, CheckpointedFlat):
+    for model in (Blocks, CheckpointedBlocks):
         torch.manual_seed(0)
         kit = kit_of(model(FlatBlock), ["mlp"], x)
         with kit.active(ak.BatchSplit("a", "b")):

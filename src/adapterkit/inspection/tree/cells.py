@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ...runtime.acting import acting_at
 from .fold import without_place
 from .nodes import Mark, TreeNode
 
@@ -158,6 +159,7 @@ def _trains(node: TreeNode) -> Cell:
 
 def _adapters(marks: Sequence[Mark]) -> Iterator[Cell]:
     for i, mark in enumerate(marks):
-        where = {"output": "", "input": " (input)", "weight": " (weight)", "head": " (head)"}[mark.at]
+        label = "(head)" if mark.at == "head" else acting_at(mark.at).label
+        where = f" {label}" if label else ""
         yield Cell(", " if i else "")
         yield Cell(f"{'●' if mark.is_active else '○'} {mark.name}{where}", "bold green" if mark.is_active else "green")

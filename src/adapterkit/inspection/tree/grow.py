@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ...composition.nodes import names_in
 from ...errors import CompatibilityError
 from ...runtime.lookup import find_state
-from ...runtime.site import AdapterSite
+from ...runtime.site import AdapterSite, SiteEntry
 from ...runtime.state import ACTIVATION_LOCK, without_adapters
 from ...structure import pytree
 from ...structure.anatomy.discover import Discovery
@@ -168,4 +168,4 @@ class _Grower:
         site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         for name, entries in site.entries.items() if isinstance(site, AdapterSite) else ():
             for entry in entries:
-                yield Mark(name, entry.spec.at if entry.spec else "head", name in self.active)
+                yield Mark(name, entry.spec.at if isinstance(entry, SiteEntry) else "head", name in self.active)

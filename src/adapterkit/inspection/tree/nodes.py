@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 __all__ = ["Mark", "TreeNode"]
 
@@ -21,7 +20,7 @@ class Mark:
     """
 
     name: str
-    at: Literal["output", "input", "weight", "head"]
+    at: str
     is_active: bool
 
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from ...config.union import Union
 from ...errors import ConfigError
-from ...heads.find import check_apart, check_names
 from ...methods import method_of
 from ...methods.method import LinearInParameters
 from ...structure.tracing.forward import outside_inference_mode
 from ..activate import check_known
-from ..attach import attach, check_free
-from ..build import BuiltModule, build_modules, device_near
+from ..admit import AdapterDraft, admit, modules_for
+from ..attach import check_free
+from ..build import BuiltModule, device_near
 from .heads import combined_heads
 from .low_rank import How, changes_weights, check_adds, is_lora, low_rank
 from .parameters import averaged, summed
@@ -55,12 +55,9 @@ def combine(
         ):
             raise ConfigError(f"rank={rank} is that of a LoRA; of {adapters[0].config.method!r} none comes out")
         combined = [_member(model, sources, how, rank) for sources in zip(*(a.sources for a in adapters), strict=True)]
-    parts = _parts(model, combined) + (combined_heads(model, adapters) if heads else [])
-    specs = [(part.path, part.head) for part in parts if part.head is not None]
-    replaced = [path for path, head in specs if head.above is None]
-    check_names([head for _, head in specs], replaced)
-    check_apart([part.path for part in parts if part.spec], replaced)
-    attach(model, name, _config(combined), parts)
+    found = combined_heads(model, adapters) if heads else []
+    draft = AdapterDraft(name, _config(combined), [site for one in combined for site in one.sites], found)
+    admit(model, draft, _filled(model, draft, combined))
     return {site: error for one in combined for site, error in one.errors.items()}
 
 
@@ -109,12 +106,12 @@ def _config(combined: Sequence[Combined]) -> Any:
     return Union(*configs) if len(configs) > 1 else configs[0]
 
 
-def _parts(model: nn.Module, combined: Sequence[Combined]) -> list[BuiltModule]:
-    """The new adapter's modules, made as those of a file are: empty, then filled."""
+def _filled(model: nn.Module, draft: AdapterDraft, combined: Sequence[Combined]) -> list[BuiltModule]:
+    """Build the new adapter's modules as those of a file are: empty, then filled with the sums. Its heads come filled."""
     states = [(place_of(site), one.states[place_of(site)]) for one in combined for site in one.sites]
-    parts = build_modules(model, _config(combined), [site for one in combined for site in one.sites], [], meta=True)
-    for part, (place, state) in zip(parts, states, strict=True):
+    modules = modules_for(model, draft, meta=True)
+    for built, (place, state) in zip(modules, states, strict=False):  # the heads come last, and have their values
         check_finite("the sum", {place: state})
-        part.module.load_state_dict(state, assign=True)
-        part.module.to(device_near(model, part.path))
-    return parts
+        built.module.load_state_dict(state, assign=True)
+        built.module.to(device_near(model, built.path))
+    return modules

@@ -8,16 +8,15 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...heads.config import OwnHead
-from ...heads.find import copy_heads
+from ...heads.find import FoundHead, copy_heads
 from ...heads.spec import HeadSpec
 from ...runtime.originals import originals_of
-from ..build import BuiltModule
 from .sources import Adapter, HeadKey, wide
 
 __all__ = ["combined_heads"]
 
 
-def combined_heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[BuiltModule]:
+def combined_heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[FoundHead]:
     """Copies of the heads. A copy of the model's own is the model's own plus the weighted sum of the differences to it.
 
     Others have nothing to differ from: one that a single adapter owns is copied as it is; of several of the same settings
@@ -28,35 +27,34 @@ def combined_heads(model: nn.Module, adapters: Sequence[Adapter]) -> list[BuiltM
     """
     first = {place: held for adapter in reversed(adapters) for place, held in adapter.heads.items()}
     copies = copy_heads([module for _, module in first.values()])
-    parts = {
-        place: BuiltModule(place.path, module, None, spec)
-        for (place, (spec, _)), module in zip(first.items(), copies, strict=True)
+    heads = {
+        place: FoundHead(place.path, spec, module) for (place, (spec, _)), module in zip(first.items(), copies, strict=True)
     }
     if len(adapters) == 1 and adapters[0].weight == 1.0:
-        return list(parts.values())
-    for place, part in parts.items():
+        return list(heads.values())
+    for place, module in zip(heads, copies, strict=True):
         owners = [adapter for adapter in adapters if place in adapter.heads]
         if all(isinstance(adapter.heads[place][0].config, OwnHead) for adapter in owners):
-            _move(model, place, part, owners)
+            _move(model, place, module, owners)
         elif len(owners) > 1:
-            _average(place, part, owners)
-    return list(parts.values())
+            _average(place, module, owners)
+    return list(heads.values())
 
 
-def _move(model: nn.Module, place: HeadKey, part: BuiltModule, owners: Sequence[Adapter]) -> None:
+def _move(model: nn.Module, place: HeadKey, copied: nn.Module, owners: Sequence[Adapter]) -> None:
     """Make each tensor the model's own plus the weighted sum of the differences to it."""
     _check_labels(place, owners)
     originals = originals_of(model)  # the model's own is what it is without adapters merged into it
-    head = model.get_submodule(part.path)
+    head = model.get_submodule(place.path)
     held = chain(head.named_parameters(remove_duplicate=False), head.named_buffers(remove_duplicate=False))
     own = {key: originals.get(id(tensor), tensor) for key, tensor in held}
     terms = [(adapter.weight, adapter.heads[place][1].state_dict(keep_vars=True)) for adapter in owners]
-    for key, tensor in part.module.state_dict(keep_vars=True).items():
+    for key, tensor in copied.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             tensor.copy_(_moved(own[key], [(weight, state[key]) for weight, state in terms]))
 
 
-def _average(place: HeadKey, part: BuiltModule, owners: Sequence[Adapter]) -> None:
+def _average(place: HeadKey, copied: nn.Module, owners: Sequence[Adapter]) -> None:
     """Make each tensor the weighted mean."""
     names = [adapter.name for adapter in owners]
     held = [adapter.heads[place] for adapter in owners]
@@ -70,7 +68,7 @@ def _average(place: HeadKey, part: BuiltModule, owners: Sequence[Adapter]) -> No
             f"the heads {place.name!r} of {names} are no copies of one of the model's own, so that only a mean of them can "
             f"be taken, of equal settings and with weights that sum to 1; but {why}. Combine with heads=False"
         )
-    for key, tensor in part.module.state_dict(keep_vars=True).items():
+    for key, tensor in copied.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             terms = [adapter.weight * wide(state[key]) for adapter, state in zip(owners, states, strict=True)]
             tensor.copy_(sum(terms[1:], terms[0]))

@@ -10,10 +10,9 @@ from ...config.fusion import FusionConfig
 from ...config.settings import AdapterConfig
 from ...config.union import Config, members
 from ...errors import CompatibilityError, ConfigError
-from ...heads.config import OwnHead
 from ...heads.spec import HeadSpec
 from ...placement.spec import SiteSpec, located
-from ...runtime.lookup import sites_of
+from ...runtime.lookup import adapters_in
 
 __all__ = [
     "Adapter",
@@ -85,21 +84,19 @@ class Combined:
 
 def adapter_of(model: nn.Module, name: str, weight: float) -> Adapter:
     """The adapter of this name, with its places as they are in this model."""
-    held = [(path, entry, module) for path, _, site in sites_of(model) for entry, module in site.modules_of(name)]
-    config = held[0][1].config
+    adapters = adapters_in(model)
+    config = adapters.configs[name]
     if isinstance(config, FusionConfig):
         raise ConfigError(f"{name!r} is a fusion, which weighs adapters and cannot be summed; combine the adapters")
-    here = [(located(entry.spec, path), module) for path, entry, module in held if entry.spec is not None]
+    here = [(located(entry.spec, held.path), held.module) for held, entry in adapters.sites(name)]
     sources = []
     for index, member in enumerate(members(config)):
         own = {place_of(site): (site, module) for site, module in here if site.member == index}
         sites, modules = ({place: both[which] for place, both in own.items()} for which in (0, 1))
         sources.append(Source(name, weight, member, sites, modules))  # type: ignore[arg-type]  # of both kinds at once
-    heads = {}
-    for path, entry, module in held:
-        if entry.spec is None:
-            spec = entry.head or HeadSpec(OwnHead(path, name=path))
-            heads[HeadKey(path, str(spec.config.name))] = spec, module
+    heads = {
+        HeadKey(held.path, str(entry.spec.config.name)): (entry.spec, held.module) for held, entry in adapters.heads(name)
+    }
     return Adapter(name, weight, config, tuple(sources), heads)
 
 

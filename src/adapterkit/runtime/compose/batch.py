@@ -60,12 +60,15 @@ class Batch:
 class BatchHook(KitHook):
     """Keep what the model is called with, the batch repeated for each child of a Parallel, if one is active.
 
-    `parallel`: that one; `axis`: that of the rows.
+    Args:
+        parallel: The active Parallel; None if there is none.
+        axis: The axis of the rows.
     """
 
     is_pre = True
-    parallel: Parallel | None = None
-    axis = 0
+
+    def __init__(self, parallel: Parallel | None, axis: int) -> None:
+        self.parallel, self.axis = parallel, axis
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return `(args, kwargs)`, each tensor with the batch's rows as often as there are children. Shape: as given."""

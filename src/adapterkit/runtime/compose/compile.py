@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...composition.nodes import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, to_json
 from ...composition.rows import divides_rows, fixed_rows, row_kinds
 from ...errors import CompatibilityError
+from ...nn.traits import takes_back
 from ...placement.layers import in_layers
 from ...placement.spec import layout_of
 from ...structure.tracing.row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout
-from ..site import AdapterSite, Entry
-from ..steps import AdaptWeight, AddDelta, AddProjected, AddsToTensor, Step, step_of
+from ..acting import acting_at
+from ..site import AdapterSite, SiteEntry
+from ..steps import AddDelta, AddProjected, AddsToTensor, Step
 from .plan_nodes import ByRow, ByToken, Chain, ComposeStep, Fused, Leaf, Mean, PlanGroup, PlanNode, chain
 from .stacked import kind_of
 
-__all__ = ["SiteContext", "keys_of", "steps_at"]
-
-
-def keys_of(steps: Iterable[Step]) -> frozenset[str]:
-    """The names among a site's children of the modules that these steps run, heads apart."""
-    inner: list[Any] = [part for step in steps for part in (step.node.readers if isinstance(step, ComposeStep) else [step])]
-    return frozenset(part.key for part in inner if isinstance(part, (AdaptWeight, AddDelta, AddProjected)))
+__all__ = ["SiteContext", "steps_at"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +36,13 @@ class SiteContext:
     dropped: tuple[int, ...] = ()  # the layers in which nothing acts
     kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
 
-    def entries(self, name: str) -> list[Entry]:
+    def entries(self, name: str) -> list[SiteEntry]:
         """The modules of an adapter that act here."""
         held = self.site.entries.get(name, ()) if name not in self.merged else ()
         return [
             entry
             for entry in held
-            if entry.spec is not None and entry.spec.at == self.at and not in_layers(entry.spec.layer, self.dropped)
+            if isinstance(entry, SiteEntry) and entry.spec.at == self.at and not in_layers(entry.spec.layer, self.dropped)
         ]
 
     def inside(self, composition: Composition) -> SiteContext:
@@ -60,15 +56,17 @@ def steps_at(place: SiteContext, composition: Composition | None) -> tuple[Step,
     if composition is None or not entries:
         return ()
     in_order = _is_in_order(composition)
-    if not in_order and place.at == "weight":
+    acting = acting_at(place.at)
+    if not in_order and acting.is_shared:
+        changed = f"the Parameter {_parameters(entries)}" if place.at == "weight" else f"its {place.at}"
         raise CompatibilityError(
-            f"{composition!r} cannot act on {place.path!r}: an adapter there changes the Parameter "
-            f"{_parameters(entries)}, which all rows and tokens share. Stack such adapters, or adapt a layer"
+            f"{composition!r} cannot act on {place.path!r}: an adapter there changes {changed}, which all rows and tokens "
+            "share. Stack such adapters, or adapt a layer"
         )
     if in_order:
         undoing = [entry for entry in entries if _undoes(place, entry)]
         ordered = [*(entry for entry in entries if entry not in undoing), *reversed(undoing)]
-        steps = tuple(step_of(entry, composition) for entry in ordered)
+        steps = tuple(acting.step(entry, composition, place.site.get_submodule(entry.key)) for entry in ordered)
         # Those that read the host's own output after others, or a stream twice, need it kept.
         reads = [step.key for step in steps if isinstance(step, AddDelta) and step.handover is not None]
         if not any(isinstance(step, AddProjected) for step in steps[1:]) and len({*reads}) == len(reads):
@@ -124,7 +122,7 @@ def _is_in_order(composition: Composition | None) -> bool:
     return isinstance(composition, (Stack, Drop)) and all(map(_is_in_order, composition.children))
 
 
-def _entries_in(place: SiteContext, composition: Composition | None) -> Iterator[Entry]:
+def _entries_in(place: SiteContext, composition: Composition | None) -> Iterator[SiteEntry]:
     """The modules at a place of all adapters that a composition names, in order, but for those that it drops there."""
     if isinstance(composition, str):
         yield from place.entries(composition)
@@ -177,20 +175,21 @@ def _attend(place: SiteContext, composition: Fuse, nodes: Sequence[PlanNode], wh
             f"no fusion {composition.fusion!r} weighs {others or list(composition.children)} at {place.path!r}; "
             f"kit.add_fusion({composition!r}) makes one, to be trained"
         )
-    return Fused(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))  # type: ignore[arg-type]  # not a head
+    return Fused(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))
 
 
-def _leaf(place: SiteContext, entry: Entry, whole: Composition) -> Leaf:
-    step = step_of(entry, whole)
+def _leaf(place: SiteContext, entry: SiteEntry, whole: Composition) -> Leaf:
+    module = place.site.get_submodule(entry.key)
+    step = acting_at(place.at).step(entry, whole, module)
     if not isinstance(step, AddsToTensor):
         raise CompatibilityError(f"{whole!r} cannot act on {place.path!r} with {type(step).__name__}")
-    kind = kind_of(step, place.site.get_submodule(entry.key))
+    kind = kind_of(step, module)
     return Leaf(step, place.kinds.setdefault(kind, len(place.kinds)), _undoes(place, entry))
 
 
-def _undoes(place: SiteContext, entry: Entry) -> bool:
+def _undoes(place: SiteContext, entry: SiteEntry) -> bool:
     """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
-    return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
+    return takes_back(place.site.get_submodule(entry.key))
 
 
 def _check_tokens(place: SiteContext, nodes: Sequence[PlanNode], whole: Composition) -> None:
@@ -214,5 +213,5 @@ def _check_one_tensor(place: SiteContext, node: PlanNode, whole: Composition) ->
         )
 
 
-def _parameters(entries: Sequence[Entry]) -> str:
-    return ", ".join(sorted({name for entry in entries if entry.spec for name in entry.spec.parameters}))
+def _parameters(entries: Sequence[SiteEntry]) -> str:
+    return ", ".join(sorted({name for entry in entries for name in entry.spec.parameters}))

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...composition.nodes import Parallel, parallel_in
+from ...composition.nodes import parallel_in
 from ...errors import CompatibilityError
 from ...placement.layers import stack_of
 from ...structure import pytree
 from ...structure.tracing.row_layout import NO_ROWS, Layouts, RowLayout, axis_of_call, rows_at
+from ..forward_call import ForwardHook
 from ..hooks import KitHook, remove_hooks, set_hook
 from ..state import ModelState
 from ..sync import forget_compiled
@@ -28,22 +29,20 @@ __all__ = ["set_batch_hooks"]
 _TRIMMED = "_adapterkit_trimmed"
 
 
-class _Sharing(KitHook):
-    """Base of the two hooks of a shared block. `copies`: how often the batch is repeated; `axis`: that of the rows."""
-
-    copies = 1
-    axis = 0
-
-
-class FirstRowsHook(_Sharing):
+class FirstRowsHook(KitHook):
     """Let a block in which no child differs from another compute the rows of the first child alone.
 
-    `state`: the model's.
+    Args:
+        copies: How often the batch is repeated.
+        axis: The axis of the rows.
+        state: The model's.
     """
 
     is_pre = True
     is_first = True  # what else sees the call sees these rows
-    state: ModelState
+
+    def __init__(self, copies: int, axis: int, state: ModelState) -> None:
+        self.copies, self.axis, self.state = copies, axis, state
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return `(args, kwargs)` with the first rows. Shape: as given, but for the rows."""
@@ -87,10 +86,18 @@ class FirstRowsHook(_Sharing):
         return None if rows % self.copies or is_doubtful or is_other else rows
 
 
-class RepeatRowsHook(_Sharing):
-    """Repeat what a block returned, if it computed the rows of the first child alone."""
+class RepeatRowsHook(KitHook):
+    """Repeat what a block returned, if it computed the rows of the first child alone.
+
+    Args:
+        copies: How often the batch is repeated.
+        axis: The axis of the rows.
+    """
 
     always = True
+
+    def __init__(self, copies: int, axis: int) -> None:
+        self.copies, self.axis = copies, axis
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Return the output with all rows. Shape: as the block's, but for the rows."""
@@ -122,35 +129,27 @@ def set_batch_hooks(
     old = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, BatchHook)), None)
     if old is None and parallel is None and not dividing:
         return
-    for kind in (BatchHook, BatchEndHook):
-        remove_hooks(model, kind)
-        set_hook(model, kind, parallel is not None or bool(dividing), state)  # after those that take labels off the call
     seen = next(
         (rows.axis for way, rows in layouts.get("", {}).items() if way[0] == "input" and rows.axis is not None), None
     )
-    for hook in model._forward_pre_hooks.values():
-        if isinstance(hook, BatchHook):
-            hook.parallel, hook.axis = parallel, axis_of_call(model) if seen is None else seen
+    for kind in (BatchHook, BatchEndHook):
+        remove_hooks(model, kind)
+    if parallel is not None or dividing:  # after the hook that takes labels off the call
+        set_hook(model, BatchHook(parallel, axis_of_call(model) if seen is None else seen), state)
+        set_hook(model, BatchEndHook(), state)
+    for hook in [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ForwardHook)]:
+        set_hook(model, hook, state)  # last again: it hands on the repeated batch
     if parallel is None and (old is None or old.parallel is None):
         return  # a compiler takes these hooks for nothing: what it made without them is right
     for block in model.modules():
-        for sharing in (FirstRowsHook, RepeatRowsHook):
-            remove_hooks(block, sharing)
+        remove_hooks(block, FirstRowsHook)
+        remove_hooks(block, RepeatRowsHook)
     if parallel is not None:
         for block, axis in _shared_blocks(model, dividing, layouts):
-            _share(block, axis, parallel, state)
+            copies = len(parallel.children)
+            set_hook(block, FirstRowsHook(copies, axis, state), state)
+            set_hook(block, RepeatRowsHook(copies, axis), state)
     forget_compiled()
-
-
-def _share(block: nn.Module, axis: int, parallel: Parallel, state: ModelState) -> None:
-    """Have a block compute the rows of the first child alone, which it takes on this axis."""
-    for kind in (FirstRowsHook, RepeatRowsHook):
-        set_hook(block, kind, True, state)
-    for hook in (*block._forward_pre_hooks.values(), *block._forward_hooks.values()):
-        if isinstance(hook, _Sharing):
-            hook.copies, hook.axis = len(parallel.children), axis
-        if isinstance(hook, FirstRowsHook):
-            hook.state = state
 
 
 def _shared_blocks(

@@ -242,6 +242,11 @@ class ComposeStep(Step):
     adapter: Composition | None
     layout: RowLayout | None
 
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The modules of all its nodes, the fusions' too."""
+        return tuple(reader.key for reader in self.node.readers)
+
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` with that tensor replaced. Shape: as it was."""
         steps: Sequence[Any] = self.node.readers

@@ -1,3 +1,5 @@
+"""What the config of a LoRA refuses, and what it says then."""
+
 from typing import Any
 
 import pytest
@@ -14,7 +16,19 @@ import adapterkit as ak
         ({"target_modules": ["q"]}, r"no setting target_modules; did you mean targets\?"),
         ({"attn_matrices": ["q"]}, r"no setting attn_matrices; did you mean targets\?"),
         ({"layers_to_transform": [0]}, r"no setting layers_to_transform; did you mean layers\?"),
-        ({"leave_out": [0]}, r"no setting leave_out; did you mean layers\?"),
+        ({"exclude_modules": ["q"]}, r"no setting exclude_modules; did you mean exclude\?"),
+        ({"init_lora_weights": True}, r"no setting init_lora_weights; did you mean init\?"),
+        ({"init_weights": "lora"}, r"no setting init_weights; did you mean init\?"),
+        ({"use_gating": True}, r"no setting use_gating; did you mean gating\?"),
+        ({"leave_out": [0]}, r"no setting leave_out; layers= lists the layers to keep, not those to leave out; or name "),
+        ({"rank_pattern": {}}, r"no setting rank_pattern; rank= takes a map by layer or pattern: rank=\{'default': 8, "),
+        ({"alpha_pattern": {}}, r"no setting alpha_pattern; alpha= takes a map by layer or pattern: alpha=\{'default'"),
+        (
+            {"output_lora": True},
+            r"no setting output_lora; targets= says where adapters sit: targets=\['@feedforward.last'\]",
+        ),
+        ({"composition_mode": "scale"}, "no setting composition_mode; scaling in place of adding is .*: ak.IA3Config"),
+        ({"fan_in_fan_out": True}, "no setting fan_in_fan_out; leave it out"),
         ({"modules_to_save": ["head"]}, r"no setting modules_to_save; did you mean heads=, an argument of kit.add\?"),
         ({"ranks": 8}, r"no setting ranks; did you mean rank\?"),
         ({"colour": "red"}, "no setting colour; the settings are targets, .* init$"),
