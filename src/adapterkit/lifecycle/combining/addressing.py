@@ -75,7 +75,9 @@ def addressing(sources: Sequence[Source], sites: Iterable[SiteSpec], *, fields: 
     sites = list(sites)
     # Where a method's change becomes a LoRA, the method may name its targets in other fields than LoRA does.
     if all(target_fields(source.config) == list(fields) for source in sources):
-        found = _of_one_source(sources, sites, fields) or _of_all_targets(sources, fields) or _of_all_layers(sources, fields)
+        found = (
+            _of_one_source(sources, sites, fields) or _of_all_targets(sources, fields) or _of_all_layers(sources, fields)
+        )
         if found is not None:
             return found
     return _of_paths(sources, sites, fields)
