@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.store.load import read_manifest
+from adapterkit.store.own_format import read_manifest
 
 from ..helpers import trace_of
 from ..hosts.tiny import Blocks, PostNormBlock, Tiny, randomise

@@ -10,6 +10,7 @@ from ..config.settings import AdapterConfig
 from ..errors import ConfigError
 from . import in_tree
 from .method import Method
+from .not_built import why_not_built
 
 __all__ = [
     "METHODS",
@@ -95,7 +96,8 @@ def method_named(name: object) -> Method[Any]:
     if isinstance(name, str) and name in of_packages:
         return of_packages[name]
     names = sorted([*_OURS, *_registered, *of_packages, "union"])
-    raise ConfigError("; ".join([f"'method' must be one of {names}; found {name!r}", *problems]))
+    known = [reason] if (reason := why_not_built(name)) else []
+    raise ConfigError("; ".join([f"'method' must be one of {names}; found {name!r}", *known, *problems]))
 
 
 def method_of(config: AdapterConfig) -> Method[Any]:

@@ -14,13 +14,14 @@ from ..nn.functional.slices import Slices
 from ..structure.anatomy.description import Anatomy, FusedProjection
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
-from ..structure.anatomy.roles import role_paths
 from ..structure.hosts import host_type, is_called, note_of_unread_packages
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from .computed_weights import no_parameter, why_no_effect
+from .hints import nothing_matches
 from .layers import check_layers, in_layers, layer_of
-from .patterns import is_role, matching, nothing_matches
+from .match import first_names, named_by
+from .patterns import is_role, matching
 from .projections import projection_of
 from .readers import at_running_hosts
 from .rule import Placement
@@ -110,18 +111,16 @@ def _named(
 ) -> _Wanted:
     """What a list of targets names. Modules come before Parameters, unless only those are meant."""
     wanted = _Wanted()
-    first: dict[int, str] = {}
-    for path, module in modules.items():
-        first.setdefault(id(module), path)
+    first = first_names(modules)
     for target in targets:
         by_name = [] if is_role(target) or not isinstance(target, str) else matching(target, dict.fromkeys(owned, model))
-        of_modules = role_paths(str(target), discovery.anatomy) if is_role(target) else matching(target, modules)
+        of_modules = named_by(target, modules, discovery)
         if placement.level == "parameter":
             own = [name for name, path in owned.items() if path in of_modules and not by_name]
             by_name = [name for name in by_name or own if _is_accepted(name, modules[owned[name]], placement)]
             of_modules = []
         if not of_modules and not by_name:
-            raise TargetError(_nothing(target, model, modules, owned, placement))
+            raise TargetError(_nothing(target, model, modules, owned, placement, discovery))
         part = str(target)[-1] if is_role(target) and str(target)[-2:] in (".q", ".k", ".v") else ""
         for path in of_modules:
             inside = _read_inside(path, part, discovery.anatomy) if part and not projection_of(modules[path]) else ()
@@ -135,7 +134,12 @@ def _named(
 
 
 def _nothing(
-    target: str | Predicate, model: nn.Module, modules: dict[str, nn.Module], owned: Mapping[str, str], placement: Placement
+    target: str | Predicate,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    owned: Mapping[str, str],
+    placement: Placement,
+    discovery: Discovery,
 ) -> str:
     """The message for a target without a match."""
     computed = no_parameter(modules)
@@ -151,7 +155,8 @@ def _nothing(
         )
     fits = [path for path, module in modules.items() if projection_of(module)][:3]
     setting = "targets=" if placement.targets is None else ""
-    return nothing_matches(target, model, list(modules), list(owned), f"{setting}{fits}" if fits else "")
+    such_as = f"{setting}{fits}" if fits else ""
+    return nothing_matches(target, model, modules, parameters=list(owned), such_as=such_as, discovery=discovery)
 
 
 def _is_accepted(name: str, owner: nn.Module, placement: Placement) -> bool:
