@@ -11,7 +11,7 @@ from adapterkit.lifecycle.attach import state_of
 from adapterkit.lifecycle.merging.merge import merge
 from adapterkit.lifecycle.merging.merged_weights import merged_weights
 
-from ...helpers import randomise
+from ...hosts.tiny import randomise
 
 
 class Picky(nn.Module):
