@@ -45,7 +45,7 @@ options = st.fixed_dictionaries(
         "layers": st.none() | st.sampled_from([(0,), (1,), (-1,), (0, 1)]),
     },
 )
-# Settings for the tiny hosts of conftest: where, and which targets make sense there.
+# Settings for the hosts of `hosts/tiny.py`: where, and which targets make sense there.
 places = st.sampled_from(
     [
         {"targets": ["attention.out"]},

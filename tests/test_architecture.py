@@ -17,7 +17,7 @@ LAYERS = [
     {"composition", "config", "nn", "structure"},
     {"placement"},
     {"runtime"},
-    {"heads", "methods"},
+    {"heads", "hosts", "methods"},
     {"lifecycle"},
     {"store", "inspection"},
     {"kit"},
@@ -107,16 +107,28 @@ def test_there_are_no_cycles() -> None:
         visit(name, ())
 
 
+def typed_names(path: Path) -> set[str]:
+    """The names that a file offers to type checkers: `from … import name as name`, and those of a file it takes all of."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level and [alias.name for alias in node.names] == ["*"]:
+            names |= typed_names(path.parent / f"{str(node.module).replace('.', '/')}.py")
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names |= {alias.name for alias in node.names if alias.asname == alias.name}
+    return names
+
+
 def test_public_names_are_listed_sorted_and_there() -> None:
     assert adapterkit.__all__ == sorted(adapterkit.__all__) == dir(adapterkit)
     assert all(getattr(adapterkit, name).__doc__ for name in adapterkit.__all__ if name != "__version__")
-    tree = ast.parse((SOURCE / "__init__.py").read_text())
-    typed = {
-        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for alias in node.names
-    }
+    typed = typed_names(SOURCE / "__init__.py")
     assert typed == set(adapterkit.__all__) - {"__version__"}, "what a type checker sees is what there is"
-    with pytest.raises(AttributeError, match="'adapterkit' has no attribute 'nothing'"):
-        _ = adapterkit.nothing
+    everything: dict[str, object] = {}
+    exec("from adapterkit import *", everything)  # noqa: S102
+    assert set(adapterkit.__all__) <= set(everything)
+    for name in ("nothing", "NoConfig"):
+        with pytest.raises(AttributeError, match=f"'adapterkit' has no attribute '{name}'"):
+            getattr(adapterkit, name)
 
 
 def in_new_process(code: str) -> str:

@@ -17,21 +17,11 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 
-from .conftest import PostNormBlock, Tiny, randomise
+from .helpers import trace_of
+from .hosts.tiny import PostNormBlock, Tiny, randomise
 from .strategies import adapter_names, configs, is_identity_at_init
 
 CONFIG = ak.BottleneckConfig(targets=["attention.out", "down"], bottleneck_size=3)
-
-
-def trace_of(model: nn.Module) -> Any:
-    """All that `unwrap` must restore, apart from outputs."""
-    hooks = ["_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"]
-    hooks += ["_forward_pre_hooks_with_kwargs", "_backward_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks"]
-    modules = {
-        path: (id(m), type(m), m.training, list(m.__dict__), [dict(getattr(m, name)) for name in hooks])
-        for path, m in model.named_modules()
-    }
-    return modules, {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}, list(model.state_dict())
 
 
 @given(configs)

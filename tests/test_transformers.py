@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import adapterkit as ak
 
-from .conftest import randomise
+from .hosts.tiny import randomise
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
 PFEIFFER = ak.BottleneckConfig(

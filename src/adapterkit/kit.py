@@ -339,7 +339,7 @@ class AdapterKit:
         self.activate(name)  # first: from here on nothing can fail
         freeze.freeze(self.model, self._state(), reentrant=reentrant)
         for other in adapter_names(self.model):
-            freeze.set_training(self.model, self._state(), other, other == name)
+            freeze.set_training(self.model, self._state(), other, trains=other == name)
 
     def freeze(self, name: str | None = None, *, reentrant: bool = True) -> None:
         """Freeze the base, or the adapter of this name. Raises AdapterNameError.
@@ -353,7 +353,7 @@ class AdapterKit:
             freeze.freeze(self.model, self._state(), reentrant=reentrant)
         else:
             activate.check_known(self.model, name)
-            freeze.set_training(self.model, self._state(), name, False)
+            freeze.set_training(self.model, self._state(), name, trains=False)
 
     def unfreeze(self, name: str | None = None) -> None:
         """Undo `freeze`: restore the base's flags as they were found, or open the adapter of this name.
@@ -364,7 +364,7 @@ class AdapterKit:
             freeze.unfreeze(self.model, self._state())
         else:
             activate.check_known(self.model, name)
-            freeze.set_training(self.model, self._state(), name, True)
+            freeze.set_training(self.model, self._state(), name, trains=True)
 
     def parameters(self, name: str, *, heads: bool = False) -> Iterator[nn.Parameter]:
         """The adapter's own parameters in a fixed order, frozen or not; with `heads`, those of its heads after them."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.methods import UNION_PRESETS, presets
 
-from ..conftest import Attention, PostNormBlock, PreNormBlock, Tiny, randomise
-from ..methods.test_every_method import PRESETS, first, give_biases, gpt2, llama
+from ..helpers import PRESETS
+from .language_models import first, give_biases, gpt2, llama
+from .tiny import Attention, Blocks, PostNormBlock, PreNormBlock, randomise
 
 ROWS, TOKENS, WIDTH = 4, 6, 8
 
@@ -104,16 +105,6 @@ class Recurrent(nn.Module):
 def encoder(batch_first: bool) -> nn.Module:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=batch_first, norm_first=batch_first)
     return nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-
-
-class Blocks(Tiny):
-    """`Tiny` without what comes after its blocks."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 class FlatBlock(PreNormBlock):

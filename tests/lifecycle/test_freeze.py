@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.structure.base_tensors import digest
 
-from ..conftest import Tiny
+from ..hosts.tiny import Tiny
 
 CONFIG = ak.BottleneckConfig(targets=["attention.out", "down"], bottleneck_size=3)
 

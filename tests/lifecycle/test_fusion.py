@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import adapterkit as ak
 from adapterkit.nn.fusion import Fusion
 
-from ..conftest import PostNormBlock, PreNormBlock, Tiny, randomise
+from ..hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [0, 2, 4, 6, 8]])
 
@@ -281,7 +281,7 @@ def test_a_fusion_is_neither_merged_nor_combined() -> None:
         kit.merge("a")
 
 
-def test_copies_compiled_and_checkpointed_models_run_it() -> None:
+def test_copies_compiled_and_checkpointed_models_run_the_fusion() -> None:
     kit = wrapped()
     kit.train_fusion("a,b")
     expected = kit.model(IDS)

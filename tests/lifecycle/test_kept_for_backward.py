@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 
 import adapterkit as ak
 
-from ..composition.test_random_drop import CONFIG, LAYERS, Deep, deep_kit
+from ..hosts.deep import CONFIG, LAYERS, Deep, deep_kit
 
 
 def kept_bytes(model: nn.Module, *inputs: Any) -> int:

@@ -9,41 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import adapterkit as ak
 from adapterkit.methods import METHODS, UNION_PRESETS, presets
 
-from ..conftest import PostNormBlock, PreNormBlock, Tiny, randomise
+from ..helpers import PRESETS
+from ..hosts.language_models import first, give_biases, gpt2, llama
+from ..hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
 
-
-def one_spelling_of_each() -> list[str]:
-    """The presets, each once: several names may lead to the same settings."""
-    plain = {(method.name, repr(settings)): name for name, (method, settings) in reversed(presets().items())}
-    unions = {members: name for name, members in reversed(UNION_PRESETS.items())}
-    return [*reversed(plain.values()), *reversed(unions.values())]
-
-
-PRESETS = one_spelling_of_each()
 # Presets whose initialisation is near the identity, not at it, as their papers say.
 NEAR = {"adapter_plus"}
 BIASED = [name for name in PRESETS if name != "bitfit"]
-
-
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20, n_positions=32)).eval()
-
-
-def llama() -> nn.Module:
-    config = LlamaConfig(
-        num_hidden_layers=2,
-        hidden_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        vocab_size=20,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 HOSTS: dict[str, Any] = {
@@ -52,18 +28,6 @@ HOSTS: dict[str, Any] = {
     "gpt2": gpt2,
     "llama": llama,
 }
-
-
-def first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def give_biases(model: nn.Module) -> None:
-    """Norms and biases that do something: transformers starts them at one and zero."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) / 4)
 
 
 # Each preset on each host that has what it trains: LLaMA has no biases.

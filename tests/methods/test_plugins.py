@@ -3,11 +3,16 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from adapterkit.methods import METHODS, UNION_PRESETS
+import adapterkit as ak
+from adapterkit.methods import METHODS, UNION_PRESETS, all_methods, preset_names, register, registry
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "adapterkit_ssf"
 
@@ -15,7 +20,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "adapterkit_ssf"
 USE = """
 import sys, torch
 import adapterkit as ak
-from tests.conftest import PreNormBlock, Tiny, randomise
+from tests.hosts.tiny import PreNormBlock, Tiny, randomise
 
 torch.manual_seed(0)
 ids = torch.randint(0, 11, (3, 5))
@@ -72,11 +77,155 @@ def test_the_example_package_works_like_a_method_of_ours(tmp_path: Path) -> None
 def test_a_file_of_a_method_that_is_not_installed_names_what_is_missing(tmp_path: Path) -> None:
     install(tmp_path, "ssf = adapterkit_ssf:ScaleAndShift")
     assert run(USE, str(tmp_path / "saved"), path=[tmp_path, EXAMPLE]).returncode == 0
-    code = "import sys, adapterkit as ak; from tests.conftest import *; ak.wrap(Tiny(PreNormBlock)).load(sys.argv[1])"
+    code = "import sys, adapterkit as ak; from tests.hosts.tiny import *; ak.wrap(Tiny(PreNormBlock)).load(sys.argv[1])"
     done = run(code, str(tmp_path / "saved"), path=[])
     assert "StoreError" in done.stderr
-    assert "'method' must be one of" in done.stderr
-    assert "found 'ssf'" in done.stderr
+    missing = "cannot be loaded: the method 'ssf' is not here: install the package that brings it, or register it with"
+    assert missing in done.stderr
+    assert "adapterkit.methods.register" in done.stderr
+
+
+# A cell of a notebook. Run again with another FACTOR, it is another class of the same name.
+CELL = """
+import torch
+from typing import Literal
+from torch import nn
+from adapterkit.methods import AdapterConfig, Placement, Targets, register
+
+class ShiftConfig(AdapterConfig):
+    method: Literal["shift"] = "shift"
+    targets: Targets = ("out",)
+
+class Shift(nn.Module):
+    def __init__(self, width, dtype):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width, dtype=dtype))
+
+    @property
+    def compute_dtype(self):
+        return self.shift.dtype
+
+    def forward(self, z, x):
+        return FACTOR * self.shift.expand(x.shape)
+
+@register
+class ShiftMethod:
+    name, config_type, presets = "shift", ShiftConfig, {"shift": {}, "shift_all": {"targets": ("**",)}}
+
+    def placements(self, config):
+        return (Placement(level="projection"),)
+
+    def build(self, config, site, *, host, dtype):
+        return Shift(site.width, dtype)
+"""
+
+
+@pytest.fixture
+def registered() -> Iterator[dict[str, Any]]:
+    """What `register` was given so far; afterwards as before."""
+    before = dict(registry._registered)
+    yield registry._registered
+    registry._registered.clear()
+    registry._registered.update(before)
+
+
+def run_cell(factor: float) -> dict[str, Any]:
+    names: dict[str, Any] = {"FACTOR": factor, "__name__": "__main__"}
+    exec(CELL, names)  # noqa: S102
+    return names
+
+
+def shifted(factor: float, tmp_path: Path) -> Tensor:
+    """What a linear layer of zeros returns with a shift of one, before and after a file."""
+    layer, fresh = nn.Linear(2, 2), nn.Linear(2, 2)
+    for module in (layer, fresh):
+        module.load_state_dict({name: torch.zeros_like(p) for name, p in module.state_dict().items()})
+    kit, other = ak.wrap(layer), ak.wrap(fresh)
+    kit.add("a", "shift", targets=[""])
+    with torch.no_grad():
+        next(kit.parameters("a")).fill_(1.0)
+    kit.activate("a")
+    kit.save("a", tmp_path)
+    other.activate(other.load(tmp_path))
+    assert torch.equal(layer(torch.ones(1, 2)), fresh(torch.ones(1, 2)))
+    return layer(torch.ones(1, 2))
+
+
+def test_a_registered_method_works_and_a_cell_that_runs_again_replaces_it(
+    registered: dict[str, Any], tmp_path: Path
+) -> None:
+    names = run_cell(2.0)
+    assert isinstance(names["ShiftMethod"], type), "register is a decorator, too"
+    assert "shift_all" in preset_names()[0]
+    assert torch.equal(shifted(2.0, tmp_path / "a"), torch.full((1, 2), 2.0))
+    run_cell(3.0)
+    assert torch.equal(shifted(3.0, tmp_path / "b"), torch.full((1, 2), 3.0))
+    assert list(registered) == ["shift"]
+
+
+def test_an_object_can_be_registered_as_well(registered: dict[str, Any]) -> None:
+    kind = run_cell(2.0)["ShiftMethod"]
+    made = kind()
+    assert register(made) is made
+    assert all_methods()["shift"] is made
+
+
+def test_a_file_of_a_method_that_is_registered_no_more_names_it(registered: dict[str, Any], tmp_path: Path) -> None:
+    run_cell(2.0)
+    shifted(2.0, tmp_path / "a")
+    union = ak.wrap(nn.Linear(2, 2))
+    union.add("u", ak.Union(ak.LoRAConfig(targets=[""]), registry.method_named("shift").config_type(targets=[""])))
+    union.save("u", tmp_path / "u")
+    registered.clear()
+    for name in "au":
+        kit = ak.wrap(nn.Linear(2, 2))
+        with pytest.raises(ak.StoreError, match="cannot be loaded: the method 'shift' is not here: install the package"):
+            kit.load(tmp_path / name)
+        assert not kit.adapters
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "lora"}, "__main__.ShiftMethod brings a method 'lora', which exists"),
+        ({"name": "union"}, "__main__.ShiftMethod brings a method 'union', which exists"),
+        ({"presets": {"madx": {}}}, "brings a preset 'madx', which exists"),
+        ({"presets": {"dora": {}}}, "brings a preset 'dora', which exists"),
+        ({"presets": 3}, "cannot be loaded: TypeError"),
+        ({"__qualname__": "Other"}, "__main__.Other brings a method 'shift', which __main__.ShiftMethod has registered"),
+    ],
+)
+def test_a_method_whose_names_are_taken_is_not_registered(
+    registered: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    kind = run_cell(2.0)["ShiftMethod"]
+    other = type("ShiftMethod", (), {**vars(kind), "__qualname__": "ShiftMethod", **changes})
+    with pytest.raises(ak.ConfigError, match=message):
+        register(other)
+    assert [type(method) for method in registered.values()] == [kind]
+
+
+def test_what_is_no_method_is_not_registered(registered: dict[str, Any]) -> None:
+    lacks = r"leads to no method: it has no \['name', 'config_type', 'presets', 'placements', 'build'\]"
+    with pytest.raises(ak.ConfigError, match=lacks):
+        register(nn.Identity)
+    assert not registered
+
+
+def test_the_method_of_an_installed_package_is_not_registered_over(tmp_path: Path) -> None:
+    (entry,) = re.findall(r'^ssf = "(.+)"$', (EXAMPLE / "pyproject.toml").read_text(), re.MULTILINE)
+    install(tmp_path, f"ssf = {entry}")
+    code = """
+import adapterkit as ak
+from adapterkit.methods import register
+from adapterkit_ssf import ScaleAndShift
+try:
+    register(ScaleAndShift)
+except ak.ConfigError as error:
+    print(error)
+"""
+    done = run(code, path=[tmp_path, EXAMPLE])
+    assert "adapterkit_ssf.ScaleAndShift brings a method 'ssf', which exists" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

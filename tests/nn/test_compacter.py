@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adapterkit.errors import ConfigError
 from adapterkit.nn.compacter import CompacterAdapter, SharedFactors
 from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
+from adapterkit.nn.shared import share
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -34,8 +35,8 @@ def compacters(
         phm_dim, rule=rule, sizes=(widths[0], size, widths[0]) if factors else None, rank=rank, init=init, dtype=dtype
     )
     modules = [CompacterAdapter(width, size, phm_dim=phm_dim, dtype=dtype, **module_options) for width in widths]
-    for module in modules if rule or factors else ():
-        (module._modules if module is modules[0] else module.__dict__)["shared"] = shared
+    if rule or factors:
+        share(shared, modules, owner=modules[0])
     return nn.ModuleList(modules)
 
 

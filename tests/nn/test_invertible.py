@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adapterkit.errors import ConfigError
 from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
 from adapterkit.nn.invertible import Coupling, CouplingKind, InvertibleAdapter
+from adapterkit.nn.shared import share
 
 BLOCKS: list[CouplingKind] = ["nice", "glow"]
 
@@ -26,7 +27,7 @@ def random_coupling(width: int, block: CouplingKind, *, dtype: torch.dtype = tor
 def pair(coupling: Coupling) -> nn.ModuleList:
     """The modules of one adapter, with the coupling where the core puts it: a child of the first alone."""
     modules = nn.ModuleList([InvertibleAdapter("forward"), InvertibleAdapter("inverse")])
-    modules[0]._modules["shared"] = modules[1].__dict__["shared"] = coupling
+    share(coupling, modules, owner=modules[0])
     return modules
 
 
@@ -142,7 +143,9 @@ def test_its_gradients_are_right(block: CouplingKind, inverse: bool) -> None:
         (7, 64.0, "glow", {"f_down_weight": (1, 4), "f_up_weight": (6, 1), "g_down_weight": (1, 3), "g_up_weight": (8, 1)}),
     ],
 )
-def test_sizes_of_the_networks(width: int, factor: float, block: CouplingKind, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_each_network_reads_one_half_and_is_as_wide_as_the_reduction_factor_says(
+    width: int, factor: float, block: CouplingKind, shapes: dict[str, tuple[int, ...]]
+) -> None:
     c = Coupling(width, block=block, reduction_factor=factor)
     assert {name: tuple(p.shape) for name, p in c.named_parameters() if name.endswith("weight")} == shapes
 

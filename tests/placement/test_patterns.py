@@ -5,7 +5,7 @@ from adapterkit import TargetError
 from adapterkit.placement.patterns import match
 from adapterkit.structure.paths import modules_by_path, nearest_to
 
-from ..conftest import Tiny
+from ..hosts.tiny import Tiny
 
 
 @pytest.mark.parametrize(

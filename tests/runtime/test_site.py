@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.runtime.site import AdapterSite
 
-from ..conftest import PostNormBlock, Tiny, randomise
+from ..hosts.tiny import PostNormBlock, Tiny, randomise
 
 CONFIG = ak.BottleneckConfig(targets=["attention.out", "down"], bottleneck_size=3)
 

@@ -6,27 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 from adapterkit.runtime.state import without_adapters
 from adapterkit.structure.anatomy import discover
 
-from ..conftest import PostNormBlock, PreNormBlock, Tiny, randomise
+from ..hosts.tiny import Checkpointed, PostNormBlock, PreNormBlock, Tiny, randomise
 
 CONFIG = ak.BottleneckConfig(targets=["attention.out", "down"], bottleneck_size=3, non_linearity="gelu")
-
-
-class Checkpointed(Tiny):
-    """A model that checkpoints its blocks, if asked to."""
-
-    reentrant: bool | None = None
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return self.classifier(x.mean(1))
 
 
 def kit_with(*names: str, block: type[nn.Module] = PostNormBlock, config: ak.BottleneckConfig = CONFIG) -> ak.AdapterKit:

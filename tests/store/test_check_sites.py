@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 
-from ..conftest import randomise
+from ..helpers import trace_of
 from ..hosts.blocks import VOCAB, Model, Post, Pre, randomised
-from ..test_kit import trace_of
+from ..hosts.tiny import randomise
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
 PRESETS = ["houlsby", "pfeiffer", "adapter_plus", "parallel"]

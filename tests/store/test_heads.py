@@ -15,26 +15,16 @@ from torch import nn
 import adapterkit as ak
 from adapterkit.store.own_format import read_manifest
 
-from ..conftest import PostNormBlock, Tiny, randomise
-from ..test_kit import trace_of
+from ..helpers import trace_of
+from ..hosts.tiny import Blocks, PostNormBlock, Tiny, randomise
 
 CONFIG = ak.BottleneckConfig(targets=["down"], bottleneck_size=3)
 TAGS = ak.TaggingHead(("O", "B-PER"), name="entities", layers=2)
 
 
-class Encoder(Tiny):
-    """A model that returns hidden states."""
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def fresh(hidden: int = 8, blocks: int = 2) -> Encoder:
+def fresh(hidden: int = 8, blocks: int = 2) -> Blocks:
     torch.manual_seed(7)
-    model = Encoder(PostNormBlock, hidden)
+    model = Blocks(PostNormBlock, hidden)
     del model.blocks[blocks:]
     return model.eval()
 

@@ -26,17 +26,10 @@ from adapterkit.store.identity import structure_of
 from adapterkit.store.manifest import parse_manifest
 from adapterkit.store.own_format import read_manifest
 
-from ..conftest import PostNormBlock, Tiny, randomise
+from ..helpers import trace_of
+from ..hosts.tiny import PostNormBlock, Tiny, randomise
 from ..strategies import adapter_names, configs
-from ..test_kit import trace_of
-
-CONFIG = ak.BottleneckConfig(targets=["attention.out", "down"], bottleneck_size=3)
-
-
-def fresh() -> Tiny:
-    """The same base each time."""
-    torch.manual_seed(7)
-    return Tiny(PostNormBlock)
+from .helpers import CONFIG, fresh
 
 
 @pytest.fixture
@@ -79,7 +72,7 @@ def test_an_adapter_loads_in_a_new_process_with_equal_outputs(saved: Path, tmp_p
     torch.save((ids, kit.model(ids)), tmp_path / "expected.pt")
     code = (
         "import sys, torch, adapterkit as ak\n"
-        "from tests.store.test_store import fresh\n"
+        "from tests.store.helpers import fresh\n"
         "ids, expected = torch.load(sys.argv[2])\n"
         "kit = ak.wrap(fresh()); kit.activate(kit.load(sys.argv[1]))\n"
         "assert torch.equal(kit.model(ids), expected)\n"
@@ -245,7 +238,7 @@ def test_a_folder_of_no_known_format_says_what_is_in_it(tmp_path: Path) -> None:
 
 
 def test_a_base_with_other_weights_loads_with_a_warning_that_names_it_or_when_told_to(saved: Path) -> None:
-    with pytest.warns(ak.BaseMismatchWarning, match=r"'a' was trained on 'tests.conftest.Tiny' with other weights"):
+    with pytest.warns(ak.BaseMismatchWarning, match=r"'a' was trained on 'tests.hosts.tiny.Tiny' with other weights"):
         ak.wrap(Tiny(PostNormBlock)).load(saved)
     ak.wrap(Tiny(PostNormBlock)).load(saved, any_base=True)
     ak.wrap(fresh()).load(saved)
@@ -355,7 +348,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no sites": (lambda f: edit(f, lambda m: m.update(sites=[])), "sites"),
     "unknown method": (
         lambda f: edit(f, lambda m: m["config"].update(method="exec")),
-        "of the method 'exec', which is not known here. Install .*found 'exec'",
+        "cannot be loaded: the method 'exec' is not here: install the package .*found 'exec'",
     ),
     "unknown setting": (lambda f: edit(f, lambda m: m["config"].update(code="x")), "no setting code"),
     "bad setting": (lambda f: edit(f, lambda m: m["config"].update(dropout=7)), "dropout"),
@@ -470,7 +463,7 @@ def test_a_snapshot_of_the_hugging_face_cache_loads(saved: Path, tmp_path: Path)
 
 SAVE_FOREVER = """
 import sys, torch, adapterkit as ak
-from tests.store.test_store import CONFIG, fresh
+from tests.store.helpers import CONFIG, fresh
 kit = ak.wrap(fresh())
 kit.add("a", CONFIG, heads=["classifier"])
 for n in range(10**9):

@@ -133,6 +133,11 @@ class AdapterConfig(Settings):
         dtype: Of the adapter's parameters; float32 if not given (float64 on a float64 host).
     """
 
+    # Which settings are of a kind that code for all methods has to know. A config of a method lists its own.
+    by_row: ClassVar[tuple[str, ...]] = ()  # act on each row of a batch, and need to know `batch_axis`
+    at_start: ClassVar[tuple[str, ...]] = ()  # say what a new adapter starts as
+    in_training: ClassVar[tuple[str, ...]] = ()  # probabilities of dropping something in training
+
     method: str
     targets: Targets = Field(min_length=1)
     exclude: Targets = ()

@@ -24,7 +24,7 @@ from ..runtime.site import AdapterSite, SiteEntry
 from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
 from ..runtime.steps import Pass, Step
 from ..runtime.sync import forget_compiled
-from ..structure.tracing.row_layout import Layouts, RowAxes
+from ..structure.tracing.row_layout import Layouts, RowAxes, SeenRows
 
 __all__ = [
     "SitePlan",
@@ -51,7 +51,7 @@ class SitePlan:
 
     @property
     def dividing(self) -> tuple[ComposeStep, ...]:
-        """The steps, heads apart, that need to know the batch: rows run different adapters there, or lie flat."""
+        """Return the steps, no heads, that must know the batch: rows run different adapters there, or lie flat."""
         mixes = (step for steps in self.steps.values() for step in steps if isinstance(step, ComposeStep))
         return tuple(step for step in mixes if isinstance(step.node, ByRow) or (step.layout and step.layout.is_flat))
 
@@ -100,7 +100,7 @@ def apply(model: nn.Module, state: ModelState) -> None:
 
 
 def check_active(model: nn.Module, composition: Composition) -> Composition:
-    """The composition, if it is one, and the model has all of its adapters; what they weigh in the place of fusions.
+    """Return the composition to run: checked, and with what they weigh in the place of the names of fusions.
 
     Raises:
         AdapterNameError: no adapter or fusion has such a name.
@@ -126,22 +126,26 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
 
 
 def _plans(model: nn.Module, state: ModelState, composition: Composition | None) -> Plans:
-    """What a composition becomes at the site of each host, in the model's order."""
+    """Compile a composition: return the plan for the site of each host, in the model's order."""
     modules = dict(model.named_modules())
     axes, layouts = RowAxes(modules), layouts_of(model, state)
     return [
-        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts.get(path, {}), state.merged))
+        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts, state.merged))
         for path, host, site in sites_among(modules)
     ]
 
 
-def layouts_of(model: nn.Module, state: ModelState) -> Mapping[str, Layouts]:
-    """What was seen of where rows lie, by path; nothing of a part of the model, in which paths are others."""
-    return state.layouts if model.__dict__.get(STATE) is state else {}
+def layouts_of(model: nn.Module, state: ModelState) -> SeenRows:
+    """Map the path of each module to what was seen of where rows lie in its tensors.
+
+    Nothing is known in a part of a wrapped model: its paths are others.
+    """
+    is_whole = model.__dict__.get(STATE) is state
+    return state.layouts if is_whole else SeenRows(why_unknown="it was seen of the whole model, of which this is a part")
 
 
 def _put(model: nn.Module, state: ModelState, plans: Plans) -> None:
-    """Have the sites run these plans."""
+    """Put the steps of these plans into the sites, for their hooks to run."""
     active = state.activation.active
     # A model in which nothing was ever active needs no checks, and its hooks stay empty.
     idle = (Pass(active),) if state.activation.was_used else ()
@@ -194,25 +198,27 @@ def plan_at(
     row_axis: int | None,
     site: AdapterSite,
     composition: Composition | None,
-    layouts: Layouts,
+    layouts: SeenRows,
     merged: Collection[str] = (),
 ) -> SitePlan:
-    """The plan of a composition at the site of this host, without what is merged into its weights.
+    """Compile a composition for the site of one host, without what is merged into its weights.
 
     Args:
         row_axis: What the model's modules say of it; see `RowAxes.at`.
-        layouts: What was seen of where rows lie.
+        layouts: What was seen of where rows lie, by path.
 
     Raises:
         CompatibilityError: its adapters cannot act together here as it says.
     """
-    seen = layouts.get(("output",))
+    here: Layouts = layouts.get(path, {})
+    seen = here.get(("output",))
     head_axis = row_axis if seen is None or seen.is_flat else seen.axis
     heads = head_steps(path, modules, site, composition, head_axis or 0)
     if not heads and not any(name in site.entries for name in names_in(composition)):
         return SitePlan({})
     steps: dict[str, tuple[Step, ...]] = {}
     for acting in ACTING:
-        steps[acting.at] = steps_at(SiteContext(path, site, acting.at, row_axis, layouts, merged), composition)
+        context = SiteContext(path, site, acting.at, row_axis, here, merged, layouts.note(path))
+        steps[acting.at] = steps_at(context, composition)
     steps["output"] += heads  # they read what the adapters there made
     return SitePlan({at: own for at, own in steps.items() if own})

@@ -1,7 +1,7 @@
 """Add an adapter, or heads: find its sites, build its modules, attach them; all or nothing."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from ..runtime.site import HeadEntry, SiteEntry
 from ..runtime.state import ACTIVATION_LOCK, ModelState, without_adapters
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
-from ..structure.tracing.row_layout import Layouts
+from ..structure.tracing.row_layout import SeenRows
 from ..structure.tracing.rows import discover_rows
 from .activate import check_plans, layouts_of
 from .admit import AdapterDraft, admit
@@ -124,9 +124,10 @@ def remove_head(model: nn.Module, name: str, head: str) -> None:
 
 
 def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, heads: Sequence[str]) -> list[SiteSpec]:
-    """The sites without those in heads that a method named by itself (every bias, say): the copies train whole.
+    """Return the sites without those that lie in replaced heads by the method's own choice, such as every bias.
 
-    Without those, too, at a Parameter that is tied to one outside of the heads, which is what is adapted then.
+    Copies of heads train whole. A site that the user's `targets` name stays, and is refused later. A site in a head at a
+    Parameter that is tied to one outside of the heads goes, too: it is adapted there.
     """
     named = [index for index, member in enumerate(members(config)) if "targets" in member.model_fields_set]
     outside = [site for site in sites if not {*heads} & {*ancestors(site.path)}]
@@ -138,7 +139,7 @@ def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, 
 
 
 def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
-    """The sites that a config would adapt. Raises: see `placement.resolve`."""
+    """Find the sites that a config would adapt. Raises: see `placement.resolve`."""
     with ACTIVATION_LOCK, without_adapters():
         sites = resolve(model, [(m, method_of(m).placements(m)) for m in members(config)], example_inputs)
     for index, member in enumerate(members(config)):
@@ -147,39 +148,41 @@ def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs |
 
 
 def needs_structure(config: Config) -> bool:
-    """Whether a config's places depend on what the model computes."""
+    """Tell whether a config's sites depend on what the model computes, not on names alone."""
     return any(asks_for_structure(m, placement) for m in members(config) for placement in method_of(m).placements(m))
 
 
 def seen_layouts(
     model: nn.Module, config: Config, sites: Sequence[SiteSpec], example_inputs: ExampleInputs | None
-) -> Mapping[str, Layouts]:
-    """By the path of each module: where the rows of a batch lie in its tensors, as running the model shows or has shown.
+) -> SeenRows:
+    """Return where the rows of a batch lie in each module's tensors, as running the model shows or has shown.
 
-    It is run on the inputs, if there are any; on tiny ones, if the config's places are found by running it, too.
+    The model runs on the inputs, if there are any; else on tiny ones, if it runs anyway to find the config's sites.
 
     Raises:
         TargetError: the config has a row-wise setting that would take another axis for that of rows.
     """
     state = find_state(model)
-    layouts = {} if state is None else layouts_of(model, state)
+    layouts = SeenRows() if state is None else layouts_of(model, state)
     is_new = any(site.path not in layouts for site in sites)
     if is_new and (example_inputs is not None or needs_structure(config)):
         with ACTIVATION_LOCK, without_adapters():
-            layouts = discover_rows(model, example_inputs) or layouts
+            found = discover_rows(model, example_inputs)
+        # What was seen before stays; but why nothing is known of the new sites is told by the run that failed.
+        layouts = found or SeenRows(layouts, why_unknown=found.why_unknown)
     check_row_axes(model, sites, members(config), layouts)
     return layouts
 
 
 def _with_paths(model: nn.Module, config: Config) -> Config:
-    """The config with predicates replaced by what they matched, so that it can be saved."""
+    """Return the config with predicates replaced by the paths that they matched, so that it can be saved."""
     if isinstance(config, Union):
         return Union(*(_member_with_paths(model, member) for member in config.configs))
     return _member_with_paths(model, config)
 
 
 def _member_with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """`_with_paths` of one config."""
+    """Return one config of a union as `_with_paths` does."""
 
     def paths(targets: Sequence[Any]) -> list[str]:
         return [

@@ -1,6 +1,6 @@
 """Add adapters to a model and remove them: all or nothing."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from ..runtime.site import AdapterSite
 from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
 from ..runtime.sync import forget_compiled, sync_site_hooks
 from ..structure.paths import SITE
-from ..structure.tracing.row_layout import Layouts
+from ..structure.tracing.row_layout import SeenRows
 from .activate import apply, check_plans
 from .build import BuiltModule
 
@@ -31,7 +31,7 @@ def attach(
     name: str,
     config: Config | FusionConfig,
     parts: Sequence[BuiltModule],
-    layouts: Mapping[str, Layouts] | None = None,
+    layouts: SeenRows | None = None,
 ) -> None:
     """Put an adapter's (or a fusion's) modules into the model: the last step, after which nothing can fail.
 
@@ -75,14 +75,14 @@ def insert_modules(
         spec = part.spec
         reads_more = isinstance(spec, SiteSpec) and (spec.residual is not None or acting_at(spec.at).reads_forward)
         handover = Handover[Any]() if reads_more else None
-        open_parameters(part.module.train(host.training), trains)
+        open_parameters(part.module.train(host.training), trains=trains)
         site.insert(name, part.module, config, spec, handover)
     state.hosts[name] = (*state.hosts.get(name, ()), *(part.path for part in parts))
     refresh(model, state)
 
 
 def drop_modules(model: nn.Module, name: str, path: str, keys: Container[str] | None = None) -> None:
-    """Let go of an adapter's modules at a host, or of those with these keys; of the site and its hooks, if it is empty."""
+    """Remove an adapter's modules from a host, or those with these keys; remove the site and its hooks if it is empty."""
     host = model.get_submodule(path)
     site: Any = host._modules[SITE]
     if name in site.entries:
@@ -116,7 +116,7 @@ def check_free(model: nn.Module, name: str) -> None:
 
 
 def state_of(model: nn.Module) -> ModelState:
-    """The model's state, or a new one that is not in the model yet.
+    """Return the model's state, or a new one that is not in the model yet.
 
     Raises:
         CompatibilityError: parts of the model were wrapped apart, so that two states claim it.
@@ -133,7 +133,7 @@ def state_of(model: nn.Module) -> ModelState:
 
 
 def refresh(model: nn.Module, state: ModelState) -> None:
-    """Bring hooks and steps in line with the sites."""
+    """Bring hooks and steps in line with the sites, after these have changed."""
     sync_site_hooks(model, state)
     sync_labels_hooks(model, state)
     forget_compiled()

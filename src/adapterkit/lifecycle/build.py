@@ -14,9 +14,11 @@ from ..heads.config import OwnHead
 from ..heads.find import FoundHead, build_heads
 from ..heads.spec import HeadSpec
 from ..methods import method_of
-from ..methods.method import SharesTensors
+from ..methods.method import AdaptsParameter, SharesTensors
 from ..nn.fusion import Fusion
 from ..nn.seeded import seeded
+from ..nn.shared import share
+from ..nn.traits import reads_bare_output
 from ..nn.twin import TiedModule
 from ..placement.layers import settings_site
 from ..placement.spec import SiteSpec
@@ -85,7 +87,9 @@ def _near_hosts(model: nn.Module, built: list[BuiltModule]) -> list[BuiltModule]
 
 @outside_inference_mode()
 def build_head_modules(model: nn.Module, heads: Sequence[FoundHead], *, meta: bool = False) -> list[BuiltModule]:
-    """The modules of these heads, not yet attached: on their hosts' devices, but for copies, which lie where the host does.
+    """Build the modules of these heads, not yet attached.
+
+    New ones lie where their hosts compute. Copies of the model's own lie where the host does.
 
     Args:
         meta: Build what is new without memory or values, for a file to fill.
@@ -100,13 +104,13 @@ def build_head_modules(model: nn.Module, heads: Sequence[FoundHead], *, meta: bo
 
 
 def _check_order(parts: Sequence[BuiltModule]) -> None:
-    """Raise TargetError where a module that needs what the host itself returned would get it from another module."""
+    """Raise TargetError where a module that needs what the host itself returned would get what another has changed."""
     hosts: dict[str, SiteSpec] = {}
     for part in parts:
         if not isinstance(part.spec, SiteSpec) or part.spec.at != "output":
             continue
         before = hosts.setdefault(part.path, part.spec)
-        if before is not part.spec and getattr(part.module, "reads_bare_output", False):
+        if before is not part.spec and reads_bare_output(part.module):
             raise TargetError(
                 f"{part.path!r} is adapted by members {before.member} and {part.spec.member} of a union, and the latter "
                 f"({type(part.module).__name__}) must come first there; change their order"
@@ -114,34 +118,45 @@ def _check_order(parts: Sequence[BuiltModule]) -> None:
 
 
 def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -> list[BuiltModule]:
-    """The modules of one config, with what they share reachable from each.
+    """Build the modules of one config, with what they share reachable from each.
 
-    What several sites share is held by the first in the model alone, so that it trains, moves and is saved once; the
-    sites of a file are in the model's order, those of a config need not be.
+    What several sites share is held by the first in the model alone, so that it trains, moves and is saved once. The
+    sites of a file are in the model's order; those of a config need not be.
     """
     method = method_of(config)
     order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    dtypes = {id(site): dtype_at(model, site.path, config.dtype) for site in sites}
-    shared = (
-        method.shared(config, sites, dtype=dtypes[id(sites[0])]) if isinstance(method, SharesTensors) and sites else None
-    )
-    built: dict[int, nn.Module] = {}
+    dtypes = {site.path: dtype_at(model, site.path, config.dtype) for site in sites}
+    # First, so that a seed gives the same shared tensors however many sites there are.
+    shared = None
+    if isinstance(method, SharesTensors) and sites:
+        shared = method.shared(config, sites, dtype=dtypes[sites[0].path])
+    built: dict[int, nn.Module] = {}  # by the `id` of the site: two sites of one adapter may be equal
     for tied in tied_groups(model, sites):
-        site, first = settings_site(config, tied), min(tied, key=lambda site: order[site.path])
-        module = method.build(config, site, host=model.get_submodule(site.path), dtype=dtypes[id(first)])
-        if site.parameters and not hasattr(module, "adapted"):
-            raise TargetError(
-                f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
-                f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
-            )
+        first = min(tied, key=lambda site: order[site.path])
+        module = _build_tied(model, config, tied, dtype=dtypes[first.path])
         built |= {id(site): module if site is first else TiedModule(module) for site in tied}
-    parts = [BuiltModule(site.path, built[id(site)], site) for site in sites]
+    modules = [BuiltModule(site.path, built[id(site)], site) for site in sites]
     if shared is not None:
-        holding = [part for part in parts if not isinstance(part.module, TiedModule)]
-        owner = min(holding, key=lambda part: order[part.path])
-        for part in holding:
-            (part.module._modules if part is owner else part.module.__dict__)["shared"] = shared
-    return parts
+        holding = [one for one in modules if not isinstance(one.module, TiedModule)]
+        owner = min(holding, key=lambda one: order[one.path]).module
+        share(shared, [one.module for one in holding], owner=owner)
+    return modules
+
+
+def _build_tied(model: nn.Module, config: AdapterConfig, tied: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module:
+    """Build the one module that serves all sites of a tied Parameter, or the one site of another.
+
+    Raises:
+        TargetError: the site is a Parameter, and the method's modules change no Parameters.
+    """
+    site = settings_site(config, tied)
+    module = method_of(config).build(config, site, host=model.get_submodule(site.path), dtype=dtype)
+    if site.parameters and not isinstance(module, AdaptsParameter):
+        raise TargetError(
+            f"the method {config.method!r} changes what a layer takes or returns, and none returns what {site.path!r} "
+            f"computes with {site.parameters[0]!r}; leave it out, or choose one that changes weights, such as 'lora'"
+        )
+    return module
 
 
 def _build_fusion(model: nn.Module, spec: SiteSpec, config: FusionConfig) -> Fusion:
@@ -166,7 +181,7 @@ def _build_fusion(model: nn.Module, spec: SiteSpec, config: FusionConfig) -> Fus
 
 
 def tied_groups(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSpec]]:
-    """The sites, those at the same Parameter together."""
+    """Group the sites: those at one tied Parameter together, every other one alone."""
     groups: dict[object, list[SiteSpec]] = {}
     for site in sites:
         parameter = parameter_at(model.get_submodule(site.path), site.parameters[0]) if site.parameters else None
@@ -175,7 +190,7 @@ def tied_groups(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSp
 
 
 def parameter_near(model: nn.Module, path: str) -> torch.Tensor:
-    """A floating-point tensor of the host's, or of the innermost module around it that has one."""
+    """Return a floating-point tensor of the host, or of the innermost module around it that has one."""
     for around in ancestors(path):
         for _, tensor in base_tensors(model.get_submodule(around)):
             if tensor.is_floating_point():
@@ -184,7 +199,7 @@ def parameter_near(model: nn.Module, path: str) -> torch.Tensor:
 
 
 def device_near(model: nn.Module, path: str) -> torch.device:
-    """Where the host computes: where its parameters are or, if accelerate moves them, where it moves them to."""
+    """Return the device on which the host computes: that of its parameters, or where accelerate moves them to."""
     for around in ancestors(path):
         device = getattr(getattr(model.get_submodule(around), "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -193,7 +208,10 @@ def device_near(model: nn.Module, path: str) -> torch.device:
 
 
 def dtype_at(model: nn.Module, path: str, given: str | None) -> torch.dtype:
-    """As given, else float32, on half-precision and quantised hosts as well; float64 on a float64 host."""
+    """Return the dtype of new modules at a host: the given one, else float32, or float64 on a float64 host.
+
+    It is float32 on half-precision and quantised hosts, too: what trains needs more bits than what rests.
+    """
     if given is not None:
         return getattr(torch, given)  # type: ignore[no-any-return]  # one of `DType`
     return torch.float64 if parameter_near(model, path).dtype == torch.float64 else torch.float32

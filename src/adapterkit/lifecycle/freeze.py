@@ -59,7 +59,7 @@ class CheckpointAware(KitHook):
         self.flagged = flagged
 
     def is_idle(self) -> bool:
-        """Whether nothing needs this hook now."""
+        """Tell whether nothing needs this hook now."""
         if torch.compiler.is_compiling():
             return True
         return bool(self.flagged) and not any(module.gradient_checkpointing for module in self.flagged)
@@ -161,12 +161,12 @@ def _saying_whether_checkpointed(modules: Mapping[str, nn.Module], embeddings: C
 
 
 def _says_whether_checkpointed(module: nn.Module) -> bool:
-    """Whether a module has the attribute by which transformers switches gradient checkpointing."""
+    """Tell whether a module has the attribute by which transformers switches gradient checkpointing."""
     return isinstance(getattr(module, "gradient_checkpointing", None), bool)
 
 
 def _mode_around(path: str, modules: dict[str, nn.Module]) -> bool | None:
-    """Whether the module around this one is in training mode; None for the root."""
+    """Tell whether the module around this one is in training mode; None for the root."""
     return modules[path.rpartition(".")[0]].training if path else None
 
 
@@ -179,28 +179,28 @@ def check_may_train(state: ModelState, name: str) -> None:
         )
 
 
-def set_training(model: nn.Module, state: ModelState, name: str, trains: bool) -> None:
-    """Open or close an adapter's parameters, its heads' too. Raises ActivationError if it is to train, yet merged."""
+def set_training(model: nn.Module, state: ModelState, name: str, *, trains: bool) -> None:
+    """Let an adapter's parameters train, its heads' too, or not. Raises ActivationError if it is to train, yet merged."""
     if trains:
         check_may_train(state, name)
     elif name in state.merged:
         state.merged[name] = ()  # so that unmerging opens none of them
     for _, _, site in sites_of(model):
         for _, module in site.modules_of(name):
-            open_parameters(module, trains)
+            open_parameters(module, trains=trains)
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Whether the module normalises with running statistics (BatchNorm, InstanceNorm and their like)."""
+    """Tell whether the module normalises with running statistics (BatchNorm, InstanceNorm and their like)."""
     held = {name for name, buffer in module._buffers.items() if buffer is not None}
     return {"running_mean", "running_var"} <= held
 
 
 def scripted_norms(model: nn.Module) -> list[nn.Module]:
-    """The norms with running statistics among the model's TorchScript modules."""
+    """Return the norms with running statistics among the model's TorchScript modules."""
     return [module for module in model.modules() if is_scripted(module) and has_running_statistics(module)]
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Whether the module runs as TorchScript, which calls none of its hooks."""
+    """Tell whether the module runs as TorchScript, which calls none of its hooks."""
     return isinstance(module, torch.jit.ScriptModule)

@@ -39,7 +39,7 @@ __all__ = [
 
 
 def as_fusion_config(config: FusionConfig | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> FusionConfig:
-    """A config from "dynamic", "static", a config, a mapping or a path to JSON.
+    """Return the config that "dynamic", "static", a config, a mapping or a path to JSON stands for.
 
     Raises:
         ConfigError: not one of these, or bad settings.
@@ -116,7 +116,7 @@ def _fusion_site(spec: SiteSpec, config: FusionConfig) -> SiteSpec:
 
 
 def fusion_of(model: nn.Module, fuse: Composition) -> tuple[str, Fuse]:
-    """The name of a fusion in the model, and what it weighs. Raises AdapterNameError: there is none."""
+    """Return the name of a fusion in the model, and what it weighs. Raises AdapterNameError if there is none."""
     name = fuse.fusion if isinstance(fuse, Fuse) else fuse
     fusions = fusions_of(model)
     if name not in fusions:
@@ -127,14 +127,14 @@ def fusion_of(model: nn.Module, fuse: Composition) -> tuple[str, Fuse]:
 
 
 def fusion_modules(model: nn.Module, name: str) -> Iterator[tuple[str, SiteSpec, Fusion]]:
-    """A fusion's modules, each with its host's path and its place."""
+    """Yield a fusion's modules, each with its host's path and its site."""
     for held, entry in adapters_in(model).sites(name):
         if isinstance(held.module, Fusion):
             yield held.path, entry.spec, held.module
 
 
 def loss(model: nn.Module, names: Sequence[str]) -> Tensor:
-    """The regularisation of fusions: the weighted squared distance of each Wv to the identity. Shape: ()."""
+    """Return the regularisation of fusions: the weighted squared distance of each Wv to the identity. Shape: ()."""
     terms = [
         _config(site, name).regularization * module.distance_to_identity()
         for name in names

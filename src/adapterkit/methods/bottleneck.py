@@ -31,6 +31,9 @@ class AnyBottleneckConfig(TensorConfig):
     """The settings of every method that is a bottleneck, whatever its projections are: see `BottleneckConfig`."""
 
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("reduction_factor", "bottleneck_size"),)
+    by_row: ClassVar[tuple[str, ...]] = ("gating", "stochastic_depth")
+    at_start: ClassVar[tuple[str, ...]] = ("init",)
+    in_training: ClassVar[tuple[str, ...]] = ("dropout", "stochastic_depth")
     default_reduction_factor: ClassVar[float] = 16.0
 
     reduction_factor: Annotated[

@@ -52,6 +52,10 @@ class LoRAConfig(AdapterConfig):
     2024, arXiv:2402.09353; gating: Mao et al. 2022, arXiv:2110.07577.
     """
 
+    by_row: ClassVar[tuple[str, ...]] = ("gating",)
+    at_start: ClassVar[tuple[str, ...]] = ("init",)
+    in_training: ClassVar[tuple[str, ...]] = ("dropout",)
+
     method: Literal["lora"] = "lora"
     targets: Targets = Field(default=("@attention.q", "@attention.v"), min_length=1)
     rank: Annotated[
@@ -122,7 +126,7 @@ def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
         return held.originals[name].value
     way, _, leaf = name.rpartition(".")
     owner: Any = host.get_submodule(way)
-    is_steady = leaf in owner._parameters
+    is_steady = leaf in owner._parameters or leaf in owner._buffers  # a quantised weight may be a buffer
     if not is_steady and is_parametrized(owner, leaf):
         is_steady = not any(True for _ in owner.parametrizations[leaf].buffers())  # spectral norm's move as they are read
     if not is_steady:

@@ -9,7 +9,7 @@ from typing import Any
 from ..config.settings import AdapterConfig, Settings
 from ..config.union import Config, Union
 from ..errors import ConfigError
-from . import UNION_PRESETS, method_named, preset_named, preset_names
+from .registry import UNION_PRESETS, method_named, preset_named, preset_names
 
 __all__ = ["as_config", "config_from", "no_config", "read_json"]
 

@@ -32,6 +32,9 @@ class VeRAConfig(AdapterConfig):
     Reference: Kopiczko et al. 2024, arXiv:2310.11454.
     """
 
+    at_start: ClassVar[tuple[str, ...]] = ("initial",)
+    in_training: ClassVar[tuple[str, ...]] = ("dropout",)
+
     method: Literal["vera"] = "vera"
     targets: Targets = Field(default=("@attention.q", "@attention.v"), min_length=1)
     rank: Size = 256

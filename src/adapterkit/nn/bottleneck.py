@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .functional import non_linearities
+from .functional.bottleneck import bottleneck, full_bottleneck
 from .functional.non_linearities import NonLinearity
 from .own_tensors import own_tensors
 
@@ -45,6 +45,8 @@ class AnyBottleneck(nn.Module):
         branch = gate(z) * dropout(scaling * drop_path(up(act(down(norm_b(z))))))
         delta  = norm_a(branch)                  and the site becomes x + delta, or
         delta  = norm_a(x + branch) - x          with `residual_before_norm`
+
+    What computes this is `functional.bottleneck`; a module holds the parameters.
 
     Args:
         output_size: Width of the tensor at the site, in features.
@@ -98,12 +100,8 @@ class AnyBottleneck(nn.Module):
         """Initialise every parameter, from torch's current random generator."""
         raise NotImplementedError
 
-    def _down(self, h: Tensor) -> Tensor:
-        """The down-projection. Shape: (..., input) to (..., bottleneck)."""
-        raise NotImplementedError
-
-    def _up(self, h: Tensor) -> Tensor:
-        """The up-projection. Shape: (..., bottleneck) to (..., output)."""
+    def _project(self, h: Tensor) -> Tensor:
+        """Apply both projections and what is between them. Shape: (..., input) to (..., output)."""
         raise NotImplementedError
 
     def _add_options(self, dtype: torch.dtype | None) -> None:
@@ -134,29 +132,22 @@ class AnyBottleneck(nn.Module):
                 init(name, parameter)
 
     def _full_forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """The delta, with every option. Shape: z (..., input); x and result (..., output)."""
-        p, h = own_tensors(self), z
-        if self.norm_before:
-            h = F.layer_norm(h, (self.input_size,), p["norm_before_weight"], p["norm_before_bias"])
-        branch = self._up(self._activation(self._down(h)))
-        if self.stochastic_depth and self.training:
-            keep = 1.0 - self.stochastic_depth
-            shape = [n if axis == self.batch_axis else 1 for axis, n in enumerate(branch.shape)]
-            rows = torch.rand(shape, device=branch.device) < keep
-            branch = branch * rows / keep
-        branch = branch * (self.scale if isinstance(self.scaling, str) else self.scaling)
-        if self.dropout:
-            branch = F.dropout(branch, self.dropout, self.training)
-        if self.gating:
-            gate = torch.sigmoid(F.linear(z, self.gate_weight, self.gate_bias))  # (batch, ..., 1)
-            tokens = [axis for axis in range(gate.dim() - 1) if axis != self.batch_axis]
-            branch = branch * (gate.mean(dim=tokens, keepdim=True) if tokens else gate)
-        if not self.norm_after:
-            return branch
-        norm = (self.output_size,), p["norm_after_weight"], p["norm_after_bias"]
-        if self.residual_before_norm:
-            return F.layer_norm(x + branch, *norm) - x
-        return F.layer_norm(branch, *norm)
+        """Return the delta, with every option. Shape: z (..., input); x and result (..., output)."""
+        p = own_tensors(self)
+        return full_bottleneck(
+            z,
+            x,
+            self._project,
+            norm_before=(p["norm_before_weight"], p["norm_before_bias"]) if self.norm_before else None,
+            norm_after=(p["norm_after_weight"], p["norm_after_bias"]) if self.norm_after else None,
+            residual_before_norm=self.residual_before_norm,
+            scaling=p["scale"] if isinstance(self.scaling, str) else self.scaling,
+            gate=(p["gate_weight"], p["gate_bias"]) if self.gating else None,
+            dropout=self.dropout,
+            stochastic_depth=self.stochastic_depth,
+            batch_axis=self.batch_axis,
+            training=self.training,
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -224,14 +215,9 @@ class BottleneckAdapter(AnyBottleneck):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
-        if not self._is_plain:
-            return self._full_forward(z, x)
+        return self._project(z) if self._is_plain else self._full_forward(z, x)
+
+    def _project(self, h: Tensor) -> Tensor:
         p = own_tensors(self)
-        h = self._activation(F.linear(z, p["down_weight"], p["down_bias"]))
-        return F.linear(h, p["up_weight"], p["up_bias"])
-
-    def _down(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.down_weight, self.down_bias)
-
-    def _up(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.up_weight, self.up_bias)
+        down, up = (p["down_weight"], p["down_bias"]), (p["up_weight"], p["up_bias"])
+        return bottleneck(h, down, up, self._activation)

@@ -135,18 +135,13 @@ class CompacterAdapter(AnyBottleneck):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z (..., input); x and result (..., output)."""
-        if not self._is_plain:
-            return self._full_forward(z, x)
-        return self._up(self._activation(self._down(z)))
+        return self._project(z) if self._is_plain else self._full_forward(z, x)
 
-    def _down(self, h: Tensor) -> Tensor:
-        return self._project(h, "down")
+    def _project(self, h: Tensor) -> Tensor:
+        return self._phm(self._activation(self._phm(h, "down")), "up")
 
-    def _up(self, h: Tensor) -> Tensor:
-        return self._project(h, "up")
-
-    def _project(self, h: Tensor, which: Literal["down", "up"]) -> Tensor:
-        """The down- or the up-projection. Shape: (..., input) to (..., output), of the projection."""
+    def _phm(self, h: Tensor, which: Literal["down", "up"]) -> Tensor:
+        """Apply the down- or the up-projection. Shape: (..., input) to (..., output), of the projection."""
         own = own_tensors(self)
         shared = own_tensors(self.shared) if self.shared_rule or self.shared_factors else own
         factors = shared if self.shared_factors else own

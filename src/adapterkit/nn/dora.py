@@ -47,7 +47,7 @@ class DoRA(nn.Module):
     Reference: Liu et al. 2024, arXiv:2402.09353.
     """
 
-    reads_bare_output = True  # for attaching: nothing of the same adapter may come before it at its host
+    reads_bare_output = True  # see `traits.ReadsBareOutput`
 
     def __init__(
         self,
@@ -107,6 +107,10 @@ class DoRA(nn.Module):
         """The weight m * V / |V|, in the dtype of the one given. Shape: as the weight."""
         factor = 1 + self.low_rank.layout.spread(self._factor(weight) - 1)
         return ((weight + self.weight_delta()) * self.low_rank.over_outputs(factor)).to(weight.dtype)
+
+    def why_not_summed(self) -> str | None:
+        """Explain why the change cannot be part of a weighted sum."""
+        return "is a DoRA, whose magnitudes multiply the weight and do not add up"
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The host's tensors that change if the adapter is merged into them: the weight."""

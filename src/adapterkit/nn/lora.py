@@ -115,9 +115,17 @@ class LoRA(nn.Module):
         tokens = [n for n in range(gate.dim()) if n not in (self.batch_axis % gate.dim(), axis % gate.dim())]
         return gate.mean(dim=tokens, keepdim=True) if tokens else gate
 
+    def bias_delta(self) -> Tensor | None:
+        """Return what is added to the host's bias, or None without a trained bias. Shape: (out,)."""
+        return self._bias_delta() if "lora_bias" in self._parameters else None
+
     def _bias_delta(self) -> Tensor:
-        """What is added to the host's bias. Shape: (out,)."""
         return self.low_rank.layout.spread(self.lora_bias * self.scaling)
+
+    def why_not_summed(self) -> str | None:
+        """Explain why the change cannot be part of a weighted sum; None if it can."""
+        is_gated = "gate_weight" in self._parameters
+        return "is a gated LoRA, whose gate depends on the input: its change is none of the weight" if is_gated else None
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B whose product is added to the host's weight: B is scaled. Shape: as `lora_A` and `lora_B`."""

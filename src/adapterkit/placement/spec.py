@@ -32,7 +32,7 @@ class Location:
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """One resolved place of an adapter.
+    """A site: one module (the host) and one of its tensors or Parameters, which one module of an adapter adapts.
 
     Attributes:
         path: The host module's path in the model.
@@ -77,12 +77,12 @@ class SiteSpec:
 
     @property
     def location(self) -> Location:
-        """Where it is, without what its tensors look like and what it came of."""
+        """Return where the site is, without what its tensors look like and what it came of."""
         return Location(self.path, self.at, self.reads, self.output, self.input, self.residual)
 
 
 def layout_of(layouts: Layouts, spec: SiteSpec) -> RowLayout | None:
-    """Of how rows lie in the tensors of a host, what was seen of the one at a place; None if nothing was."""
+    """Return the row layout observed for the tensor that `spec` adapts, or None."""
     if spec.at == "output":
         ways: list[Path] = [("output", *(spec.output or ()))]
     else:
@@ -92,7 +92,14 @@ def layout_of(layouts: Layouts, spec: SiteSpec) -> RowLayout | None:
 
 
 def located(spec: SiteSpec, path: str) -> SiteSpec:
-    """The spec with paths as they are in this model, which may be a part of the one that it was made in, or around it."""
+    """Return the spec with paths as they are in this model.
+
+    The spec may have been made in a larger model, of which this is a part, or in a part of this one: paths then differ at
+    their start.
+
+    Args:
+        path: The host's path in this model.
+    """
     if path == spec.path:
         return spec
     residual = spec.residual

@@ -1,4 +1,4 @@
-"""The hooks that adapterkit registers: instances of `KitHook`, and nothing else.
+"""The hooks that adapterkit registers on modules: instances of `KitHook`, and nothing else.
 
 Each finds what it needs through the module that it is called with, so that copies, replicas and pickles of a model run
 their own adapters. They are told apart from anyone else's hooks by their class.
@@ -35,7 +35,10 @@ PORT = "_adapterkit_stream"
 class KitHook:
     """Base of all hooks of adapterkit.
 
-    `is_pre`: runs before the module; `is_first`: before hooks that were there; `always`: also when the module raised.
+    Attributes:
+        is_pre: It runs before the module.
+        is_first: It runs before the hooks that were there when it was registered.
+        always: It runs even if the module raised.
     """
 
     is_pre = False
@@ -153,7 +156,7 @@ class StreamHook(KitHook):
 
 
 class ClearHook(KitHook):
-    """Let go of streams and labels that no site took, when the module around both ends, by an exception too."""
+    """Let go of streams and labels that no site took, when the module around both ends, even if it raised."""
 
     always = True
 
@@ -181,7 +184,7 @@ class EncoderHook(KitHook):
 
 
 def require_input_grad(value: Any, path: pytree.Path | None = None) -> Any:
-    """The value with one tensor (its first floating one) requiring grad, in grad mode; None for no change."""
+    """Return the value with one tensor, its first floating one, requiring grad; None if nothing is to change."""
     path = pytree.find(value) if path is None else path
     if path is None or not torch.is_grad_enabled():
         return None
@@ -193,12 +196,12 @@ def require_input_grad(value: Any, path: pytree.Path | None = None) -> Any:
 
 
 def has_hook(module: nn.Module, kind: type[KitHook] = KitHook) -> bool:
-    """Whether a hook of this kind is registered on the module."""
+    """Tell whether a hook of this kind is registered on the module."""
     return any(isinstance(hook, kind) for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
 
 
 def set_hook(module: nn.Module, hook: KitHook, state: ModelState) -> None:
-    """Register a hook on the module, in the place of any of the same class that is there."""
+    """Register a hook on the module, replacing any of the same class."""
     remove_hooks(module, type(hook))
     called: Any = hook
     if hook.is_pre:
@@ -210,7 +213,10 @@ def set_hook(module: nn.Module, hook: KitHook, state: ModelState) -> None:
 
 
 def keep_hook(module: nn.Module, kind: type[KitHook], state: ModelState, *, is_wanted: bool) -> None:
-    """Register a hook of this kind, which is made of nothing, or remove it, unless that is how it stands."""
+    """Register a hook of this kind, which needs no arguments, if it is wanted and not there; else remove it.
+
+    A hook that is there stays as it is: registering it anew would change its order among other people's hooks.
+    """
     if is_wanted and not has_hook(module, kind):
         set_hook(module, kind(), state)
     elif not is_wanted:

@@ -33,19 +33,19 @@ __all__ = [
 
 
 def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
-    """Each host that holds adapters: its path, itself, its site; in the model's order."""
+    """Yield each host that holds adapters, in the model's order: its path, itself, its site."""
     return sites_among(dict(model.named_modules()))
 
 
 def sites_among(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, AdapterSite]]:
-    """`sites_of` the model that has these modules."""
+    """Yield what `sites_of` does, given the model's modules by path."""
     for path, module in modules.items():
         site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         if isinstance(site, AdapterSite):
             yield path, module, site
 
 
-def open_parameters(module: nn.Module, trains: bool) -> None:
+def open_parameters(module: nn.Module, *, trains: bool) -> None:
     """Let a module's parameters train, or not; those that cannot (integers) stay as they are."""
     for parameter in module.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
@@ -138,6 +138,9 @@ def heads_of(model: nn.Module, name: str) -> dict[str, HeadConfig]:
 
 
 def find_state(model: nn.Module) -> ModelState | None:
-    """The model's state: on its root, or, in a part taken out of a larger model, on its sites; None if untouched."""
+    """Return the model's state; None if adapterkit has not touched it.
+
+    It hangs on the root. In a part that was taken out of a larger model the sites still lead to it.
+    """
     state: ModelState | None = model.__dict__.get(STATE)
     return state or next((site.state for _, _, site in sites_of(model)), None)

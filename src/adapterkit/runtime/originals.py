@@ -13,20 +13,20 @@ __all__ = ["base_digests", "fingerprint", "originals_of"]
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
-    """The digest of each base tensor by name; of weights into which adapters are merged, that of the original."""
+    """Map the name of each base tensor to its digest; for weights into which adapters are merged, to the original's."""
     originals = originals_of(model)
     return {name: digest(originals.get(id(tensor), tensor)) for name, tensor in base_tensors(model)}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of all base parameters: which weights these are, whatever the model is called, merged or not."""
+    """Return one digest of all base parameters: it tells which weights these are, merged or not."""
     originals = originals_of(model)
     lines = (f"{name} {digest(originals.get(id(p), p))}" for name, p in base_parameters(model))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def originals_of(model: nn.Module) -> dict[int, Tensor]:
-    """What the Parameters were into which adapters are merged, by the `id` of the Parameter."""
+    """Map the `id` of each Parameter into which adapters are merged to the tensor that it was before."""
     return {
         id(parameter_at(host, name)): original.value
         for _, host, site in sites_of(model)

@@ -86,9 +86,9 @@ class Original:
 
 
 class AdapterSite(nn.Module):
-    """Holds the adapters of one host module; registered as its child, so that it moves, saves and copies with it.
+    """Hold the adapters of one host module. It is the host's child, so that it moves, saves and copies with the host.
 
-    Never run as a module: the host's hooks call the steps that activation put here.
+    It is never run as a module: the host's hooks call the steps that activation put here.
     """
 
     def __init__(self, state: ModelState, host_path: str) -> None:
@@ -103,7 +103,7 @@ class AdapterSite(nn.Module):
         self.register_load_state_dict_post_hook(forgive_absent_adapters)  # type: ignore[no-untyped-call]  # torch's
 
     def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse. Shape: any."""
+        """Refuse: only a host that runs all of its children as layers would call this. Shape: any."""
         raise AdapterKitError(
             f"the host {self.host_path!r} runs all of its children as layers, the adapter site among them; "
             "target the children of that module instead"
@@ -150,11 +150,11 @@ class AdapterSite(nn.Module):
                 yield entry, module
 
     def first_module(self, name: str) -> nn.Module:
-        """The first module of one adapter at this host."""
+        """Return the first module of one adapter at this host."""
         return self.get_submodule(self.entries[name][0].key)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, but nothing inside `kit.base_checkpoint()`."""
+        """Return what any module does; inside `kit.base_checkpoint()` nothing."""
         if self.state.omit_adapters:
             return kwargs.get("destination", {})
         if self.originals:
@@ -192,7 +192,7 @@ _RESERVED = frozenset(dir(AdapterSite)) | {
 
 
 def site_key(name: str, index: int = 0) -> str:
-    """The name under which a site holds an adapter's module: its first there, or a later one."""
+    """Return the name under which a site holds an adapter's module: its first there, or a later one."""
     return module_key(name, _RESERVED) + (f"%+{index}" if index else "")  # no name is spelled with "%+"
 
 

@@ -6,7 +6,7 @@ with the model, and found again by `ak.wrap`.
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..composition.nodes import Composition, names_always, names_in
 from ..errors import ActivationError
-from ..structure.tracing.row_layout import Layouts
+from ..structure.tracing.row_layout import SeenRows
 from .this_call import THIS_CALL
 
 __all__ = ["ACTIVATION_LOCK", "STATE", "Activation", "Frozen", "ModelState", "without_adapters"]
@@ -31,7 +31,7 @@ _HISTORY = 4096  # changes of activation that a backward may still look back on
 
 
 def _sequence_number() -> int:
-    """The number that autograd will give to the next node made in this thread."""
+    """Return the number that autograd will give to the next node made in this thread."""
     return torch._C._autograd._get_sequence_nr()
 
 
@@ -76,7 +76,7 @@ class Activation:
         self._set(name, expected=name)
 
     def forget(self, name: str) -> None:
-        """Let this adapter, which is to be removed, be active nowhere and come back after no scope.
+        """Make this adapter, which is to be removed, active nowhere, now or after any scope.
 
         Raises:
             ActivationError: another thread is inside a scope with it.
@@ -105,7 +105,7 @@ class Activation:
         self._set(name, expected=name)
 
     def leave(self) -> None:
-        """Close this thread's innermost scope: what was active before it is so again.
+        """Close this thread's innermost scope: what was active before it is active again.
 
         Threads inside other scopes keep their adapter; this one then may not run the model meanwhile.
         """
@@ -116,31 +116,30 @@ class Activation:
 
     @property
     def scheduled(self) -> tuple[Composition | None, ...]:
-        """What is active, and what will be as scopes that are open end."""
+        """Return what is active now, and what will be as the open scopes end."""
         return (self.active, self._default, *(held for _, held in self._scopes))
 
     def stays(self, name: str) -> bool:
-        """Whether this adapter is active, and still will be when every scope that is open has ended."""
+        """Tell whether this adapter is active, and still will be when every open scope has ended."""
         return all(name in names_always(composition) for composition in self.scheduled)
 
     def change_weights(self) -> None:
-        """Say that the base's weights are others from now on, though the same adapter is active."""
+        """Note that the base's weights are others from now on, though the same adapter is active."""
         self._change(self.active, self._weights + 1)
 
     @property
     def was_used(self) -> bool:
-        """Whether an adapter has been active, so that running without one may be a mistake, too."""
+        """Tell whether an adapter has ever been active: then running without one may be a mistake, too."""
         return self.active is not None or bool(self._history)
 
     def check(self, running: Composition | None) -> bool:
-        """Whether to run the steps of this adapter or composition (None: the base alone) now.
+        """Tell whether a hook is to run its steps now: not while this thread looks at the base alone.
 
-        Not while this thread looks at the base.
-
-        Raises if that would give numbers that the caller did not ask for.
+        Args:
+            running: The adapter or composition that the steps are of; None for the base alone.
 
         Raises:
-            ActivationError: see the class.
+            ActivationError: the numbers would not be those that the caller asked for; see the class.
         """
         if torch.compiler.is_compiling():
             return True
@@ -160,6 +159,7 @@ class Activation:
         return True
 
     def _refuse_under_others(self, name: Composition | None) -> None:
+        """Raise ActivationError if another thread is inside a scope with another adapter than this one."""
         for thread, held in self._scopes:
             if thread is not threading.current_thread() and held != name:
                 raise ActivationError(
@@ -168,12 +168,14 @@ class Activation:
                 )
 
     def _set(self, name: Composition | None, *, expected: Composition | None) -> None:
+        """Make an adapter active, and note what this thread expects to run from now on."""
         self._expected[threading.current_thread()] = expected
         self._crowded = len(self._expected) > 1
         if name != self.active:
             self._change(name, self._weights)
 
     def _change(self, name: Composition | None, weights: int) -> None:
+        """Write a change into the history, which a backward looks back on, and make it."""
         if not self._history:
             self._history.append((-1, THIS_CALL.thread_key, (self.active, self._weights)))
         self._history.append((_sequence_number(), THIS_CALL.thread_key, (name, weights)))
@@ -212,7 +214,7 @@ class Activation:
 
 @contextmanager
 def without_adapters() -> Iterator[None]:
-    """Within the block this thread runs models as if no adapter were active, without activating anything."""
+    """Run models as if no adapter were active, in this thread and within the block; nothing is activated or deactivated."""
     THIS_CALL.without_adapters += 1
     try:
         yield
@@ -236,7 +238,7 @@ class Frozen:
 
 
 class ModelState:
-    """What adapterkit changed in a model beside adding sites, as plain values.
+    """Hold, as plain values, what adapterkit changed in a model beside adding sites.
 
     Attributes:
         activation: Which adapter is active.
@@ -244,7 +246,7 @@ class ModelState:
         omit_adapters: `state_dict()` leaves adapters out.
         last_hook_id: The highest id among hooks registered here.
         hosts: Where each adapter was attached.
-        layouts: Where rows of a batch lie in what each module takes and returns, by its path, as far as that was seen.
+        layouts: Where rows of a batch lie in what each module takes and returns, by its path; or why that was not seen.
         merged: The adapters that are merged into the weights, in order, each with the flags `requires_grad` that its
             parameters had before; the original weights lie in the sites.
     """
@@ -255,7 +257,7 @@ class ModelState:
         self.omit_adapters = False
         self.last_hook_id = -1
         self.hosts: dict[str, tuple[str, ...]] = {}
-        self.layouts: Mapping[str, Layouts] = {}
+        self.layouts = SeenRows()
         self.merged: dict[str, tuple[bool, ...]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

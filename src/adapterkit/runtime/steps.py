@@ -44,21 +44,21 @@ class View(NamedTuple):
 
     @property
     def row_count(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
         return self.x.shape[self.axis] // self.per_row
 
     def map(self, function: Callable[[Tensor], Tensor]) -> View:
-        """The view with a function of each tensor in its place."""
+        """Return a view with this function applied to each tensor."""
         streams = {key: function(stream) for key, stream in self.streams.items()}
         taken = None if self.taken is None else function(self.taken)
         return self._replace(x=function(self.x), bare=function(self.bare), taken=taken, streams=streams)
 
     def narrow(self, axis: int, start: int, size: int) -> View:
-        """A part of an axis: some tokens, all rows."""
+        """Return a part of an axis: some tokens, all rows."""
         return self.map(lambda tensor: tensor.narrow(axis, start, size))
 
     def indices(self, rows: Sequence[int]) -> Tensor:
-        """Where these rows lie on their axis. Shape: (rows * per_row,)."""
+        """Return where these rows lie on their axis. Shape: (rows * per_row,)."""
         where = torch.tensor(rows, device=self.x.device)
         if self.per_row == 1:
             return where
@@ -66,11 +66,11 @@ class View(NamedTuple):
         return (where[:, None] * self.per_row + within).flatten()
 
     def select(self, where: Tensor) -> View:
-        """These indices of the axis of rows: some rows."""
+        """Return these indices of the axis of rows: some rows."""
         return self.map(lambda tensor: tensor.index_select(self.axis, where))
 
     def put(self, where: Tensor, changed: Tensor) -> Tensor:
-        """The tensor x with others at these indices. Shape: as x."""
+        """Return the tensor x with others at these indices. Shape: as x."""
         return self.x.index_copy(self.axis, where, changed)
 
 
@@ -85,7 +85,7 @@ class Step:
 
     @property
     def module_keys(self) -> tuple[str, ...]:
-        """The names among the site's children of the modules that it runs, heads apart."""
+        """The names, among the site's children, of the modules that the step runs; no heads."""
         return ()
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
@@ -93,12 +93,12 @@ class Step:
         raise NotImplementedError
 
     def places(self, host: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        """The Parameters that it changes, each by the module that holds it and its name there."""
+        """Yield the Parameters that it changes, each as the module that holds it and its name there."""
         yield from ()
 
 
 def plus(x: Tensor, delta: Tensor) -> Tensor:
-    """X + delta, in x's dtype. Shape: both the same."""
+    """Return x + delta, in x's dtype. Shape: both the same."""
     return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
 
 
@@ -110,11 +110,11 @@ class AddsToTensor(Protocol):
     spec: SiteSpec
 
     def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
-        """Where the tensor lies."""
+        """Return the path of the tensor in the host's output, or in its `(args, kwargs)`."""
         ...
 
     def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """What `module` adds, in the dtype that it computes in. Shape: as `view.x`."""
+        """Return what `module` adds, in the dtype that it computes in. Shape: as `view.x`."""
         ...
 
 
@@ -147,11 +147,11 @@ class AddDelta(Step):
         return pytree.put(value, path, self._adapt(site, host, pytree.get(value, path)))
 
     def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """Return module(z, x), of a view. Shape: as `view.x`."""
+        """Return module(z, x) for the tensors of a view. Shape: as `view.x`."""
         return self._delta(module, self.read(host, view), view.x)
 
     def read(self, host: nn.Module, view: View) -> Tensor:
-        """What the adapter reads. Shape: (..., input_width)."""
+        """Return what the adapter reads. Shape: (..., input_width)."""
         return view.x if self.spec.reads == "site" else self._read(host, view.x, view.streams.get(self.key))
 
     def _adapt(self, site: AdapterSite, host: nn.Module, x: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class AddDelta(Step):
         return delta
 
     def _read(self, host: nn.Module, x: Tensor, stream: Tensor | None) -> Tensor:
-        """What the adapter reads, where that is not the tensor at the site. Shape: (..., input_width)."""
+        """Return what the adapter reads, where that is not the tensor at the site. Shape: (..., input_width)."""
         reads = self.spec.reads
         if reads == "norm":
             return host.forward(x)  # type: ignore[no-any-return]  # not __call__: that would run this hook again
@@ -200,7 +200,7 @@ class AddDelta(Step):
         return x + stream
 
     def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
-        """The path of the tensor to adapt or read, in `(args, kwargs)` or in an output."""
+        """Return the path of the tensor to adapt, in `(args, kwargs)` or in an output."""
         spec = self.spec
         try:
             if in_call:
@@ -228,7 +228,7 @@ class AddDelta(Step):
 
 @dataclass(frozen=True)
 class AddProjected(Step):
-    """Add what the adapter makes of the host's input to the host's output: a change of its weight, without making one.
+    """Add to the host's output what the adapter makes of the host's input: the effect of a changed weight, without one.
 
     Args:
         key: The adapter's name among the site's children.
@@ -257,12 +257,12 @@ class AddProjected(Step):
         return pytree.put(value, path, torch.nested.as_nested_tensor(rows))
 
     def _by_keyword(self, kwargs: Any) -> Any:
-        """The host's first argument where it is called by keyword; None if it is not there."""
+        """Return the host's first argument where it is called by keyword; None if it is not there."""
         name = self.spec.input[1] if self.spec.input else None
         return kwargs.get(name) if name in kwargs else next(iter(kwargs.values()), None)
 
     def locate(self, value: Any, *, in_call: bool) -> pytree.Path:
-        """Where the output's first floating-point tensor lies."""
+        """Return the path of the output's first floating-point tensor."""
         path = () if isinstance(value, Tensor) else pytree.find(value)
         if path is None:
             raise CompatibilityError(
@@ -272,7 +272,7 @@ class AddProjected(Step):
         return path
 
     def taken(self, args: Any, kwargs: Any) -> Tensor:
-        """What the host takes: its first argument. Shape: any."""
+        """Return what the host takes: its first argument. Shape: any."""
         z = args[0] if args else self._by_keyword(kwargs)
         if not isinstance(z, Tensor):
             raise CompatibilityError(
@@ -282,13 +282,13 @@ class AddProjected(Step):
         return z
 
     def delta(self, module: Any, host: nn.Module, view: View) -> Tensor:
-        """What is added, of a view: the change is that of the host's own output. Shape: as `view.x`."""
+        """Return what is added for a view: a change of what the host itself returned. Shape: as `view.x`."""
         if view.taken is None:
             raise CompatibilityError(f"what {self.spec.path!r} takes was not kept for adapter {self.adapter!r}")
         return self._delta(module, view.taken, view.bare, host)
 
     def _delta(self, module: Any, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
-        """What is added to x. Shape: z as the host takes, x as it returns."""
+        """Return what is added to x. Shape: z as the host takes, x as it returns."""
         spec, dtype = self.spec, module.compute_dtype
         if x.shape[spec.axis] != spec.width:
             raise CompatibilityError(
@@ -322,7 +322,7 @@ class AdaptWeight(Step):
         return (self.key,)
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
-        """Put the Parameter plus its change in the way of the Parameter; `value` holds what is put there by owner."""
+        """Add to `value`, which maps (owner, name) to a tensor, the changed Parameter that the host is to read."""
         module: Any = site._modules[self.key]
         before: Any = None
         for owner, leaf in self.places(host):
@@ -336,7 +336,7 @@ class AdaptWeight(Step):
         return value
 
     def places(self, host: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        """Each module that holds the Parameter, and its name there."""
+        """Yield each module that holds the Parameter, and the Parameter's name there."""
         for way, leaf in self.owners:
             owner: Any = host
             for name in way:
@@ -346,7 +346,10 @@ class AdaptWeight(Step):
 
 @dataclass(frozen=True)
 class Pass(Step):
-    """Change nothing where the active adapter has no module; there for the checks that come before every step."""
+    """Change nothing, where the active adapter has no module.
+
+    A hook that has a step makes the checks that come before steps: another thread, or a backward, may be in its way.
+    """
 
     adapter: Composition | None
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..placement.spec import located
+from ..structure.hosts import is_called
 from ..structure.paths import ancestors
 from .acting import ACTING, acting_at
 from .forward_call import ForwardHook, argument_names
@@ -82,7 +83,7 @@ def _sync_host_hooks(host: nn.Module, site: AdapterSite, state: ModelState) -> N
 
 
 def _open_ports(path: str, site: AdapterSite, modules: dict[str, nn.Module], ports: dict[str, StreamPort]) -> None:
-    """Say at which modules streams and calls are taken for a site, and where what nobody took is let go."""
+    """Note at which modules streams are taken for a site, and when what nobody took is let go."""
     entries = [entry for entries in site.entries.values() for entry in entries]
     for entry in (entry for entry in entries if isinstance(entry, SiteEntry)):
         spec = located(entry.spec, path)
@@ -111,6 +112,6 @@ def _keep_pre_hook(module: nn.Module, kind: type[KitHook], state: ModelState, *,
 
 
 def _called_around(one: str, other: str, modules: dict[str, nn.Module]) -> str:
-    """The innermost module around both (`one` may be it) that is called when they are: no nn.ModuleList is."""
+    """Return the path of the innermost module around both, or `one` itself, that is called; an nn.ModuleList never is."""
     around = (path for path in ancestors(one) if path in ancestors(other) and path != other)
-    return next((path for path in around if not isinstance(modules[path], (nn.ModuleList, nn.ModuleDict))), "")
+    return next((path for path in around if is_called(modules[path])), "")

@@ -18,7 +18,12 @@ _gates_lock = threading.Lock()
 
 
 def put_weights(host: nn.Module, changed: Mapping[tuple[nn.Module, str], Tensor]) -> None:
-    """Have modules read these tensors under the names of their Parameters, until `take_weights`; other threads wait."""
+    """Make modules read these tensors under the names of their Parameters until `take_weights`; other threads wait.
+
+    Args:
+        host: The module that is about to run.
+        changed: Map (module, name of its Parameter) to the tensor that it is to read.
+    """
     with _gates_lock:
         gate = _gates.setdefault(host, threading.RLock())
     gate.acquire()

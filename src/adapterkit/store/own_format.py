@@ -1,16 +1,14 @@
 """Our own format: `adapter.json` and `adapter.safetensors`, read as a SavedAdapter."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..config.fusion import FusionConfig
 from ..config.union import Config
 from ..errors import ConfigError, StoreError
-from ..methods import method_named
+from ..methods import check_methods_of
 from ..methods.spellings import config_from
 from ..placement.spec import SiteSpec
 from .compare_tensors import check_same
@@ -95,24 +93,14 @@ def _check_size(directory: Path, manifest: Manifest) -> None:
 
 
 def _config_of(manifest: Manifest, source: Path) -> Config | FusionConfig:
-    """Return the config in a manifest. Raises StoreError, naming the method if it is one that no package here brings."""
-    for method in _methods_in(manifest.config):
+    """Return the config in a manifest. Raises StoreError, naming its method if that is not here."""
+    if not manifest.children:  # a fusion is of no method
         try:
-            method_named(method)
+            check_methods_of(manifest.config)
         except ConfigError as error:
-            raise StoreError(
-                f"the adapter in {str(source)!r} is of the method {method!r}, which is not known here. Install the package "
-                f"that has it, or register it as an entry point in the group 'adapterkit.methods': {error}"
-            ) from error
+            raise StoreError(f"the adapter in {str(source)!r} cannot be loaded: {error}") from error
     with refusing(source):
         return FusionConfig(**manifest.config) if manifest.children else config_from(manifest.config)
-
-
-def _methods_in(settings: Mapping[str, Any]) -> list[str]:
-    """Return the names of the methods that settings ask for; a union's are those of its members."""
-    members = settings.get("configs") if settings.get("method") == "union" else [settings]
-    named = [member.get("method") for member in members if isinstance(member, dict)] if isinstance(members, list) else []
-    return [name for name in named if isinstance(name, str) and name not in ("fusion", "union")]
 
 
 def _tensors_of(manifest: Manifest, content: bytes, source: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import adapterkit as ak
 from adapterkit.runtime.compose.batch import BatchHook
 from adapterkit.runtime.this_call import THIS_CALL
 
-from ...conftest import randomise
+from ...hosts.tiny import randomise
 
 
 class Flat(nn.Module):

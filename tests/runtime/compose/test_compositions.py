@@ -12,72 +12,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.composition.nodes import Average, BatchSplit, CompositionNode, Drop, Fuse, Rows, Split, Stack, names_in
+from adapterkit.composition.nodes import Average, BatchSplit, CompositionNode, Drop, Rows, Split, Stack, names_in
 from adapterkit.composition.rows import rows_of
 
-from ...conftest import PostNormBlock, PreNormBlock, Tiny, randomise
-
-CONFIGS: dict[str, Any] = {
-    "p": ak.BottleneckConfig(targets=["blocks.*"], bottleneck_size=3),
-    "q": ak.BottleneckConfig(targets=["blocks.*"], bottleneck_size=3),
-    "wide": ak.BottleneckConfig(targets=["blocks.*"], bottleneck_size=5, non_linearity="tanh", layers=[1]),
-    "parallel": ak.BottleneckConfig(targets=["mlp"], placement="parallel", residual="norm_2", bottleneck_size=2),
-    "l": ak.LoRAConfig(targets=["query", "value", "mlp.0"], rank=2),
-    "m": ak.LoRAConfig(targets=["query", "value", "mlp.0"], rank=2),
-    "dora": ak.LoRAConfig(targets=["value", "mlp.2"], rank=2, use_dora=True, layers=[0]),
-    "vera": ak.VeRAConfig(targets=["query", "mlp.0"], rank=3),
-    "vera 2": ak.VeRAConfig(targets=["query", "mlp.0"], rank=3),
-    "i": ak.IA3Config(targets=["key", "value"], feedforward_targets=["mlp.2"]),
-    "compacter": ak.CompacterConfig(targets=["mlp"], phm_dim=2, bottleneck_size=4),
-    "compacter 2": ak.CompacterConfig(targets=["mlp"], phm_dim=2, bottleneck_size=4),
-}
-FUSIONS = [Fuse("p", "q"), Fuse("l", Stack("m", "wide"), "p", name="mixed")]
-ROWS, TOKENS = 4, 6
-
-
-def pre_norm() -> tuple[ak.AdapterKit, Tensor]:
-    torch.manual_seed(0)
-    kit = ak.wrap(Tiny(PreNormBlock).eval(), torch.zeros(1, 5, dtype=torch.long))
-    for name, config in CONFIGS.items():
-        kit.add(name, config)
-        randomise(kit, name)
-    for fuse in FUSIONS:
-        kit.add_fusion(fuse)
-        randomise(kit, fuse.fusion)
-    return kit, torch.randint(0, 11, (ROWS, TOKENS))
-
-
-KIT, IDS = pre_norm()
-
-
-def hidden(kit: ak.AdapterKit, ids: Tensor) -> Tensor:
-    """What the last block returns, token by token."""
-    seen: list[Tensor] = []
-    with kit.model.blocks[-1].register_forward_hook(lambda _m, _a, output: seen.append(output)):
-        kit.model(ids)
-    return seen[0]
-
-
-names = st.sampled_from(list(CONFIGS))
-same = st.recursive(
-    names | st.sampled_from(FUSIONS),
-    lambda c: (
-        st.lists(c, min_size=1, max_size=3).map(lambda held: Stack(*held))
-        | st.lists(c, min_size=1, max_size=3).map(lambda held: Average(*held, weights=[i + 1 for i in range(len(held))]))
-        | st.builds(lambda held, layers: Drop(held, layers=layers), c, st.sampled_from([(0,), (-1,), range(2)]))
-    ),
-    max_leaves=4,
-)
+from ...hosts.tiny import PostNormBlock, Tiny, randomise
+from .helpers import CONFIGS, ROWS, hidden, names, same, with_every_method
 
 
 @settings(max_examples=60)
 @given(st.lists(st.none() | same, min_size=ROWS, max_size=ROWS))
-def test_each_row_is_what_its_own_composition_gives_it(rows: list[Any]) -> None:
-    with KIT.active(Rows(rows)):
-        mixed = hidden(KIT, IDS)
+def test_each_row_is_what_its_own_composition_gives_it(shared_kit: ak.AdapterKit, batch: Tensor, rows: list[Any]) -> None:
+    with shared_kit.active(Rows(rows)):
+        mixed = hidden(shared_kit, batch)
     for index, row in enumerate(rows):
-        with KIT.base() if row is None else KIT.active(row):
-            alone = hidden(KIT, IDS[index : index + 1])
+        with shared_kit.base() if row is None else shared_kit.active(row):
+            alone = hidden(shared_kit, batch[index : index + 1])
         torch.testing.assert_close(mixed[index : index + 1], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -94,29 +43,31 @@ nested = st.recursive(
 
 @settings(max_examples=60)
 @given(nested)
-def test_nested_divisions_of_the_batch_are_the_rows_that_they_mean(composition: CompositionNode | str) -> None:
+def test_nested_divisions_of_the_batch_are_the_rows_that_they_mean(
+    shared_kit: ak.AdapterKit, batch: Tensor, composition: CompositionNode | str
+) -> None:
     assume(list(names_in(composition)))
     try:
         rows = rows_of(composition, ROWS)
     except ak.CompatibilityError:
-        with suppress(ak.CompatibilityError), KIT.active(composition):
-            found = hidden(KIT, IDS)  # where all that would be divided is dropped, nothing sees the rows
-            with KIT.base():
-                assert torch.equal(found, hidden(KIT, IDS))
+        with suppress(ak.CompatibilityError), shared_kit.active(composition):
+            found = hidden(shared_kit, batch)  # where all that would be divided is dropped, nothing sees the rows
+            with shared_kit.base():
+                assert torch.equal(found, hidden(shared_kit, batch))
         return
-    with KIT.active(composition):
-        mixed = hidden(KIT, IDS)
-    with KIT.active(Rows(rows)):
-        torch.testing.assert_close(mixed, hidden(KIT, IDS), atol=1e-5, rtol=1e-5)
+    with shared_kit.active(composition):
+        mixed = hidden(shared_kit, batch)
+    with shared_kit.active(Rows(rows)):
+        torch.testing.assert_close(mixed, hidden(shared_kit, batch), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_a_stack_of_one_and_a_mean_of_copies_are_that_one(name: str) -> None:
-    with KIT.active(name):
-        alone = hidden(KIT, IDS)
+def test_a_stack_of_one_and_a_mean_of_copies_are_that_one(shared_kit: ak.AdapterKit, batch: Tensor, name: str) -> None:
+    with shared_kit.active(name):
+        alone = hidden(shared_kit, batch)
     for same_thing in (Stack(name), Average(name, name, weights=[3, 1]), Stack(Stack(Average(name))), Rows([name] * ROWS)):
-        with KIT.active(same_thing):
-            torch.testing.assert_close(hidden(KIT, IDS), alone, atol=1e-5, rtol=1e-5)
+        with shared_kit.active(same_thing):
+            torch.testing.assert_close(hidden(shared_kit, batch), alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("one", "other"), [("p", "q"), ("p", "wide"), ("l", "m"), ("l", "p"), ("compacter", "p")])
@@ -137,7 +88,7 @@ def test_a_split_gives_each_token_its_adapter(one: str, other: str) -> None:
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_the_separate_runs() -> None:
-    kit, ids = pre_norm()
+    kit, ids = with_every_method()
     rows = ["p", "q", "l", "vera 2"]
     kit.freeze()
     for name in CONFIGS:
@@ -162,7 +113,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_the_separate_runs() -> None:
     "composition", [Stack("p", "l"), Average("p", "l"), Rows(["p", "q", "l", None]), BatchSplit("l", "m")]
 )
 def test_compositions_compile_without_a_graph_break(composition: Any) -> None:
-    kit, ids = pre_norm()
+    kit, ids = with_every_method()
     kit.activate(composition)
     expected = kit.model(ids)
     compiled = torch.compile(kit.model, backend="eager", fullgraph=True)
@@ -186,21 +137,24 @@ def test_what_cannot_be_is_refused_when_it_is_activated_and_nothing_changes() ->
         assert not kit.summary().adapters[0].is_active
 
 
-def test_batches_of_another_size_are_refused_as_they_run() -> None:
-    with KIT.active(Rows(["p", "q"])), pytest.raises(ak.CompatibilityError, match="Rows names 2 rows, and the batch has 4"):
-        KIT.model(IDS)
+def test_batches_of_another_size_are_refused_as_they_run(shared_kit: ak.AdapterKit, batch: Tensor) -> None:
+    with (
+        shared_kit.active(Rows(["p", "q"])),
+        pytest.raises(ak.CompatibilityError, match="Rows names 2 rows, and the batch has 4"),
+    ):
+        shared_kit.model(batch)
 
 
-def test_it_works_in_a_post_norm_model() -> None:
-    kit = ak.wrap(Tiny(PostNormBlock).eval(), IDS)
+def test_each_row_of_a_post_norm_model_is_what_its_adapter_gives_it_alone(batch: Tensor) -> None:
+    kit = ak.wrap(Tiny(PostNormBlock).eval(), batch)
     for name, preset in (("a", "pfeiffer"), ("b", "houlsby"), ("c", "parallel"), ("d", "lora")):
         kit.add(name, preset)
         randomise(kit, name)
     with kit.active(Rows(["a", "b", "c", "d"])):
-        mixed = hidden(kit, IDS)
+        mixed = hidden(kit, batch)
     for index, name in enumerate("abcd"):
         with kit.active(name):
-            torch.testing.assert_close(mixed[index], hidden(kit, IDS)[index], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mixed[index], hidden(kit, batch)[index], atol=1e-5, rtol=1e-5)
 
 
 def test_merging_one_of_a_stack_keeps_the_rest() -> None:
@@ -231,13 +185,13 @@ def test_merging_one_of_a_stack_keeps_the_rest() -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, ["a", "b"], 3])
-def test_what_is_neither_a_name_nor_a_composition_is_refused(wrong: Any) -> None:
+def test_what_is_neither_a_name_nor_a_composition_is_refused(shared_kit: ak.AdapterKit, wrong: Any) -> None:
     with pytest.raises(ak.AdapterKitError):
-        KIT.activate(wrong)
+        shared_kit.activate(wrong)
 
 
 def test_a_composition_is_seen_in_the_summary_and_proven_by_verify() -> None:
-    kit, ids = pre_norm()
+    kit, ids = with_every_method()
     kit.activate(Stack("p", "i"))
     assert [row.name for row in kit.summary().adapters if row.is_active] == ["p", "i"]
     kit.verify(ids).require()
@@ -246,21 +200,21 @@ def test_a_composition_is_seen_in_the_summary_and_proven_by_verify() -> None:
 
 
 def test_train_adapter_takes_one_adapter() -> None:
-    kit, _ = pre_norm()
+    kit, _ = with_every_method()
     with pytest.raises(ak.AdapterNameError, match=r"no adapter Stack\('p', 'q'\)"):
         kit.train_adapter(Stack("p", "q"))
     assert all(p.requires_grad for p in kit.parameters("p"))
 
 
-def test_a_part_without_rows_changes_nothing() -> None:
-    with KIT.active(BatchSplit("wide", "l", sizes=[0, ROWS])):
-        divided = hidden(KIT, IDS)
-    with KIT.active("l"):
-        torch.testing.assert_close(divided, hidden(KIT, IDS))
+def test_a_part_without_rows_changes_nothing(shared_kit: ak.AdapterKit, batch: Tensor) -> None:
+    with shared_kit.active(BatchSplit("wide", "l", sizes=[0, ROWS])):
+        divided = hidden(shared_kit, batch)
+    with shared_kit.active("l"):
+        torch.testing.assert_close(divided, hidden(shared_kit, batch))
 
 
 def test_copies_and_pickles_run_the_composition_that_was_active() -> None:
-    kit, ids = pre_norm()
+    kit, ids = with_every_method()
     kit.activate(Rows(["p", Stack("q", "l"), "vera", None]))
     expected = kit.model(ids)
     for other in (copy.deepcopy(kit.model), pickle.loads(pickle.dumps(kit.model))):

@@ -15,8 +15,8 @@ from adapterkit.runtime.lookup import sites_of
 from adapterkit.runtime.steps import AddDelta, Pass
 from adapterkit.runtime.this_call import THIS_CALL
 
-from ...conftest import PreNormBlock, Tiny, randomise
-from .test_compositions import CONFIGS, hidden
+from ...hosts.tiny import PreNormBlock, Tiny, randomise
+from .helpers import CONFIGS, hidden
 
 # With a seed: the frozen projections of VeRA, which are no parameters, are then the same in another adapter.
 EVERYWHERE = {name: config.override({"layers": None, "seed": 1}) for name, config in CONFIGS.items()}

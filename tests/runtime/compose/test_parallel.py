@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 
-from ...conftest import PostNormBlock, PreNormBlock, Tiny, randomise
 from ...hosts.composed import TokensFirstBlock, TokensFirstInside
-from .test_compositions import IDS, KIT, hidden, names, same
+from ...hosts.tiny import PostNormBlock, PreNormBlock, Tiny, randomise
+from .helpers import hidden, names, same
 
 ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [0, 2, 4, 6, 8]])
 
@@ -43,17 +43,19 @@ def assert_each_alone(kit: ak.AdapterKit, children: Any, run: Any, tolerance: fl
 @given(
     st.lists(same | st.lists(names, min_size=2, max_size=2).map(lambda held: ak.BatchSplit(*held)), min_size=1, max_size=3)
 )
-def test_each_child_gets_the_whole_batch(children: list[Any]) -> None:
-    assert_each_alone(KIT, children, lambda: hidden(KIT, IDS))
+def test_each_child_gets_the_whole_batch(shared_kit: ak.AdapterKit, batch: Tensor, children: list[Any]) -> None:
+    assert_each_alone(shared_kit, children, lambda: hidden(shared_kit, batch))
 
 
 @given(names, names, names)
-def test_what_is_around_a_parallel_acts_on_all_of_it(below: str, one: str, other: str) -> None:
-    with KIT.active(ak.Stack(below, ak.Parallel(one, other))):
-        together = hidden(KIT, IDS)
+def test_what_is_around_a_parallel_acts_on_all_of_it(
+    shared_kit: ak.AdapterKit, batch: Tensor, below: str, one: str, other: str
+) -> None:
+    with shared_kit.active(ak.Stack(below, ak.Parallel(one, other))):
+        together = hidden(shared_kit, batch)
     for child, part in zip((one, other), together.chunk(2), strict=True):
-        with KIT.active(ak.Stack(below, child)):
-            torch.testing.assert_close(part, hidden(KIT, IDS), atol=1e-5, rtol=1e-5)
+        with shared_kit.active(ak.Stack(below, child)):
+            torch.testing.assert_close(part, hidden(shared_kit, batch), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block", [PostNormBlock, PreNormBlock])

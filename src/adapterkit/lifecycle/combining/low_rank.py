@@ -4,18 +4,19 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ...errors import ConfigError, TargetError
 from ...methods import method_of
 from ...methods.lora import LoRAConfig
-from ...nn.dora import DoRA
 from ...nn.functional.low_rank import LowRank
 from ...nn.functional.low_rank_sums import concatenated, factored, reduced, refitted, relative_error
 from ...nn.functional.projections import Projection
 from ...nn.lora import LoRA
+from ...nn.shared import borrowed
+from ...nn.traits import BiasDelta, LowRankDelta, WeightDelta, why_not_summed
 from ...placement.layers import setting_at
 from ...placement.spec import SiteSpec
 from ...placement.weights import projection_at
@@ -27,20 +28,6 @@ __all__ = ["How", "changes_weights", "check_adds", "is_lora", "low_rank"]
 
 How = Literal["linear", "concatenate", "svd"]
 Pair = tuple[Tensor, Tensor]
-
-
-@runtime_checkable
-class _HasPair(Protocol):
-    """A module whose whole change of a weight is a product of two thin tensors, laid out as a LoRA's."""
-
-    def pair(self) -> Pair: ...
-
-
-@runtime_checkable
-class _HasDelta(Protocol):
-    """A module whose whole change is one of its host's weight."""
-
-    def weight_delta(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,19 +57,13 @@ def is_lora(source: Source) -> bool:
 
 def changes_weights(source: Source, how: How) -> bool:
     """Whether the change of each module can be taken as a pair."""
-    kinds = (_HasPair, _HasDelta) if how == "svd" else (_HasPair,)
+    kinds = (LowRankDelta, WeightDelta) if how == "svd" else (LowRankDelta,)
     return all(isinstance(module, kinds) for module in source.modules.values())
 
 
 def check_adds(source: Source) -> None:
-    """Raise ConfigError for what is low-rank, but no change of weights that adds up: DoRA, and gated LoRA."""
-    reason = ""
-    for module in source.modules.values():
-        if isinstance(module, DoRA):
-            reason = "is a DoRA, whose magnitudes multiply the weight and do not add up"
-        elif isinstance(module, LoRA) and "gate_weight" in module._parameters:
-            reason = "is a gated LoRA, whose gate depends on the input: its change is none of the weight"
-    if reason:
+    """Raise ConfigError if a module of the adapter says that its change cannot be part of a sum."""
+    for reason in filter(None, map(why_not_summed, source.modules.values())):
         raise ConfigError(
             f"{source.name!r} {reason}. It can be copied, alone and at weight 1, and combined in no other way"
         )
@@ -119,14 +100,12 @@ def low_rank(model: nn.Module, sources: Sequence[Source], how: How, rank: int | 
 def _term(source: Source, place: SiteKey, geometry: LowRank) -> _Term:
     """What a source adds at a place, in the geometry of the result."""
     held = source.modules[place]
-    shared = held.__dict__.get("shared")  # of all sites: not to be copied for each
+    shared = borrowed(held)  # of all sites: not to be copied for each
     module: Any = copy.deepcopy(held, {id(shared): shared} if shared is not None else None).cpu().double()
     own = LowRank(geometry.projection, 1, source.sites[place].slices)
-    pair = module.pair() if isinstance(module, _HasPair) else _full_pair(own, module.weight_delta())
-    bias = module._parameters.get("lora_bias")
-    if bias is not None:
-        bias = geometry.layout.pick(own.layout.spread(bias * module.scaling))
-    return _Term(source.weight, *refitted(own, geometry, *pair), bias)
+    pair = module.pair() if isinstance(module, LowRankDelta) else _full_pair(own, module.weight_delta())
+    bias = module.bias_delta() if isinstance(module, BiasDelta) else None
+    return _Term(source.weight, *refitted(own, geometry, *pair), None if bias is None else geometry.layout.pick(bias))
 
 
 def _full_pair(geometry: LowRank, delta: Tensor) -> Pair:

@@ -15,9 +15,6 @@ from .sources import Combined, SiteKey, Source, check_settings, site_name, wide
 
 __all__ = ["averaged", "changed", "common_dtype", "settled", "summed"]
 
-# Settings that matter while an adapter is made or trained, not for what it computes.
-_TRANSIENT = {"init", "initial", "seed", "dtype", "dropout", "stochastic_depth"}
-
 
 def summed(sources: Sequence[Source], neutral: float) -> Combined:
     """The weighted sum of what parameters are beyond `neutral`; of a source without a module at a place, nothing.
@@ -27,7 +24,7 @@ def summed(sources: Sequence[Source], neutral: float) -> Combined:
         TargetError: see `all_sites` and `addressing`.
     """
     fields = target_fields(sources[0].config)
-    check_settings(sources, {*fields, "exclude", "layers", *_TRANSIENT})
+    check_settings(sources, {*fields, "exclude", "layers", *_transient(sources[0])})
     sites = all_sites(sources)
     states = {place: _weighted(place, site, sources, neutral) for place, site in sites.items()}
     settings = addressing(sources, sites.values(), fields=fields) | settled(sources)
@@ -48,19 +45,23 @@ def averaged(sources: Sequence[Source]) -> Combined:
             f"weights that sum to 1; these sum to {total:g}"
         )
     fields = target_fields(sources[0].config)
-    check_settings(sources, {*fields, "exclude", "layers", *_TRANSIENT})
+    check_settings(sources, {*fields, "exclude", "layers", *_transient(sources[0])})
     check_same_places(sources)
     sites = all_sites(sources)
     states = {place: _weighted(place, site, sources, 0.0) for place, site in sites.items()}
     return Combined(changed(sources[0], settled(sources)), list(sites.values()), states)
 
 
+def _transient(source: Source) -> set[str]:
+    """Name the settings that matter while an adapter is made or trained, not for what it computes."""
+    return {"seed", "dtype", *source.config.at_start, *source.config.in_training}
+
+
 def settled(sources: Sequence[Source]) -> dict[str, Any]:
     """Transient settings in which sources differ: the least dropout, the widest dtype."""
-    settings: dict[str, Any] = {}
-    for name in ("dropout", "stochastic_depth"):
-        if name in type(sources[0].config).model_fields:
-            settings[name] = min(getattr(source.config, name, 0.0) for source in sources)
+    settings: dict[str, Any] = {
+        name: min(getattr(source.config, name, 0.0) for source in sources) for name in sources[0].config.in_training
+    }
     if len({source.config.dtype for source in sources}) > 1:
         tensors = [p for source in sources for module in source.modules.values() for p in module.parameters()]
         settings["dtype"] = str(common_dtype(tensors)).removeprefix("torch.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...composition.nodes import names_in
 from ...errors import ActivationError, CompatibilityError
+from ...nn.traits import reads_bare_output
 from ...runtime.lookup import fusions_of, named_parameters, sites_of
 from ...runtime.originals import originals_of
 from ...runtime.site import Original, SiteEntry
@@ -134,7 +135,7 @@ def _check_company(model: nn.Module, state: ModelState, name: str) -> None:
 
 def _is_a_sum(entry: SiteEntry, module: nn.Module) -> bool:
     """Whether a module adds to its host's output what depends on the host's input alone."""
-    return entry.spec.reads == "own_input" and not getattr(module, "reads_bare_output", False)
+    return entry.spec.reads == "own_input" and not reads_bare_output(module)
 
 
 def _check_unchanged(model: nn.Module) -> None:

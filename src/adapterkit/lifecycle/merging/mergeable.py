@@ -58,7 +58,14 @@ def refusal(
     owner, leaf = owners[0]
     parameter = owner._parameters[leaf] if owner is not None and leaf in owner._parameters else None
     if owner is None or (parameter is None and not isinstance(getattr(owner, leaf, None), Tensor)):
-        return f"it has no {leaf!r}"
+        held = [name for name, _ in (owner or host).named_buffers(recurse=False)]
+        other = f"it holds {', '.join(map(repr, held[:3]))}; quantised, perhaps" if held else "nor a buffer"
+        return f"it has no {leaf!r} ({other}); activate the adapter beside the layer instead"
+    if parameter is None and leaf in owner._buffers:
+        return (
+            f"its {leaf} is a buffer of {getattr(owner, leaf).dtype}, no Parameter (quantised, perhaps), in which a small "
+            "change would be lost; activate the adapter beside the layer instead, or load the model unquantised first"
+        )
     if parameter is None:
         return f"its {leaf} is no Parameter: {_computed_from(owner, leaf)}"
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.max_norm is not None:

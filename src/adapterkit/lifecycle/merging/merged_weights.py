@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...config.union import members
 from ...errors import CompatibilityError
 from ...methods.method import AdaptsParameter, Mergeable
+from ...nn.shared import borrowed
 from ...nn.twin import trained
 from ...placement.spec import SiteSpec
 from ...runtime.acting import acting_at
@@ -216,7 +217,7 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     if getattr(module, "compute_dtype", dtype) == dtype:
         return module
     wide = copy.deepcopy(module).to(dtype)
-    shared = wide.__dict__.get("shared")  # of all but the first module of an adapter it is no child
-    if isinstance(shared, nn.Module):
+    shared = borrowed(wide)  # `to` passes over what another module holds
+    if shared is not None:
         shared.to(dtype)
     return wide

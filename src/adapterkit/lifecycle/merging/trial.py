@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn.functional.projections import Projection, projection_of, random_input
+from ...nn.functional.projections import Projection, random_input
+from ...placement.projections import projection_of
 from ...runtime.acting import acting_at
 from ...runtime.site import AdapterSite, SiteEntry
 from ...runtime.state import without_adapters

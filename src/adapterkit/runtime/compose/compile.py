@@ -9,6 +9,7 @@ from typing import Any
 from ...composition.nodes import Average, Composition, Drop, Fuse, Split, Stack, multiplies_rows, to_json
 from ...composition.rows import divides_rows, fixed_rows, row_kinds
 from ...errors import CompatibilityError
+from ...nn.traits import takes_back
 from ...placement.layers import in_layers
 from ...placement.spec import layout_of
 from ...structure.tracing.row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout
@@ -31,6 +32,7 @@ class SiteContext:
     row_axis: int | None
     layouts: Layouts
     merged: Collection[str]
+    why_unseen: str = ""  # why `layouts` is empty, in brackets, for messages
     dropped: tuple[int, ...] = ()  # the layers in which nothing acts
     kinds: dict[Hashable, int] = field(default_factory=dict)  # numbers for what `kind_of` says
 
@@ -100,8 +102,8 @@ def _layout_at(place: SiteContext, node: PlanNode, composition: Composition) -> 
     if fixed_rows(composition) is None:
         raise CompatibilityError(
             f"{composition!r} cannot act on {place.path!r}: some modules of the model have the rows of the batch on axis 1 "
-            "(batch_first=False), and nothing says on which axis they are here. Say how many there are, by Rows or by "
-            "ak.BatchSplit(..., sizes=[...]), or exclude this place"
+            f"(batch_first=False), and nothing says on which axis they are here{place.why_unseen}. Say how many there are, "
+            "by Rows or by ak.BatchSplit(..., sizes=[...]), or exclude this place"
         )
     return None
 
@@ -186,7 +188,7 @@ def _leaf(place: SiteContext, entry: SiteEntry, whole: Composition) -> Leaf:
 
 def _undoes(place: SiteContext, entry: SiteEntry) -> bool:
     """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
-    return getattr(place.site.get_submodule(entry.key), "is_inverse", False)
+    return takes_back(place.site.get_submodule(entry.key))
 
 
 def _check_tokens(place: SiteContext, nodes: Sequence[PlanNode], whole: Composition) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...nn.shared import SHARED, borrowed
 from ..site import AdapterSite
 from ..steps import AddsToTensor, View, plus
 
 __all__ = ["kind_of", "run_each"]
 
-_OF_EVERY_MODULE = (frozenset(vars(nn.Module())) | {"shared"}) - {"training"}
+_OF_EVERY_MODULE = (frozenset(vars(nn.Module())) | {SHARED}) - {"training"}
 
 
 def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, AddsToTensor, int]]) -> Tensor:
@@ -96,9 +97,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _below_of(module: nn.Module) -> dict[str, nn.Module]:
     """A module's children, and what it shares with others of its adapter, whether it holds that or another does."""
-    shared = module.__dict__.get("shared")
+    shared = borrowed(module)
     children = {name: child for name, child in module._modules.items() if child is not None}
-    return children if shared is None else {**children, "shared": shared}
+    return children if shared is None else {**children, SHARED: shared}
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -108,8 +109,9 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module
     clone.__dict__["_parameters"] = {name: own.get(name) for name in module._parameters}
     clone.__dict__["_buffers"] = {name: own.get(name) for name in module._buffers}
     clone.__dict__["_modules"] = {name: _with_tensors(m, _below(name, tensors)) for name, m in module._modules.items() if m}
-    if "shared" in module.__dict__:
-        clone.__dict__["shared"] = _with_tensors(module.__dict__["shared"], _below("shared", tensors))
+    shared = borrowed(module)
+    if shared is not None:
+        clone.__dict__[SHARED] = _with_tensors(shared, _below(SHARED, tensors))
     return clone
 
 

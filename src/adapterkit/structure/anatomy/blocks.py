@@ -7,6 +7,7 @@ from collections import Counter
 
 from torch import nn
 
+from ..hosts import is_called
 from ..paths import ancestors
 from ..tracing.flow import Flow, bits
 from .additions import up_to_number
@@ -53,7 +54,7 @@ def _find_unnumbered(modules: dict[str, nn.Module], branches: list[Branch]) -> N
     """Set the blocks of branches that no number told of."""
     paths = {id(branch): _adding_path(branch) for branch in branches}
     around = {path for adding in paths.values() for path in ancestors(adding)}
-    classes = Counter(type(modules[path]) for path in around if not isinstance(modules[path], nn.ModuleList))
+    classes = Counter(type(modules[path]) for path in around if is_called(modules[path]))
     unnumbered = [branch for branch in branches if branch.block is None]
     has_blocks = len(unnumbered) < len(branches)
     common = _common_ancestor(list(paths.values()))

@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import TargetError
 from .. import pytree
 from ..base_tensors import base_parameters
-from ..hosts import resolve_host
+from ..hosts import holds_described_weights, resolve_host
 from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
 from ..tracing.graph import ADDITIONS, ModuleCall
 from .additions import Addition, addends, residual_additions
@@ -144,8 +144,9 @@ class BranchReader:
         return self.repeats[call.path, id(call.parent)] == 1 and self.can_carry(call)
 
     def _is_shared(self, call: ModuleCall) -> bool:
-        """Whether a module with weights runs several times in a call of the module around it."""
-        return any(True for _ in base_parameters(call.module)) and self.can_carry(call)
+        """Tell whether a hook on a module with weights fires: it may run several times in a call of what is around."""
+        has_weights = any(True for _ in base_parameters(call.module)) or holds_described_weights(call.module)
+        return has_weights and self.can_carry(call)
 
     def can_carry(self, call: ModuleCall) -> bool:
         """Whether a hook on the module would fire."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from ..base_tensors import base_parameters
+from ..hosts import holds_described_weights
 from .graph import Graph, ModuleCall, Operation
 
 __all__ = ["Flow", "bits"]
@@ -223,5 +224,6 @@ def _is_mixing(op: str) -> bool:
 
 
 def _is_small(call: ModuleCall) -> bool:
-    """Whether a module has no weight matrices and no children that have: a norm, whatever its name."""
-    return all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))
+    """Tell whether a module, with its children, holds vectors alone and no matrices: a norm, whatever its name."""
+    vectors_alone = all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))
+    return vectors_alone and not holds_described_weights(call.module)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CompatibilityError
+from ..hosts import holds_described_weights, known_shape
 from .forward import ExampleInputs, forward
 
 __all__ = ["first_that_runs", "moved_to", "tiny_inputs"]
@@ -196,6 +197,10 @@ def _readings(model: nn.Module) -> Iterator[Tensor]:
                 yield _random(model, BATCH, TOKENS, module.embed_dim)
             case nn.LayerNorm() | nn.RMSNorm():
                 yield _random(model, BATCH, TOKENS, module.normalized_shape[-1])
+            case _ if holds_described_weights(module):  # a package's layer, or something around one
+                known = known_shape(module)
+                if known is not None and known.input_width and known.axis == -1:
+                    yield _random(model, BATCH, TOKENS, known.input_width)
             case _:
                 continue
         if isinstance(module, (nn.Embedding, nn.Linear, nn.MultiheadAttention)):

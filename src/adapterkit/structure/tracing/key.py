@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..hosts import table_version
 from ..paths import modules_by_path
 
 __all__ = ["structure_key"]
@@ -21,7 +22,7 @@ _TORCHS = frozenset(vars(nn.Module()))  # attributes of every module: its mode, 
 
 def structure_key(model: nn.Module, inputs: Any) -> str:
     """A hash over types and their code, which modules and tensors are shared, shapes, plain attributes, configs, inputs."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{table_version()}".encode())  # a layer described since then may be seen otherwise
     places: dict[int, int] = {}  # of each module and tensor: where it was first met
     types: dict[type, str] = {}
     for path, module in modules_by_path(model).items():

@@ -1,0 +1,28 @@
+"""What tests of several rooms share beside their hosts: all presets, and what `unwrap` must restore."""
+
+from typing import Any
+
+from torch import nn
+
+from adapterkit.methods import UNION_PRESETS, presets
+
+
+def one_spelling_of_each() -> list[str]:
+    """The presets, each once: several names may lead to the same settings."""
+    plain = {(method.name, repr(settings)): name for name, (method, settings) in reversed(presets().items())}
+    unions = {members: name for name, members in reversed(UNION_PRESETS.items())}
+    return [*reversed(plain.values()), *reversed(unions.values())]
+
+
+PRESETS = one_spelling_of_each()
+
+
+def trace_of(model: nn.Module) -> Any:
+    """All that `unwrap` must restore, apart from outputs."""
+    hooks = ["_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"]
+    hooks += ["_forward_pre_hooks_with_kwargs", "_backward_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks"]
+    modules = {
+        path: (id(m), type(m), m.training, list(m.__dict__), [dict(getattr(m, name)) for name in hooks])
+        for path, m in model.named_modules()
+    }
+    return modules, {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}, list(model.state_dict())
