@@ -93,7 +93,7 @@ def _check_size(directory: Path, manifest: Manifest) -> None:
 
 
 def _config_of(manifest: Manifest, source: Path) -> Config | FusionConfig:
-    """Return the config in a manifest. Raises StoreError, naming the method if it is one that no package here brings."""
+    """Return the config in a manifest. Raises StoreError, naming its method if that is not here."""
     if not manifest.children:  # a fusion is of no method
         try:
             check_methods_of(manifest.config)
