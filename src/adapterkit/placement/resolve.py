@@ -237,8 +237,9 @@ def check_row_axes(
         axis = axes.at(site.path) if seen is None else seen.axis or 0
         if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
             found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
+            why = "" if axis else layouts.note(site.path)
             raise TargetError(
-                f"{site.path!r} {found} its batch on axis 1{layouts.note(site.path)}; {' and '.join(by_row)} must "
+                f"{site.path!r} {found} its batch on axis 1{why}; {' and '.join(by_row)} must "
                 f"know which axis the rows are on: set batch_axis={1 if axis else '0 or 1'}"
             )
 
