@@ -20,11 +20,11 @@ from ...structure.base_tensors import base_parameters
 from ...structure.hosts import channel_axis, is_called, known_shape
 from ...structure.paths import SITE, modules_by_path
 from ...structure.tracing.forward import ExampleInputs, observe
-from ..summary import AdapterRow, summarise
+from ..summary import summarise
 from .fold import cut, folded
 from .meaning import Meaning, meanings
 from .nodes import Mark, TreeNode
-from .tree import AdapterLine, Tree
+from .tree import Tree
 
 __all__ = ["tree_of"]
 
@@ -43,7 +43,7 @@ def tree_of(model: nn.Module, example_inputs: ExampleInputs | None = None, *, de
     root = _Grower(model, look).root()
     state = find_state(model)
     rows = summarise(model, state).adapters if state is not None else ()
-    return Tree(cut(root, depth), tuple(map(_line, rows)), look.note)
+    return Tree(cut(root, depth), rows, look.note)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,6 @@ def _features(module: nn.Module, value: Any) -> int | None:
         return None
     axis = channel_axis(module, tuple(tensor.shape))
     return None if axis is None else tensor.shape[axis]
-
-
-def _line(row: AdapterRow) -> AdapterLine:
-    return AdapterLine(row.name, row.method, row.sites, row.parameters, row.percent, row.is_active, row.is_training)
 
 
 class _Grower:
