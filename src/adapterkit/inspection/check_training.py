@@ -11,7 +11,12 @@ from ..runtime.state import ModelState
 from ..structure.base_tensors import base_parameters
 from .table import in_short
 
-__all__ = ["inactive_problem", "open_base_problems", "optimizer_problems"]
+__all__ = ["base_is_open", "inactive_problem", "open_base_problems", "optimizer_problems"]
+
+
+def base_is_open(model: nn.Module) -> bool:
+    """Tell whether a parameter of the base requires a gradient."""
+    return any(p.requires_grad for _, p in base_parameters(model))
 
 
 def inactive_problem(model: nn.Module, state: ModelState, names: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from ..structure.tracing.forward import ExampleInputs
 from ..structure.tracing.inputs import tiny_inputs
 from .check_hosts import lost_hosts, missing_hooks, on_other_devices
 from .check_sites_run import in_other_places, site_problems, without_gradients
-from .check_training import inactive_problem, open_base_problems, optimizer_problems
+from .check_training import base_is_open, inactive_problem, open_base_problems, optimizer_problems
 from .proof import SiteProof, prove_sites
 from .table import in_short, table
 
@@ -83,18 +83,18 @@ def verify(
     is_active = state.activation.active is not None
     lost = list(lost_hosts(model, state, hosts))
     problems = [*missing_hooks(model, hosts), *lost, *on_other_devices(hosts)]
-    inputs, note = _inputs(model) if example_inputs is None and is_active else (example_inputs, None)
+    inputs, note = (example_inputs, None) if example_inputs is not None or not is_active else _inputs(model)
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if is_active and inputs is not None:
         sites, found = _run(model, state, inputs, hosts_are_lost=bool(lost))
         problems += found
-    elif not is_active and hosts:
+    nothing_runs = not is_active and bool(hosts)
+    if nothing_runs:
         problems.append(inactive_problem(model, state, adapters_in(model).names))
     moved = moved_tensors(model, state)
     problems += [*_changed_weights(model, state, moved or []), *open_base_problems(model, state)]
     if optimizer is not None:
-        base_is_said = not is_active and bool(hosts)
-        problems += optimizer_problems(model, state, optimizer, base_is_said=base_is_said)
+        problems += optimizer_problems(model, state, optimizer, base_is_said=nothing_runs and base_is_open(model))
     return Verification(tuple(problems), sites, None if moved is None else not moved, note)
 
 
