@@ -307,7 +307,7 @@ def test_widths_come_from_the_type_and_else_from_the_trace() -> None:
 def test_what_trains_is_a_column_only_where_it_differs() -> None:
     model = Model(Pre)
     assert "trains" not in str(tree_of(model)).splitlines()[0]
-    assert str(tree_of(model)).splitlines()[-1].endswith("parameters, all train")
+    assert str(tree_of(model)).splitlines()[-1].endswith("parameters, open")
     model.blocks.requires_grad_(False)
     rows = str(tree_of(model)).splitlines()
     assert rows[0].endswith("trains")
@@ -352,7 +352,7 @@ def test_adapters_are_shown_where_they_sit() -> None:
     lines = text.splitlines()[-3:]
     assert lines[0].endswith("parameters, frozen")
     assert lines[1].startswith("● a: bottleneck at 2 sites, ")
-    assert lines[1].endswith("of the base), active, trains")
+    assert lines[1].endswith("of the base), active, open")
     assert lines[2].endswith("not active, frozen")
 
 

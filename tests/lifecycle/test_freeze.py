@@ -173,17 +173,24 @@ def test_verify_finds_what_an_optimizer_lacks(post_norm: Tiny) -> None:
     kit = ak.wrap(post_norm)
     kit.add("a", CONFIG, heads=["classifier"])
     early = torch.optim.SGD(post_norm.parameters(), lr=0.1)
-    assert kit.verify(optimizer=early).problems == (
-        "no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter",
-        "the base is not frozen: call kit.train_adapter or kit.freeze",
+    theta = sum(p.numel() for name, p in post_norm.named_parameters() if "_adapterkit" not in name)
+    trap = (
+        "adapter 'a' is there but not active, so that nothing could be proven, and the base is open: training now would "
+        f"train all {theta:,} base parameters; call kit.train_adapter('a')"
     )
+    assert kit.verify(optimizer=early).problems[0] == trap
+    kit.activate("a")
+    assert kit.verify(optimizer=early).problems[-1] == "the base is not frozen: call kit.train_adapter or kit.freeze"
     kit.train_adapter("a")
     assert kit.verify(optimizer=early).is_ok
     kit.freeze("a")
     assert kit.verify(optimizer=early).problems == ("nothing is to train: call kit.train_adapter",)
     kit.unfreeze("a")
     partial = torch.optim.SGD(kit.parameters("a", heads=False), lr=0.1)
-    assert kit.verify(optimizer=partial).problems[0].startswith("'classifier._adapterkit.a.weight' is to train, but")
+    assert kit.verify(optimizer=partial).problems == (
+        "18 parameters of adapter 'a' train, but the optimizer does not hold 2 of them (kit.parameters('a') gives all): "
+        "'classifier._adapterkit.a.weight', 'classifier._adapterkit.a.bias'",
+    )
 
 
 def test_verify_finds_a_hook_that_is_gone_and_a_host_that_never_ran(post_norm: Tiny, ids: Tensor) -> None:
@@ -205,7 +212,7 @@ def test_verify_finds_a_frozen_parameter_that_was_opened(post_norm: Tiny) -> Non
     kit = ak.wrap(post_norm)
     kit.freeze()
     post_norm.classifier.bias.requires_grad_(True)
-    assert kit.verify().problems == ("'classifier.bias' is frozen, yet requires grad",)
+    assert kit.verify().problems == ("the base is frozen, yet 1 of its parameters requires grad: 'classifier.bias'",)
 
 
 def test_looking_at_example_inputs_moves_nothing() -> None:

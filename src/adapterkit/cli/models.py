@@ -24,26 +24,26 @@ _LARGE = 500_000_000  # parameters: 2 GB in float32, and seconds to initialise
 
 
 def load_model(name: str) -> nn.Module:
-    """The model of this name, with random weights or, where it can be traced without, with none (on `meta`).
+    """Return the model of this name, with random weights or, where it can be traced without, with none (on `meta`).
 
     Raises:
         ConfigError: there is none, or it cannot be built; the reason is in the message.
         MissingExtraError: the package that builds it is not installed.
     """
     if name.startswith("timm:"):
-        return _built(name, _timm(name.removeprefix("timm:")))
+        return _build(name, _timm(name.removeprefix("timm:")))
     if ":" in name and not Path(name).is_dir():
-        return _called(name)
-    return _built(name, _transformers(name))
+        return _import(name)
+    return _build(name, _transformers(name))
 
 
-def _built(name: str, build: Callable[[], Any]) -> nn.Module:
-    """What `build` returns: on `meta` if it can be traced there or is too large to do otherwise, else on the CPU."""
+def _build(name: str, build: Callable[[], Any]) -> nn.Module:
+    """Return what `build` makes: on `meta` if it can be traced there or is too large to do otherwise, else on the CPU."""
     try:
         with torch.device("meta"):
             model = build()
         if _is_traceable(model) or sum(p.numel() for p in model.parameters()) > _LARGE:
-            return _checked(name, model)
+            return _check_is_module(name, model)
     except Exception:  # someone else's code; what is wrong with it, if it is not `meta`, shows below
         model = None
     del model
@@ -51,6 +51,7 @@ def _built(name: str, build: Callable[[], Any]) -> nn.Module:
 
 
 def _is_traceable(model: nn.Module) -> bool:
+    """Tell whether roles can be found in a model without its weights."""
     try:
         discover(model)
     except CompatibilityError:
@@ -65,7 +66,7 @@ def _transformers(name: str) -> Callable[[], Any]:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # whatever a hub, a file or a config class raises
         raise ConfigError(
-            f"{name!r} is not a model that transformers can find: {_said(error)}\nMODEL is {MODEL}"
+            f"{name!r} is not a model that transformers can find: {_one_line(error)}\nMODEL is {MODEL}"
         ) from error
     architecture = next(iter(config.architectures or ()), "")
     kind = getattr(transformers, architecture, None)
@@ -73,47 +74,52 @@ def _transformers(name: str) -> Callable[[], Any]:
 
 
 def _timm(name: str) -> Callable[[], Any]:
+    """Return what builds a model of timm, without downloading weights."""
     timm = _package("timm", f"timm:{name}")
     return lambda: timm.create_model(name, pretrained=False)
 
 
-def _called(name: str) -> nn.Module:
-    """The nn.Module at `package.module:name`, or what it returns when it is called."""
+def _import(name: str) -> nn.Module:
+    """Return the nn.Module at `package.module:name`, or what it returns when it is called."""
     where, _, attribute = name.partition(":")
+    # A console script has its own folder on the path, not the one that it is called from.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = attrgetter(attribute)(import_module(where))
     except Exception as error:  # whatever the module raises when it is imported
-        raise ConfigError(f"{name!r} cannot be imported: {_said(error)}") from error
-    return _checked(name, found) if isinstance(found, nn.Module) or not callable(found) else _run(name, found)
+        raise ConfigError(f"{name!r} cannot be imported: {_one_line(error)}") from error
+    return _check_is_module(name, found) if isinstance(found, nn.Module) or not callable(found) else _run(name, found)
 
 
 def _run(name: str, build: Callable[[], Any]) -> nn.Module:
-    """What `build` returns, checked to be a module."""
+    """Return what `build` makes, after checking that it is a module."""
     try:
         model = build()
     except AdapterKitError:
         raise
     except Exception as error:  # someone else's code
-        raise ConfigError(f"{name!r} cannot be built: {_said(error)}") from error
-    return _checked(name, model)
+        raise ConfigError(f"{name!r} cannot be built: {_one_line(error)}") from error
+    return _check_is_module(name, model)
 
 
-def _checked(name: str, model: object) -> nn.Module:
+def _check_is_module(name: str, model: object) -> nn.Module:
+    """Return the model. Raises ConfigError: it is no nn.Module."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name!r} must be an nn.Module, or return one when called; found {type(model).__name__}")
     return model
 
 
 def _package(package: str, name: str) -> ModuleType:
+    """Import the package that builds a model. Raises MissingExtraError, with the model's name."""
     try:
         return import_module(package)
     except ImportError as error:
         raise MissingExtraError(
-            f"{name!r} needs the package {package!r}, which cannot be imported ({_said(error)}): pip install {package}"
+            f"{name!r} needs the package {package!r}, which cannot be imported ({_one_line(error)}): pip install {package}"
         ) from error
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
+    """Return an error as one line: its type and what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -16,29 +16,52 @@ from ..errors import ActivationError, ConfigError, MissingExtraError
 from ..lifecycle.fusion import fusion_modules
 from ..runtime.state import ModelState
 from ..runtime.sync import forget_compiled
+from .table import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["FusionAttention", "draw_attention", "watched"]
 
+_SHOWN = 20  # sites in the printed table
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class FusionAttention:
-    """How much a fusion attended to each of its children, at each place, in the forwards that were watched.
+    """How much a fusion attended to each of its children, at each site, in the forwards that were watched.
+
+    `print` it for a table of means; `mean` gives them as a tensor.
 
     Attributes:
         fusion: Its name.
         children: What it weighs, in order.
-        weights: For each place, one tensor for each time that it ran. Shape: (..., children), summing to 1.
+        weights: Map each site to a list with one tensor for each time that it ran. Shape: (..., children), summing to 1.
     """
 
     fusion: str
     children: tuple[Composition, ...]
     weights: Mapping[str, list[Tensor]]
 
+    def __repr__(self) -> str:
+        forwards = sorted({len(tensors) for tensors in self.weights.values()})
+        ran = "-".join(str(count) for count in dict.fromkeys((forwards[0], forwards[-1]))) if forwards else "0"
+        return (
+            f"FusionAttention({self.fusion!r}, {len(self.children)} children at {len(self.weights)} sites, {ran} forwards)"
+        )
+
+    def __str__(self) -> str:
+        """Return the mean attention at each site as a table that fits a screen."""
+        rows = [("site", *map(str, self.children))]
+        for site, tensors in self.weights.items():
+            means = self._mean_at(tensors, None).tolist() if tensors else []
+            rows.append((site, *(f"{mean:.2f}" for mean in means)) if means else (site, *("-" for _ in self.children)))
+        hidden = len(rows) - 1 - _SHOWN
+        if hidden > 0:  # the sites at both ends tell most: attention changes from the first layers to the last
+            rows[1 + _SHOWN // 2 : 1 + _SHOWN // 2 + hidden] = [(f"… {hidden} more", *("" for _ in self.children))]
+        return f"{self!r}\n{table(rows)}"
+
     def mean(self, masks: Sequence[Tensor] | None = None) -> Tensor:
-        """The mean attention at each place. Shape: (places, children).
+        """Return the mean attention at each site. Shape: (sites, children).
 
         Args:
             masks: For each forward, which tokens count (padding does not); all if not given. Shape: (batch, seq).
@@ -64,7 +87,11 @@ class FusionAttention:
         return torch.cat([t.reshape(-1, t.shape[-1]) for t in tensors]).mean(0)
 
     def most_used(self, count: int, masks: Sequence[Tensor] | None = None) -> list[Composition]:
-        """The children with the most attention, in the fusion's order: what to keep (`kit.prune_fusion`).
+        """Return the children with the most attention, in the fusion's order: what to keep (`kit.prune_fusion`).
+
+        Args:
+            count: How many.
+            masks: As for `mean`.
 
         Raises:
             ConfigError: there are not so many.
@@ -77,7 +104,7 @@ class FusionAttention:
         return [child for index, child in enumerate(self.children) if index in kept]
 
     def draw(self, file: str | Path, masks: Sequence[Tensor] | None = None) -> None:
-        """Write a heat map as an image: a row for each place, a column for each child. Needs matplotlib."""
+        """Write a heat map as an image: a row for each site, a column for each child. Needs matplotlib."""
         self._labelled(self.mean(masks), list(self.weights), f"attention of the fusion {self.fusion!r}").savefig(
             file, dpi=150
         )
@@ -91,7 +118,7 @@ class FusionAttention:
 def draw_attention(
     tasks: Mapping[str, FusionAttention], file: str | Path, *, masks: Mapping[str, Sequence[Tensor]] | None = None
 ) -> None:
-    """Draw several fusions over the same children: a heat map for each place, with a row for each task, as in the paper.
+    """Draw several fusions over the same children: a heat map for each site, with a row for each task, as in the paper.
 
     Args:
         tasks: What was seen for each task.
@@ -99,21 +126,21 @@ def draw_attention(
         masks: For each task, which tokens count; see `FusionAttention.mean`.
 
     Raises:
-        ConfigError: the fusions weigh different children, or at different places.
+        ConfigError: the fusions weigh different children, or at different sites.
         MissingExtraError: matplotlib is not installed.
 
     Reference: Pfeiffer et al. 2021, arXiv:2005.00247, figure 5.
     """
     seen = list(tasks.values())
     if not seen or any((s.children, [*s.weights]) != (seen[0].children, [*seen[0].weights]) for s in seen):
-        raise ConfigError(f"one drawing is of fusions over the same children and places; found {list(tasks)}")
-    means = torch.stack([s.mean((masks or {}).get(task)) for task, s in tasks.items()], dim=1)  # (places, tasks, children)
+        raise ConfigError(f"one drawing is of fusions over the same children and sites; found {list(tasks)}")
+    means = torch.stack([s.mean((masks or {}).get(task)) for task, s in tasks.items()], dim=1)  # (sites, tasks, children)
     across = min(4, len(means))
     down = -(-len(means) // across)
     figure = _figure(across * (1.4 + 0.6 * len(seen[0].children)), down * (1.5 + 0.35 * len(seen)))
-    for index, (place, values) in enumerate(zip(seen[0].weights, means, strict=True)):
+    for index, (site, values) in enumerate(zip(seen[0].weights, means, strict=True)):
         axes = figure.add_subplot(down, across, index + 1)
-        _heat_map(axes, values, list(tasks), [str(child) for child in seen[0].children], place)
+        _heat_map(axes, values, list(tasks), [str(child) for child in seen[0].children], site)
     figure.savefig(file, dpi=150)
 
 

@@ -39,6 +39,7 @@ class SiteProof:
         dtype: Of the tensor at the site.
         moved: The ε-test of the branch that it yields, or that ends in its norm or sum; None where there is none.
         agrees: Whether the ε-test of a branch that it yields came out as the structure says, with a factor that is not 0.
+        training_error: Why the model did not run in training mode, if it did not.
     """
 
     path: str
@@ -49,6 +50,7 @@ class SiteProof:
     dtype: torch.dtype | None
     moved: Moved | None
     agrees: bool
+    training_error: str | None = None
 
 
 def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[SiteProof]:
@@ -65,58 +67,74 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
         return tuple(tensor.shape), tensor.dtype
 
     in_eval = observe(model, inputs, first, look)
-    in_training = _fired_in_training(model, inputs, first)
+    in_training, error = _fired_in_training(model, inputs, first)
     anatomy, moved = _structure(model, inputs)
     modules = modules_by_path(model)
     proofs = []
     for path, spec in specs:
-        place, sublayer, yields = _place(spec, path, anatomy, modules)
+        place, sublayer, yields = _role_of_site(spec, path, anatomy, modules)
         branch = moved.get(sublayer.out.path) if sublayer and sublayer.out else None
         shape, dtype = in_eval[path][0] if in_eval[path] else (None, None)
         proven = sublayer is not None and branch is not None and branch.agrees(sublayer) and branch.factor != (0.0, 0.0)
         agrees = proven or not yields
-        proofs.append(SiteProof(path, place, len(in_eval[path]), in_training[path], shape, dtype, branch, agrees))
+        proofs.append(SiteProof(path, place, len(in_eval[path]), in_training[path], shape, dtype, branch, agrees, error))
     return proofs
 
 
-def _fired_in_training(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> dict[str, int]:
-    """How often each host runs in training mode; never, if the model does not run in it on these inputs."""
+def _fired_in_training(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> tuple[dict[str, int], str | None]:
+    """Map each host to how often it runs in training mode; with the reason if the model does not run in it."""
     fired = dict.fromkeys(paths, 0)
     for _ in range(_TRIES):
         if not all(fired.values()):
             try:
                 calls = observe(model, inputs, fired, lambda *_: None, training=True)
-            except CompatibilityError:  # it may ask for labels then
-                return fired
+            except CompatibilityError as error:  # it may ask for labels then
+                return fired, str(error)
             fired = {path: max(count, len(calls[path])) for path, count in fired.items()}
-    return fired
+    return fired, None
 
 
 def dead_parameters(model: nn.Module, name: str, inputs: ExampleInputs) -> list[str]:
-    """The trainable parameters of an adapter that no gradient of the model's output reaches. No `grad` is changed."""
+    """Return the names of an adapter's trainable parameters that no gradient of the model's output reaches.
+
+    No `grad` is changed.
+
+    Raises:
+        RuntimeError: No gradients can be computed.
+    """
     trained = [(key, p) for key, p in named_parameters(model, name, heads=False) if p.requires_grad]
     wanted = [p for _, p in trained]
+    # Hooks on gradients may train (an optimizer in the backward): then a look must not run them.
+    may_run_backward = not any(p._post_accumulate_grad_hooks for p in model.parameters())
     with untouched(model), torch.enable_grad():
-        gradients = _gradients(model, inputs, wanted)
-        # Hooks on gradients may train (an optimizer in the backward): then a look must not run them.
-        if any(g is None for g in gradients) and not any(p._post_accumulate_grad_hooks for p in model.parameters()):
+        gradients = _gradients(model, inputs, wanted, refusal_is_said=not may_run_backward)
+        if may_run_backward and any(g is None for g in gradients):
             gradients = _by_backward(model, inputs, wanted)
     return [key for (key, _), gradient in zip(trained, gradients, strict=True) if gradient is None]
 
 
-def _gradients(model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:
-    """The gradients of a projection of the output; None for all where reentrant checkpointing refuses to give any."""
+def _gradients(
+    model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parameter], *, refusal_is_said: bool
+) -> Sequence[Tensor | None]:
+    """Return the gradients of a projection of the output; None for each parameter that none reaches.
+
+    Args:
+        refusal_is_said: Raise the error of a model that refuses to give gradients in this way, as reentrant checkpointing
+            does. If not, all are None then, and a backward is to follow.
+    """
     loss = _loss(model, inputs)
     if not loss.requires_grad or not wanted:
         return [None for _ in wanted]
     try:
         return torch.autograd.grad(loss, wanted, allow_unused=True)
     except RuntimeError:
+        if refusal_is_said:
+            raise
         return [None for _ in wanted]
 
 
 def _by_backward(model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:
-    """The gradients as training computes them: checkpointing and reversible layers may know no other way."""
+    """Return the gradients as training computes them: checkpointing and reversible layers may know no other way."""
     held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     try:
         for parameter, _ in held:
@@ -131,21 +149,21 @@ def _by_backward(model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parame
 
 
 def _loss(model: nn.Module, inputs: ExampleInputs) -> Tensor:
-    """A random projection of everything that the model returns; a constant if nothing of it has a gradient."""
+    """Return a random projection of all that the model returns; a constant if nothing of it has a gradient."""
     out = [t for _, t in pytree.tensors(call_with(model, fresh(inputs))) if t.requires_grad]
     sums = [(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in out]
     return torch.stack(sums).sum() if sums else torch.zeros(())
 
 
 def _structure(model: nn.Module, inputs: ExampleInputs) -> tuple[Anatomy, dict[str, Moved]]:
-    """The anatomy of the base and the ε-test of its sub-layers."""
+    """Return the anatomy of the base, and map the path of each branch to the ε-test of its sub-layer."""
     with without_adapters():
         anatomy, _ = discover(model, inputs)
         return anatomy, epsilon_test(model, inputs, anatomy)
 
 
 def _tensor_at(spec: SiteSpec, call: tuple[Any, Any], output: Any) -> Tensor:
-    """The site's tensor, in a call or in what it returned."""
+    """Return the tensor at a site, from a call of the host or from what it returned."""
     holder = call if spec.at == "input" else output
     if spec.at == "input":
         path = pytree.argument_path(call, spec.input) if spec.input else pytree.find(call)
@@ -157,8 +175,10 @@ def _tensor_at(spec: SiteSpec, call: tuple[Any, Any], output: Any) -> Tensor:
     return tensor
 
 
-def _place(spec: SiteSpec, path: str, anatomy: Anatomy, modules: dict[str, nn.Module]) -> tuple[str, Sublayer | None, bool]:
-    """What a site is in the model, the sub-layer that it belongs to, and whether it yields that one's branch."""
+def _role_of_site(
+    spec: SiteSpec, path: str, anatomy: Anatomy, modules: dict[str, nn.Module]
+) -> tuple[str, Sublayer | None, bool]:
+    """Return what a site is in the model, the sub-layer that it belongs to, and whether it yields that one's branch."""
     for sublayer in (*anatomy.sublayers, *anatomy.others):
         for what, host in _hosts(sublayer, modules):
             if host == path and (what == "norm after" or spec.at == "output"):
@@ -168,7 +188,7 @@ def _place(spec: SiteSpec, path: str, anatomy: Anatomy, modules: dict[str, nn.Mo
 
 
 def _hosts(sublayer: Sublayer, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    """The hosts that stand for a sub-layer's branch (""), norm and sum."""
+    """Yield what a host stands for (its branch is ""), and the host, for a sub-layer's branch, norm and sum."""
     if sublayer.out is not None:
         yield "", resolve_host(sublayer.out.path, modules, at_input=False)
     if sublayer.post_norm is not None:

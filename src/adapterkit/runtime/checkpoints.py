@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from ..structure.paths import SITE
 from .this_call import THIS_CALL
 
 __all__ = ["LoadLog", "forgive_absent_adapters", "warn_if_saved_as_base"]
@@ -44,11 +46,16 @@ class LoadLog:
             self.missing[:] = [key for key in self.missing if key not in gone]
 
 
-def warn_if_saved_as_base() -> None:
+def warn_if_saved_as_base(destination: Mapping[str, Any]) -> None:
     """Warn inside a `save_pretrained` that a person called: `from_pretrained` would drop the adapters without a word.
 
     Not inside that of a Trainer's checkpoint, which is loaded into the adapted model again.
+
+    Args:
+        destination: What the call of `state_dict` has collected so far. Only the first site that it meets warns.
     """
+    if any(SITE in key.split(".") for key in destination):
+        return
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_name != "save_pretrained":
         frame = frame.f_back

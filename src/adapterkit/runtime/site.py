@@ -163,7 +163,7 @@ class AdapterSite(nn.Module):
                 "another model they would act twice. Take it inside `with kit.base_checkpoint():`, or unmerge first.",
                 stacklevel=2,
             )
-        warn_if_saved_as_base()
+        warn_if_saved_as_base(kwargs.get("destination") or {})
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(

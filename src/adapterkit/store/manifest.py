@@ -167,7 +167,11 @@ class Manifest(_Strict):
 
 
 def parse_manifest(text: bytes, source: str) -> Manifest:
-    """Read a manifest from JSON.
+    """Read a manifest from the bytes of its JSON.
+
+    Args:
+        text: The bytes.
+        source: Where they come from, for messages.
 
     Raises:
         StoreError: not JSON, unknown or missing fields, wrong types, or a newer format version.

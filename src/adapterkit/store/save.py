@@ -39,9 +39,16 @@ def save_adapter(
     heads: bool = True,
     metadata: Metadata | Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter or a fusion, with its heads unless told not to, and return the directory.
+    """Write an adapter or a fusion to a directory, and return the directory.
 
     A kill at any moment leaves the old adapter or the new one. Other files in the directory are left alone.
+
+    Args:
+        model: The model that holds it.
+        name: The adapter or fusion.
+        directory: The directory; made if it is not there.
+        heads: Write its heads, too.
+        metadata: What people want to know of it.
 
     Raises:
         StoreError: the directory cannot be written, or the metadata have wrong or unknown fields.
@@ -76,6 +83,7 @@ def save_adapter(
 
 
 def _as_metadata(metadata: Metadata | Mapping[str, Any] | None) -> Metadata:
+    """Return metadata as a value. Raises StoreError: wrong or unknown fields."""
     if isinstance(metadata, Metadata):
         return metadata
     try:
@@ -85,6 +93,7 @@ def _as_metadata(metadata: Metadata | Mapping[str, Any] | None) -> Metadata:
 
 
 def _records(model: nn.Module, held: list[HeldModule]) -> tuple[list[SiteRecord], list[HeadRecord]]:
+    """Return the manifest's entries for an adapter's sites and for its heads."""
     sites, heads = [], []
     for path, host, _, entry, module in held:
         if isinstance(entry, HeadEntry):
@@ -95,7 +104,7 @@ def _records(model: nn.Module, held: list[HeldModule]) -> tuple[list[SiteRecord]
 
 
 def _head_record(model: nn.Module, path: str, host: nn.Module, head: HeadSpec, module: nn.Module) -> HeadRecord:
-    """What the manifest says of a head."""
+    """Return the manifest's entry for a head."""
     config = head.config.model_dump(mode="json") | ({"target": path} if head.above is None else {})
     return HeadRecord(
         path=path,
@@ -111,7 +120,7 @@ def _head_record(model: nn.Module, path: str, host: nn.Module, head: HeadSpec, m
 
 
 def _head_line(head: HeadRecord) -> str:
-    """A head in the card: its name, and its labels if they are few."""
+    """Return a head's text for the card: its name, and its labels if they are few."""
     config = head.config or {}
     labels = [str(label) for label in config.get("labels") or ()]
     shown = f" ({', '.join(labels)})" if 0 < len(labels) <= _SHOWN_LABELS else ""
@@ -119,7 +128,7 @@ def _head_line(head: HeadRecord) -> str:
 
 
 def _card(manifest: Manifest) -> str:
-    """A README for people: what it is, what it fits, how to load it."""
+    """Return a README for people: what the adapter is, what it fits, how to load it."""
     meta, base = manifest.metadata, manifest.base
     rows = {
         "method": manifest.config.get("method"),

@@ -87,7 +87,7 @@ class SavedAdapter:
 
     @property
     def base_name(self) -> str:
-        """What messages call the base: its id or the path of its class."""
+        """The base's name for messages: its id, or the path of its class."""
         return "another model" if self.base is None else (self.base.hub_id or self.base.class_path)
 
     def without_heads(self) -> SavedAdapter:

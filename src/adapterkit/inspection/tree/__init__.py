@@ -2,6 +2,6 @@
 
 from .grow import tree_of
 from .nodes import Mark, TreeNode
-from .tree import AdapterLine, Tree
+from .tree import Tree
 
-__all__ = ["AdapterLine", "Mark", "Tree", "TreeNode", "tree_of"]
+__all__ = ["Mark", "Tree", "TreeNode", "tree_of"]

@@ -1,4 +1,4 @@
-"""What is said of each node of a tree, column by column, as styled text."""
+"""The text of each node of a tree, column by column, with its style."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ Cells = dict[str, list[Cell]]
 
 
 def cells(root: TreeNode) -> Iterator[Cells]:
-    """For each node that gets a line, the text in each column."""
+    """Yield, for each node that gets a line, a map from each column to its text."""
     return (_cells(row) for row in _rows(root))
 
 
 def number(count: int) -> str:
-    """A count of numbers in short: 768, 590.6K, 109.5M."""
+    """Write a count of numbers in short: 768, 590.6K, 109.5M."""
     return _scaled(count, 1000, ("", "K", "M", "B", "T"))
 
 
 def size(count: int) -> str:
-    """A count of bytes in short: 437.9 MB."""
+    """Write a count of bytes in short: 437.9 MB."""
     return _scaled(count, 1000, (" B", " KB", " MB", " GB", " TB"))
 
 
@@ -68,7 +68,7 @@ class _Row:
 
 
 def _rows(root: TreeNode) -> Iterator[_Row]:
-    """The nodes that get a line, in order. What is in one of a build that was shown before is not shown again."""
+    """Yield the nodes that get a line, in order. What is in one of a build that was shown before is not shown again."""
     shown: dict[TreeNode, str] = {}
     paths = [path for node in root.walk() for path in node.paths]
 
@@ -91,14 +91,14 @@ def _rows(root: TreeNode) -> Iterator[_Row]:
 
 
 def _short(path: str, paths: Sequence[str]) -> str:
-    """The end of a path that tells it from all others, from a name on: a number alone tells a reader little."""
+    """Return the end of a path that tells it from all others. It begins with a name: a number alone tells little."""
     parts = path.split(".")
     ends = (".".join(parts[-n:]) for n in range(1, len(parts)) if not parts[-n].isdecimal())
     return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in paths) == 1), path)
 
 
 def _cells(row: _Row) -> Cells:
-    """The text in each column."""
+    """Map each column to its text in one line."""
     node, guide = row.node, row.guide
     times = f"{node.count} × " if node.count > 1 else ""  # noqa: RUF001  # the sign for times
     is_block = any("block" in note for note in node.notes)
@@ -116,7 +116,7 @@ def _cells(row: _Row) -> Cells:
 
 
 def _role(node: TreeNode, asides: Sequence[str]) -> Iterator[Cell]:
-    """What a node is: its roles, notes, and where to look for what is in it."""
+    """Yield what a node is: its roles, notes, and where to look for what is in it."""
     parts = [Cell(role, next((s for start, s in _ROLE_STYLES if role.startswith(start)), "")) for role in _telling(node)]
     parts += [Cell(note, "bold" if note.endswith("block") else "") for note in node.notes if not _is_implied(note, node)]
     parts += [Cell(aside, "dim") for aside in asides]
@@ -126,7 +126,7 @@ def _role(node: TreeNode, asides: Sequence[str]) -> Iterator[Cell]:
 
 
 def _telling(node: TreeNode) -> Iterator[str]:
-    """The roles of a node, in short, without those that others imply."""
+    """Yield the roles of a node, in short, without those that others imply."""
     parts: dict[str, list[str]] = {}
     for role in node.roles:
         kind, _, part = role.partition(".")

@@ -16,7 +16,7 @@ _RANGES = 3  # that a label spells out
 
 
 def folded(siblings: Iterable[TreeNode]) -> tuple[TreeNode, ...]:
-    """Siblings with names that differ in the number at the end, as one node for all of the same build.
+    """Return siblings with one node in place of all that are of the same build and differ in the number at their end.
 
     The same build: equal in all but name and place, down to the leaves.
     """
@@ -29,7 +29,7 @@ def folded(siblings: Iterable[TreeNode]) -> tuple[TreeNode, ...]:
 
 
 def cut(node: TreeNode, depth: int | None) -> TreeNode:
-    """The tree without what lies more than `depth` levels below its root; adapters there move to what is left."""
+    """Return the tree without what lies more than `depth` levels below its root; adapters there move to what is left."""
     if depth is None:
         return node
     if depth > 0 or not node.children:
@@ -38,7 +38,7 @@ def cut(node: TreeNode, depth: int | None) -> TreeNode:
 
 
 def numbers_as_text(numbers: Sequence[int]) -> str:
-    """Rising numbers in short: "0-11", "0, 2, …, 10", "0-2, 4-6, 8-10, …"."""
+    """Write rising numbers in short: "0-11", "0, 2, …, 10", "0-2, 4-6, 8-10, …"."""
     steps = {after - before for before, after in pairwise(numbers)}
     if len(steps) == 1 and steps != {1} and len(numbers) > 3:
         return f"{numbers[0]}, {numbers[1]}, …, {numbers[-1]}"
@@ -53,7 +53,7 @@ def numbers_as_text(numbers: Sequence[int]) -> str:
 
 
 def _together(nodes: list[TreeNode]) -> TreeNode:
-    """One node for several of the same build."""
+    """Return one node for several of the same build."""
     if len(nodes) == 1:
         return nodes[0]
     first = nodes[0]
@@ -63,7 +63,7 @@ def _together(nodes: list[TreeNode]) -> TreeNode:
 
 
 def _merged(node: TreeNode) -> TreeNode:
-    """A node about which there is nothing to say, and its only child, as one."""
+    """Return a node about which there is nothing to say and its only child as one; any other node as it is."""
     if not node.is_plain or len(node.children) != 1 or node.count > 1 < node.children[0].count:
         return node
     child = node.children[0]
@@ -72,7 +72,7 @@ def _merged(node: TreeNode) -> TreeNode:
 
 
 def without_place(node: TreeNode, around: str | None = None) -> TreeNode:
-    """The node as it would be in any place: what its siblings of the same build equal."""
+    """Return the node without its name and path: nodes of the same build are equal then."""
     root = node.paths[0] if around is None else around
     return replace(
         node,
@@ -84,9 +84,10 @@ def without_place(node: TreeNode, around: str | None = None) -> TreeNode:
 
 
 def _lines(node: TreeNode) -> int:
+    """Return how many modules a node stands for, with all that are in it."""
     return node.count * (1 + sum(_lines(child) for child in node.children))
 
 
 def _marks(node: TreeNode) -> tuple[Mark, ...]:
-    """The adapters at a node and below it, each once."""
+    """Return the adapters at a node and below it, each once."""
     return tuple(dict.fromkeys(mark for below in node.walk() for mark in below.adapters))

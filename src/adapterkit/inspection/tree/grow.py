@@ -20,11 +20,11 @@ from ...structure.base_tensors import base_parameters
 from ...structure.hosts import channel_axis, is_called, known_shape
 from ...structure.paths import SITE, modules_by_path
 from ...structure.tracing.forward import ExampleInputs, observe
-from ..summary import AdapterRow, summarise
+from ..summary import summarise
 from .fold import cut, folded
 from .meaning import Meaning, meanings
 from .nodes import Mark, TreeNode
-from .tree import AdapterLine, Tree
+from .tree import Tree
 
 __all__ = ["tree_of"]
 
@@ -32,7 +32,7 @@ _PARAMETRISED = "parametrizations"
 
 
 def tree_of(model: nn.Module, example_inputs: ExampleInputs | None = None, *, depth: int | None = None) -> Tree:
-    """The tree of a model. Traces it for roles and widths; one that cannot be traced has a tree, too, and says why.
+    """Return the tree of a model, which is traced for roles and widths. If it cannot be traced, the tree says why.
 
     Args:
         model: Any module, on any device, on `meta` too.
@@ -43,7 +43,7 @@ def tree_of(model: nn.Module, example_inputs: ExampleInputs | None = None, *, de
     root = _Grower(model, look).root()
     state = find_state(model)
     rows = summarise(model, state).adapters if state is not None else ()
-    return Tree(cut(root, depth), tuple(map(_line, rows)), look.note)
+    return Tree(cut(root, depth), rows, look.note)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class _Look:
 
 
 def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
+    """Trace the model without its adapters, and return what it showed, or why it cannot be traced."""
     discovery = Discovery(model, example_inputs)
     try:
         with ACTIVATION_LOCK, without_adapters():
@@ -67,7 +68,7 @@ def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
 
 
 def _widths(model: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[int | None, int | None]]:
-    """(input, output) widths of each module that runs on the inputs."""
+    """Map each module that runs on the inputs to its (input, output) widths."""
 
     def look(_path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[int | None, int | None]:
         return _features(module, (args, kwargs)), _features(module, output)
@@ -77,7 +78,7 @@ def _widths(model: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[int | No
 
 
 def _features(module: nn.Module, value: Any) -> int | None:
-    """Features of the first floating-point tensor in a value that a module took or returned."""
+    """Return the features of the first floating-point tensor in a value that a module took or returned; None if unknown."""
     path = pytree.find(value)
     tensor = None if path is None else pytree.get(value, path)
     if not isinstance(tensor, Tensor) or not tensor.dim():
@@ -86,8 +87,9 @@ def _features(module: nn.Module, value: Any) -> int | None:
     return None if axis is None else tensor.shape[axis]
 
 
-def _line(row: AdapterRow) -> AdapterLine:
-    return AdapterLine(row.name, row.method, row.sites, row.parameters, row.percent, row.is_active, row.is_training)
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter; () while it has none, before a lazy module first runs."""
+    return () if is_lazy(parameter) else tuple(parameter.shape)
 
 
 class _Grower:
@@ -104,26 +106,27 @@ class _Grower:
         self.active = set(names_in(state.activation.active)) if state is not None else set()
 
     def root(self) -> TreeNode:
-        """The node of the whole model."""
+        """Return the node of the whole model."""
         return self._node(type(self.model).__name__, "", self.model)
 
     def _node(self, label: str, path: str, module: nn.Module) -> TreeNode:
+        """Return the node of a module, and of all that is in it."""
         own = list(self._own_parameters(module))
-        counted = [p for name, p in own if self.owners.get(id(p)) == f"{path}.{name}".lstrip(".")]
-        counted = [p for p in counted if not is_lazy(p)]
+        counted = self._counted(path, own)
+        # A module under a second name: what is in it was shown, and counted, under the first.
         is_again = self.first[id(module)] != path and any(True for _ in module.parameters())
         children = () if is_again else folded(self._children(path, module))
-        said = self.look.meanings.get(path, Meaning())
+        meaning = self.look.meanings.get(path, Meaning())
         input_width, width = self._width(path, module)
         return TreeNode(
             label=label,
             type=type(module).__name__,
             paths=(path,),
-            roles=said.roles,
-            notes=said.notes,
+            roles=meaning.roles,
+            notes=meaning.notes,
             width=width,
             input_width=input_width,
-            shapes=tuple((name, () if is_lazy(p) else tuple(p.shape), str(p.dtype)[6:]) for name, p in own),
+            shapes=tuple((name, _shape(p), str(p.dtype).removeprefix("torch.")) for name, p in own),
             parameters=sum(p.numel() for p in counted) + sum(c.count * c.parameters for c in children),
             size_bytes=sum(p.numel() * p.element_size() for p in counted) + sum(c.count * c.size_bytes for c in children),
             trainable=sum(p.numel() for p in counted if p.requires_grad) + sum(c.count * c.trainable for c in children),
@@ -132,8 +135,13 @@ class _Grower:
             children=children,
         )
 
+    def _counted(self, path: str, own: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+        """Return those of a module's own parameters that count here: a tied one counts where it comes first."""
+        first = (p for name, p in own if self.owners.get(id(p)) == f"{path}.{name}".lstrip("."))
+        return [p for p in first if not is_lazy(p)]
+
     def _children(self, path: str, module: nn.Module, prefix: str = "") -> Iterator[TreeNode]:
-        """The nodes in a module that are worth a line; those in a list of modules, which never runs, as its own."""
+        """Yield the nodes in a module that are worth a line. A list of modules never runs: its own modules come instead."""
         for name, child in module._modules.items():
             inner = f"{path}.{name}".lstrip(".")
             if child is None or name in (SITE, _PARAMETRISED):
@@ -147,24 +155,25 @@ class _Grower:
                 yield node
 
     def _own_parameters(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """A module's own parameters with their names, those that it computes from others by these."""
+        """Yield a module's own parameters with their names. In place of one that is computed come those it is made of."""
         yield from ((name, p) for name, p in module._parameters.items() if p is not None)
         if _PARAMETRISED in module._modules:
             yield from module.get_submodule(_PARAMETRISED).named_parameters(prefix=_PARAMETRISED)
 
     def _owner(self, path: str, own: Iterable[nn.Parameter]) -> str | None:
-        """The path of the module that owns the largest of a module's parameters, if another does."""
+        """Return the path of the module that owns the largest of a module's parameters; None if it does so itself."""
         largest = max((p for p in own if not is_lazy(p)), key=lambda p: p.numel(), default=None)
         owner = path if largest is None else self.owners.get(id(largest), path).rpartition(".")[0]
         inside = owner == path or owner.startswith(f"{path}.{_PARAMETRISED}".lstrip("."))
         return None if largest is None or inside else owner
 
     def _width(self, path: str, module: nn.Module) -> tuple[int | None, int | None]:
-        """(input, output) widths: as the type tells, else as the trace shows."""
+        """Return the (input, output) widths of a module: as its type tells, else as the trace shows."""
         known = known_shape(module)
         return self.look.widths.get(path, (None, None)) if known is None else (known.input_width, known.width)
 
     def _adapters(self, module: nn.Module) -> Iterator[Mark]:
+        """Yield a mark for each module of an adapter at this one."""
         site = module._modules[SITE] if SITE in module._modules else None  # noqa: SIM401  # TorchScript's has no get
         for name, entries in site.entries.items() if isinstance(site, AdapterSite) else ():
             for entry in entries:

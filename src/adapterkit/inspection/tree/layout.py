@@ -18,7 +18,7 @@ Line = tuple[Cell, ...]
 
 
 def lines(root: TreeNode, width: int | None = None) -> Iterator[Line]:
-    """The tree, a line for each node, below a line of headings.
+    """Yield the lines of a tree: headings, then a line for each node.
 
     Args:
         root: What to show.
@@ -26,20 +26,20 @@ def lines(root: TreeNode, width: int | None = None) -> Iterator[Line]:
     """
     heading = {name: [Cell(name, "dim")] for name in COLUMNS}
     rows = list(cells(root))
-    widths = _widths([heading, *rows], _told(rows), width)
+    widths = _widths([heading, *rows], _telling_columns(rows), width)
     for row in (heading, *rows):
         yield tuple(_cut(_joined(row, widths), width))
 
 
-def _told(rows: Sequence[Cells]) -> list[str]:
-    """The columns that tell something: none that is empty, nor what is the same for all and said below the tree."""
-    told = [name for name in COLUMNS if any(_length(row[name]) for row in rows)]
+def _telling_columns(rows: Sequence[Cells]) -> list[str]:
+    """Return the columns that tell something: not an empty one, nor what is the same for all and written below the tree."""
+    telling = [name for name in COLUMNS if any(_length(row[name]) for row in rows)]
     states = {cell.text for row in rows for cell in row["trains"] if cell.text}
-    return [name for name in told if name != "trains" or len(states) > 1]
+    return [name for name in telling if name != "trains" or len(states) > 1]
 
 
 def _widths(table: Sequence[Cells], names: Iterable[str], width: int | None) -> dict[str, int]:
-    """The columns for which there is room, and their widths: what is too long then is cut in the role."""
+    """Map the columns for which there is room to their widths. What is too long then is cut in the role."""
     widths = {name: max(_length(row[name]) for row in table) for name in names}
     if width is None:
         return widths
@@ -60,7 +60,7 @@ def _length(cells: Sequence[Cell]) -> int:
 
 
 def _joined(row: Cells, widths: dict[str, int]) -> Iterator[Cell]:
-    """The cells of a row, each column as wide as it should be."""
+    """Yield the cells of a row, each column as wide as it should be."""
     for i, (name, wide) in enumerate(widths.items()):
         cells = list(_cut(row[name], wide))
         space = Cell(" " * (wide - _length(cells)))
@@ -69,7 +69,7 @@ def _joined(row: Cells, widths: dict[str, int]) -> Iterator[Cell]:
 
 
 def _cut(cells: Iterable[Cell], width: int | None) -> Iterator[Cell]:
-    """The cells up to a width, without what is empty at the end."""
+    """Yield the cells up to a width, without what is empty at the end."""
     kept = [cell for cell in cells if cell.text]
     while kept and not kept[-1].text.strip():
         kept.pop()

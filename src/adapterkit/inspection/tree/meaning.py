@@ -27,20 +27,21 @@ class Meaning:
 
 
 def meanings(anatomy: Anatomy) -> dict[str, Meaning]:
-    """What each module is, by path; modules of which there is nothing to say are left out."""
+    """Map the path of each module to what it is. Modules of which there is nothing to say are left out."""
     roles, notes = _by_path(_roles(anatomy)), _by_path(_notes(anatomy))
     return {path: Meaning(roles.get(path, ()), notes.get(path, ())) for path in {**roles, **notes}}
 
 
-def _by_path(said: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+def _by_path(texts: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Map each path to its texts, each once, in order."""
     found: dict[str, dict[str, None]] = {}
-    for path, what in said:
+    for path, what in texts:
         found.setdefault(path, {})[what] = None
     return {path: tuple(what) for path, what in found.items()}
 
 
 def _roles(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
-    """Each module that has a role, and the role: one by one, so that a branch without a module hides no other."""
+    """Yield each role with the path of its module, one by one, so that a branch without a module hides no other."""
     for place in anatomy.embeddings:
         yield place.path, "@embedding"
     for s in anatomy.sublayers:
@@ -54,7 +55,7 @@ def _roles(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
 
 
 def _notes(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
-    """Each module that there is more to say of, and that: norms, mixtures of experts, parallel branches."""
+    """Yield what else there is to say, with the path of its module: norms, mixtures of experts, parallel branches."""
     blocks: dict[str, list[Sublayer]] = {}
     for sublayer in anatomy.sublayers:
         blocks.setdefault(sublayer.block or "", []).append(sublayer)
@@ -68,14 +69,14 @@ def _notes(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
 
 
 def _block(sublayers: list[Sublayer]) -> str:
-    """What a block is: "pre-norm block", "post-norm parallel block"."""
+    """Say what a block is: "pre-norm block", "post-norm parallel block"."""
     norms = "/".join(dict.fromkeys(s.norm for s in sublayers if s.norm != "none"))
     words = [f"{norms}-norm" if norms else "", "parallel" if any(s.is_parallel for s in sublayers) else "", "block"]
     return " ".join(filter(None, words))
 
 
 def _branch(sublayer: Sublayer) -> Iterator[str]:
-    """What there is to say of a branch; its kind, too, where no role does (outside of repeated blocks)."""
+    """Yield what there is to say of a branch; its kind, too, where no role says it (outside of repeated blocks)."""
     if sublayer.block is None:
         yield _WORDS[sublayer.kind]
     if sublayer.is_moe:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from ..summary import AdapterRow, open_or_frozen
 from .cells import Cell, number
 from .layout import Line, lines
 from .nodes import TreeNode
@@ -15,22 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.text import Text
 
-__all__ = ["AdapterLine", "Tree"]
+__all__ = ["Tree"]
 
 _NOTE = 160  # characters of a note that are printed
-
-
-@dataclass(frozen=True)
-class AdapterLine:
-    """One adapter: its name and method, how many sites and parameters it has, the latter also in percent of the base."""
-
-    name: str
-    method: str
-    sites: int
-    parameters: int
-    percent: float
-    is_active: bool
-    is_training: bool
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,21 +27,25 @@ class Tree:
 
     Attributes:
         root: The model, without what adapterkit added.
-        adapters: Those in it.
+        adapters: Those in it, as in `kit.summary()`.
         note: Why roles are missing; None if they are not.
     """
 
     root: TreeNode
-    adapters: tuple[AdapterLine, ...] = ()
+    adapters: tuple[AdapterRow, ...] = ()
     note: str | None = None
 
     def text(self, width: int | None = None) -> str:
-        """The tree as plain text, in at most so many columns."""
+        """Return the tree as plain text.
+
+        Args:
+            width: Columns that a line may have; no limit if not given.
+        """
         below = ["".join(cell.text for cell in line) for line in self._below()]
         return "\n".join(["".join(cell.text for cell in line) for line in lines(self.root, width)] + below)
 
     def as_dict(self) -> dict[str, Any]:
-        """The tree as plain values, for JSON."""
+        """Return the tree as plain values, for JSON."""
         return {"tree": _plain(self.root), "adapters": [asdict(line) for line in self.adapters], "note": self.note}
 
     def __str__(self) -> str:
@@ -71,18 +63,16 @@ class Tree:
             yield Text.assemble(*((cell.text, cell.style) for cell in line))
 
     def _below(self) -> Iterator[Line]:
-        """What is said once, below the tree."""
+        """Yield what is said once, below the tree: the base, each adapter, the note."""
         root = self.root
-        share = 100 * root.trainable / max(1, root.parameters)
-        state = {0: "frozen", root.parameters: "all train"}.get(root.trainable, f"{share:.3g} % train")
+        state = open_or_frozen(root.trainable, root.parameters)
         yield (Cell(f"base: {number(root.parameters)} parameters, {state}", "dim"),)
-        for line in self.adapters:
-            mark, state = ("●", "active") if line.is_active else ("○", "not active")
-            numbers = f"{number(line.parameters)} parameters ({line.percent:.2f} % of the base)"
-            said = (
-                f": {line.method} at {line.sites} sites, {numbers}, {state}, {'trains' if line.is_training else 'frozen'}"
-            )
-            yield Cell(f"{mark} {line.name}", "bold green" if line.is_active else "green"), Cell(said)
+        for row in self.adapters:
+            mark, state = ("●", "active") if row.is_active else ("○", "not active")
+            numbers = f"{number(row.parameters)} parameters ({row.percent:.2f} % of the base)"
+            weights = "open" if row.is_training else "frozen"
+            text = f": {row.method} at {row.sites} sites, {numbers}, {state}, {weights}"
+            yield Cell(f"{mark} {row.name}", "bold green" if row.is_active else "green"), Cell(text)
         if self.note:
             yield (Cell(shorten(self.note, _NOTE, placeholder=" …"), "yellow"),)
 
