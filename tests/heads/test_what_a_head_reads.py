@@ -39,12 +39,13 @@ def test_a_new_head_on_the_logits_of_the_models_own_is_warned_of() -> None:
     assert seen[0].filename == __file__
 
 
-def test_a_head_on_hidden_states_is_not_warned_of() -> None:
+def test_a_head_on_hidden_states_or_on_logits_that_are_named_is_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         head = ak.ClassificationHead(num_labels=2, output=("hidden_states", -1))
         ak.wrap(with_head(output_hidden_states=True)).add("a", bottleneck(), heads=head)
         ak.wrap(with_head()).add("a", bottleneck(), heads=["classifier"])
+        ak.wrap(with_head()).add("a", bottleneck(), heads=ak.ClassificationHead(num_labels=2, output="logits"))
         base = transformers.BertModel(transformers.BertConfig(**SMALL))
         ak.wrap(base).add("a", bottleneck(), heads=ak.ClassificationHead(num_labels=2))
 

@@ -294,7 +294,8 @@ class _HiddenWidth:
                 f"a head reads {what} of the model's output, and there is none in what {type(self.model).__name__} "
                 f"returned: {type(self.output).__name__}{described_fields(self.output)}. {_way_to(head.output)}"
             )
-        _warn_of_logits(self.model, self.output, hidden)
+        if head.output is None:  # who names output="logits" means them
+            _warn_of_logits(self.model, self.output, hidden)
         return hidden.shape[-1]
 
     def _output_of_a_run(self) -> Any:
@@ -330,7 +331,7 @@ def _warn_of_logits(model: nn.Module, output: Any, hidden: Tensor) -> None:
     warnings.warn(
         f"{type(model).__name__} has a head of its own, {own}: a new head on its output reads the logits of that one, of "
         f"width {hidden.shape[-1]}, not hidden states. To train a copy of the model's own, give heads={own}. For a new "
-        f"head on hidden states, load the model without its head (AutoModel), wrap model.{prefix}, or name output=",
+        f"head on hidden states, load the model without its head (AutoModel), wrap model.{prefix}, or name output=.",
         stacklevel=7,  # the caller of kit.add or kit.add_head
     )
 
