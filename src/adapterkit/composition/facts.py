@@ -84,7 +84,7 @@ class CompositionFacts:
         """
         if not self.divides_rows:
             return (self,)
-        # Any number of rows that it takes will do: more rows repeat the same kinds.
+        # Any number of rows that it takes will do, the fewest at best: more rows repeat the same kinds.
         count = least_rows(self.composition) if self.fixed_rows is None else self.fixed_rows
         return tuple(map(facts_of, dict.fromkeys(rows_of(self.composition, count))))
 

@@ -91,6 +91,7 @@ class CompositionNode:
     example: ClassVar[str] = 'Stack("a", "b")'
 
     def __init_subclass__(cls) -> None:
+        # `vars`, not `hasattr`: a class must not take over what another one states by inheriting from it.
         missing = [fact for fact in _FACTS if fact not in vars(cls)]
         if missing:
             raise TypeError(f"the composition {cls.__name__} does not state {', '.join(missing)}; see CompositionNode")
@@ -144,7 +145,7 @@ class CompositionNode:
 
         They are not checked: rows of a `Rows` inside leave the base where a name was.
         """
-        composition = object.__new__(type(self))
+        composition = object.__new__(type(self))  # frozen: `object.__setattr__` is the one way to fill it
         object.__setattr__(composition, "children", tuple(children))
         for name, value in self.settings.items():
             object.__setattr__(composition, name, value)
@@ -159,6 +160,7 @@ class CompositionNode:
         object.__setattr__(self, "children", tuple(self._checked_child(child) for child in children))
         for name, value in settings.items():
             object.__setattr__(self, name, value)
+        # Each child alone may be held; two that repeat the batch would have to repeat it twice over.
         if sum(map(multiplies_rows, self.children)) > 1:
             raise ConfigError(f"{self!r}: {Parallel.why_no_others}")
 

@@ -11,7 +11,7 @@ __all__ = ["random_drop"]
 
 
 def random_drop(child: Composition, most: int = 11, *, step: int, seed: int = 0) -> Composition:
-    """The child without its n lowest layers, n drawn uniformly from 0, 1, …, `most` for this step.
+    """Return the child without its n lowest layers, n drawn uniformly from 0, 1, …, `most` for this step.
 
         for step, batch in enumerate(batches):
             with kit.active(ak.random_drop("a", most=11, step=step)):
@@ -41,13 +41,14 @@ def random_drop(child: Composition, most: int = 11, *, step: int, seed: int = 0)
     most, step, seed = _whole(most, "most"), _whole(step, "step"), _whole(seed, "seed")
     if most < 0:
         raise ConfigError(f"most is the largest number of layers to drop, 0 or more; found {most}")
+    # No generator: torch's and Python's give other numbers in other versions, and a global one depends on who drew before.
     digest = hashlib.sha256(f"{seed},{step}".encode()).digest()
     depth = int.from_bytes(digest, "big") % (most + 1)
     return Drop(child, layers=range(depth)) if depth else child
 
 
 def _whole(value: Any, what: str) -> int:
-    """A whole number as Python's own, of other libraries as well."""
+    """Return a whole number, of other libraries as well, as Python's own. Raises ConfigError: it is none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ConfigError(f"{what} is a whole number; found {value!r}")
     return operator.index(value)

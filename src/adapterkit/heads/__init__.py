@@ -1,1 +1,1 @@
-"""Heads, whose values are in `config/heads.py`: found (`find`), built (`build`), planned (`plan`) and run (the others)."""
+"""Heads: settings (`config`), found in a model (`find`), built (`build`), planned (`plan`) and run (the others)."""

@@ -26,6 +26,7 @@ from .spec import HeadSpec
 
 __all__ = ["VocabularySize", "build_head"]
 
+# Makes a head's module of its settings and of a function that makes its layers for so many outputs.
 Build = Callable[[Any, Callable[[int], HeadLayers]], nn.Module]
 
 _BUILDS: dict[type[HeadConfig], Build] = {
@@ -39,7 +40,14 @@ _BUILDS: dict[type[HeadConfig], Build] = {
 
 
 def build_head(config: Any, spec: HeadSpec, vocabulary: int, dtype: torch.dtype) -> nn.Module:
-    """A new head on hidden states of the spec's width."""
+    """Return the new module of a head that reads hidden states of the spec's width.
+
+    Args:
+        config: The head's settings.
+        spec: What the head reads.
+        vocabulary: Tokens that its logits are of, for a head with a vocabulary.
+        dtype: Of its parameters.
+    """
     settings = {name: getattr(config, name) for name in ("layers", "non_linearity", "dropout")}
     if config.has_vocabulary:
         return TokenPredictor(
@@ -65,7 +73,7 @@ class VocabularySize:
         self.model = model
 
     def of(self, config: HeadConfig, width: int) -> tuple[str | None, int]:
-        """The embedding's path, None where its weight is not read; and the tokens. (None, 0) for any other head.
+        """Return the embedding's path, None where its weight is not read, and how many tokens it has; else (None, 0).
 
         Raises:
             TargetError: there is no such embedding, or it has another width.
@@ -92,7 +100,7 @@ class VocabularySize:
         return path, int(weight.shape[0])
 
     def embedding(self, named: str | None) -> str:
-        """The path of the model's input embedding, or of the one that is named. Raises TargetError."""
+        """Return the path of the model's input embedding, or of the one that is named. Raises TargetError."""
         modules = modules_by_path(self.model)
         there = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
         if named is not None:
@@ -101,9 +109,10 @@ class VocabularySize:
             model: Any = self.model
             try:
                 module = model.get_input_embeddings()
-            except (AttributeError, NotImplementedError):
+            except (AttributeError, NotImplementedError):  # a model of images, say: its embeddings are looked at below
                 module = None
             there = [path for path, other in modules.items() if other is module] or there
+        # Several embeddings with one tied weight are one; of several weights (positions, token types) which is not plain.
         weights = {id(getattr(modules[path], "weight", None)): path for path in reversed(there)}
         if len(weights) != 1 or getattr(getattr(modules[there[0]], "weight", None), "ndim", 0) != 2:
             raise TargetError(

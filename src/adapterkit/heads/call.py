@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from ..errors import CompatibilityError
 from ..structure.pytree import Argument
 
-__all__ = ["HeadInputs", "HeadRequest", "Mask", "check_known", "labels_of", "masks_of", "taken_off"]
+__all__ = ["HeadInputs", "HeadRequest", "Mask", "check_label_names", "labels_of", "masks_of", "take_head_inputs"]
 
 LABELS, SPAN = "labels", ("start_positions", "end_positions")
 
-# What a mask may be called, whether it marks padding, and the arguments by which another sequence than its own comes out.
+# The names of masks: (name, whether True or 1 marks padding, arguments beside which the model returns another sequence than
+# the one that the mask is of). An encoder-decoder given `decoder_input_ids` returns the decoder's positions, say, of which
+# `attention_mask` tells nothing. The likeliest name first.
 _MASKS = (
     ("decoder_attention_mask", False, ()),
     ("tgt_key_padding_mask", True, ()),
@@ -74,7 +76,7 @@ class HeadInputs(NamedTuple):
 
 
 def masks_of(root: nn.Module) -> tuple[Mask, ...]:
-    """What may be the mask in calls of a model, the likeliest first, by what its `forward` takes."""
+    """Return what may be the mask in calls of a model, the likeliest first, by what its `forward` takes."""
     parameters = inspect.signature(root.forward).parameters
     names, takes_any = list(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -85,8 +87,12 @@ def masks_of(root: nn.Module) -> tuple[Mask, ...]:
     return tuple(Mask(argument(name), is_padding, tuple(map(argument, unless))) for name, is_padding, unless in known)
 
 
-def taken_off(wants: HeadRequest, root: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, HeadInputs]:
-    """The arguments that are left for the model, and what heads get of the call. Shapes: as given; choices made rows."""
+def take_head_inputs(wants: HeadRequest, root: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, HeadInputs]:
+    """Return the arguments that are left for the model, and what heads get of the call.
+
+    Shape: as given; choices are made rows.
+    """
+    # Both are taken even where the model's own `forward` knows labels: it would make a loss of its own head's outputs.
     labels = kwargs.get(LABELS)
     if labels is None and SPAN[0] in wants.names:
         labels = _span(kwargs)
@@ -97,7 +103,7 @@ def taken_off(wants: HeadRequest, root: nn.Module, args: Any, kwargs: Any) -> tu
 
 
 def _span(kwargs: Any) -> Tensor | None:
-    """Where answers start and end, (batch, 2); None if the call does not say. Raises CompatibilityError: only one."""
+    """Return where answers start and end, (batch, 2); None if the call does not say. Raises CompatibilityError."""
     given = {name: kwargs[name] for name in SPAN if kwargs.get(name) is not None}
     if len(given) == 1:
         raise CompatibilityError(f"an answer has {' and '.join(SPAN)}; found {next(iter(given))} alone")
@@ -105,7 +111,7 @@ def _span(kwargs: Any) -> Tensor | None:
 
 
 def _as_rows(choices: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Inputs (batch, choices, ...) as (batch * choices, ...), if that is what the first of them is."""
+    """Return inputs (batch, choices, ...) as (batch * choices, ...), if that is what the first of them is."""
     tensors = {**dict(enumerate(args)), **kwargs}
     tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
     key, first = next(iter(tensors.items()), (None, None))
@@ -115,6 +121,7 @@ def _as_rows(choices: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
     axes = 4 if key == "inputs_embeds" else 5 if first.is_floating_point() else 3
     if first.dim() != axes or first.shape[1] != choices:
         return args, kwargs
+    # Only what begins with these two sizes: a table that all rows share, (choices, ...), stays.
     batch = tuple(first.shape[:2])
 
     def flat(value: Any) -> Any:
@@ -124,7 +131,7 @@ def _as_rows(choices: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _mask(masks: tuple[Mask, ...], call: Any) -> Tensor | None:
-    """The mask of the model's output, with 1 for what is real; None without one. Shape: as given."""
+    """Return the mask of the model's output, with 1 for what is real; None without one. Shape: as given."""
     for mask in masks:
         found = _argument(call, mask.argument)
         if isinstance(found, Tensor) and all(_argument(call, other) is None for other in mask.unless):
@@ -135,7 +142,7 @@ def _mask(masks: tuple[Mask, ...], call: Any) -> Tensor | None:
 
 
 def _argument(call: Any, argument: Argument) -> Any:
-    """An argument of a call; None if it is not there."""
+    """Return an argument of a call, given by keyword or by position; None if it is not there."""
     (position, keyword), (args, kwargs) = argument, call
     if keyword in kwargs:
         return kwargs[keyword]
@@ -143,7 +150,9 @@ def _argument(call: Any, argument: Argument) -> Any:
 
 
 def labels_of(labels: Any, owner: str, head: str, *, is_alone: bool, owners: tuple[str, ...]) -> tuple[Any, bool]:
-    """The labels that are meant for a head, and whether they are for every row of the batch; None for none.
+    """Return the labels that are meant for a head (None for none), and whether they are for every row of the batch.
+
+    Labels may be one tensor, or a mapping by adapter or by head; an adapter's entry may be a mapping by head in turn.
 
     Args:
         labels: What the model was called with.
@@ -159,7 +168,7 @@ def labels_of(labels: Any, owner: str, head: str, *, is_alone: bool, owners: tup
         found, is_shared = labels, True
     else:
         found, is_shared = labels.get(owner), False
-        if found is None and head not in owners:
+        if found is None and head not in owners:  # a head called like another adapter does not get that one's labels
             return labels.get(head), False
         if isinstance(found, Mapping):
             return found.get(head), False
@@ -171,7 +180,7 @@ def labels_of(labels: Any, owner: str, head: str, *, is_alone: bool, owners: tup
     return found, is_shared
 
 
-def check_known(labels: Any, owners: tuple[str, ...], heads: tuple[str, ...]) -> None:
+def check_label_names(labels: Any, owners: tuple[str, ...], heads: tuple[str, ...]) -> None:
     """Raise CompatibilityError for labels under a name that is neither that of an adapter nor that of a head that runs."""
     unknown = [key for key in labels if key not in owners and key not in heads] if isinstance(labels, Mapping) else []
     if unknown:

@@ -18,11 +18,12 @@ __all__ = [
 
 
 def _as_tuple(value: object) -> object:
+    """Return lists and ranges as tuples, so that settings are hashable; else the value, for pydantic to refuse."""
     return tuple(value) if isinstance(value, (list, range)) else value
 
 
 def _as_path(value: object) -> object:
-    """One key may be given without a list around it."""
+    """Return one key as a tuple of it; lists as tuples. `True` is no index, though Python takes it for one."""
     return (value,) if isinstance(value, (str, int)) and not isinstance(value, bool) else _as_tuple(value)
 
 
@@ -37,10 +38,12 @@ OutputPath = Annotated[
     BeforeValidator(_as_path),
     Field(description="an index (a whole number), a key (a string), or a list of them"),
 ]
+# Bounds beyond any real head: a file from elsewhere must not make a model of any size.
 Depth = Annotated[Int, Field(ge=1, le=64)]
 
 
-def _given(**settings: Any) -> dict[str, Any]:
+def _without_none(**settings: Any) -> dict[str, Any]:
+    """Return the settings that were given: a default must not count as one (`model_fields_set`)."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -113,6 +116,7 @@ class CustomHead(HeadConfig):
     target: str | None = None
     output: OutputPath = None
     labels: Labels = None
+    # Private: a module is no setting. Two heads are equal, and are saved, without it.
     _module: nn.Module | None = PrivateAttr(default=None)
 
     def __init__(self, module: nn.Module | None = None, **settings: Any) -> None:
@@ -157,7 +161,7 @@ class _WithLabels(OutputHead):
     num_labels: Size | None = None
 
     def __init__(self, labels: Sequence[str] | None = None, **settings: Any) -> None:
-        super().__init__(**_given(labels=labels), **settings)
+        super().__init__(**_without_none(labels=labels), **settings)
 
     @model_validator(mode="after")
     def _know_how_many(self) -> "_WithLabels":
@@ -171,7 +175,7 @@ class _WithLabels(OutputHead):
     @property
     def size(self) -> int:
         """How many outputs there are."""
-        return self.num_labels or len(self.labels or ())
+        return self.num_labels or len(self.labels or ())  # one of them is there: `_know_how_many`
 
 
 class ClassificationHead(_WithLabels):
@@ -234,7 +238,7 @@ class RegressionHead(OutputHead):
     pooling: Pooling = "first"
 
     def __init__(self, num_targets: int | None = None, **settings: Any) -> None:
-        super().__init__(**_given(num_targets=num_targets), **settings)
+        super().__init__(**_without_none(num_targets=num_targets), **settings)
 
     @model_validator(mode="after")
     def _name_each(self) -> "RegressionHead":
@@ -261,7 +265,7 @@ class MultipleChoiceHead(OutputHead):
     pooling: Pooling = "first"
 
     def __init__(self, num_choices: int | None = None, **settings: Any) -> None:
-        super().__init__(**_given(num_choices=num_choices), **settings)
+        super().__init__(**_without_none(num_choices=num_choices), **settings)
 
 
 class QuestionAnsweringHead(OutputHead):
@@ -332,7 +336,7 @@ HEADS: tuple[type[HeadConfig], ...] = (
 
 
 def head_from(settings: Mapping[str, Any]) -> HeadConfig:
-    """The head of a mapping with its kind, as in JSON.
+    """Return the head that a mapping with its kind describes, as in JSON.
 
     Raises:
         ConfigError: no such kind, or bad settings.

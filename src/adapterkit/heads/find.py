@@ -3,13 +3,14 @@
 import copy
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CompatibilityError, ConfigError, TargetError
 from ..nn.seeded import seeded
@@ -23,7 +24,7 @@ from ..structure.tracing.inputs import first_that_runs
 from .build import VocabularySize, build_head
 from .config import CustomHead, HeadConfig, MultipleChoiceHead, OutputHead, OwnHead
 from .spec import HeadSpec
-from .steps import hidden_in
+from .steps import described_fields, hidden_in
 
 __all__ = ["FoundHead", "Heads", "build_heads", "check_apart", "check_names", "copy_heads", "find_heads", "output_host"]
 
@@ -52,7 +53,7 @@ class FoundHead:
 
 
 def find_heads(model: nn.Module, heads: Heads, example_inputs: ExampleInputs | None) -> list[FoundHead]:
-    """The heads that are meant, each with its host. Changes nothing.
+    """Find the heads that `heads` means, each with its host. Changes nothing.
 
     Raises:
         ConfigError: what is no head, two of one name, a module that is in the model already.
@@ -60,23 +61,28 @@ def find_heads(model: nn.Module, heads: Heads, example_inputs: ExampleInputs | N
             runs on the example inputs, or the width of the model's output is not known.
     """
     found: list[FoundHead] = []
-    width = _Widths(model, example_inputs)
+    width = _HiddenWidth(model, example_inputs)  # runs the model when first asked, and once for all heads
     for head in _as_configs(heads):
         if isinstance(head, OwnHead):
-            found += _own(model, head)
+            found += _find_own(model, head)
         elif isinstance(head, CustomHead):
-            found.append(_custom(model, head, width))
+            found.append(_find_custom(model, head, width))
         elif isinstance(head, OutputHead):
-            found.append(_new(model, head, width))
+            found.append(_find_on_output(model, head, width))
     in_place = [head.path for head in found if head.is_in_place]
     check_names([head.spec for head in found], in_place)
     check_apart([], in_place)
     if in_place and example_inputs is not None:
-        calls = observe(model, example_inputs, in_place, lambda *_: None)
-        never = [path for path, seen in calls.items() if not seen]
-        if never:
-            raise TargetError(f"the heads {never} never ran on the example inputs, so copies of them would not either")
+        _check_that_they_run(model, in_place, example_inputs)
     return found
+
+
+def _check_that_they_run(model: nn.Module, paths: Sequence[str], example_inputs: ExampleInputs) -> None:
+    """Raise TargetError if a module that a head replaces is not called: a hook on it would never run the copy."""
+    calls = observe(model, example_inputs, paths, lambda *_: None)
+    silent = [path for path, seen in calls.items() if not seen]
+    if silent:
+        raise TargetError(f"the heads {silent} never ran on the example inputs, so copies of them would not either")
 
 
 def check_apart(sites: Sequence[str], heads: Sequence[str]) -> None:
@@ -88,7 +94,12 @@ def check_apart(sites: Sequence[str], heads: Sequence[str]) -> None:
 
 
 def check_names(heads: Sequence[HeadSpec], in_place: Sequence[str]) -> None:
-    """Raise ConfigError unless the heads of one adapter can be told apart, and run side by side."""
+    """Raise ConfigError unless the heads of one adapter can be told apart, and run side by side.
+
+    Args:
+        heads: All heads of the adapter.
+        in_place: The paths of the modules that they replace.
+    """
     names = [head.config.name for head in heads]
     twice = sorted({str(name) for name in names if names.count(name) > 1})
     if twice:
@@ -105,12 +116,13 @@ def check_names(heads: Sequence[HeadSpec], in_place: Sequence[str]) -> None:
 
 
 def build_heads(model: nn.Module, heads: Sequence[FoundHead], dtype: torch.dtype, *, meta: bool = False) -> list[nn.Module]:
-    """The modules of these heads: copies of the model's own, the user's, or new ones.
+    """Return the modules of these heads: copies of the model's own, the user's, or new ones.
 
     Args:
         dtype: Of new ones.
         meta: Make new ones without memory or values, for a file to fill.
     """
+    # All copies in one call, so that weights that two heads share stay shared.
     own = [head.path for head in heads if isinstance(head.spec.config, OwnHead) and head.module is None]
     copies = dict(zip(own, copy_heads([model.get_submodule(path) for path in own]), strict=True))
     modules: list[nn.Module] = []
@@ -127,7 +139,7 @@ def build_heads(model: nn.Module, heads: Sequence[FoundHead], dtype: torch.dtype
 
 
 def copy_heads(heads: list[nn.Module]) -> list[nn.Module]:
-    """Copies of heads without what adapterkit put there; weights that they share, their copies share."""
+    """Return copies of heads without what adapterkit put there; weights that they share, their copies share."""
     copies = copy.deepcopy(heads)
     for module in {module for head in copies for module in head.modules()}:
         if SITE in module._modules:  # TorchScript's have no pop
@@ -137,16 +149,17 @@ def copy_heads(heads: list[nn.Module]) -> list[nn.Module]:
 
 
 def output_host(model: nn.Module) -> tuple[str, int]:
-    """The module whose output is the model's, and how many modules around it lie in the model, itself not counted.
+    """Return the path of the module whose output is the model's, and how many modules of the model lie around it.
 
-    It is the model itself, but for an `nn.Sequential`, which is its last layer. Raises TargetError: see `resolve_host`.
+    That module is the model itself, with none around it. Of an `nn.Sequential` it is the last layer: it would run a site as
+    one of its layers. Raises TargetError: see `resolve_host`.
     """
     path = resolve_host("", modules_by_path(model), at_input=False)
     return path, len(ancestors(path)) - 1
 
 
 def _as_configs(heads: Heads) -> Iterator[HeadConfig]:
-    """The heads as values."""
+    """Yield the heads as values. Raises ConfigError: what is no head."""
     if isinstance(heads, Mapping):
         for path, module in heads.items():
             if not isinstance(path, str) or not path or not isinstance(module, nn.Module):
@@ -168,8 +181,15 @@ def _as_configs(heads: Heads) -> Iterator[HeadConfig]:
             )
 
 
-def _own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
-    """Copies of what a pattern matches. Of several, the last one has the name and the labels that were given."""
+def _find_own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
+    """Find what a pattern matches, to be copied. Of several, the last one has the name and the labels that were given.
+
+    The last, since heads of several layers (dense, dropout, out_proj) end with the one whose outputs the labels name.
+
+    Raises:
+        TargetError: it matches nothing, or nothing with parameters.
+        ConfigError: there are not as many labels as outputs.
+    """
     modules = modules_by_path(model)
     paths = [inner for path in match(model, [head.target]) for inner in _parametrised(path, modules)]
     paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
@@ -184,6 +204,7 @@ def _own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
         raise TargetError(f"heads={[head.target]} have no parameters of their own to train")
     found = []
     for path in paths:
+        # All widths in it: which layer comes last is not known of a module with a `forward` of its own.
         widths = {shape.width for module in modules[path].modules() if (shape := known_shape(module)) is not None}
         given = head.labels if path == paths[-1] else None
         if given is not None and widths and len(given) not in widths:
@@ -198,18 +219,24 @@ def _own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
 
 
 def _labels_of_model(model: nn.Module, widths: set[int]) -> tuple[str, ...] | None:
-    """What a model of transformers calls the outputs of a head of such widths, if someone gave them names."""
+    """Return what a model of transformers calls the outputs of a head of such widths; None if nobody named them."""
     labels = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(labels, Mapping) or len(labels) not in widths:
         return None
     named = [labels.get(index, labels.get(str(index))) for index in range(len(labels))]  # JSON has no other keys
+    # transformers makes up LABEL_0, LABEL_1, … where nobody gave names.
     is_default = named == [f"LABEL_{index}" for index in range(len(named))]
     wrong = is_default or len({*named}) < len(named) or not all(isinstance(name, str) and name for name in named)
     return None if wrong else tuple(map(str, named))
 
 
-def _custom(model: nn.Module, head: CustomHead, width: Callable[[OutputHead | CustomHead], int]) -> FoundHead:
-    """The user's module, in the place of another or on the output."""
+def _find_custom(model: nn.Module, head: CustomHead, width: Callable[[OutputHead | CustomHead], int]) -> FoundHead:
+    """Find where the user's module is to run: in the place of another, or on the output.
+
+    Raises:
+        ConfigError: it is missing, or a part of the model.
+        TargetError: no one module has this path, or hooks on it cannot replace its output.
+    """
     module = head.module
     if module is None:
         raise ConfigError("CustomHead needs its module: ak.CustomHead(module)")
@@ -220,15 +247,7 @@ def _custom(model: nn.Module, head: CustomHead, width: Callable[[OutputHead | Cu
             "give a copy of its own: copy.deepcopy(module)"
         )
     if head.target is not None:
-        modules = modules_by_path(model)
-        paths = match(model, [head.target])
-        if len(paths) > 1:
-            raise TargetError(f"a module takes the place of one other, and {head.target!r} matches {paths}: give a path")
-        if isinstance(modules[paths[0]], nn.Sequential):
-            raise TargetError(
-                f"{paths[0]!r} is an nn.Sequential, of which hooks see the layers; name one, and what is to take its place"
-            )
-        path = resolve_host(paths[0], modules, at_input=False)
+        path = _one_host(model, head.target)
         config = CustomHead(target=path, name=head.name or path, labels=head.labels)
         return FoundHead(path, HeadSpec(config), module)
     path, above = output_host(model)
@@ -237,8 +256,21 @@ def _custom(model: nn.Module, head: CustomHead, width: Callable[[OutputHead | Cu
     return FoundHead(path, HeadSpec(config, above, width(head), takes_mask), module)
 
 
-def _new(model: nn.Module, head: OutputHead, width: Callable[[OutputHead | CustomHead], int]) -> FoundHead:
-    """A head on the output."""
+def _one_host(model: nn.Module, target: str) -> str:
+    """Return the path of the one module that a pattern matches. Raises TargetError: several, or an nn.Sequential."""
+    modules = modules_by_path(model)
+    paths = match(model, [target])
+    if len(paths) > 1:
+        raise TargetError(f"a module takes the place of one other, and {target!r} matches {paths}: give a path")
+    if isinstance(modules[paths[0]], nn.Sequential):
+        raise TargetError(
+            f"{paths[0]!r} is an nn.Sequential, of which hooks see the layers; name one, and what is to take its place"
+        )
+    return resolve_host(paths[0], modules, at_input=False)
+
+
+def _find_on_output(model: nn.Module, head: OutputHead, width: Callable[[OutputHead | CustomHead], int]) -> FoundHead:
+    """Return a new head on the model's output, with the width and the vocabulary that it needs."""
     path, above = output_host(model)
     config = head.override({"name": head.name or head.kind})
     spec = HeadSpec(config, above, width(head))
@@ -246,31 +278,36 @@ def _new(model: nn.Module, head: OutputHead, width: Callable[[OutputHead | Custo
     return FoundHead(path, HeadSpec(config, above, spec.width, embedding=embedding), vocabulary=vocabulary)
 
 
-class _Widths:
-    """How wide the tensor is that a head reads: seen in one run of the model, or told by the type of its last layer."""
+class _HiddenWidth:
+    """How wide the tensor is that a head reads: seen in one run of the model, or told by the type of its last layer.
+
+    Called with the settings of a head, it returns the number of features.
+    """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
         self.model, self.example_inputs = model, example_inputs
         self.output: Any = None
 
     def __call__(self, head: OutputHead | CustomHead) -> int:
-        """Features. Raises TargetError: they are not known, or no such tensor is there."""
+        """Return the features that a head reads. Raises TargetError: they are not known, or no such tensor is there."""
         known = known_shape(self.model.get_submodule(output_host(self.model)[0]))
         if self.example_inputs is None and known is not None and known.axis == -1 and head.output is None:
             return known.width
         if self.output is None:
-            self.output = self._seen()
+            self.output = self._output_of_a_run()
         hidden = hidden_in(self.output, head.output)
         if hidden is None:
             what = "first tensor of (batch, seq, hidden) or (batch, hidden)" if head.output is None else list(head.output)
             raise TargetError(
                 f"a head reads {what} of the model's output, and there is none in what {type(self.model).__name__} "
-                f"returned: {type(self.output).__name__}. Name the tensor with output="
+                f"returned: {type(self.output).__name__}{described_fields(self.output)}. {_way_to(head.output)}"
             )
+        if head.output is None:  # who names output="logits" means them
+            _warn_of_logits(self.model, self.output, hidden)
         return hidden.shape[-1]
 
-    def _seen(self) -> Any:
-        """The output of one run."""
+    def _output_of_a_run(self) -> Any:
+        """Return what the base returns for the example inputs, or for tiny ones. Raises TargetError: none are known."""
         with ACTIVATION_LOCK, without_adapters():
             if self.example_inputs is not None:
                 return forward(self.model, self.example_inputs)
@@ -280,8 +317,35 @@ class _Widths:
                 raise TargetError(f"the width of the model's output is not known. {error}") from error
 
 
+def _way_to(output: Sequence[int | str] | None) -> str:
+    """Tell how the output gets the tensor that a head is to read."""
+    # Models of transformers return these on demand, and the config is the one place where a kit can ask for them.
+    for name in ("hidden_states", "attentions"):
+        if output is not None and str(output[0]).endswith(name):
+            return f"Set output_{name}=True in the model's config, or name another tensor with output="
+    return "Name the tensor with output="
+
+
+def _warn_of_logits(model: nn.Module, output: Any, hidden: Tensor) -> None:
+    """Warn where a head reads the scores of another: the logits that a model of transformers makes by a head of its own."""
+    inner = getattr(model, "base_model", None)
+    if not isinstance(inner, nn.Module) or inner is model or not isinstance(output, Mapping):
+        return
+    if output.get("logits") is not hidden:
+        return
+    children = {name: child for name, child in model.named_children() if name != SITE}
+    own = [name for name, child in children.items() if child is not inner and any(True for _ in child.parameters())]
+    prefix = next((name for name, child in children.items() if child is inner), "base_model")
+    warnings.warn(
+        f"{type(model).__name__} has a head of its own, {own}: a new head on its output reads the logits of that one, of "
+        f"width {hidden.shape[-1]}, not hidden states. To train a copy of the model's own, give heads={own}. For a new "
+        f"head on hidden states, load the model without its head (AutoModel), wrap model.{prefix}, or name output=.",
+        stacklevel=7,  # the caller of kit.add or kit.add_head
+    )
+
+
 def _parametrised(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The path itself, or, of a Sequential, those of its layers that have parameters."""
+    """Return the path itself if the module has parameters; of a Sequential, the paths of its layers that have some."""
     module = modules[path]
     if type(module) is nn.Sequential:
         return [inner for name in module._modules for inner in _parametrised(f"{path}.{name}".lstrip("."), modules)]

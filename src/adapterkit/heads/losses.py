@@ -14,44 +14,46 @@ IGNORED = -100  # a label that says: nothing here
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy. Labels of -100 do not count. Shape: logits (..., classes), labels (...) of whole numbers."""
-    labels = _whole(_fitting(labels, logits.shape[:-1]))
+    """Return the cross-entropy. Labels of -100 do not count. Shape: logits (..., classes), labels (...), whole numbers."""
+    labels = _as_long(_with_shape(labels, logits.shape[:-1]))
+    # In fp32, where a sum over a batch of half logits keeps its digits. A sum, since torch's mean of no labels is nan.
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each position's logits with the label of the next. Shape: logits (batch, seq, classes)."""
-    return class_loss(logits[:, :-1], _fitting(labels, logits.shape[:-1])[:, 1:])
+    """Return the cross-entropy of each position's logits with the next label. Shape: logits (batch, seq, classes)."""
+    return class_loss(logits[:, :-1], _with_shape(labels, logits.shape[:-1])[:, 1:])
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of every label. Labels of -100 do not count. Shape: logits and labels (batch, labels)."""
-    labels = _fitting(labels, logits.shape).float()
+    """Return the binary cross-entropy. Labels of -100 do not count. Shape: logits and labels (batch, labels)."""
+    labels = _with_shape(labels, logits.shape).float()
     counts = (labels != IGNORED).float()
     total = F.binary_cross_entropy_with_logits(logits.float(), labels, weight=counts, reduction="sum")
     return total / counts.sum().clamp(min=1)
 
 
 def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean squared error. Shape: logits and labels (batch, targets)."""
+    """Return the mean squared error. Shape: logits and labels (batch, targets)."""
+    # Without this axis, (batch) against (batch, 1) would be broadcast to all pairs.
     if logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]:
         labels = labels[..., None]
-    return F.mse_loss(logits.float(), _fitting(labels, logits.shape).float())
+    return F.mse_loss(logits.float(), _with_shape(labels, logits.shape).float())
 
 
 def span_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over positions, the mean of starts and ends; those beyond the sequence do not count.
+    """Return the cross-entropy over positions, the mean of starts and ends; those beyond the sequence do not count.
 
     Shape: logits (batch, seq, 2), labels (batch, 2): the positions of start and end.
     """
-    labels, length = _whole(_fitting(labels, (logits.shape[0], 2))), logits.shape[1]
+    labels, length = _as_long(_with_shape(labels, (logits.shape[0], 2))), logits.shape[1]
     inside = torch.where((labels >= 0) & (labels < length), labels, IGNORED)
     return class_loss(logits.transpose(1, 2), inside)
 
 
-def _fitting(labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """The labels, if they have this shape; a last axis of 1 is dropped where that makes it so.
+def _with_shape(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the labels, if they have this shape; a last axis of 1 is dropped where that makes it so.
 
     Raises:
         CompatibilityError: they have another.
@@ -63,8 +65,8 @@ def _fitting(labels: Tensor, shape: Sequence[int]) -> Tensor:
     return labels
 
 
-def _whole(labels: Tensor) -> Tensor:
-    """The labels as torch wants them, of whatever whole type they are. Raises CompatibilityError: they are fractions."""
+def _as_long(labels: Tensor) -> Tensor:
+    """Return labels of any whole type as torch wants them. Raises CompatibilityError: they are fractions."""
     if labels.is_floating_point():
         raise CompatibilityError(f"labels here are whole numbers; found {labels.dtype}")
     return labels.long()

@@ -83,7 +83,7 @@ class RowScorer(nn.Module):
         return scores
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss. Shape: scalar."""
+        """Return the loss. Shape: scalar."""
         return self._loss(logits, labels)
 
 
@@ -109,7 +109,7 @@ class TokenScorer(nn.Module):
         return scores
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss. Shape: scalar."""
+        """Return the loss. Shape: scalar."""
         return self._loss(logits, labels)
 
 
@@ -140,10 +140,10 @@ class ChoiceScorer(nn.Module):
                 f"seq); found {hidden.shape[0]} rows"
             )
         scores: Tensor = self.layers(pooled(hidden, mask, self.pooling))
-        return scores.view(-1, self.choices)
+        return scores.view(-1, self.choices)  # (batch, choices)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy. Shape: scalar."""
+        """Return the cross-entropy. Shape: scalar."""
         return class_loss(logits, labels)
 
 
@@ -158,7 +158,7 @@ class InvertibleModule(Protocol):
     is_undone: bool
 
     def undone(self, x: Tensor) -> Tensor:
-        """What the embedding was before it. Shape: (..., width)."""
+        """Return what the embedding was before it. Shape: (..., width)."""
         ...
 
 
@@ -204,7 +204,7 @@ class TokenPredictor(nn.Module):
         self.weight = None if is_tied else nn.Parameter(torch.empty(vocabulary, width, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(vocabulary, dtype=dtype)) if has_bias else None
         if self.weight is not None:
-            nn.init.normal_(self.weight, std=width**-0.5)
+            nn.init.normal_(self.weight, std=width**-0.5)  # hidden states behind a norm then give scores of about 1
 
     def forward(
         self,
@@ -235,7 +235,7 @@ class TokenPredictor(nn.Module):
         return logits if self.bias is None else logits + self.bias
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, with the next token's label if it is causal. Shape: scalar."""
+        """Return the cross-entropy, with the next token's label if it is causal. Shape: scalar."""
         return next_token_loss(logits, labels) if self.is_causal else class_loss(logits, labels)
 
 

@@ -159,7 +159,7 @@ def _ways_undone(kind: CompositionFacts, root: str, modules: Mapping[str, nn.Mod
             for name, key in _undone_at(site, kind.names):
                 # The first of an adapter: where several say so, they are one and the same change.
                 ways.setdefault(name, (*_way(path[len(root) :].lstrip(".")), SITE, key))
-    if ways and not _is_chain(kind.composition):
+    if ways and not kind.is_in_order:  # layers that a Drop leaves out are not the embedding's
         raise CompatibilityError(
             f"{kind.composition!r} has invertible adapters of the embedding, {sorted(ways)}, side by side: a head with the "
             "vocabulary cannot undo them. Stack them"
@@ -174,13 +174,6 @@ def _undone_at(site: AdapterSite, names: Collection[str]) -> Iterator[tuple[str,
         for entry, module in site.modules_of(name):
             if isinstance(module, InvertibleModule) and module.is_undone:
                 yield name, entry.key
-
-
-def _is_chain(composition: Composition | None) -> bool:
-    """Whether a composition is adapters one after the other, all of them in full."""
-    if not isinstance(composition, CompositionNode):
-        return True
-    return composition.is_in_order and composition.head_from == "last" and all(map(_is_chain, composition.children))
 
 
 def _way(path: str) -> Way:

@@ -13,7 +13,7 @@ Pooling = Literal["first", "last", "mean"]
 
 
 def pooled(hidden: Tensor, mask: Tensor | None, how: Pooling) -> Tensor:
-    """The first position (the [CLS] token of encoders), the last real one, or the mean of the real ones.
+    """Return the first position (the [CLS] token of encoders), the last real one, or the mean of the real ones.
 
     What is pooled already, of shape (batch, hidden), stays as it is.
 
@@ -41,6 +41,7 @@ def pooled(hidden: Tensor, mask: Tensor | None, how: Pooling) -> Tensor:
     if how == "mean":
         weights = is_real.to(hidden.dtype)
         return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (places * is_real).argmax(1)
+    # Not the number of real positions less one: padding may be on the left. A row of padding alone gives its first one.
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (positions * is_real).argmax(1)
     return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CompatibilityError
 from ..structure import pytree
 
-__all__ = ["HeadOutput", "Logits", "Piece", "joined", "laid_out", "rows_of_call", "some_rows"]
+__all__ = ["HeadOutput", "Logits", "Piece", "in_row_order", "join_rows", "rows_of_call", "some_rows"]
 
 Logits = Tensor | tuple[Tensor | None, ...]
 
@@ -35,7 +35,8 @@ class Piece:
 
 
 def some_rows(tensor: Tensor, rows: Sequence[int], axis: int = 0) -> Tensor:
-    """These rows of a tensor: a part of it where they lie together. Shape: as it, with as many rows."""
+    """Return these rows of a tensor: a view of it where they lie together. Shape: as it, with as many rows."""
+    # A copy only where it must be: hidden states are large, and rows of one adapter mostly lie together.
     if len(rows) == tensor.shape[axis] and list(rows) == list(range(len(rows))):
         return tensor
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
@@ -44,21 +45,22 @@ def some_rows(tensor: Tensor, rows: Sequence[int], axis: int = 0) -> Tensor:
 
 
 def rows_of_call(value: Any, count: int, rows: Sequence[int], axis: int) -> Any:
-    """Arguments or an output, each tensor that has `count` rows with these alone."""
+    """Return arguments or an output with these rows alone, in each tensor that has `count` rows; others stay whole."""
     for path, tensor in list(pytree.tensors(value)):
         if tensor.dim() > axis and tensor.shape[axis] == count:
             value = pytree.put(value, path, some_rows(tensor, rows, axis))
     return value
 
 
-def laid_out(pieces: Sequence[Piece], absent: Sequence[int]) -> Logits:
-    """The logits in the order of the rows: one tensor where all have them, of one shape; else one for each, or None.
+def in_row_order(pieces: Sequence[Piece], absent: Sequence[int]) -> Logits:
+    """Return the logits in the order of the rows: one tensor where all have them, of one shape; else one for each, or None.
 
     Args:
         absent: The rows of which no piece is.
     """
     if len(pieces) == 1 and not absent:
         return pieces[0].logits
+    # Heads with other numbers of labels, or rows without a head, have no common tensor.
     if not absent and len({(p.logits.shape[1:], p.logits.dtype, p.logits.device) for p in pieces}) == 1:
         order = _order([row for piece in pieces for row in piece.rows])
         return some_rows(torch.cat([piece.logits for piece in pieces]), order)
@@ -67,14 +69,20 @@ def laid_out(pieces: Sequence[Piece], absent: Sequence[int]) -> Logits:
     return tuple(each[row] for row in sorted(each))
 
 
-def joined(outputs: Sequence[tuple[Any, Sequence[int]]], axis: int, what: str) -> Any:
-    """The outputs of heads in a module's place, each of its own rows, as one output of all rows.
+def join_rows(outputs: Sequence[tuple[Any, Sequence[int]]], axis: int, what: str) -> Any:
+    """Return the outputs of heads in a module's place, each of its own rows, as one output of all rows.
+
+    Args:
+        outputs: Each with the rows that it is of. Tensors without an axis of rows (a loss) are those of the first.
+        axis: The axis of the rows.
+        what: What returns them, for the message.
 
     Raises:
         CompatibilityError: they differ in more than their rows.
     """
     if len(outputs) == 1:
         return outputs[0][0]
+    # Rows come grouped by head; `order` takes them back into the order of the batch.
     first, order = outputs[0][0], _order([row for _, rows in outputs for row in rows])
     found = [{path: t for path, t in pytree.tensors(output) if t.dim() > axis} for output, _ in outputs]
     shapes = [{path: (*t.shape[:axis], *t.shape[axis + 1 :]) for path, t in tensors.items()} for tensors in found]
@@ -92,7 +100,7 @@ def joined(outputs: Sequence[tuple[Any, Sequence[int]]], axis: int, what: str) -
 
 
 def _order(rows: Sequence[int]) -> list[int]:
-    """Where each row lies, from the first row on."""
+    """Return the indices at which the rows lie, from the lowest row on: the order that sorts them."""
     return sorted(range(len(rows)), key=lambda index: rows[index])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,12 @@ from ..runtime.site import AdapterSite
 from ..runtime.steps import Step
 from ..structure import pytree
 from ..structure.pytree import Path
-from .call import HeadInputs, HeadRequest, check_known, labels_of
-from .rows import HeadOutput, Logits, Piece, joined, laid_out, rows_of_call, some_rows
+from .call import HeadInputs, HeadRequest, check_label_names, labels_of
+from .rows import HeadOutput, Logits, Piece, in_row_order, join_rows, rows_of_call, some_rows
 
-__all__ = ["Head", "Owned", "RunHeads", "UseHead", "UseHeads"]
+__all__ = ["Head", "Owned", "RunHeads", "UseHead", "UseHeads", "described_fields", "hidden_in"]
 
-Way = tuple[str, ...]
+Way = tuple[str, ...]  # names of children, from the model to a module below it: found anew, a copy of the model is right
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class UseHeads(Step):
         by_key: dict[str | None, list[int]] = {}
         for row, kind in enumerate(_kinds_of_rows(self.adapter, self.kinds, count, f"at {self.path!r}")):
             by_key.setdefault(self.keys[kind], []).append(row)
+        # One call for each head, on all of its rows, whichever adapters those run.
         outputs = []
         for key, rows in by_key.items():
             if key is None:
@@ -76,7 +77,7 @@ class UseHeads(Step):
                 head: Any = site._modules[key]
                 own_args, own_kwargs = rows_of_call(call, count, rows, self.axis) if len(by_key) > 1 else call
                 outputs.append((head(*own_args, **own_kwargs), rows))
-        return joined(outputs, self.axis, repr(self.path))
+        return join_rows(outputs, self.axis, repr(self.path))
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Head:
     undoes: tuple[Way, ...] | None = None
 
     def run(self, module: Any, root: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """The logits. Shape: hidden (batch, seq, width) or (batch, width), mask (batch, seq), result (batch, ...)."""
+        """Return the logits. Shape: hidden (batch, seq, width) or (batch, width), mask (batch, seq), out (batch, ...)."""
+        # The hidden states go to where the head is, and to its dtype: a half base may have a head in fp32.
         like = next((p for p in module.parameters() if p.is_floating_point()), hidden)
         hidden = hidden.to(like.device, like.dtype)
         if self.undoes is not None:
@@ -111,6 +113,7 @@ class Head:
             logits = module(hidden, mask, weight=weight, undoing=[_walk(root, way) for way in self.undoes])
         else:
             logits = module(hidden, mask) if self.takes_mask else module(hidden)
+        # Fewer rows than hidden states are right where several of these are one example (choices).
         if not isinstance(logits, Tensor) or logits.dim() == 0 or hidden.shape[0] % max(1, logits.shape[0]):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise CompatibilityError(
@@ -151,12 +154,12 @@ class RunHeads(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the `HeadOutput`; the value where the host was not called by its model."""
         call = site.call.take()
-        if call is None:
+        if call is None:  # the last layer of an nn.Sequential, say, called by itself
             return value
         self._refuse_generation()
-        pieces, absent = self._run(site, call, value)
-        every = None if self._is_one else sorted({row for piece in pieces for row in piece.rows} | {*absent})
-        heads, logits = self._in_order(pieces, every)
+        pieces, headless = self._run(site, call, value)
+        every = None if self._is_one else sorted({row for piece in pieces for row in piece.rows} | {*headless})
+        heads, logits = self._by_name(pieces, every)
         losses = {} if call.labels is None else self._losses(site, call.labels, pieces, every)
         each = list(losses.values())
         loss = None if not each else each[0] if len(each) == 1 else torch.stack(each).sum()
@@ -177,12 +180,12 @@ class RunHeads(Step):
         return len(self.kinds) == 1
 
     def _run(self, site: AdapterSite, call: HeadInputs, value: Any) -> tuple[list[Piece], list[int]]:
-        """What each head makes of its rows, and the rows that have none."""
+        """Return what each head makes of its rows, and the rows that have no head."""
         pieces: list[Piece] = []
-        absent: list[int] = []
+        headless: list[int] = []
         for held, rows in self._groups(value):
             if held is None:
-                absent += rows
+                headless += rows
                 continue
             for head in held.heads:
                 hidden = self._hidden(head, value)
@@ -193,24 +196,31 @@ class RunHeads(Step):
                 logits = head.run(site._modules[head.key], call.root, hidden, mask)
                 each = len(rows) // logits.shape[0] if rows else 1  # rows that one of logits is of
                 pieces.append(Piece(held.adapter, head.name, logits, rows[::each]))
-        return pieces, absent
+        return pieces, headless
 
-    def _in_order(self, pieces: Sequence[Piece], every: Sequence[int] | None) -> tuple[dict[str, Logits], Logits]:
-        """The logits by the name of the head, and those of each row's first head."""
+    def _by_name(self, pieces: Sequence[Piece], every: Sequence[int] | None) -> tuple[dict[str, Logits], Logits]:
+        """Return the logits by the name of the head, and those of each row's first head.
+
+        Args:
+            pieces: What heads made of their rows.
+            every: All rows; None where all run the same heads, so that there is nothing to put in order.
+        """
         if every is None:
             return {piece.head: piece.logits for piece in pieces}, pieces[0].logits
+        # Heads of several adapters may have one name ("classification", say): they then share an entry.
         leading = {held.adapter: held.heads[0].name for held in self.owned if held is not None}
         first = [piece for piece in pieces if leading[piece.owner] == piece.head]
         by_name = {name: [p for p in pieces if p.head == name] for name in dict.fromkeys(p.head for p in pieces)}
-        heads = {name: laid_out(own, _others(every, own)) for name, own in by_name.items()}
+        heads = {name: in_row_order(own, _others(every, own)) for name, own in by_name.items()}
         names = {piece.head for piece in first}
-        return heads, heads[names.pop()] if len(names) == 1 else laid_out(first, _others(every, first))
+        return heads, heads[names.pop()] if len(names) == 1 else in_row_order(first, _others(every, first))
 
     def _groups(self, value: Any) -> Iterator[tuple[Owned | None, list[int]]]:
-        """Heads with their rows; with none named where all rows have the same."""
+        """Yield the heads of one adapter with their rows; with an empty list of rows where all rows have the same heads."""
         if self._is_one:
             yield self.owned[0], []
             return
+        # Any head tells how many rows there are: all read tensors of the same batch.
         head = next(held.heads[0] for held in self.owned if held is not None)
         count = self._hidden(head, value).shape[0]
         by_kind: dict[int, list[int]] = {}
@@ -220,10 +230,14 @@ class RunHeads(Step):
             yield self.owned[kind], by_kind[kind]
 
     def _hidden(self, head: Head, value: Any) -> Tensor:
-        """What a head reads, rows first. Shape: (batch, seq, width) or (batch, width)."""
+        """Return what a head reads, rows first. Shape: (batch, seq, width) or (batch, width).
+
+        Raises:
+            CompatibilityError: the output has no such tensor, or one of another width.
+        """
         hidden = hidden_in(value, head.output)
         if hidden is None or hidden.shape[-1] != head.width:
-            found = type(value).__name__ if hidden is None else tuple(hidden.shape)
+            found = f"{type(value).__name__}{described_fields(value)}" if hidden is None else tuple(hidden.shape)
             raise CompatibilityError(
                 f"the head {head.name!r} reads {head.width} features, (batch, seq, {head.width}) or (batch, {head.width}), "
                 f"and found {found} in what the model returned; name the tensor with output="
@@ -231,7 +245,8 @@ class RunHeads(Step):
         return hidden.transpose(0, 1) if self.axis == 1 and hidden.dim() == 3 else hidden
 
     def _repeated(self, tensor: Tensor, rows: int) -> Tensor:
-        """A tensor with the rows of the batch, for a composition that runs it several times. Shape: (rows, ...)."""
+        """Return a tensor of the call with as many rows as the output, which a Parallel repeats. Shape: (rows, ...)."""
+        # Labels and masks were read before the hook that repeats the call.
         if self.copies > 1 and tensor.dim() and tensor.shape[0] * self.copies == rows:
             return tensor.repeat(self.copies, *[1] * (tensor.dim() - 1))
         return tensor
@@ -239,9 +254,9 @@ class RunHeads(Step):
     def _losses(
         self, site: AdapterSite, labels: Any, pieces: Sequence[Piece], every: Sequence[int] | None
     ) -> dict[str, Tensor]:
-        """The loss of each adapter that has labels: the sum of those of its heads."""
+        """Return the loss of each adapter that has labels: the sum of those of its heads. Raises CompatibilityError."""
         owners = {held.adapter: held.heads for held in self.owned if held is not None}
-        check_known(labels, tuple(owners), tuple(dict.fromkeys(h.name for heads in owners.values() for h in heads)))
+        check_label_names(labels, tuple(owners), tuple(dict.fromkeys(h.name for heads in owners.values() for h in heads)))
         losses: dict[str, Tensor] = {}
         for owner, heads in owners.items():
             for head in heads:
@@ -249,18 +264,31 @@ class RunHeads(Step):
                 meant, is_shared = labels_of(labels, owner, head.name, is_alone=len(heads) == 1, owners=tuple(owners))
                 if meant is None or not own:
                     continue
+                # One loss over all rows of a head, not one for each piece: a mean of means would weigh rows unequally.
                 logits = torch.cat([piece.logits for piece in own]) if len(own) > 1 else own[0].logits
-                target = self._repeated(torch.as_tensor(meant), logits.shape[0])
-                if every is not None:
-                    rows = [row for piece in own for row in piece.rows]
-                    target = self._labels_at(torch.as_tensor(meant), rows, every, is_shared=is_shared)
+                target = self._labels_for(own, torch.as_tensor(meant), logits, every, is_shared=is_shared)
                 _check_rows(target, logits, head, every)
                 loss = _loss_of(site._modules[head.key], head, logits, target)
                 losses[owner] = losses[owner] + loss if owner in losses else loss
         return losses
 
+    def _labels_for(
+        self, pieces: Sequence[Piece], labels: Tensor, logits: Tensor, every: Sequence[int] | None, *, is_shared: bool
+    ) -> Tensor:
+        """Return the labels of the rows that a head ran on. Shape: (rows, ...); see `_labels_at`."""
+        if every is None:
+            return self._repeated(labels, logits.shape[0])
+        return self._labels_at(labels, [row for piece in pieces for row in piece.rows], every, is_shared=is_shared)
+
     def _labels_at(self, labels: Tensor, rows: Sequence[int], every: Sequence[int], *, is_shared: bool) -> Tensor:
-        """The labels of these rows, of labels for them alone or for the batch. Shape: (rows, ...), or as given."""
+        """Return the labels of these rows. Shape: (rows, ...); as given, which `_check_rows` refuses, for a wrong number.
+
+        Args:
+            labels: For these rows alone, in the order of the batch, or for the whole batch.
+            rows: The rows, in any order.
+            every: All rows of the batch.
+            is_shared: They are for all adapters, so for the whole batch.
+        """
         meant = sorted(rows) if not is_shared and labels.dim() and labels.shape[0] == len(rows) else every
         labels = labels if meant is not every else self._repeated(labels, len(every))
         if not labels.dim() or labels.shape[0] != len(meant):
@@ -270,7 +298,7 @@ class RunHeads(Step):
 
 
 def _others(every: Sequence[int], pieces: Sequence[Piece]) -> list[int]:
-    """The rows that are of none of these pieces."""
+    """Return the rows of `every` that are in none of these pieces."""
     return sorted({*every} - {row for piece in pieces for row in piece.rows})
 
 
@@ -285,7 +313,7 @@ def _check_rows(labels: Tensor, logits: Tensor, head: Head, every: Sequence[int]
 
 
 def hidden_in(value: Any, path: Path | None) -> Tensor | None:
-    """The tensor of a model's output that a head reads; None if it is not there.
+    """Return the tensor of a model's output that a head reads; None if it is not there.
 
     Without a path it is the first floating one of two or three axes. By a path it may be what is pooled with all axes
     kept, (batch, hidden, 1, 1).
@@ -307,8 +335,13 @@ def hidden_in(value: Any, path: Path | None) -> Tensor | None:
     return found
 
 
+def described_fields(value: Any) -> str:
+    """Return the fields that an output has, in words that follow its type in a message; "" if it has none."""
+    return f" with the fields {list(value)}" if isinstance(value, Mapping) else ""
+
+
 def _loss_of(module: Any, head: Head, logits: Tensor, labels: Tensor) -> Tensor:
-    """A head's own loss. Raises CompatibilityError: the head is a module of the user's without one."""
+    """Return a head's own loss. Raises CompatibilityError: the head is a module of the user's without one."""
     if not hasattr(module, "loss"):
         raise CompatibilityError(
             f"the head {head.name!r} ({type(module).__name__}) has no method loss(logits, labels): give it one, or call "
@@ -319,6 +352,7 @@ def _loss_of(module: Any, head: Head, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _walk(root: nn.Module, way: Way) -> Any:
+    """Return the module at the end of a way."""
     module: Any = root
     for name in way:
         module = module._modules[name]
@@ -328,7 +362,7 @@ def _walk(root: nn.Module, way: Way) -> Any:
 def _kinds_of_rows(
     composition: Composition | None, kinds: Sequence[Composition | None], count: int, where: str
 ) -> list[int]:
-    """Which of the kinds each row is. Raises CompatibilityError: the composition is of another number of rows."""
+    """Return the index in `kinds` of each row's composition. Raises CompatibilityError: it is of another number of rows."""
     try:
         rows = rows_of(composition, count)
     except CompatibilityError as error:
