@@ -17,7 +17,7 @@ LAYERS = [
     {"composition", "config", "nn", "structure"},
     {"placement"},
     {"runtime"},
-    {"heads", "methods"},
+    {"heads", "hosts", "methods"},
     {"lifecycle"},
     {"store", "inspection"},
     {"kit"},

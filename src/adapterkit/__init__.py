@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from .kit import wrap as wrap
     from .methods.in_tree import *  # noqa: F403  # the configs of all methods, which have one line each there
     from .placement.spec import SiteSpec as SiteSpec
+    from .store.check_base import BaseMismatchWarning as BaseMismatchWarning
     from .store.check_sites import SitesNotCheckedWarning as SitesNotCheckedWarning
-    from .store.load import BaseMismatchWarning as BaseMismatchWarning
     from .store.manifest import Metadata as Metadata
 
 __version__ = "0.1.0"
@@ -74,7 +74,7 @@ _NAMES_IN = {
     ".kit": "AdapterKit wrap",
     ".placement.spec": "SiteSpec",
     ".store.check_sites": "SitesNotCheckedWarning",
-    ".store.load": "BaseMismatchWarning",
+    ".store.check_base": "BaseMismatchWarning",
     ".store.manifest": "Metadata",
 }
 _HOMES = {name: home for home, names in _NAMES_IN.items() for name in names.split()}

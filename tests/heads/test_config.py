@@ -66,7 +66,7 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
         make()
 
 
-def test_labels_are_maps() -> None:
+def test_names_of_labels_become_a_map_by_index() -> None:
     assert ak.TaggingHead(("O", "B")).label_map == {0: "O", 1: "B"}
     assert ak.TaggingHead(num_labels=2).label_map is None
     assert ak.QuestionAnsweringHead().label_map is None

@@ -39,3 +39,7 @@ def deep_kit(**settings: Any) -> ak.AdapterKit:
     randomise(kit, "a")
     kit.train_adapter("a", **settings)
     return kit
+
+
+def depth_of(composition: Any) -> int:
+    return 0 if composition == "a" else len(composition.layers)

@@ -281,7 +281,7 @@ def test_a_fusion_is_neither_merged_nor_combined() -> None:
         kit.merge("a")
 
 
-def test_copies_compiled_and_checkpointed_models_run_it() -> None:
+def test_copies_compiled_and_checkpointed_models_run_the_fusion() -> None:
     kit = wrapped()
     kit.train_fusion("a,b")
     expected = kit.model(IDS)

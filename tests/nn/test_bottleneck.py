@@ -35,7 +35,7 @@ def test_every_non_linearity_is_applied_elementwise(name: str) -> None:
     torch.testing.assert_close(a(Z, X), inner @ a.up_weight.T + a.up_bias)
 
 
-def test_non_linearities_by_formula() -> None:
+def test_each_non_linearity_is_its_formula() -> None:
     x = torch.linspace(-3, 3, 13)
     torch.testing.assert_close(NON_LINEARITIES["quick_gelu"](x), x / (1 + torch.exp(-1.702 * x)))
     inner = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)

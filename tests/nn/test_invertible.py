@@ -143,7 +143,9 @@ def test_its_gradients_are_right(block: CouplingKind, inverse: bool) -> None:
         (7, 64.0, "glow", {"f_down_weight": (1, 4), "f_up_weight": (6, 1), "g_down_weight": (1, 3), "g_up_weight": (8, 1)}),
     ],
 )
-def test_sizes_of_the_networks(width: int, factor: float, block: CouplingKind, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_each_network_reads_one_half_and_is_as_wide_as_the_reduction_factor_says(
+    width: int, factor: float, block: CouplingKind, shapes: dict[str, tuple[int, ...]]
+) -> None:
     c = Coupling(width, block=block, reduction_factor=factor)
     assert {name: tuple(p.shape) for name, p in c.named_parameters() if name.endswith("weight")} == shapes
 

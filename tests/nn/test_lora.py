@@ -53,7 +53,7 @@ def test_every_geometry_of_a_conv_is_kept(host: nn.Module, rank: int, bias: bool
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 9), st.booleans())
-def test_any_size_of_a_linear_layer(inputs: int, outputs: int, rank: int, has_bias: bool) -> None:
+def test_a_linear_layer_of_any_size_computes_the_same_merged(inputs: int, outputs: int, rank: int, has_bias: bool) -> None:
     host = nn.Linear(inputs, outputs, bias=has_bias).double()
     m = lora(host, rank, bias=has_bias)
     for z in (some_input(host), torch.randn(inputs).double(), torch.randn(0, inputs).double()):
@@ -77,7 +77,7 @@ def test_the_rank_of_all_groups_together_is_rounded_up(rank: int, of_each: int) 
     assert (m.lora_A.shape, m.lora_B.shape) == ((3 * of_each, 2, 3, 3), (9, of_each, 1, 1))
 
 
-def test_a_conv_without_a_batch_axis() -> None:
+def test_a_conv_without_a_batch_axis_computes_the_same_as_with_one() -> None:
     host = layer("conv2d").double()
     m, z = lora(host, bias=True), some_input(host)
     exact(run(host, m, z[0]), run_merged(host, m, z)[0])
@@ -133,7 +133,7 @@ def test_parts_are_as_separate_layers() -> None:
     exact(delta[:, 5:], 1.7 * z @ m.lora_A[3:].T @ m.lora_B[2:].T)
 
 
-def test_parts_of_an_embedding() -> None:
+def test_an_embedding_with_parts_computes_the_same_merged() -> None:
     host = layer("embedding").double()
     m, z = lora(host, slices=(("a", ((1, 3),)), ("b", ((3, 4),)))), some_input(host)
     exact(run(host, m, z), run_merged(host, m, z))
@@ -145,7 +145,7 @@ def test_parts_of_a_grouped_conv_are_refused() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, -1])
-def test_a_rank_is_positive(rank: int) -> None:
+def test_a_rank_that_is_not_positive_is_refused(rank: int) -> None:
     with pytest.raises(ConfigError, match=f"rank={rank} is not positive"):
         LoRA(geometry(nn.Linear(2, 2)), rank)
 
@@ -225,7 +225,7 @@ def test_a_gate_is_the_mean_over_tokens_of_a_sigmoid_and_keeps_the_scaling() -> 
     exact(m(z, host(z), host), gate.mean(0, keepdim=True) * plain)
 
 
-def test_the_gate_of_a_conv_and_of_an_embedding() -> None:
+def test_the_gate_of_a_conv_and_of_an_embedding_is_the_mean_over_their_positions() -> None:
     conv, z = nn.Conv2d(3, 4, 3).double(), torch.randn(2, 3, 6, 5).double()
     m = lora(conv, gating=True)
     gate = torch.sigmoid(torch.einsum("bchw,c->bhw", z, m.gate_weight[0]) + m.gate_bias).mean((1, 2))

@@ -38,7 +38,7 @@ def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("residual", [None, "up"])
 @pytest.mark.parametrize("target", ["down", "norm_2"])
-def test_post_norm_placements(target: str, residual: str | None) -> None:
+def test_each_placement_in_a_post_norm_block_follows_its_formula(target: str, residual: str | None) -> None:
     """Houlsby LN(x + f(x) + r), Pfeiffer LN(s + f(LN(s))), parallel LN(x + f(r) + r)."""
     block = PostNormBlock(8)
     if target == "norm_2":
@@ -58,7 +58,7 @@ def test_post_norm_placements(target: str, residual: str | None) -> None:
 
 
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel", "he", "whole block"])
-def test_pre_norm_placements(placement: str) -> None:
+def test_each_placement_in_a_pre_norm_block_follows_its_formula(placement: str) -> None:
     """Houlsby x + f(x) + r, Pfeiffer s + f(s), parallel x + f(r) + r, or reading the module's own input LN(r)."""
     block = PreNormBlock(8)
     config: dict[str, object] = {

@@ -88,7 +88,7 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_as_it_was(settings: dict
     assert list(model.state_dict()) == before
 
 
-def test_rank_and_alpha_by_pattern_and_layer() -> None:
+def test_rank_and_alpha_may_differ_by_pattern_and_layer() -> None:
     kit = ak.wrap(Tiny(PreNormBlock))
     ranks = {"default": 1, "value": 2, "blocks.1.**.value": 3, "0": 4}
     kit.add("a", "lora", targets=["query", "value"], rank=ranks, alpha={"default": 8, "value": 16})

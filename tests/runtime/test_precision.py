@@ -159,7 +159,7 @@ def test_norms_frozen_after_a_compiled_call_stay() -> None:
     assert not torch.equal(model[1].running_mean, before)
 
 
-def test_the_model_exports(post_norm: Tiny, ids: Tensor) -> None:
+def test_an_adapted_model_is_exported_with_its_adapter(post_norm: Tiny, ids: Tensor) -> None:
     kit = ak.wrap(post_norm.eval())
     kit.add("a", CONFIG)
     randomise(kit, "a")

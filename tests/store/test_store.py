@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.store import files
 from adapterkit.store.identity import structure_of
-from adapterkit.store.load import read_manifest
 from adapterkit.store.manifest import parse_manifest
+from adapterkit.store.own_format import read_manifest
 
 from ..helpers import trace_of
 from ..hosts.tiny import PostNormBlock, Tiny, randomise
@@ -173,10 +173,19 @@ def more_labels() -> nn.Module:
     ("make", "message"),
     [
         (shallower, r"2 of its sites and heads differ: 'blocks.1.attention.out' \(Linear\) does not exist"),
-        (lambda: Tiny(Wider), r"2 of.*'blocks.0.down' has another type or shape"),
-        (lambda: Tiny(PostNormBlock, hidden=4), "5 of its sites and heads differ"),
-        (other_type, r"'blocks.0.down' has another type or shape \(saved: Linear, here: Bilinear\)"),
-        (more_labels, r"1 of.*'classifier' has another"),
+        (
+            lambda: Tiny(Wider),
+            r"2 of.*'blocks.0.down' has .* shape \(saved: Linear of 8 features, .* weight \(8, 24\), bias",
+        ),
+        (
+            lambda: Tiny(PostNormBlock, hidden=4),
+            r"5 of its sites and heads differ: .* \(saved: Linear of 8 features, here: Linear of 4 features\)",
+        ),
+        (other_type, r"'blocks.0.down' has another type or shape \(saved: Linear of 8 features, here: Bilinear of 8 "),
+        (
+            more_labels,
+            r"1 of.*'classifier' has another .* \(saved: Linear, here: Linear, with the parameters weight \(5, 8\), ",
+        ),
         (lambda: nn.Linear(2, 2), "5 of its sites"),
     ],
 )
@@ -187,6 +196,45 @@ def test_another_structure_is_refused_and_says_which_sites_differ(saved: Path, m
         with pytest.raises(ak.CompatibilityError, match=message):
             ak.wrap(model).load(saved, any_base=any_base)
     assert trace_of(model) == before
+
+
+class Around(nn.Module):
+    """A larger model that holds the base as `inner`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = fresh(), nn.Linear(3, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(ids))  # type: ignore[no-any-return]  # a tensor
+
+
+def test_an_adapter_that_fits_a_submodule_says_which(saved: Path, ids: Tensor) -> None:
+    whole = Around()
+    with pytest.raises(ak.CompatibilityError, match=r"It fits the submodule 'inner' .* ak\.wrap\(model\.inner\)"):
+        ak.wrap(whole).load(saved)
+    kit = ak.wrap(whole.inner)
+    kit.activate(kit.load(saved))
+    expected = ak.wrap(fresh())
+    expected.activate(expected.load(saved))
+    assert torch.equal(whole.inner(ids), expected.model(ids))
+
+
+def test_an_adapter_of_a_larger_model_says_where_it_fits(tmp_path: Path) -> None:
+    kit = ak.wrap(Around())
+    kit.add("a", CONFIG)
+    with pytest.raises(ak.CompatibilityError, match=r"holds this one as 'inner': load .*ak\.wrap\(whole\.inner\)\.save"):
+        ak.wrap(fresh()).load(kit.save("a", tmp_path / "whole"))
+    assert ak.wrap(fresh()).load(ak.wrap(kit.model.inner).save("a", tmp_path / "part")) == "a"
+
+
+def test_a_folder_of_no_known_format_says_what_is_in_it(tmp_path: Path) -> None:
+    with pytest.raises(ak.StoreError, match=r"has no adapter\.json \(the format of adapterkit\)\. Found: nothing"):
+        ak.wrap(fresh()).load(tmp_path)
+    for name in ("model.bin", "a.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ak.StoreError, match=r"Found: 'a\.txt', 'model\.bin'"):
+        ak.wrap(fresh()).load(tmp_path)
 
 
 def test_a_base_with_other_weights_loads_with_a_warning_that_names_it_or_when_told_to(saved: Path) -> None:
@@ -298,7 +346,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown site key": (lambda f: edit(f, lambda m: m["sites"][0].update(file="../../x")), "file: Extra inputs"),
     "missing key": (lambda f: edit(f, lambda m: m.pop("sites")), "sites: Field required"),
     "no sites": (lambda f: edit(f, lambda m: m.update(sites=[])), "sites"),
-    "unknown method": (lambda f: edit(f, lambda m: m["config"].update(method="exec")), "found 'exec'"),
+    "unknown method": (
+        lambda f: edit(f, lambda m: m["config"].update(method="exec")),
+        "cannot be loaded: the method 'exec' is not here: install the package that brings it",
+    ),
     "unknown setting": (lambda f: edit(f, lambda m: m["config"].update(code="x")), "no setting code"),
     "bad setting": (lambda f: edit(f, lambda m: m["config"].update(dropout=7)), "dropout"),
     "huge bottleneck": (

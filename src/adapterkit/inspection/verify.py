@@ -192,7 +192,7 @@ def _dead(model: nn.Module, state: ModelState, name: str, inputs: ExampleInputs)
 
 def _dropped(model: nn.Module, state: ModelState, name: str) -> Iterator[str]:
     """How the names of an adapter's parameters begin that rest, since a Drop holds them back in their layer."""
-    layers = [layer for drop in drops_in(state.activation.active) for layer in drop.layers]
+    layers = [layer for drop in drops_in(state.activation.active) for layer in drop.dropped_layers]
     for path, _, site in sites_of(model):
         acting = {key for steps in site.steps.values() for step in steps for key in step.module_keys}
         for entry in site.entries.get(name, ()):

@@ -1,7 +1,7 @@
 """Add an adapter, or heads: find its sites, build its modules, attach them; all or nothing."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from ..runtime.site import HeadEntry, SiteEntry
 from ..runtime.state import ACTIVATION_LOCK, ModelState, without_adapters
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
-from ..structure.tracing.row_layout import Layouts
+from ..structure.tracing.row_layout import SeenRows
 from ..structure.tracing.rows import discover_rows
 from .activate import check_plans, layouts_of
 from .admit import AdapterDraft, admit
@@ -154,8 +154,8 @@ def needs_structure(config: Config) -> bool:
 
 def seen_layouts(
     model: nn.Module, config: Config, sites: Sequence[SiteSpec], example_inputs: ExampleInputs | None
-) -> Mapping[str, Layouts]:
-    """Map the path of each module to where rows lie in its tensors, as running the model shows or has shown.
+) -> SeenRows:
+    """Return where the rows of a batch lie in each module's tensors, as running the model shows or has shown.
 
     The model runs on the inputs, if there are any; else on tiny ones, if it runs anyway to find the config's sites.
 
@@ -163,11 +163,13 @@ def seen_layouts(
         TargetError: the config has a row-wise setting that would take another axis for that of rows.
     """
     state = find_state(model)
-    layouts = {} if state is None else layouts_of(model, state)
+    layouts = SeenRows() if state is None else layouts_of(model, state)
     is_new = any(site.path not in layouts for site in sites)
     if is_new and (example_inputs is not None or needs_structure(config)):
         with ACTIVATION_LOCK, without_adapters():
-            layouts = discover_rows(model, example_inputs) or layouts
+            found = discover_rows(model, example_inputs)
+        # What was seen before stays; but why nothing is known of the new sites is told by the run that failed.
+        layouts = found or SeenRows(layouts, why_unknown=found.why_unknown)
     check_row_axes(model, sites, members(config), layouts)
     return layouts
 

@@ -3,7 +3,7 @@
 `add`, `load`, `combine` and `add_fusion` differ in where a draft and the values of its modules come from, nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +13,7 @@ from ..config.union import Config
 from ..heads.find import FoundHead, check_apart, check_names
 from ..placement.spec import SiteSpec
 from ..runtime.lookup import fusions_of
-from ..structure.tracing.row_layout import Layouts
+from ..structure.tracing.row_layout import SeenRows
 from .activate import check_plans
 from .attach import attach, detach, state_of
 from .build import BuiltModule, build_fusion_modules, build_head_modules, build_modules
@@ -30,15 +30,14 @@ class AdapterDraft:
         config: Its config; a FusionConfig makes it a fusion.
         sites: Where its modules go, in the order in which they are built.
         heads: The heads that it owns.
-        layouts: What was seen of where rows lie in the model's tensors: map the path of each module to its layouts; None
-            if nothing was looked at.
+        layouts: What was seen of where rows lie in the model's tensors; None if nothing was looked at.
     """
 
     name: str
     config: Config | FusionConfig
     sites: Sequence[SiteSpec]
     heads: Sequence[FoundHead] = ()
-    layouts: Mapping[str, Layouts] | None = None
+    layouts: SeenRows | None = None
 
 
 def modules_for(model: nn.Module, draft: AdapterDraft, *, meta: bool = False) -> list[BuiltModule]:

@@ -1,6 +1,6 @@
 """Add adapters to a model and remove them: all or nothing."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from ..runtime.site import AdapterSite
 from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
 from ..runtime.sync import forget_compiled, sync_site_hooks
 from ..structure.paths import SITE
-from ..structure.tracing.row_layout import Layouts
+from ..structure.tracing.row_layout import SeenRows
 from .activate import apply, check_plans
 from .build import BuiltModule
 
@@ -31,7 +31,7 @@ def attach(
     name: str,
     config: Config | FusionConfig,
     parts: Sequence[BuiltModule],
-    layouts: Mapping[str, Layouts] | None = None,
+    layouts: SeenRows | None = None,
 ) -> None:
     """Put an adapter's (or a fusion's) modules into the model: the last step, after which nothing can fail.
 

@@ -127,7 +127,7 @@ def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
     way, _, leaf = name.rpartition(".")
     owner: Any = host.get_submodule(way)
     # Reading the weight must change nothing: one that is computed may move what it is computed from as it is read.
-    is_steady = leaf in owner._parameters
+    is_steady = leaf in owner._parameters or leaf in owner._buffers  # a quantised weight may be a buffer
     if not is_steady and is_parametrized(owner, leaf):
         is_steady = not any(True for _ in owner.parametrizations[leaf].buffers())  # spectral norm's move as they are read
     if not is_steady:

@@ -10,7 +10,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..nn.functional.projections import projection_of
+from .projections import projection_of
 
 __all__ = ["no_parameter", "why_no_effect"]
 

@@ -7,10 +7,10 @@ from torch import nn
 
 from ..config.settings import Predicate
 from ..errors import CompatibilityError
-from ..nn.functional.projections import projection_of
 from ..structure.anatomy.description import Sublayer
 from ..structure.anatomy.discover import Discovery
 from .patterns import is_role, matching
+from .projections import projection_of
 
 __all__ = ["nothing_matches"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,10 +14,18 @@ from ..errors import TargetError
 from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Norm
 from ..structure.anatomy.discover import Discovery
-from ..structure.hosts import HostShape, channel_axis, host_type, is_more_than_a_norm, known_shape, resolve_host
+from ..structure.hosts import (
+    HostShape,
+    channel_axis,
+    host_type,
+    is_more_than_a_norm,
+    known_shape,
+    note_of_unread_packages,
+    resolve_host,
+)
 from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
-from ..structure.tracing.row_layout import Layouts, RowAxes
+from ..structure.tracing.row_layout import RowAxes, SeenRows
 from .layers import check_layers, in_layers, layer_of
 from .match import match_nothing
 from .rule import Placement
@@ -197,7 +205,7 @@ def _shape(found: Found, host: nn.Module, config: TensorConfig, seen: _Seen | No
     if known is None:
         raise TargetError(
             f"the width of {path!r} ({type(host).__name__}) cannot be told from its type; "
-            "wrap the model with example inputs: ak.wrap(model, example_inputs=batch)"
+            f"wrap the model with example inputs: ak.wrap(model, example_inputs=batch){note_of_unread_packages()}"
         )
     width = known.width if location.at == "output" else known.input_width
     if not width:
@@ -259,7 +267,7 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
 
 
 def check_row_axes(
-    model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: Mapping[str, Layouts]
+    model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: SeenRows
 ) -> None:
     """Raise TargetError where a setting acts row by row, takes the first axis for that of the rows, and may be wrong.
 
@@ -276,8 +284,8 @@ def check_row_axes(
         if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
             found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
             raise TargetError(
-                f"{site.path!r} {found} its batch on axis 1; {' and '.join(by_row)} must know which axis the rows are on: "
-                f"set batch_axis={1 if axis else '0 or 1'}"
+                f"{site.path!r} {found} its batch on axis 1{layouts.note(site.path)}; {' and '.join(by_row)} must "
+                f"know which axis the rows are on: set batch_axis={1 if axis else '0 or 1'}"
             )
 
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from ..config.settings import Predicate
 from ..errors import TargetError
-from ..nn.functional.projections import projection_of
 from ..structure.anatomy.description import Anatomy, FusedProjection
 from ..structure.anatomy.discover import Discovery
 from .computed_weights import no_parameter
 from .hints import nothing_matches
 from .match import first_names, named_by
 from .patterns import is_role, matching
+from .projections import projection_of
 from .rule import Placement
 
 __all__ = ["Scope", "Wanted", "fused_at", "own_parameters", "wanted_by"]

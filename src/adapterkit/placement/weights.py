@@ -9,15 +9,16 @@ from torch import nn
 
 from ..config.settings import AdapterConfig
 from ..errors import TargetError
-from ..nn.functional.projections import Projection, parameter_projection, projection_of
+from ..nn.functional.projections import Projection, parameter_projection
 from ..nn.functional.slices import Slices
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
-from ..structure.hosts import host_type
+from ..structure.hosts import host_type, is_called, note_of_unread_packages
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from .computed_weights import no_parameter, why_no_effect
 from .layers import check_layers, in_layers, layer_of
+from .projections import projection_of
 from .readers import at_running_hosts
 from .rule import Placement
 from .spec import SiteSpec
@@ -25,15 +26,6 @@ from .targets import argument_of
 from .wanted import Scope, Wanted, fused_at, own_parameters, wanted_by
 
 __all__ = ["projection_at", "weight_sites"]
-
-# Modules that hold others' Parameters and are not called themselves.
-_NEVER_CALLED = (
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.ParameterList,
-    nn.ParameterDict,
-    nn.modules.linear.NonDynamicallyQuantizableLinear,
-)
 
 
 def weight_sites(
@@ -140,7 +132,7 @@ def _no_projection(path: str, module: nn.Module) -> str:
     way_out += f"; below it lie {below[:4]}" if below else ""
     return (
         f"{path!r} ({type(module).__name__}) applies no weight that this method can change{way_out}. Target linear, "
-        "convolutional or embedding layers (roles: '@attention.q', '@feedforward.last', …)"
+        f"convolutional or embedding layers (roles: '@attention.q', '@feedforward.last', …){note_of_unread_packages()}"
     )
 
 
@@ -203,7 +195,7 @@ def _by_host(names: Iterable[str], scope: Scope) -> dict[str, list[str]]:
     """Map each host → the names under which it reads a Parameter: the innermost module around that is called itself."""
     by_host: dict[str, list[str]] = {}
     for name in names:
-        called = (path for path in ancestors(scope.owners[name]) if not isinstance(scope.modules[path], _NEVER_CALLED))
+        called = (path for path in ancestors(scope.owners[name]) if is_called(scope.modules[path]))
         by_host.setdefault(next(called, ""), []).append(name)
     return by_host
 

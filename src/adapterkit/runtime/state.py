@@ -6,7 +6,7 @@ with the model, and found again by `ak.wrap`.
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..composition.nodes import Composition, names_always, names_in
 from ..errors import ActivationError
-from ..structure.tracing.row_layout import Layouts
+from ..structure.tracing.row_layout import SeenRows
 from .this_call import THIS_CALL
 
 __all__ = ["ACTIVATION_LOCK", "STATE", "Activation", "Frozen", "ModelState", "without_adapters"]
@@ -246,7 +246,7 @@ class ModelState:
         omit_adapters: `state_dict()` leaves adapters out.
         last_hook_id: The highest id among hooks registered here.
         hosts: Where each adapter was attached.
-        layouts: Where rows of a batch lie in what each module takes and returns, by its path, as far as that was seen.
+        layouts: Where rows of a batch lie in what each module takes and returns, by its path; or why that was not seen.
         merged: The adapters that are merged into the weights, in order, each with the flags `requires_grad` that its
             parameters had before; the original weights lie in the sites.
     """
@@ -257,7 +257,7 @@ class ModelState:
         self.omit_adapters = False
         self.last_hook_id = -1
         self.hosts: dict[str, tuple[str, ...]] = {}
-        self.layouts: Mapping[str, Layouts] = {}
+        self.layouts = SeenRows()
         self.merged: dict[str, tuple[bool, ...]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

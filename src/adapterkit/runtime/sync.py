@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..placement.spec import located
+from ..structure.hosts import is_called
 from ..structure.paths import ancestors
 from .acting import ACTING, acting_at
 from .forward_call import ForwardHook, argument_names
@@ -113,4 +114,4 @@ def _keep_pre_hook(module: nn.Module, kind: type[KitHook], state: ModelState, *,
 def _called_around(one: str, other: str, modules: dict[str, nn.Module]) -> str:
     """Return the path of the innermost module around both, or `one` itself, that is called; an nn.ModuleList never is."""
     around = (path for path in ancestors(one) if path in ancestors(other) and path != other)
-    return next((path for path in around if not isinstance(modules[path], (nn.ModuleList, nn.ModuleDict))), "")
+    return next((path for path in around if is_called(modules[path])), "")

@@ -16,7 +16,17 @@ from pathlib import Path
 
 from ..errors import StoreError
 
-__all__ = ["CARD", "CARD_MARK", "MANIFEST", "TENSORS", "read_manifest_bytes", "read_tensors_bytes", "replace_adapter"]
+__all__ = [
+    "CARD",
+    "CARD_MARK",
+    "MANIFEST",
+    "TENSORS",
+    "check_folder",
+    "read_inside",
+    "read_manifest_bytes",
+    "read_tensors_bytes",
+    "replace_adapter",
+]
 
 MANIFEST, TENSORS, CARD = "adapter.json", "adapter.safetensors", "README.md"
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -38,6 +48,7 @@ def replace_adapter(directory: Path, manifest: bytes, tensors: bytes, card: byte
             _write(pending, tensors)
             _write(directory / MANIFEST, manifest)
             os.replace(pending, directory / TENSORS)
+            # After the final name is in place: until then a pending file may be the one that the manifest means.
             for leftover in directory.glob(".adapter-*.safetensors"):
                 leftover.unlink(missing_ok=True)
             if _is_ours(directory / CARD):
@@ -48,7 +59,7 @@ def replace_adapter(directory: Path, manifest: bytes, tensors: bytes, card: byte
 
 
 def _is_ours(card: Path) -> bool:
-    """Whether a card may be written: there is none, or it is one that no person took over."""
+    """Tell whether a card may be written: there is none, or it is one that no person took over."""
     return not card.exists() or (card.is_file() and CARD_MARK.encode() in card.read_bytes())
 
 
@@ -68,29 +79,45 @@ def _only_saver(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def read_manifest_bytes(directory: Path) -> bytes:
-    """The manifest's bytes.
-
-    Raises:
-        StoreError: there is none, it is too large, or it lies outside the directory.
-    """
+def check_folder(directory: Path) -> None:
+    """Raise StoreError unless there is a folder of this path."""
     try:
         exists = directory.is_dir()
     except (OSError, ValueError):  # a name too long, or with a null character
         exists = False
     if not exists:
         raise StoreError(f"no adapter in {str(directory)!r}: there is no such directory")
-    path = directory / MANIFEST
+
+
+def read_manifest_bytes(directory: Path) -> bytes:
+    """Return the manifest's bytes. Raises StoreError as `read_inside`."""
+    return read_inside(directory, MANIFEST, MAX_MANIFEST_BYTES, what="a manifest")
+
+
+def read_inside(directory: Path, name: str, limit: int, *, what: str) -> bytes:
+    """Return the bytes of a file in a folder.
+
+    Args:
+        directory: The folder.
+        name: The file's name in it.
+        limit: How large the file may be, in bytes.
+        what: What the file is, for the message: "a manifest".
+
+    Raises:
+        StoreError: there is no such folder or file, it is larger than the limit, or it is a link out of the folder.
+    """
+    check_folder(directory)
+    path = directory / name
     if not path.exists():
-        raise StoreError(f"no adapter in {str(directory)!r}: it has no {MANIFEST}")
+        raise StoreError(f"no adapter in {str(directory)!r}: it has no {name}")
     size = _check_inside(path, directory)
-    if size > MAX_MANIFEST_BYTES:
-        raise StoreError(f"{str(path)!r} has {size:,} bytes; a manifest has at most {MAX_MANIFEST_BYTES:,}")
+    if size > limit:
+        raise StoreError(f"{str(path)!r} has {size:,} bytes; {what} has at most {limit:,}")
     return _read(path)
 
 
 def read_tensors_bytes(directory: Path, sha256: str, size_bytes: int) -> bytes:
-    """The bytes of the tensors file that a manifest means: under its own name, or still under that of a killed save.
+    """Return the bytes of the tensors file that a manifest means: under its own name, or still under that of a killed save.
 
     Raises:
         StoreError: missing, or its size or hash is not the manifest's: damaged, or not the file that was saved.
@@ -115,6 +142,7 @@ def read_tensors_bytes(directory: Path, sha256: str, size_bytes: int) -> bytes:
 
 
 def _read(path: Path) -> bytes:
+    """Return the bytes of a file. Raises StoreError: it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -122,6 +150,7 @@ def _read(path: Path) -> bytes:
 
 
 def _pending_name(sha256: str) -> str:
+    """Return the name under which the tensors of this hash wait beside the old ones."""
     return f".adapter-{sha256[:32]}.safetensors"
 
 
@@ -141,6 +170,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
+    """Have the names in a directory reach the disk, too: without this a new name may be lost with the power."""
     if os.name == "posix":  # elsewhere a directory cannot be opened
         handle = os.open(directory, os.O_RDONLY)
         try:
@@ -150,8 +180,9 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _check_inside(path: Path, directory: Path) -> int:
-    """The size of a file that must lie in the directory (or in the blob store of the Hugging Face cache it is in)."""
+    """Return the size in bytes of a file that must lie in the directory, or in the blobs of its Hugging Face cache."""
     real, home = path.resolve(), directory.resolve()
+    # A snapshot in that cache is a folder of links into "blobs", beside the folder "snapshots".
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if home not in real.parents and blobs not in real.parents:
         raise StoreError(f"{str(path)!r} is a link to {str(real)!r}, outside the adapter's directory; it is not followed")

@@ -12,31 +12,48 @@ from ..structure.hosts import host_type
 from ..structure.paths import ancestors
 from .manifest import BaseIdentity, Metadata
 
-__all__ = ["base_identity", "output_structure", "structure_of"]
+__all__ = ["base_identity", "output_structure", "shapes_around", "structure_of"]
 
 
-def structure_of(model: nn.Module, path: str) -> str:
-    """A hash over what a base must share at a site: the host's path and type, and parameter shapes.
+def structure_of(model: nn.Module, path: str, *, named: str | None = None) -> str:
+    """Return a hash over what a base must share at a site: the host's path and type, and parameter shapes.
 
-    The shapes are those of the host or, where it has no parameters, of the innermost module around it that does.
+    Args:
+        model: The base.
+        path: The host's path in it.
+        named: The path that goes into the hash, where this model is a part of the base, or has it as a part.
     """
-    shapes: list[str] = []
+    return _sha256([path if named is None else named, host_type(model.get_submodule(path)), *shapes_around(model, path)])
+
+
+def shapes_around(model: nn.Module, path: str) -> list[str]:
+    """Return the names and shapes of the parameters of a host: "weight (8, 16)".
+
+    Of one without parameters they are those of the innermost module around it that has some.
+    """
     for around in ancestors(path):
         shapes = [f"{name} {tuple(p.shape)}" for name, p in base_parameters(model.get_submodule(around))]
         if shapes:
-            break
-    return _sha256([path, host_type(model.get_submodule(path)), *shapes])
+            return shapes
+    return []
 
 
 def output_structure(path: str, width: int) -> str:
-    """A hash over what a base must share where a head is on its output: which module yields it, and how wide it is."""
+    """Return a hash over what a base must share where a head is on its output: which module yields it, and its width."""
     return _sha256([path, "output", str(width)])
 
 
 def base_identity(model: nn.Module, structures: Iterable[str], metadata: Metadata) -> BaseIdentity:
-    """Who the base is. Hugging Face models tell their id (a path on this machine is none); others may, in metadata."""
+    """Return who the base is. Hugging Face models tell their id; others may, in metadata.
+
+    Args:
+        model: The base.
+        structures: What `structure_of` says of each site and head.
+        metadata: Of the adapter; an id and a revision in it go before those of the model.
+    """
     config = getattr(model, "config", None)
     hub_id = getattr(config, "_name_or_path", None) or None
+    # `from_pretrained` of a folder leaves the folder's path: it tells nobody else anything, and may tell too much.
     if hub_id and (Path(hub_id).exists() or Path(hub_id).is_absolute()):
         hub_id = None
     return BaseIdentity(

@@ -2,20 +2,24 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
+import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from ..errors import StoreError
 from ..heads.spec import HeadSpec
 from ..nn.twin import trained
 from ..placement.spec import SiteSpec
 from ..runtime.lookup import HeldModule, adapters_in
+from ..structure.tracing.forward import outside_inference_mode
 
-__all__ = ["digest_of", "dtype_name", "tensor_key", "tensors_of"]
+__all__ = ["digest_of", "dtype_name", "parse_tensors", "tensor_key", "tensors_of"]
 
 
 def tensors_of(held: Sequence[HeldModule]) -> dict[str, Tensor]:
-    """Copies of the tensors of these modules by their names in the file; what several share, once."""
+    """Copy the tensors of these modules, what several share once; map the name of each in the file to its copy."""
     tensors = {}
     saved: set[int] = set()
     for path, _, _, entry, module in held:
@@ -29,8 +33,29 @@ def tensors_of(held: Sequence[HeldModule]) -> dict[str, Tensor]:
     return tensors
 
 
+@outside_inference_mode()
+def parse_tensors(content: bytes, source: Path) -> dict[str, Tensor]:
+    """Read the bytes of a safetensors file: map the name of each tensor to it.
+
+    Args:
+        content: The bytes.
+        source: Where they come from, for the message.
+
+    Raises:
+        StoreError: they are not safetensors.
+    """
+    try:
+        # Copies: views into the file would keep all of it in memory, and lie at unaligned addresses.
+        return {key: tensor.clone() for key, tensor in safetensors.torch.load(content).items()}
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise StoreError(f"the tensors in {str(source)!r} are not safetensors: {error}") from error
+
+
 def digest_of(model: nn.Module, name: str) -> str:
-    """SHA-256 over an adapter's own tensors, names, shapes and dtypes, without its heads: the same in every file of it."""
+    """Return the SHA-256 over an adapter's tensors, names, shapes and dtypes, without its heads.
+
+    It is the same in every file of the adapter, whatever the adapter is called.
+    """
     content = safetensors.torch.save(tensors_of([held for held, _ in adapters_in(model).sites(name)]))
     return hashlib.sha256(content).hexdigest()
 
@@ -42,12 +67,12 @@ def tensor_key(spec: SiteSpec | HeadSpec, path: str, tensor: str) -> str:
     a head on the output by the head's name, behind an "@".
     """
     if isinstance(spec, HeadSpec):
-        place = path if spec.above is None else f"@{spec.config.name}"
-        return f"heads/{place}/{tensor}"
+        # Module paths hold no "@": the name of a head on the output is never taken for a path.
+        return f"heads/{path if spec.above is None else f'@{spec.config.name}'}/{tensor}"
     which = [str(spec.member) if spec.member else "", *spec.parameters[:1], spec.tag]
     return "/".join(["sites", path, *(part for part in which if part), tensor])
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """A dtype's name as the manifest spells it: "float32"."""
+    """Return the name of a tensor's dtype as the manifest spells it: "float32"."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 
-from ...hosts.tiny import PostNormBlock, Tiny, randomise
+from ...hosts.tiny import Blocks, PostNormBlock, Tiny, randomise
 from .helpers import check_loads, exact
 
 
@@ -82,14 +82,7 @@ def test_a_head_and_a_site_in_it_are_refused(ids: Tensor) -> None:
 def test_new_heads_are_copied_from_their_only_owner_and_averaged_where_there_are_several(
     ids: Tensor, tmp_path: Path
 ) -> None:
-    class Encoder(Tiny):
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.embedding(ids)
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    kit = ak.wrap(Encoder(PostNormBlock).double().eval(), ids)
+    kit = ak.wrap(Blocks(PostNormBlock).double().eval(), ids)
     tags, classes = ak.TaggingHead(("O", "B")), ak.ClassificationHead(num_labels=3, seed=1)
     for name, heads in {
         "a": [tags, classes],

@@ -78,7 +78,7 @@ def test_the_merged_weight_is_w_plus_scaling_b_a() -> None:
     close(model[0].bias, b + 5 / 3 * a["lora_bias"])
 
 
-def test_gpt2_with_its_transposed_fused_layers() -> None:
+def test_transposed_and_fused_layers_of_gpt2_compute_the_same_and_are_restored() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=13, n_positions=16)
     model = transformers.GPT2Model(config)
@@ -162,7 +162,9 @@ def test_a_half_precision_adapter_and_autocast_do_not_make_the_merge_coarse() ->
     close(model[0].weight, w + a["lora_B"] @ a["lora_A"])
 
 
-def test_in_inference_mode(kit: ak.AdapterKit, ids: Tensor) -> None:
+def test_merging_in_inference_mode_keeps_the_outputs_and_originals_that_can_be_restored_outside(
+    kit: ak.AdapterKit, ids: Tensor
+) -> None:
     before, expected = weights(kit.model), kit.model(ids)
     with torch.inference_mode():
         kit.merge("a")
@@ -178,7 +180,7 @@ def test_in_inference_mode(kit: ak.AdapterKit, ids: Tensor) -> None:
     kit.model(ids).sum().backward()
 
 
-def test_a_model_that_was_made_in_inference_mode(ids: Tensor) -> None:
+def test_a_model_that_was_made_in_inference_mode_is_merged_and_restored(ids: Tensor) -> None:
     with torch.inference_mode():
         model = Tiny(PostNormBlock)
     kit = adapted(model, inputs=ids)

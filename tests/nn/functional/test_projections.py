@@ -28,7 +28,7 @@ def test_project_knows_every_geometry_of_a_conv(host: nn.Module) -> None:
     assert (p.in_features, p.out_features, p.kernel) == (host.in_channels, host.out_channels, host.kernel_size)
 
 
-def test_axes_and_sizes() -> None:
+def test_a_projection_knows_its_axes_and_sizes() -> None:
     assert projection_of(nn.Linear(3, 5)) == Projection("linear", (5, 3), 0, 1)
     assert projection_of(Conv1D(5, 3)) == Projection("linear", (3, 5), 1, 0)
     embedding = geometry(nn.Embedding(11, 4, padding_idx=-1, max_norm=2.0, norm_type=1.0, scale_grad_by_freq=True))

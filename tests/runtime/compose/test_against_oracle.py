@@ -94,7 +94,7 @@ def test_each_child_of_a_parallel_gets_the_whole_batch(name: str) -> None:
 
 
 @on_hosts("pre-norm", "convs", "recurrent", "square encoder, seq first")
-def test_every_adapter_alone_stacked_averaged_and_by_rows(name: str) -> None:
+def test_every_adapter_alone_stacked_averaged_and_by_rows_is_that_of_the_oracle(name: str) -> None:
     host = built(name)
     inputs = example(host.host, torch.float32)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_every_adapter_alone_stacked_averaged_and_by_rows(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(HOSTS))
-def test_each_row_in_double_precision_to_its_rounding(name: str) -> None:
+def test_each_row_is_that_of_the_oracle_to_the_rounding_of_double_precision(name: str) -> None:
     host = built(name, torch.float64)
     inputs = example(host.host, torch.float64)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_the_separate_runs(name: str) ->
     holds_for_trees(host, lambda tree: check_gradients(host, tree, inputs), 6, rest(host))
 
 
-def test_rows_of_the_base_are_the_base_s() -> None:
+def test_rows_without_an_adapter_are_those_of_the_bare_model() -> None:
     host = built("pre-norm")
     inputs = example(host.host, torch.float32)
     base = host.call(host.bare, inputs)
@@ -253,7 +253,7 @@ def test_copies_pickles_and_threads_run_the_same(tree: Any) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_a_batch_of_one_and_an_empty_one(rows: int) -> None:
+def test_a_batch_of_one_row_and_an_empty_one_run(rows: int) -> None:
     host = built("pre-norm")
     inputs = {"ids": torch.randint(0, 11, (rows, TOKENS))}
     for tree in (BatchSplit("plain", "lora wide", sizes=[0, rows]), Split("plain", "tanh"), Stack("plain", "dora")):

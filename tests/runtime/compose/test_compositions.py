@@ -145,7 +145,7 @@ def test_batches_of_another_size_are_refused_as_they_run(shared_kit: ak.AdapterK
         shared_kit.model(batch)
 
 
-def test_it_works_in_a_post_norm_model(batch: Tensor) -> None:
+def test_each_row_of_a_post_norm_model_is_what_its_adapter_gives_it_alone(batch: Tensor) -> None:
     kit = ak.wrap(Tiny(PostNormBlock).eval(), batch)
     for name, preset in (("a", "pfeiffer"), ("b", "houlsby"), ("c", "parallel"), ("d", "lora")):
         kit.add(name, preset)

@@ -174,8 +174,8 @@ def test_discovery_leaves_no_trace() -> None:
 
 def test_a_structure_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    record = discovery.record
-    monkeypatch.setattr(discovery, "record", lambda *args: runs.append(1) or record(*args))
+    record = discovery.record_graph
+    monkeypatch.setattr(discovery, "record_graph", lambda *args: runs.append(1) or record(*args))
     discover(Model(Pre, layers=3), IDS)
     first = len(runs)
     anatomy, _ = discover(randomised(Model(Pre, layers=3)), IDS)

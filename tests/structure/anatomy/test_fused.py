@@ -360,7 +360,7 @@ def test_rows_of_torchs_attention_are_thirds() -> None:
         assert fused_slices(anatomy, f"layers.1.{name}", "in_proj_weight") == THIRDS
 
 
-def test_torchs_attention_with_parameters_of_its_own_for_each_part() -> None:
+def test_each_parameter_of_torchs_attention_with_other_widths_is_one_whole_part() -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -407,7 +407,7 @@ def zeroed(model: nn.Module) -> None:
     ],
     ids=["all zeros", "frozen", "bfloat16", "meta"],
 )
-def test_what_the_parameters_are_does_not_matter(change: Callable[[nn.Module], object]) -> None:
+def test_fused_parts_are_found_whatever_the_parameters_are(change: Callable[[nn.Module], object]) -> None:
     model = model_with(lambda: Fused(rotary_with_norms))
     change(model)
     assert found(model, "blocks.1.attention.qkv", inputs=None) == THIRDS
@@ -416,7 +416,7 @@ def test_what_the_parameters_are_does_not_matter(change: Callable[[nn.Module], o
 @pytest.mark.parametrize(
     "context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
 )
-def test_what_mode_torch_is_in_does_not_matter(context: Callable[[], Any]) -> None:
+def test_fused_parts_are_found_in_whatever_mode_torch_is(context: Callable[[], Any]) -> None:
     model = model_with(lambda: Fused(rotary_with_norms))
     with context():
         assert found(model, "blocks.1.attention.qkv") == THIRDS

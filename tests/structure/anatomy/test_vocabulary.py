@@ -53,7 +53,7 @@ def t5(**settings: Any) -> nn.Module:
         (lambda: T.ElectraForMaskedLM(T.ElectraConfig(**SMALL, embedding_size=4)), "generator_lm_head"),
     ],
 )
-def test_language_models_of_transformers_have_one(make: Callable[[], nn.Module], expected: str) -> None:
+def test_language_models_of_transformers_have_an_output_embedding(make: Callable[[], nn.Module], expected: str) -> None:
     assert outputs(make()) == [expected]
 
 
@@ -67,7 +67,7 @@ def test_language_models_of_transformers_have_one(make: Callable[[], nn.Module],
         lambda: Model(Pre),
     ],
 )
-def test_other_models_have_none(make: Callable[[], nn.Module]) -> None:
+def test_other_models_have_no_output_embedding(make: Callable[[], nn.Module]) -> None:
     model = make()
     assert outputs(model) == []
     with pytest.raises(ak.TargetError, match=r"'@output_embedding': tracing \w+ finds no such place"):
@@ -115,7 +115,7 @@ class TwoHeads(Model):
         return self.head(x), self.other(x)
 
 
-def test_one_that_shares_the_embeddings_weight_is_preferred() -> None:
+def test_an_output_embedding_that_shares_the_embeddings_weight_is_preferred() -> None:
     assert outputs(randomised(TwoHeads(tied=True)), IDS) == ["other"]
     assert outputs(randomised(TwoHeads(tied=False)), IDS) == ["head", "other"]
 
@@ -131,7 +131,7 @@ def test_a_product_that_no_module_returns_cannot_be_named() -> None:
     assert outputs(randomised(Functional(Pre)), IDS) == []
 
 
-def test_it_is_a_place_that_an_adapter_can_have() -> None:
+def test_an_adapter_can_sit_at_the_output_embedding() -> None:
     model = randomised(TwoHeads(tied=True))
     (place,) = role_places("@output_embedding", discover(model, IDS)[0])
     assert (place.path, place.output, place.shape, place.axis) == ("other", (), (2, 5, VOCAB), -1)

@@ -1,5 +1,9 @@
 """Where rows lie in a model's tensors, as running it shows."""
 
+import copy
+import pickle
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -367,3 +371,96 @@ class Again(Blocks):
 def test_a_model_that_calls_itself_says_nothing() -> None:
     assert discover_rows(Again(PreNormBlock).eval(), ids()) == {}
     assert discover_rows(torch.jit.trace(Blocks(PreNormBlock).eval(), ids()), ids()) == {}
+
+
+# --- why nothing was seen ---------------------------------------------------------------------------------------------
+
+
+class BesideTokensFirst(nn.Module):
+    """A layer of tokens first, so that where rows lie elsewhere is unknown; refuses batches of one row if `is_strict`."""
+
+    def __init__(self, *, is_strict: bool = False) -> None:
+        super().__init__()
+        self.lstm, self.project, self.is_strict = nn.LSTM(8, 8), nn.Linear(8, 8), is_strict
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_strict and 1 in x.shape[:2]:
+            raise ValueError("one row has no variance")
+        return self.project(self.lstm(x.transpose(0, 1))[0].transpose(0, 1))
+
+
+class Computes(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "reason"),
+    [
+        (
+            Positions(),
+            ids(tokens=9),
+            r"with rows on axis 0 of the inputs, Positions does not run on example_inputs: RuntimeError",
+        ),
+        (Again(PreNormBlock), ids(), "the model calls itself, or is TorchScript"),
+        (BesideTokensFirst(is_strict=True), torch.randn(4, 3, 8), "ValueError: one row has no variance"),
+        (
+            nn.Identity(),
+            torch.randn(4, 3, dtype=torch.complex64),
+            "no rows can be cut out of a tensor that is nested, complex",
+        ),
+        (nn.Identity(), torch.randn(()), "they hold no tensor with rows"),
+        (
+            Computes(lambda x: x / x.sum()),
+            torch.randn(4, 4),
+            "output for two rows is not what it gives for each of them alone",
+        ),
+        (Computes(lambda x: x.sum()), torch.randn(4, 3), "no tensor of the model's output has them"),
+    ],
+)
+def test_the_reason_why_nothing_was_seen_is_kept(model: nn.Module, inputs: Tensor, reason: str) -> None:
+    found = discover_rows(model.eval(), inputs)
+    assert found == {}
+    assert re.search(reason, found.why_unknown), found.why_unknown
+    assert reason == "" or re.search(reason, found.note("project"))
+
+
+def test_what_was_seen_needs_no_reason_but_for_modules_that_are_missing() -> None:
+    found = discover_rows(Blocks(PreNormBlock).eval(), ids())
+    assert found.note("blocks.1") == ""
+    assert "does not show it there" in found.note("no.such.module")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(found)))
+    assert (copied, copied.why_unknown) == (found, found.why_unknown)
+
+
+def test_an_error_that_needs_to_know_the_rows_says_why_they_were_not_seen() -> None:
+    x = torch.randn(4, 3, 8)
+    for inputs, is_strict, reason in (
+        (None, False, r"the model was not run to see it, since it was wrapped without example inputs: ak\.wrap"),
+        (x, True, "does not run on example_inputs: ValueError: one row has no variance"),
+    ):
+        kit = ak.wrap(BesideTokensFirst(is_strict=is_strict).eval(), inputs)
+        for name in "ab":
+            kit.add(name, ak.BottleneckConfig(targets=["project"], bottleneck_size=2))
+        message = rf"nothing says on which axis they are here \(where rows lie was not seen: .*{reason}"
+        with pytest.raises(ak.CompatibilityError, match=message):
+            kit.activate(ak.BatchSplit("a", "b"))
+        with pytest.raises(
+            ak.TargetError, match=rf"axis 1 \(where rows lie was not seen: .*{reason}.*set batch_axis=0 or 1"
+        ):
+            kit.add("c", ak.BottleneckConfig(targets=["project"], gating=True))
+    seen = kit_of(BesideTokensFirst(), ["project"], x)
+    seen.activate(ak.BatchSplit("a", "b"))
+
+
+def test_a_run_that_fails_later_keeps_what_was_seen_and_tells_why_the_rest_is_not() -> None:
+    model = BesideTokensFirst().eval()
+    kit = ak.wrap(model, torch.randn(4, 3, 8))
+    kit.add("a", ak.BottleneckConfig(targets=["project"], bottleneck_size=2))
+    model.is_strict, model.later = True, nn.Linear(8, 8)
+    kit.add("b", ak.BottleneckConfig(targets=["project"], bottleneck_size=2))
+    kit.activate(ak.BatchSplit("a", "b"))

@@ -17,7 +17,7 @@ from ...runtime.state import ACTIVATION_LOCK, without_adapters
 from ...structure import pytree
 from ...structure.anatomy.discover import Discovery
 from ...structure.base_tensors import base_parameters
-from ...structure.hosts import channel_axis, known_shape
+from ...structure.hosts import channel_axis, is_called, known_shape
 from ...structure.paths import SITE, modules_by_path
 from ...structure.tracing.forward import ExampleInputs, observe
 from ..summary import AdapterRow, summarise
@@ -138,7 +138,8 @@ class _Grower:
             inner = f"{path}.{name}".lstrip(".")
             if child is None or name in (SITE, _PARAMETRISED):
                 continue
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and self.first[id(child)] == inner:
+            is_list = not is_called(child) and not child._parameters  # one with Parameters of its own is worth a line
+            if is_list and self.first[id(child)] == inner:
                 yield from self._children(inner, child, f"{prefix}{name}.")
                 continue
             node = self._node(f"{prefix}{name}", inner, child)

@@ -118,8 +118,8 @@ def check_sizes(state: ModelState, path: str, tensor: Tensor, axis: int) -> None
     if batch is not None and batch.sizes and size not in batch.sizes:
         raise CompatibilityError(
             f"{path!r} has a tensor of shape {tuple(tensor.shape)}, with {size} rows on axis {axis}, and the model was "
-            f"called with sizes {sorted(batch.sizes)}: that is not the batch whose rows are divided. Leave this place out "
-            "with exclude="
+            f"called with sizes {sorted(batch.sizes)}: that is not the batch whose rows are divided"
+            f"{state.layouts.note(path)}. Leave this place out with exclude="
         )
 
 

@@ -1,4 +1,12 @@
-"""Record one forward as a graph: every tensor operation, and which module call took and returned which tensor."""
+"""Record one forward as a graph: every tensor operation, and which module call took and returned which tensor.
+
+For `y = x + linear(x)` with two Parameters the graph has these nodes, in the order in which they came about:
+
+    0 parameter (weight)   1 parameter (bias)   2 input (x)   3 addmm, reads 1 2 0   4 add, reads 2 3
+
+A node is one tensor, and the operation that made it; everything else here speaks of nodes by their numbers. What a node
+reads has a smaller number than the node itself, so going through the numbers is going through the forward.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import pytree
+from ..hosts import product_names
 from ..paths import modules_by_path
 from .forward import ExampleInputs, forward
 
 __all__ = ["ADDITIONS", "Graph", "ModuleCall", "Operation", "record_graph"]
 
 ADDITIONS = ("add", "add_", "addcmul", "addcmul_")
+_TORCHS = ("aten", "prims", "prim")  # the namespaces of torch's own operators
 
 
 @dataclass(eq=False)
@@ -27,11 +37,11 @@ class ModuleCall:
 
     Attributes:
         path: The module's first name in the model; None for one that the model does not hold.
-        parent: The call that it was made in.
+        parent: The call that it was made in; None for the model's own.
         inputs: Each tensor among its arguments: where it lies in `(args, kwargs)`, and its node.
         outputs: Each tensor that it returned: where it lies in the output, and its node.
-        start: The number of nodes before it.
-        end: The number of nodes when it returned; None if it did not.
+        start: The number of nodes before it: nodes from `start` up to `end` were made inside.
+        end: The number of nodes when it returned; None if it did not return.
     """
 
     path: str | None
@@ -43,7 +53,7 @@ class ModuleCall:
     end: int | None = None
 
     def around(self) -> Iterator[ModuleCall]:
-        """This call and those that it was made in, innermost first."""
+        """Yield this call and those that it was made in, innermost first."""
         call: ModuleCall | None = self
         while call is not None:
             yield call
@@ -55,14 +65,15 @@ class Operation:
     """One tensor operation, or a tensor that came from outside (`op` is "parameter" or "input").
 
     Attributes:
-        inputs: The nodes that it reads, in the order of its arguments; after them, those that have since written, in
-            place, into memory that an argument shares.
+        op: Its name without namespace, such as "addmm"; "linear" for every product that a package's `HostType` names.
+        inputs: The nodes that it reads, in the order of its arguments; after them, nodes that have since written in place
+            into memory that an argument shares (`x[:, 0] = y` changes x, which later operations read as the same tensor).
         numbers: The integers among its arguments, such as the axes of a permutation.
         call: The innermost module call that it ran in.
         operation: The operation and its arguments, as `(function, args, kwargs)`; None for what came from outside.
         taken: The tensors among its arguments: those of the first `len(taken)` nodes in `inputs`.
-        made: The tensors that it returned, or that came from outside.
-        addends: For an addition or a stack, copies of its operands, where they were asked for.
+        made: The tensors that it returned, or the one that came from outside.
+        addends: For an addition or a stack, copies of its operands, where `keep_addends` asked for them.
     """
 
     index: int
@@ -79,7 +90,7 @@ class Operation:
 
 
 class Graph:
-    """What one forward did: its nodes in order, and its module calls in the order that they began."""
+    """What one forward did: its nodes in order, and its module calls in the order in which they began."""
 
     def __init__(self) -> None:
         self.nodes: list[Operation] = []
@@ -90,12 +101,16 @@ class Graph:
 
 
 def record_graph(model: nn.Module, inputs: ExampleInputs, *, keep_addends: bool = False) -> Graph:
-    """Run the model once, in eval mode and without gradients, and record what it does. The model is as before afterwards.
+    """Run the model once, in eval mode and without gradients, and return what it did. The model is as before afterwards.
+
+    Args:
+        keep_addends: Copy the operands of additions, for the ε-test.
 
     Raises:
         CompatibilityError: the model does not run on these inputs.
+        ConfigError: it runs operators of a package, and packages that may name them as products cannot be loaded.
     """
-    recorder = _Recorder(model, keep_addends)
+    recorder = _Recorder(model, keep_addends=keep_addends)
     handles = []
     for module in set(model.modules()):
         if isinstance(module, torch.jit.ScriptModule):  # calls no Python hooks
@@ -111,17 +126,21 @@ def record_graph(model: nn.Module, inputs: ExampleInputs, *, keep_addends: bool 
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    """Builds the graph as operations go by. Tensors are told apart by identity, and nodes keep each alive."""
+    """Builds the graph as operations go by.
 
-    def __init__(self, model: nn.Module, keep_addends: bool) -> None:
+    Tensors are told apart by `id`. That is safe only because nodes keep every tensor alive: the `id` of one that was freed
+    could come back as another's.
+    """
+
+    def __init__(self, model: nn.Module, *, keep_addends: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.graph = Graph()
         self._keep_addends = keep_addends
         self._thread = threading.get_ident()  # operations are this thread's alone; hooks see those of all
-        self._node_of: dict[int, int] = {}
+        self._node_of: dict[int, int] = {}  # id of a tensor -> its node
         self._written: dict[int, int] = {}  # storage -> the last node that wrote into it in place
-        self._stack: list[ModuleCall] = []
-        self._paths: dict[int, str] = {}
+        self._stack: list[ModuleCall] = []  # the calls that run now, innermost last
+        self._paths: dict[int, str] = {}  # id of a module -> its first path
         for path, module in modules_by_path(model).items():
             self._paths.setdefault(id(module), path)
         for tensor in (*model.parameters(), *model.buffers()):
@@ -129,27 +148,40 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        name = func._schema.name.partition("::")[2]
-        taken = [] if _is_new(name) else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        node = self._reading(func, args, kwargs)
+        out = func(*args, **kwargs)
+        self._add(node, *(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
+        self._note_writes(node, func, args)
+        return out
+
+    def _reading(self, func: Any, args: Any, kwargs: Any) -> Operation:
+        """Return the node of an operation that is about to run, with all that it reads."""
+        leaves, name = tree_leaves((args, kwargs)), _name_of(func)
+        taken = [] if _makes_like(name) else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         reads = [self._index(tensor) for tensor in taken]
         written = {self._written[s] for s in map(_storage, taken) if s in self._written}
-        addends = tuple(t.detach().clone() for t in taken) if self._keep_addends and name in (*ADDITIONS, "stack") else ()
-        out = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        node = Operation(len(self.graph.nodes), name, (*reads, *sorted(written.difference(reads))), addends=addends)
-        node.call = self._stack[-1] if self._stack else None
-        node.operation, node.taken = (func, args, kwargs), tuple(taken)
-        node.numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
-        self._add(node, *made)
+        # Copied before it runs: an addition in place changes one of its operands.
+        is_kept = self._keep_addends and name in (*ADDITIONS, "stack")
+        return Operation(
+            len(self.graph.nodes),
+            name,
+            (*reads, *sorted(written.difference(reads))),
+            numbers=tuple(leaf for leaf in leaves if type(leaf) is int),
+            call=self._stack[-1] if self._stack else None,
+            operation=(func, args, kwargs),
+            taken=tuple(taken),
+            addends=tuple(t.detach().clone() for t in taken) if is_kept else (),
+        )
+
+    def _note_writes(self, node: Operation, func: Any, args: Any) -> None:
+        """Have the arguments that an operation changed in place stand for its node from now on, and their memory, too."""
         for argument, schema in zip(args, func._schema.arguments, strict=False):
             if isinstance(argument, Tensor) and schema.alias_info is not None and schema.alias_info.is_write:
                 self._written[_storage(argument)] = node.index
                 self._point(argument, node.index)
-        return out
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A module is called."""
+        """Note that a module is called."""
         if threading.get_ident() != self._thread:
             return
         parent = self._stack[-1] if self._stack else None
@@ -160,9 +192,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.graph.calls.append(call)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """A module returned. Calls inside it that raised, and were caught, are forgotten."""
+        """Note that a module returned, and what."""
         if threading.get_ident() != self._thread:
             return
+        # Calls inside it that are still open raised, and the model caught that: they returned nothing.
         while self._stack and self._stack[-1].module is not module:
             self._stack.pop()
         if self._stack:
@@ -171,7 +204,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             call.end = len(self.graph.nodes)
 
     def _add(self, node: Operation, *tensors: Tensor) -> None:
+        """Append a node that made these tensors. An operation without any (a check, say) has a node, too."""
         if tensors:
+            # Of several tensors (split, unbind) the first stands for all: they have one shape, but for a remainder.
             node.shape, node.is_floating = tuple(tensors[0].shape), tensors[0].is_floating_point()
         node.made = tensors
         self.graph.nodes.append(node)
@@ -179,23 +214,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self._point(tensor, node.index)
 
     def _point(self, tensor: Tensor, index: int) -> None:
+        """Have a tensor stand for a node, whatever it stood for before."""
         self._node_of[id(tensor)] = index
 
     def _index(self, tensor: Tensor) -> int:
-        """The tensor's node; a new one if it came from outside."""
+        """Return the tensor's node; a new one if it came from outside."""
         if id(tensor) not in self._node_of:
             self._add(Operation(len(self.graph.nodes), "input"), tensor)
         return self._node_of[id(tensor)]
 
 
-def _is_new(op: str) -> bool:
-    """Whether an operation makes a tensor that has no more of another than its shape."""
+def _name_of(func: Any) -> str:
+    """Return the name of an operator; "linear" if a package says that it multiplies an input by a weight."""
+    namespace, _, name = func._schema.name.partition("::")
+    # One name for all products: what asks for matrix products further on need not know whose they are.
+    is_product = namespace not in _TORCHS and func._schema.name in product_names()
+    return "linear" if is_product else str(name)
+
+
+def _makes_like(op: str) -> bool:
+    """Tell whether an operation makes a tensor that has no more of another than its shape: it does not read that."""
     return op.endswith("_like") or op.startswith("new_")
 
 
 def _storage(tensor: Tensor) -> int:
-    """Which memory a tensor lies in; sparse and similar tensors have none of their own, and count as apart."""
+    """Return a number for the memory that a tensor lies in."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
+        # Sparse and similar tensors have no memory of their own: each counts as apart, for nothing can be a view of it.
         return -id(tensor)

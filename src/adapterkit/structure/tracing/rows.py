@@ -1,9 +1,15 @@
-"""Where the rows of a batch lie in what modules take and return: seen by running the model on two, and on each alone."""
+"""See where the rows of a batch lie in what modules take and return: run the model on two rows, and on each alone.
+
+If a module returns (2, 3, 8) for both rows together and (1, 3, 8) for each alone, and the former is the latter two joined
+along axis 0, then that is the axis of rows. The tensors themselves are not kept, only a sketch of each: see `_Sketch`.
+
+Where nothing can be seen, the reason is kept with the result (`SeenRows.why_unknown`). It is no error yet: most adapters
+never divide rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -17,74 +23,103 @@ from ..paths import SITE
 from .forward import ExampleInputs, observe
 from .inputs import moved_to
 from .key import structure_key
-from .row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout, axis_of_call, first_with_rows, rows_at, tokens_in
+from .row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout, SeenRows, axis_of_call, first_with_rows, rows_at, tokens_in
 
 __all__ = ["discover_rows"]
 
-_REMEMBERED: Remembered[Mapping[str, Layouts]] = Remembered()
-# How far a row's sums may be, in a batch, from those that it has alone, as a part of the largest; and in narrow dtypes.
+_REMEMBERED: Remembered[SeenRows] = Remembered()
+# How far the sums of a row in a batch may be from those that it has alone, as a part of the largest: float32; narrower.
 _ROUNDING, _COARSE = 1e-4, 0.02
 
 
-def discover_rows(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Mapping[str, Layouts]:
-    """By the path of each module that runs: where rows lie in its tensors, as far as two rows of the inputs show it.
+def discover_rows(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SeenRows:
+    """Run the model and return where rows lie in the tensors of each module that runs: map its path to its layouts.
 
-    Without inputs tiny ones are made, and what they show is remembered for every model of the same structure.
+    Without inputs tiny ones are made, and what they show is remembered for every model of the same structure. If nothing
+    could be seen, the result is empty and says why.
     """
     try:
         if example_inputs is not None:
             return _seen(model, moved_to(example_inputs, model))
         return _REMEMBERED.get(structure_key(model, None), lambda: _seen(model, discover(model)[1]))
-    except CompatibilityError:  # it runs on no such inputs
-        return {}
+    except CompatibilityError as error:  # no inputs could be made on which it runs
+        return SeenRows(why_unknown=str(error))
 
 
-def _seen(model: nn.Module, inputs: ExampleInputs) -> dict[str, Layouts]:
-    """What two rows show, on the likelier axis of the inputs or, if the output denies that, on the other."""
+class _NothingSeenError(Exception):
+    """Two rows show nothing; its message says why. It never leaves this file."""
+
+
+def _seen(model: nn.Module, inputs: ExampleInputs) -> SeenRows:
+    """Return what two rows show, on the likelier axis of the inputs or, if the output denies that, on the other."""
     likely = axis_of_call(model)
+    reasons = []
     for axis in (likely, 1 - likely):
         try:
             batches = _two_rows(inputs, axis)
-        except (TypeError, ValueError, RuntimeError):  # containers that cannot be copied, tensors that cannot be cut
-            return {}
-        with suppress(CompatibilityError):  # it does not run on so few
-            found = {} if batches is None else _compared(model, batches, axis)
-            if found:
-                return found
-    return {}
+            return SeenRows(
+                _compared(model, batches, axis),
+                why_unknown="running it on two rows, and on each alone, does not show it there",
+            )
+        except _NothingSeenError as error:
+            reasons.append(f"with rows on axis {axis} of the inputs, {error}")
+        except CompatibilityError as error:  # some models do not run on two rows, or on one
+            reasons.append(f"with rows on axis {axis} of the inputs, {error}")
+    return SeenRows(why_unknown="; ".join(dict.fromkeys(reasons)))
 
 
 def _compared(model: nn.Module, batches: Sequence[ExampleInputs], axis: int) -> dict[str, Layouts]:
-    """Where rows lie, if those on this axis of the inputs are rows: each has in the output what it has alone there."""
+    """Return where rows lie, if what lies on this axis of the inputs are rows.
+
+    Args:
+        batches: Two rows, the first alone, the second alone.
+
+    Raises:
+        _NothingSeenError: they are none: the output has for both rows other numbers than for each alone.
+        CompatibilityError: the model does not run on them.
+    """
     modules = ((path, module) for path, module in model.named_modules() if SITE not in path.split("."))
     paths = [path for path, module in modules if not isinstance(module, torch.jit.ScriptModule)]
     shapes = _ShapesByData()  # type: ignore[no-untyped-call]  # torch's
     both = observe(model, batches[0], paths, _look, within=shapes)
     one, other = (observe(model, batch, paths, _look) for batch in batches[1:])
-    if not all(len(seen.get("", ())) == 1 for seen in (both, one, other)):  # it calls itself, or is TorchScript
-        return {}
-    (output,), (first,), (second,) = both[""], one[""], other[""]
-    tensors = [
-        (output[way], first[way], second[way]) for way in output if way[0] == "output" and way in first and way in second
-    ]
-    if not any(_layout(*each) not in (None, NO_ROWS) for each in tensors) or any(_is_denied(*each) for each in tensors):
-        return {}
+    _check_output(both, one, other)
     tokens = tokens_in(_call(batches[0]), 2, axis)
     found = {path: _layouts(both[path], one[path], other[path], tokens) for path in paths}
     if shapes.were_seen:  # a row may have as many indices as the other by chance: of experts, of tokens without padding
-        for path, held in found.items():
-            found[path] = {way: UNCLEAR if rows.is_flat and not rows.of_tokens else rows for way, rows in held.items()}
+        return {path: {key: _unless_chance(rows) for key, rows in held.items()} for path, held in found.items()}
     return found
 
 
+def _check_output(both: _Seen, one: _Seen, other: _Seen) -> None:
+    """Raise _NothingSeenError unless the model's output for both rows is made of what each row gives alone."""
+    calls = [seen.get("", ()) for seen in (both, one, other)]
+    if not all(len(seen) == 1 for seen in calls):
+        raise _NothingSeenError("the model calls itself, or is TorchScript, so its output cannot be compared")
+    together, first, second = (seen[0] for seen in calls)
+    keys = sorted(together.keys() & first.keys() & second.keys(), key=str)
+    tensors = [(together[key], first[key], second[key]) for key in keys if key[0] == "output"]
+    # Axes of tokens look like axes of rows until attention mixes tokens: then the numbers differ.
+    if any(_is_denied(*each) for each in tensors):
+        raise _NothingSeenError("the model's output for two rows is not what it gives for each of them alone")
+    if all(_layout(*each) in (None, NO_ROWS) for each in tensors):
+        raise _NothingSeenError("no tensor of the model's output has them")
+
+
+def _unless_chance(rows: RowLayout) -> RowLayout:
+    """Return the layout, but UNCLEAR if only the number of indices speaks for it."""
+    return UNCLEAR if rows.is_flat and not rows.of_tokens else rows
+
+
 class _ShapesByData(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    """Watch for operations whose output has as many entries as the numbers in their input say."""
+    """Watch for operations whose output has as many entries as the numbers in their input say: `nonzero`, `x[mask]`."""
 
     were_seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation. Shape: any."""
         if torch.Tag.dynamic_output_shape in func.tags:
+            # Indexing by integers has as many entries as there are indices; by a mask, as many as are true.
             indices = args[1] if func is torch.ops.aten.index.Tensor else None
             is_lookup = indices is not None and all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in indices)
             self.were_seen |= not is_lookup
@@ -92,50 +127,78 @@ class _ShapesByData(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
 
 def _call(inputs: ExampleInputs) -> Any:
+    """Return inputs as a container, in which each tensor has a path."""
     return inputs if isinstance(inputs, (Mapping, tuple)) else (inputs,)
 
 
-def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleInputs, ExampleInputs] | None:
-    """Two rows of the inputs, and each of them alone; of one row the second is the first turned round."""
+def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleInputs, ExampleInputs]:
+    """Return two rows of the inputs, the first alone, and the second alone.
+
+    Raises:
+        _NothingSeenError: no two rows can be cut out of these inputs.
+    """
     call = _call(inputs)
     tensors = list(pytree.tensors(call))
+    odd = next((tensor for _, tensor in tensors if not _is_plain(tensor)), None)
+    if odd is not None:
+        raise _NothingSeenError(f"no rows can be cut out of a tensor that is nested, complex, meta or {odd.layout}")
     reference = first_with_rows(call, axis)
-    if reference is None or not reference.shape[axis] or not all(map(_is_plain, (tensor for _, tensor in tensors))):
-        return None
+    if reference is None or not reference.shape[axis]:
+        raise _NothingSeenError("they hold no tensor with rows")
     rows = reference.shape[axis]
     both = one = other = call
-    for path, tensor in tensors:
-        at = rows_at(tensor, rows, axis)
-        if at is None:
-            continue
-        first, second = tensor.narrow(at, 0, 1), tensor.narrow(at, min(1, rows - 1), 1)
-        if torch.equal(first, second) and tensor.dim() > 1:
-            second = first.flip(0 if at else -1)
-        one, other = pytree.put(one, path, first), pytree.put(other, path, second)
-        both = pytree.put(both, path, torch.cat([first, second], at))
+    try:
+        for path, tensor in tensors:
+            at = rows_at(tensor, rows, axis)
+            if at is not None:  # else it is no part of a row, and the same for all: a table of positions
+                first, second = _two_of(tensor, at)
+                one, other = pytree.put(one, path, first), pytree.put(other, path, second)
+                both = pytree.put(both, path, torch.cat([first, second], at))
+    except (TypeError, ValueError, RuntimeError) as error:  # a container that cannot be copied, a tensor that cannot be cut
+        raise _NothingSeenError(f"no rows can be cut out of them: {type(error).__name__}: {error}") from error
     return both, one, other
 
 
+def _two_of(tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return two different rows of a tensor. Shape: as the tensor, with 1 on that axis."""
+    first, second = tensor.narrow(axis, 0, 1), tensor.narrow(axis, min(1, tensor.shape[axis] - 1), 1)
+    if torch.equal(first, second) and tensor.dim() > 1:
+        # Equal rows could not be told apart. Turned round, the second stays valid: the same ids, in another order.
+        second = first.flip(0 if axis else -1)
+    return first, second
+
+
 def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor can be cut and summed."""
     return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_complex() or tensor.is_meta)
 
 
 class _Sketch(NamedTuple):
-    """A tensor's shape and, for each index of its first two axes, a weighted sum of what lies there."""
+    """What is kept of a tensor to recognise it: its shape, and sums that tell its entries apart.
+
+    Attributes:
+        shape: Its shape.
+        along: For each of its first two axes, a weighted sum of the entries at each index. Of (2, 3, 8): shapes (2,), (3,).
+        tolerance: How far sums may be apart, as a part of the largest.
+    """
 
     shape: tuple[int, ...]
     along: tuple[Tensor, ...]
     tolerance: float
 
 
+_Seen = Mapping[str, Sequence[Mapping[pytree.Path, _Sketch]]]  # path -> its calls, each with the sketches of its tensors
+
+
 def _look(_path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> dict[pytree.Path, _Sketch]:
-    """A sketch of every tensor in a call and in what it returns, by its path; the first one's under the side alone, too."""
+    """Return a sketch of each tensor that a call takes and returns, keyed as in `Layouts`."""
     sketches: dict[pytree.Path, _Sketch] = {}
     for side, value in (("input", (args, kwargs)), ("output", output)):
         held = [(path, tensor) for path, tensor in pytree.tensors(value) if _is_plain(tensor)]
         sketches |= {(side, *path): _sketch(tensor) for path, tensor in held}
-        places = {key: index for index, key in enumerate(pytree.keys(value)) if side == "output"}
-        sketches |= {(side, places[path[0]], *path[1:]): sketches[(side, *path)] for path, _ in held if path and places}
+        # `output=1` and `output="hidden"` may name the same tensor of a ModelOutput: it is found by position and by key.
+        position = {key: index for index, key in enumerate(pytree.keys(value)) if side == "output"}
+        sketches |= {(side, position[path[0]], *path[1:]): sketches[(side, *path)] for path, _ in held if path and position}
         first = pytree.find(value)
         if first is not None and (side, *first) in sketches:
             sketches[(side,)] = sketches[(side, *first)]
@@ -143,8 +206,10 @@ def _look(_path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -
 
 
 def _sketch(tensor: Tensor) -> _Sketch:
+    """Return the sketch of a tensor of any shape."""
     numbers = tensor.detach().float().nan_to_num().clamp(-1e4, 1e4)  # masks hold the least numbers that there are
     along = []
+    # Weights cos(0), cos(1), … differ from one another, so that an exchange of two entries changes the sum.
     for axis in range(min(2, tensor.dim())):
         lines = numbers.movedim(axis, 0).unsqueeze(-1).flatten(1)
         along.append(lines @ torch.cos(torch.arange(lines.shape[1], device=lines.device, dtype=lines.dtype)))
@@ -155,18 +220,24 @@ _Calls = Sequence[Mapping[pytree.Path, _Sketch]]
 
 
 def _layouts(both: _Calls, one: _Calls, other: _Calls, tokens: Collection[int]) -> Layouts:
-    """Where rows lie in each tensor of a module, the same in all of its calls."""
+    """Return where rows lie in each tensor of a module; left out are those that show nothing, or in which calls differ.
+
+    Args:
+        both: The module's calls with both rows; `one` and `other`: with each alone.
+        tokens: How many tokens a row may have.
+    """
     if not len(both) == len(one) == len(other):  # it runs as often as the numbers say, as an expert may
         return {way: UNCLEAR for call in both for way in call}
     found: dict[pytree.Path, set[RowLayout | None]] = {}
     for a, b, c in zip(both, one, other, strict=True):
         for way in a.keys() & b.keys() & c.keys():
             found.setdefault(way, set()).add(_layout(a[way], b[way], c[way], tokens))
+    # One that is missing counts as never seen: an error that needs it then says so, with the reason.
     return {way: layout for way, (layout, *others) in found.items() if layout is not None and not others}
 
 
 def _layout(both: _Sketch, one: _Sketch, other: _Sketch, tokens: Collection[int] = ()) -> RowLayout | None:
-    """Where the rows lie in a tensor of both, given what each alone has there; None if that does not show it."""
+    """Return where the rows lie in a tensor of both, given what each alone has there; None if that does not show it."""
     if both.shape == one.shape == other.shape:
         is_same = all(_same(both, a, b) for alone in (one, other) for a, b in zip(both.along, alone.along, strict=True))
         return NO_ROWS if is_same else None
@@ -175,28 +246,27 @@ def _layout(both: _Sketch, one: _Sketch, other: _Sketch, tokens: Collection[int]
         if not _same(both, found, torch.cat([first, second])):
             continue
         count = len(first)
-        if count == 1 or not _same(
-            both, found, torch.stack([first, second], 1).flatten()
-        ):  # rows in turn would be the same
+        in_turn = torch.stack([first, second], 1).flatten()  # first, second, first, …: of equal sums, either may be meant
+        if count == 1 or not _same(both, found, in_turn):
             return RowLayout(axis, is_flat=count > 1, of_tokens=count > 1 and count in tokens)
     return UNCLEAR if _several_each(both, one, other) else None
 
 
 def _several_each(both: _Sketch, one: _Sketch, other: _Sketch) -> bool:
-    """Whether each row has several indices of the first axis, or another number of them than the other row."""
+    """Tell whether each row has several indices of the first axis, or another number of them than the other row."""
     sizes = [sketch.shape[:1] for sketch in (both, one, other)]
     rest = {sketch.shape[1:] for sketch in (both, one, other)}
     return len(rest) == 1 and all(sizes) and sizes[0][0] == sizes[1][0] + sizes[2][0] and sizes[1:] != [(1,), (1,)]
 
 
 def _is_denied(both: _Sketch, one: _Sketch, other: _Sketch) -> bool:
-    """Whether a tensor has the shape that what each row has alone makes together, and other numbers."""
+    """Tell whether a tensor has the shape that the two rows make together, but other numbers than they have alone."""
     pairs = [(both.along[axis], torch.cat([one.along[axis], other.along[axis]])) for axis in _joining(both, one, other)]
     return bool(pairs) and not any(_same(both, found, wanted) for found, wanted in pairs)
 
 
 def _joining(both: _Sketch, one: _Sketch, other: _Sketch) -> Iterator[int]:
-    """The axes along which what each row has alone, as much as the other, makes a tensor of the shape of both."""
+    """Yield the axes along which what the two rows have alone, equally much, joins to the shape of `both`."""
     for axis in range(len(both.along)):
         shapes = {(*s.shape[:axis], *s.shape[axis + 1 :]) for s in (both, one, other)}
         if len(shapes) == 1 and 2 * one.shape[axis] == 2 * other.shape[axis] == both.shape[axis]:
@@ -204,5 +274,6 @@ def _joining(both: _Sketch, one: _Sketch, other: _Sketch) -> Iterator[int]:
 
 
 def _same(both: _Sketch, found: Tensor, wanted: Tensor) -> bool:
+    """Tell whether two vectors of sums are equal, to the rounding of the dtype."""
     scale = wanted.abs().max().item() if wanted.numel() else 0.0
     return found.shape == wanted.shape and bool(((found - wanted).abs() <= both.tolerance * scale).all())

@@ -1,3 +1,5 @@
+"""What the config of a LoRA refuses, and what it says then."""
+
 from typing import Any
 
 import pytest

@@ -1,3 +1,5 @@
+"""The config of a bottleneck: its spellings, its round trips, and what it refuses."""
+
 import pickle
 from typing import Any
 

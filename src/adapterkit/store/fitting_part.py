@@ -1,0 +1,59 @@
+"""Find the part of a model, or the larger model, that a saved adapter would fit, to say so where it does not fit."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..structure.paths import modules_by_path
+from .identity import structure_of
+from .saved_adapter import SavedSite
+
+__all__ = ["advice"]
+
+
+def advice(model: nn.Module, sites: Sequence[SavedSite]) -> str:
+    """Say where the sites of an adapter that does not fit this model would fit; "" if nowhere that can be told."""
+    if not sites or any(site.structure is None for site in sites):
+        return ""
+    part = _fitting_part(model, sites)
+    if part is not None:
+        return f". It fits the submodule {part!r} of this model: load it with ak.wrap({_as_code('model', part)})"
+    place = _place_in_whole(model, sites)
+    if place is not None:
+        return (
+            f". It fits a model that holds this one as {place!r}: load it there. Saved from there with "
+            f"ak.wrap({_as_code('whole', place)}).save(…), it fits this one"
+        )
+    return ""
+
+
+def _fitting_part(model: nn.Module, sites: Sequence[SavedSite]) -> str | None:
+    """Return the path of the first submodule that has all of the sites, or None."""
+    first = sites[0].spec.path
+    modules = modules_by_path(model)
+    parts = [path for path in modules if path and (f"{path}.{first}" if first else path) in modules]
+    return next((part for part in parts if _has_all(modules[part], sites)), None)
+
+
+def _place_in_whole(model: nn.Module, sites: Sequence[SavedSite]) -> str | None:
+    """Return the path that this model would have in one that has all of the sites, or None."""
+    names = sites[0].spec.path.split(".")
+    prefixes = (".".join(names[:count]) for count in range(1, len(names)))
+    return next((prefix for prefix in prefixes if _has_all(model, sites, prefix=f"{prefix}.")), None)
+
+
+def _has_all(module: nn.Module, sites: Sequence[SavedSite], *, prefix: str = "") -> bool:
+    """Tell whether a module has all of the sites, of the same structure, where `prefix` begins each of their paths."""
+    paths = modules_by_path(module)
+    for site in sites:
+        saved = site.spec.path
+        path = saved.removeprefix(prefix)
+        if not saved.startswith(prefix) or path not in paths or structure_of(module, path, named=saved) != site.structure:
+            return False
+    return True
+
+
+def _as_code(model: str, path: str) -> str:
+    """Write the way to a submodule: "model.bert", or "model.get_submodule('layers.0')"."""
+    is_plain = all(name.isidentifier() for name in path.split("."))
+    return f"{model}.{path}" if is_plain else f"{model}.get_submodule({path!r})"
