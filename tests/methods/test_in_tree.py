@@ -133,7 +133,7 @@ USE = """
 import sys, torch
 import adapterkit as ak
 assert "adapterkit.methods" not in sys.modules
-from tests.conftest import PreNormBlock, Tiny, randomise
+from tests.hosts.tiny import PreNormBlock, Tiny, randomise
 
 assert ak.LoHaConfig(rank=2).method == "loha"
 assert "LoHaConfig" in ak.__all__ and ak.__all__ == sorted(ak.__all__) == dir(ak)
