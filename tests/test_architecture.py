@@ -17,7 +17,7 @@ LAYERS = [
     {"composition", "config", "nn", "structure"},
     {"placement"},
     {"runtime"},
-    {"heads", "hosts", "methods"},
+    {"heads", "methods"},
     {"lifecycle"},
     {"store", "inspection"},
     {"kit"},
@@ -151,3 +151,10 @@ def test_importing_takes_at_most_250_ms_over_torch() -> None:
 
 def test_the_types_are_shipped() -> None:
     assert (SOURCE / "py.typed").exists()
+
+
+def test_the_package_is_at_most_fourteen_rooms_and_files() -> None:
+    """Beside the two files that Python asks for and the mark for type checkers."""
+    entries = {path.name for path in SOURCE.iterdir()} - {"__init__.py", "__main__.py", "__pycache__", "py.typed"}
+    assert entries == {"kit.py", "errors.py"} | {room for rooms in LAYERS for room in rooms if (SOURCE / room).is_dir()}
+    assert len(entries) <= 14

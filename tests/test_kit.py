@@ -214,19 +214,29 @@ def test_a_taken_name_is_refused(post_norm: Tiny) -> None:
     kit.add("a", CONFIG)
 
 
-def test_parameters_come_in_a_fixed_order_without_heads(post_norm: Tiny) -> None:
+def test_parameters_come_in_a_fixed_order_and_heads_come_last(post_norm: Tiny) -> None:
     kit = ak.wrap(post_norm)
     kit.add("a", CONFIG, heads=["classifier"])
-    names = [name for name, _ in kit.named_parameters("a")]
+    names = [name for name, _ in kit.named_parameters("a", heads=False)]
     assert len(names) == 4 * 4
-    assert [name for name, _ in kit.named_parameters("a", heads=True)][16:] == [
+    assert [name for name, _ in kit.named_parameters("a")] == [
+        *names,
         "classifier._adapterkit.a.weight",
         "classifier._adapterkit.a.bias",
     ]
     assert list(kit.state_dict("a")) == names
+    assert list(kit.state_dict("a", heads=True)) == [name for name, _ in kit.named_parameters("a")]
     assert set(names) < set(post_norm.state_dict())
     kit.freeze("a")
-    assert [name for name, _ in kit.named_parameters("a")] == names
+    assert [name for name, _ in kit.named_parameters("a", heads=False)] == names
+
+
+def test_an_optimizer_over_the_parameters_holds_all_that_trains(post_norm: Tiny) -> None:
+    kit = ak.wrap(post_norm)
+    kit.add("a", CONFIG, heads=["classifier"])
+    kit.train_adapter("a")
+    open_ones = {id(p) for p in post_norm.parameters() if p.requires_grad}
+    assert {id(p) for p in kit.parameters("a")} == open_ones
 
 
 @pytest.mark.parametrize("spelling", ["config", "mapping", "path", "string"])

@@ -10,7 +10,7 @@ are adapterkit's; merging is refused there, for an 8-bit weight cannot take a sm
 import torch
 from torch import Tensor, nn
 
-from adapterkit.hosts import HostShape, HostType, Projection
+from adapterkit.placement.hosts import HostShape, HostType, Projection
 
 __all__ = ["INT8_LINEAR", "Int8Linear"]
 

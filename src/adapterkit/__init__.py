@@ -73,8 +73,8 @@ _NAMES_IN = {
     ".inspection.fusion_attention": "FusionAttention draw_attention",
     ".kit": "AdapterKit wrap",
     ".placement.spec": "SiteSpec",
-    ".store.check_sites": "SitesNotCheckedWarning",
     ".store.check_base": "BaseMismatchWarning",
+    ".store.check_sites": "SitesNotCheckedWarning",
     ".store.manifest": "Metadata",
 }
 _HOMES = {name: home for home, names in _NAMES_IN.items() for name in names.split()}

@@ -98,5 +98,5 @@ class CheckpointedBlocks(Blocks):
 def randomise(kit: object, name: str) -> None:
     """Give every parameter of an adapter a random value, so that it does something."""
     with torch.no_grad():
-        for parameter in kit.parameters(name):  # type: ignore[attr-defined]  # any kit
+        for parameter in kit.parameters(name, heads=False):  # type: ignore[attr-defined]  # any kit
             parameter.copy_(torch.randn(parameter.shape) / 4)

@@ -182,7 +182,7 @@ def test_verify_finds_what_an_optimizer_lacks(post_norm: Tiny) -> None:
     kit.freeze("a")
     assert kit.verify(optimizer=early).problems == ("nothing is to train: call kit.train_adapter",)
     kit.unfreeze("a")
-    partial = torch.optim.SGD(kit.parameters("a"), lr=0.1)
+    partial = torch.optim.SGD(kit.parameters("a", heads=False), lr=0.1)
     assert kit.verify(optimizer=partial).problems[0].startswith("'classifier._adapterkit.a.weight' is to train, but")
 
 

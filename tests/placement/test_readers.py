@@ -235,7 +235,7 @@ def test_a_tied_parameter_outside_of_a_head_is_adapted_there() -> None:
     ]
     randomise(kit, "a")
     kit.activate("a")
-    a, b = kit.parameters("a")
+    a, b = kit.parameters("a", heads=False)
     hidden = F.embedding(ids, model.embed.weight + 4.0 * b @ a)
     torch.testing.assert_close(model(ids), model.second(F.linear(hidden, model.head.weight, model.head.bias)))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.hosts import HostShape, HostType, Projection, register_host
+from adapterkit.placement.hosts import HostShape, HostType, Projection, register_host
 from adapterkit.placement.projections import projection_of
 from adapterkit.structure import hosts, plugins
 from adapterkit.structure.anatomy import discover
@@ -277,7 +277,9 @@ def test_a_function_that_gives_something_else_is_named() -> None:
     register_host(HostType((Odd,), shape=lambda _: (4, 6), projection=lambda _: (4, 6)))  # type: ignore[arg-type,return-value]
     with pytest.raises(ak.ConfigError, match=r"HostType of Odd must give a HostShape as its shape; found \(4, 6\)"):
         known_shape(Odd())
-    with pytest.raises(ak.ConfigError, match=r"HostType of Odd must give an adapterkit.hosts.Projection .*found \(4, 6\)"):
+    with pytest.raises(
+        ak.ConfigError, match=r"HostType of Odd must give an adapterkit.placement.hosts.Projection .*found \(4, 6\)"
+    ):
         projection_of(Odd())
 
 
@@ -324,7 +326,7 @@ def test_the_example_package_works_without_a_change_here(tmp_path: Path) -> None
 
 BRINGS = """
 from torch import nn
-from adapterkit.hosts import HostShape, HostType
+from adapterkit.placement.hosts import HostShape, HostType
 
 class One(nn.Module): pass
 class Two(nn.Module): pass

@@ -23,7 +23,7 @@ def projection_of(module: nn.Module) -> Projection | None:
         return torchs.projection_of(module)
     if not isinstance(described, Projection):
         raise ConfigError(
-            f"the HostType of {type(module).__name__} must give an adapterkit.hosts.Projection as its projection; "
+            f"the HostType of {type(module).__name__} must give an adapterkit.placement.hosts.Projection as its projection; "
             f"found {described!r}"
         )
     return described

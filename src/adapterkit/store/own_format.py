@@ -93,8 +93,8 @@ def _check_size(directory: Path, manifest: Manifest) -> None:
 
 
 def _config_of(manifest: Manifest, source: Path) -> Config | FusionConfig:
-    """Return the config in a manifest. Raises StoreError, naming the method if it is one that no package here brings."""
-    # A fusion is of no method; one that lists nothing to weigh is no config at all, as `config_from` says below.
+    """Return the config in a manifest. Raises StoreError, naming its method if that is not here."""
+    # A fusion is of no method. One that lists nothing to weigh is no config at all, which `config_from` says.
     if not manifest.children and manifest.config.get("method") != "fusion":
         try:
             check_methods_of(manifest.config)

@@ -82,7 +82,7 @@ class HostType:
         classes: The module classes that this describes, with the classes that derive from them.
         shape: Takes a module; returns the widths of its output and input, or None if this one cannot tell.
         projection: Takes a module that multiplies its input by a weight; returns the geometry of that weight, an
-            `adapterkit.hosts.Projection`. LoRA and its like then add beside the module, however the weight is stored.
+            `adapterkit.placement.hosts.Projection`. LoRA and its like then add beside the module, however the weight is stored.
         is_called: Whether a model calls such a module. False for a container whose children are called, as `nn.ModuleList`.
         products: The operators of `torch.ops` that multiply an input by a weight in its forward, such as
             "mylib::int8_linear". Roles (`@attention.q`) are found by looking for products; those of torch are known.

@@ -56,7 +56,7 @@ def main() -> None:
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> None:
-        for parameter in kit.parameters(name):
+        for parameter in kit.parameters(name, heads=False):
             torch.nn.init.normal_(parameter, std=0.1)
         kit.activate(fuse if name == "fusion" else name)
         with torch.no_grad():

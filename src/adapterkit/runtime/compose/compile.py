@@ -28,17 +28,17 @@ def steps_at(context: SiteContext, facts: CompositionFacts) -> tuple[Step, ...]:
         CompatibilityError: its adapters cannot act together there as it says.
     """
     composition = facts.composition
-    entries = list(context.entries_of(composition))
-    if composition is None or not entries:
+    # The first one tells whether any adapter acts here at all; a `Rows` of a large batch would have as many as rows.
+    if composition is None or next(context.entries_of(composition), None) is None:
         return ()
     if facts.is_in_order:
         # A name, and names one after the other, need none of the machinery for parts of tensors.
-        steps = _steps_in_order(context, composition, entries)
+        steps = _steps_in_order(context, composition)
         if _need_no_view(steps):
             return steps
     elif acting_at(context.at).is_shared:
-        names = ", ".join(sorted({name for entry in entries for name in entry.spec.parameters}))
-        changed = f"the Parameter {names}" if context.at == "weight" else f"its {context.at}"
+        names = sorted({name for entry in context.entries_of(composition) for name in entry.spec.parameters})
+        changed = f"the Parameter {', '.join(names)}" if context.at == "weight" else f"its {context.at}"
         raise CompatibilityError(
             f"{composition!r} cannot act on {context.path!r}: an adapter there changes {changed}, which all rows and "
             "tokens share. Stack such adapters, or adapt a layer"
@@ -46,8 +46,9 @@ def steps_at(context: SiteContext, facts: CompositionFacts) -> tuple[Step, ...]:
     return _composed(context, facts, composition)
 
 
-def _steps_in_order(context: SiteContext, composition: Composition, entries: Sequence[SiteEntry]) -> tuple[Step, ...]:
+def _steps_in_order(context: SiteContext, composition: Composition) -> tuple[Step, ...]:
     """Return one step for each module: in order, then those that undo, the last one first."""
+    entries = list(context.entries_of(composition))
     undoing = [entry for entry in entries if context.undoes(entry)]
     ordered = [*(entry for entry in entries if entry not in undoing), *reversed(undoing)]
     acting = acting_at(context.at)
