@@ -8,7 +8,7 @@ import adapterkit as ak
 from adapterkit.placement.hints import nothing_matches
 from adapterkit.structure.paths import modules_by_path
 
-from ..conftest import PreNormBlock, Tiny
+from ..hosts.tiny import PreNormBlock, Tiny
 
 
 @pytest.fixture(scope="module")

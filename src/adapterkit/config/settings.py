@@ -54,7 +54,7 @@ Target = str | Annotated[Predicate, _PredicateSchema]
 
 
 def _as_tuple(value: object) -> object:
-    """One target may be given without a list around it; a config holds tuples, which cannot change."""
+    """Make a tuple of a list, or of one target without a list around it: a config holds what cannot change."""
     if isinstance(value, str) or callable(value):
         return (value,)
     return tuple(value) if isinstance(value, (list, range)) else value
@@ -69,7 +69,7 @@ def _dtype_name(value: object) -> object:
 
 
 def _index(value: object) -> object:
-    """The integers of other libraries (numpy's) as Python's."""
+    """Turn the integers of other libraries (numpy's) into Python's. True is no number here."""
     return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 
@@ -95,7 +95,7 @@ class Settings(BaseModel):
 
     # Built on first use: building scans installed packages for plugins, which an import should not cost.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
-    # Pairs of settings for one quantity: giving one as an override drops the other.
+    # Pairs of settings for one quantity, such as reduction_factor and bottleneck_size: an override of one drops the other.
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __init__(self, **settings: Any) -> None:
@@ -105,7 +105,7 @@ class Settings(BaseModel):
             raise ConfigError(f"{type(self).__name__} cannot be built: {describe(error, type(self))}") from error
 
     def override(self: S, settings: Mapping[str, Any]) -> S:
-        """The same config with these settings changed, validated anew."""
+        """Return the same config with these settings changed, validated anew."""
         if not settings:
             return self
         kept = {name: getattr(self, name) for name in self.model_fields_set}
@@ -175,12 +175,12 @@ class TensorConfig(AdapterConfig):
 
 
 def check_map(values: dict[str, V]) -> dict[str, V]:
-    """A setting by place has a default; its other keys are layer indices or patterns. Sorted: equal means equal hash."""
+    """Check that a map by layer or pattern has a "default", and sort it: equal configs have equal hashes."""
     if "default" not in values:
         raise ValueError("a map by layer or pattern needs a 'default'")
     return dict(sorted(values.items()))
 
 
 def number_by_place(number: str, example: str) -> str:
-    """The description of a setting that is a number, or a map of them by place."""
+    """Describe a setting that is a number, or a map of numbers by layer or pattern."""
     return f"{number}, or a map of them by layer or pattern, which needs a 'default': {{'default': {example}}}"

@@ -15,7 +15,7 @@ __all__ = ["Config", "Union", "members"]
 class Union(Settings):
     """An adapter made of several: `ak.Union(ak.LoRAConfig(), ak.BottleneckConfig(targets=["mlp"]))`.
 
-    They are added, trained, saved and activated as one. At a place that several of them adapt they act in this order.
+    They are added, trained, saved and activated as one. At a tensor that several of them adapt they act in this order.
 
     Args:
         *configs: Two or more configs, of any methods; none of them a union.
@@ -35,33 +35,36 @@ class Union(Settings):
     @field_validator("configs", mode="before")
     @classmethod
     def _are_configs(cls, configs: Any) -> Any:
-        """Only configs: pydantic would make a plain AdapterConfig of a mapping."""
+        """Refuse what is no config: pydantic would make a plain AdapterConfig of a mapping."""
         wrong = [type(config).__name__ for config in configs if not isinstance(config, AdapterConfig)]
         if wrong:
             raise ValueError(f"a union holds configs such as ak.LoRAConfig(...); found {wrong}")
         return tuple(configs)
 
     def override(self, settings: Mapping[str, Any]) -> "Union":
-        """The same union, each setting changed in every member that has it.
+        """Return the same union, each setting changed in every member that has it.
 
         Raises:
             ConfigError: no member has such a setting.
         """
-        fields = [type(config).model_fields for config in self.configs]
-        unknown = [name for name in settings if not any(name in known for known in fields)]
+        every = list(dict.fromkeys(name for config in self.configs for name in type(config).model_fields))
+        unknown = [name for name in settings if name not in every]
         if unknown:
-            every = list(dict.fromkeys(name for known in fields for name in known))
             raise ConfigError(
                 f"no member of the union of {[c.method for c in self.configs]} has a setting {unknown}: "
                 + "; ".join(no_setting(name, every) for name in unknown).replace("?; ", "? ")
             )
-        pairs = zip(self.configs, fields, strict=True)
-        return Union(*(config.override({k: v for k, v in settings.items() if k in known}) for config, known in pairs))
+        return Union(*(config.override(_settings_of(config, settings)) for config in self.configs))
+
+
+def _settings_of(config: AdapterConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the settings that a config has."""
+    return {name: value for name, value in settings.items() if name in type(config).model_fields}
 
 
 Config = AdapterConfig | Union
 
 
 def members(config: Config) -> tuple[AdapterConfig, ...]:
-    """The configs of a union, or the config itself."""
+    """Return the configs of a union, or the config itself, as a tuple of one."""
     return config.configs if isinstance(config, Union) else (config,)

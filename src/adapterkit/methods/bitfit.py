@@ -43,14 +43,14 @@ class BitFit:
     neutral = 0.0
 
     def placements(self, config: BitFitConfig) -> tuple[Placement, ...]:
-        """At the targets' biases."""
+        """Place modules at the targets' biases."""
         return (Placement(level="parameter", accepts=is_bias),)
 
     def build(self, config: BitFitConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> ParameterDelta:
-        """A change for one bias."""
+        """Build the change of one bias."""
         return ParameterDelta(host.get_parameter(site.parameters[0]).shape, dtype=dtype)
 
 
 def is_bias(_owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a Parameter is a bias: a vector called one."""
+    """Tell whether a Parameter is a bias: a vector called one."""
     return parameter.dim() == 1 and _BIAS.fullmatch(name) is not None

@@ -60,15 +60,24 @@ class AnyBottleneckConfig(TensorConfig):
     stochastic_depth: Probability = 0.0
 
     @model_validator(mode="after")
-    def _check(self) -> "AnyBottleneckConfig":
+    def _check_one_size(self) -> "AnyBottleneckConfig":
         if self.reduction_factor is not None and self.bottleneck_size is not None:
             raise ValueError("give reduction_factor or bottleneck_size, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tensors(self) -> "AnyBottleneckConfig":
+        """Refuse settings that name a tensor which the adapter, placed so, neither reads nor changes."""
         if self.at != "output" and (self.placement == "parallel" or self.residual is not None):
             raise ValueError(f"placement='parallel' and residual= need at='output'; found at={self.at!r}")
         if self.input is not None and self.at == "output" and (self.placement == "sequential" or self.residual is not None):
             raise ValueError("input= names what the adapter reads at its host's input; here it reads something else")
         if self.output is not None and self.at != "output":
             raise ValueError(f"output= names a tensor that the host returns; with at={self.at!r} none is adapted")
+        return self
+
+    @model_validator(mode="after")
+    def _check_norm(self) -> "AnyBottleneckConfig":
         if self.residual_before_layer_norm and not self.layer_norm_after:
             raise ValueError("residual_before_layer_norm needs layer_norm_after=True")
         return self
@@ -153,17 +162,17 @@ class Bottleneck:
     }
 
     def placements(self, config: BottleneckConfig) -> tuple[Placement, ...]:
-        """One, of `at`, `placement` and `residual`."""
+        """Place one module at each target, as `at`, `placement` and `residual` say."""
         return (bottleneck_placement(config),)
 
     def build(self, config: BottleneckConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> BottleneckAdapter:
-        """A bottleneck of the site's width."""
+        """Build a bottleneck of the site's width."""
         size, options = bottleneck_size(config, site), bottleneck_options(config, site)
         return BottleneckAdapter(site.width, size, init=config.init, dtype=dtype, **options)
 
 
 def bottleneck_size(config: AnyBottleneckConfig, site: SiteSpec) -> int:
-    """The inner width at a site: as given, or the width there divided by the reduction factor, at least 1."""
+    """Return the inner width at a site: as given, or the width there divided by the reduction factor, at least 1."""
     size = setting_at(config.bottleneck_size, site)
     if size is not None:
         return int(size)
@@ -176,7 +185,7 @@ def bottleneck_size(config: AnyBottleneckConfig, site: SiteSpec) -> int:
 
 
 def bottleneck_options(config: AnyBottleneckConfig, site: SiteSpec) -> BottleneckOptions:
-    """The settings that every bottleneck has, as its module takes them."""
+    """Return the settings that every bottleneck has, as its module takes them."""
     return {
         "input_size": site.input_width,
         "non_linearity": config.non_linearity,

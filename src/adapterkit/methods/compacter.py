@@ -63,11 +63,11 @@ class Compacter:
     }
 
     def placements(self, config: CompacterConfig) -> tuple[Placement, ...]:
-        """As a bottleneck's."""
+        """Place modules as a bottleneck's."""
         return (bottleneck_placement(config),)
 
     def shared(self, config: CompacterConfig, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module | None:
-        """The rule, the factors, or both; None where each site has its own."""
+        """Build the rule, the factors, or both; None where each site has its own."""
         if not (config.shared_rule or config.shared_factors):
             return None
         return SharedFactors(
@@ -80,7 +80,7 @@ class Compacter:
         )
 
     def build(self, config: CompacterConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> CompacterAdapter:
-        """A Compacter of the site's width."""
+        """Build a Compacter of the site's width."""
         return CompacterAdapter(
             site.width,
             bottleneck_size(config, site),
@@ -95,7 +95,7 @@ class Compacter:
 
 
 def _common_sizes(config: CompacterConfig, sites: Sequence[SiteSpec]) -> tuple[int, int, int]:
-    """(input, bottleneck, output) of every site, which must be the same ones."""
+    """Return (input, bottleneck, output) of every site. Raise ConfigError unless they are the same."""
     found = {(site.input_width, bottleneck_size(config, site), site.width): site.path for site in sites}
     if len(found) > 1:
         listed = ", ".join(f"{' -> '.join(map(str, sizes))} at {path!r}" for sizes, path in list(found.items())[:3])

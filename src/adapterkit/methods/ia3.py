@@ -37,7 +37,7 @@ class IA3Config(AdapterConfig):
 
     @property
     def names_targets_alone(self) -> bool:
-        """Whether the targets are others than the papers', and the feed-forward's are not."""
+        """Tell whether the targets are others than the papers', and the feed-forward's are not."""
         # By value: which settings were given is not in a file.
         is_default = {name: getattr(self, name) == field.default for name, field in type(self).model_fields.items()}
         return is_default["feedforward_targets"] and not is_default["targets"]
@@ -58,7 +58,7 @@ class IA3:
     neutral = 1.0
 
     def placements(self, config: IA3Config) -> tuple[Placement, ...]:
-        """On the output of targets, and on the input of feed-forward targets."""
+        """Place modules on the output of targets, and on the input of feed-forward targets."""
         outputs = Placement(level="projection", tag="output")
         # Whoever names targets need not have a transformer: then the default finds no feed-forward, and that is no error.
         inputs = Placement(
@@ -71,7 +71,7 @@ class IA3:
         return (outputs,) * bool(config.targets) + (inputs,) * bool(config.feedforward_targets)
 
     def build(self, config: IA3Config, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> ia3.IA3:
-        """A vector of the site's width, or of that of the parts."""
+        """Build a vector of the site's width, or of that of its slices."""
         if site.parameters:
             raise TargetError(
                 f"IA3 scales what {site.path!r} computes from {site.parameters[0]!r} and a bias inside itself, where "

@@ -58,14 +58,14 @@ class Invertible:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"invertible": {}}
 
     def placements(self, config: InvertibleConfig) -> tuple[Placement, ...]:
-        """Behind the embedding, and before the output embedding, which a model need not have."""
+        """Place modules behind the embedding, and before the output embedding, which a model need not have."""
         forward, targets = Placement(tag="forward"), tuple(config.output_targets)
         if not targets:
             return (forward,)
         return forward, Placement(at="input", targets=targets, is_optional=all(map(is_role, targets)), tag="inverse")
 
     def shared(self, config: InvertibleConfig, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> Coupling:
-        """The coupling."""
+        """Build the coupling. Raise TargetError where its sites have different widths."""
         widths = {site.width: site.path for site in sites}
         if len(widths) > 1:
             listed = ", ".join(f"{width} at {path!r}" for width, path in widths.items())
@@ -82,6 +82,6 @@ class Invertible:
         )
 
     def build(self, config: InvertibleConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> InvertibleAdapter:
-        """The coupling's direction at a site."""
+        """Build the module that runs the coupling, in the site's direction."""
         direction: Literal["forward", "inverse"] = "inverse" if site.tag == "inverse" else "forward"
         return InvertibleAdapter(direction, is_undone=bool(config.output_targets))

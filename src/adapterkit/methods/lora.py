@@ -92,11 +92,11 @@ class LoRA:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"lora": {}, "dora": {"use_dora": True}}
 
     def placements(self, config: LoRAConfig) -> tuple[Placement, ...]:
-        """At the targets' weights."""
+        """Place modules at the targets' weights."""
         return (Placement(level="projection", reads="own_input"),)
 
     def build(self, config: LoRAConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """A pair of factors in the geometry of the host's weight."""
+        """Build a pair of factors for the host's weight, and with DoRA its magnitudes."""
         projection, rank = projection_at(site, host), setting_at(config.rank, site)
         both: dict[str, Any] = {
             "scaling": setting_at(config.alpha, site) / (math.sqrt(rank) if config.use_rslora else rank),
@@ -115,7 +115,7 @@ class LoRA:
 
 
 def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
-    """The weight at a site, without adapters that are merged into it.
+    """Return the weight at a site, without adapters that are merged into it.
 
     Raises:
         TargetError: it has no length to measure: quantised, or computed in a way that looking at it would move.
@@ -126,6 +126,7 @@ def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
         return held.originals[name].value
     way, _, leaf = name.rpartition(".")
     owner: Any = host.get_submodule(way)
+    # Reading the weight must change nothing: one that is computed may move what it is computed from as it is read.
     is_steady = leaf in owner._parameters or leaf in owner._buffers  # a quantised weight may be a buffer
     if not is_steady and is_parametrized(owner, leaf):
         is_steady = not any(True for _ in owner.parametrizations[leaf].buffers())  # spectral norm's move as they are read

@@ -29,11 +29,11 @@ class Method(Protocol[C]):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     def placements(self, config: C) -> tuple[Placement, ...]:
-        """Where its modules sit at their hosts, and what they read."""
+        """Return where its modules sit at their hosts, and what they read."""
         ...
 
     def build(self, config: C, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """A new module for one site, on torch's default device.
+        """Build a new module for one site, on torch's default device.
 
         It has a property `compute_dtype`, the dtype that it computes in, and one of
 
@@ -41,7 +41,8 @@ class Method(Protocol[C]):
             module(z, x, host) -> delta        z what the host takes, x and delta what it returns; for `level="projection"`
             module.adapted(weight) -> weight   the host's Parameter with its change; for sites with `parameters`
 
-        and, where the host's weights can take its change for good, `Mergeable.merged`; `adapted` alone is enough for that.
+        and, where the host's weights can take its change for good, `Mergeable.merged`; at a Parameter `adapted` is enough
+        for that. What else a module may say of itself stands in `nn.traits`.
         """
         ...
 
@@ -52,14 +53,15 @@ class Mergeable(Protocol):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the module computes in."""
+        """Return the dtype that the module computes in."""
         ...
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of the host's tensors those that change, so that it returns in eval mode what it does with the module.
+        """Return the host tensors to overwrite so that, in eval mode, the host alone computes what it did with the module.
 
         Args:
-            tensors: In `compute_dtype`. At a Parameter that alone, as "weight"; else "weight" and "bias", if it has one.
+            tensors: Map name → tensor, in `compute_dtype`: "weight" and, if the host has one, "bias"; at a Parameter that
+                alone, as "weight".
 
         Raises:
             CompatibilityError: there are no such tensors; says why.
@@ -69,24 +71,24 @@ class Mergeable(Protocol):
 
 @runtime_checkable
 class AdaptsParameter(Protocol):
-    """A module at a Parameter."""
+    """A module that changes a Parameter of its host, whose input it does not see."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the module computes in."""
+        """Return the dtype that the module computes in."""
         ...
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The Parameter with its change. Shape: as the Parameter."""
+        """Return the Parameter with its change. Shape: as the Parameter."""
         ...
 
 
 @runtime_checkable
 class SharesTensors(Protocol):
-    """A method whose modules of one adapter share tensors: each finds them as `self.shared`."""
+    """A method whose modules of one adapter share tensors: each finds them as `self.shared` (see `nn.shared`)."""
 
-    def shared(self, config: Any, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module:
-        """The module that holds them, built once for each adapter, before the modules of its sites."""
+    def shared(self, config: Any, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> nn.Module | None:
+        """Build the module that holds them, once for each adapter, before the modules of its sites; None for nothing."""
         ...
 
 

@@ -40,14 +40,14 @@ class NormTuning:
     neutral = 0.0
 
     def placements(self, config: NormTuningConfig) -> tuple[Placement, ...]:
-        """At the Parameters of the targets that are norms."""
+        """Place modules at the Parameters of the targets that are norms."""
         return (Placement(level="parameter", accepts=is_norm_parameter),)
 
     def build(self, config: NormTuningConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> ParameterDelta:
-        """A change for one Parameter."""
+        """Build the change of one Parameter."""
         return ParameterDelta(host.get_parameter(site.parameters[0]).shape, dtype=dtype)
 
 
 def is_norm_parameter(owner: nn.Module, _name: str, _parameter: nn.Parameter) -> bool:
-    """Whether a Parameter is a norm's."""
+    """Tell whether a Parameter is a norm's."""
     return is_norm(owner)

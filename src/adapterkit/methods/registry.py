@@ -138,7 +138,7 @@ def preset_names() -> tuple[list[str], list[str]]:
 
 
 def _method_here(name: str) -> Method[Any]:
-    """`method_named`, with an error for who has a config and not the method."""
+    """Return the method of this name. Raise ConfigError, as for who has a config and lacks its method, if there is none."""
     try:
         return method_named(name)
     except ConfigError as error:

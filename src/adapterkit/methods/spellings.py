@@ -32,7 +32,7 @@ def config_from(settings: Mapping[str, Any]) -> Config:
 
 
 def as_config(config: Settings | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> Config:
-    """A config from any of its spellings.
+    """Build a config from any of its spellings.
 
     Raises:
         ConfigError: not one of these, or bad settings.
@@ -48,7 +48,7 @@ def as_config(config: Settings | Mapping[str, Any] | str | Path, overrides: Mapp
 
 
 def _preset(name: str) -> AdapterConfig | None:
-    """The config of a preset; None if there is none of this name."""
+    """Build the config of a preset; None if there is none of this name."""
     found = preset_named(name)
     if found is None:
         return None
@@ -58,7 +58,7 @@ def _preset(name: str) -> AdapterConfig | None:
 
 
 def _union_from(settings: Mapping[str, Any]) -> Union:
-    """A union from a mapping; its members are configs, mappings or presets' names."""
+    """Build a union from a mapping; its members are configs, mappings or presets' names."""
     given = settings.get("configs")
     if not isinstance(given, (list, tuple)):
         raise ConfigError(f"a union has a list of 'configs'; found {given!r}")
@@ -67,7 +67,7 @@ def _union_from(settings: Mapping[str, Any]) -> Union:
 
 
 def _settings_in(config: object) -> Mapping[str, Any]:
-    """The settings in a JSON file, or an error that knows the presets."""
+    """Read the settings in a JSON file. Raise ConfigError, which knows the presets, if that is no file."""
     settings = read_json(config)
     if settings is None:
         names, problems = preset_names()
@@ -86,7 +86,7 @@ def no_config(config: object, presets: Sequence[str]) -> str:
 
 
 def read_json(config: object) -> Mapping[str, Any] | None:
-    """The settings in a JSON file; None if that is no path of a file.
+    """Read the settings in a JSON file; None if that is no path of a file.
 
     Raises:
         ConfigError: the file holds something else.

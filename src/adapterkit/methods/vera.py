@@ -50,17 +50,17 @@ class VeRA:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"vera": {}}
 
     def placements(self, config: VeRAConfig) -> tuple[Placement, ...]:
-        """At the targets' weights."""
+        """Place modules at the targets' weights."""
         return (Placement(level="projection", reads="own_input"),)
 
     def shared(self, config: VeRAConfig, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> VeRABases:
-        """Matrices as large as the largest site."""
+        """Build matrices as large as the largest site."""
         most_in = max(site.input_width for site in sites)
         most_out = max(max(SliceLayout(site.width, site.slices).sizes() or [site.width]) for site in sites)
         return VeRABases(config.rank, most_in, most_out, dtype=dtype)
 
     def build(self, config: VeRAConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> VeRAModule:
-        """The vectors of one site."""
+        """Build the vectors of one site."""
         projection = projection_at(site, host)
         return VeRAModule(
             projection, config.rank, initial=config.initial, dropout=config.dropout, slices=site.slices, dtype=dtype

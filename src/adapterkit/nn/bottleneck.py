@@ -120,7 +120,7 @@ class AnyBottleneck(nn.Module):
             self.scale = parameter(1 if self.scaling == "learned" else self.output_size)
 
     def _reset(self, init: Callable[[str, nn.Parameter], object]) -> None:
-        """Biases zero, norms and scaling one, every other parameter of its own as `init(name, parameter)` does it."""
+        """Initialise biases as zeros, norms and scaling as ones, and every other parameter with `init(name, parameter)`."""
         for name, parameter in self._parameters.items():
             if parameter is None:
                 continue
@@ -150,7 +150,7 @@ class AnyBottleneck(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Return the sizes, for `print(model)`."""
         return f"{self.input_size} -> {self.bottleneck_size} -> {self.output_size}, scaling={self.scaling}"
 
 
@@ -210,7 +210,7 @@ class BottleneckAdapter(AnyBottleneck):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         return own_tensors(self)["up_weight"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class CompacterAdapter(AnyBottleneck):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         return own_tensors(self)["up_bias"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -148,14 +148,14 @@ class CompacterAdapter(AnyBottleneck):
         rule = shared["rule"] if self.shared_rule else own[f"{which}_rule"]
         parts = ("blocks",) if self.rank is None else ("left", "right")
         bias = own[f"{which}_bias"]
-        # What is shared lies where the first site does, and is of its dtype.
+        # What is shared lies where the first site does, and is of its dtype; this one may be on another device.
         tensors = [tensor.to(bias) for tensor in (rule, *(factors[f"{which}_{part}"] for part in parts))]
         return phm_linear(h, *tensors, bias=bias)
 
 
 def _factor_shapes(n: int, sizes: tuple[int, int, int], rank: int | None) -> Shapes:
-    """Shapes of the factors of both projections, for widths (input, bottleneck, output)."""
-    read, inner, written = (-(-size // n) for size in sizes)
+    """Map the name of each factor of both projections → its shape, for widths (input, bottleneck, output)."""
+    read, inner, written = (-(-size // n) for size in sizes)  # rounded up: n need not divide a width
     if rank is None:
         return {"down_blocks": (n, read, inner), "up_blocks": (n, inner, written)}
     down = {"down_left": (n, read, rank), "down_right": (n, rank, inner)}

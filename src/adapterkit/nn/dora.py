@@ -29,7 +29,7 @@ class DoRA(nn.Module):
 
     Args:
         projection: The host's weight and geometry.
-        rank: Inner width; of each part, and of all groups of a grouped conv together.
+        rank: Inner width; of each slice, and of all groups of a grouped conv together.
         magnitude: What m starts as: `magnitude_of(projection, weight, slices=slices)`, with the host's weight in the
             adapter's dtype. None where the host's weight has no values (the meta device): m starts as ones.
         scaling: A fixed factor: alpha / rank, or alpha / sqrt(rank).
@@ -82,7 +82,7 @@ class DoRA(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         return self.magnitude.dtype
 
     def forward(self, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
@@ -100,11 +100,11 @@ class DoRA(nn.Module):
         return low_rank.over_channels(low_rank.layout.spread(factor - 1)) * product + low_rank.up(h, b)
 
     def weight_delta(self) -> Tensor:
-        """What is added to the host's weight before it is scaled. Shape: as the weight."""
+        """Return what is added to the host's weight before it is scaled. Shape: as the weight."""
         return self.low_rank.delta(self.lora_A, self.lora_B) * self.scaling
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The weight m * V / |V|, in the dtype of the one given. Shape: as the weight."""
+        """Return the weight m * V / |V|, in the dtype of the one given. Shape: as the weight."""
         factor = 1 + self.low_rank.layout.spread(self._factor(weight) - 1)
         return ((weight + self.weight_delta()) * self.low_rank.over_outputs(factor)).to(weight.dtype)
 
@@ -113,11 +113,11 @@ class DoRA(nn.Module):
         return "is a DoRA, whose magnitudes multiply the weight and do not add up"
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The host's tensors that change if the adapter is merged into them: the weight."""
+        """Return the host's tensors that change if the adapter is merged into them: the weight."""
         return {"weight": self.adapted(tensors["weight"])}
 
     def _factor(self, weight: Tensor) -> Tensor:
-        """The factor m / |V| of each output feature of the parts. Shape: weight as the host's, result (..., covered)."""
+        """Return the factor m / |V| of each output feature. Shape: weight as the host's, result (..., covered)."""
         # In the dtype that m was taken in, so that it starts as the same bits. Autocast would make B A narrow, and the
         # norm another one than where the adapter is merged.
         with torch.no_grad(), as_stored(weight):
@@ -128,13 +128,13 @@ class DoRA(nn.Module):
         return factor
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Return the sizes, for `print(model)`."""
         p = self.low_rank.projection
         return f"{p.kind}, {p.in_features} -> {self.low_rank.rank} -> {p.out_features}, scaling={self.scaling:g}"
 
 
 def magnitude_of(projection: Projection, weight: Tensor, *, slices: Slices = ()) -> Tensor:
-    """The norm of the weight of each output feature, of all or of those that parts cover.
+    """Return the norm of each output feature's weights, of all features or of those in slices.
 
     Shape: weight as the projection's, result (out,) or (covered,); with the leading axes of a Parameter before.
 
@@ -150,7 +150,7 @@ def magnitude_of(projection: Projection, weight: Tensor, *, slices: Slices = ())
 
 
 def _norms(low_rank: LowRank, weight: Tensor) -> Tensor:
-    """The norm of each output feature of the parts. Shape: weight as the host's, result (..., covered)."""
+    """Return the norm of each output feature in the slices. Shape: weight as the host's, result (..., covered)."""
     projection = low_rank.projection
     first = weight.dim() - 2 if projection.kind == "parameter" else 0  # the axes before have each a weight
     others = tuple(axis for axis in range(first, weight.dim()) if axis != projection.out_axis % weight.dim())

@@ -54,13 +54,13 @@ class Fusion(nn.Module):
         super().__init__()
         self.value_init, self.residual_before, self.dropout = value_init, residual_before, dropout
 
-        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape, dtype=dtype)) if wanted else None
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype))
 
-        self.query_weight = parameter(query, size, query_size or size)
-        self.query_bias = parameter(query, size)
-        self.key_weight = parameter(key, size, size)
-        self.value_weight = parameter(value, size, size)
+        self.query_weight = parameter(size, query_size or size) if query else None
+        self.query_bias = parameter(size) if query else None
+        self.key_weight = parameter(size, size) if key else None
+        self.value_weight = parameter(size, size) if value else None
         # A buffer: it is saved, and a graph that was compiled need not be made anew when it changes.
         self.register_buffer("temperature", torch.full((), temperature, dtype=dtype or torch.get_default_dtype()))
         self.reset_parameters()
@@ -79,14 +79,14 @@ class Fusion(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the fusion computes in."""
+        """Return the dtype that the fusion computes in."""
         return self.temperature.dtype
 
     def forward(self, q: Tensor, deltas: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is added to x, and the attention. Shape: see the class."""
         if self.query_weight is not None:
             q = F.linear(q, self.query_weight, self.query_bias)  # (..., hidden)
-        if self.key_weight is not None:
+        if self.key_weight is not None:  # Wk^T q, in place of Wk u_i for each child
             q = q @ self.key_weight
         scores = (deltas @ q.unsqueeze(-1)).squeeze(-1)  # (..., children)
         attention = (scores / self.temperature).softmax(-1)
@@ -99,7 +99,7 @@ class Fusion(nn.Module):
         return (mixed - x if self.residual_before else mixed), attention
 
     def distance_to_identity(self) -> Tensor:
-        """The squared distance of Wv to the identity; 0 without one. Shape: ()."""
+        """Return the squared distance of Wv to the identity; 0 without Wv. Shape: ()."""
         if self.value_weight is None:
             return self.temperature.new_zeros(())
         return (self.value_weight - torch.eye(len(self.value_weight), device=self.value_weight.device)).square().sum()

@@ -50,12 +50,12 @@ class IA3(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All factors one."""
+        """Initialise all factors as ones."""
         nn.init.ones_(self.ia3_l)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         return self.ia3_l.dtype
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -63,11 +63,11 @@ class IA3(nn.Module):
         return x * self.layout.spread(self.ia3_l - 1)
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The weight of a bare Parameter, scaled, in the dtype of the one given. Shape: as the weight."""
+        """Return the weight of a bare Parameter, scaled, in the dtype of the one given. Shape: as the weight."""
         return self.merged({"weight": weight})["weight"].to(weight.dtype)
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The host's tensors that change if the adapter is merged into them: the weight, and the bias with an output.
+        """Return the host's tensors that merging changes: the weight and, where the output is scaled, the bias.
 
         Raises:
             CompatibilityError: the host is no projection, or its rows change as they are looked up.
@@ -97,7 +97,7 @@ class IA3(nn.Module):
         return each.view(*each.shape, *(1 for _ in projection.kernel))
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Return the sizes, for `print(model)`."""
         return f"{self.layout.width}, scales={self.scales!r}"
 
 

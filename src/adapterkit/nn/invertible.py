@@ -73,7 +73,7 @@ class Coupling(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """First layers Kaiming-uniform, second layers and biases zero; from torch's current random generator."""
+        """Initialise first layers Kaiming-uniform, second layers and biases zero, from torch's current random generator."""
         for name, parameter in self.named_parameters():
             if name.endswith("down_weight"):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
@@ -82,7 +82,7 @@ class Coupling(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the coupling computes in."""
+        """Return the dtype that the coupling computes in."""
         return own_tensors(self)["f_up_bias"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, *, inverse: bool = False) -> Tensor:
@@ -90,6 +90,7 @@ class Coupling(nn.Module):
         half = self.width // 2
         first, second = z[..., :half], z[..., half:]
         if inverse:
+            # The last change first: e2 was changed by y1, which is known; then e1, which was changed by e2.
             change_2 = _undo(second, *self._network("g", first))
             change_1 = _undo(first, *self._network("f", second + change_2))
         else:
@@ -98,7 +99,7 @@ class Coupling(nn.Module):
         return torch.cat((change_1, change_2), -1)
 
     def _network(self, name: Literal["f", "g"], half: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Log-scale (None: there is none) and shift of the other half. Shape: (..., half) to (..., other half), each."""
+        """Return log-scale (None for NICE) and shift of the other half. Shape: (..., half) to (..., other half), each."""
         p = own_tensors(self)
         # The second site may lie on another device than the first one, where the parameters are.
         weights = (p[f"{name}_{part}"].to(half.device) for part in ("down_weight", "down_bias", "up_weight", "up_bias"))
@@ -110,7 +111,7 @@ class Coupling(nn.Module):
         return torch.tanh(log_scale), shift
 
     def extra_repr(self) -> str:
-        """Settings, for `print(model)`."""
+        """Return the settings, for `print(model)`."""
         return f"{self.width}, block={self.block!r}"
 
 
@@ -123,7 +124,7 @@ class InvertibleAdapter(nn.Module):
 
     Attributes:
         shared: The coupling; set from outside, after construction.
-        is_inverse: Of several such adapters the last is undone first.
+        is_inverse: Of several such adapters the last is undone first; see `traits.TakesBack`.
 
     Shape:
         z, x and the result: (..., width)
@@ -141,7 +142,7 @@ class InvertibleAdapter(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         return self.shared.compute_dtype
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -150,20 +151,20 @@ class InvertibleAdapter(nn.Module):
         return delta
 
     def undone(self, x: Tensor) -> Tensor:
-        """What the embedding was before the coupling, for heads that read it. Shape: (..., width)."""
+        """Return what the embedding was before the coupling, for heads that read it. Shape: (..., width)."""
         delta: Tensor = self.shared(x.to(self.compute_dtype), inverse=True)
         return x + delta.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """The direction, for `print(model)`."""
+        """Return the direction, for `print(model)`."""
         return self.direction
 
 
 def _do(half: Tensor, log_scale: Tensor | None, shift: Tensor) -> Tensor:
-    """What half * exp(log_scale) + shift adds to half. Shape: (..., half)."""
+    """Return what half * exp(log_scale) + shift adds to half. Shape: (..., half)."""
     return shift if log_scale is None else half * torch.expm1(log_scale) + shift
 
 
 def _undo(half: Tensor, log_scale: Tensor | None, shift: Tensor) -> Tensor:
-    """What (half - shift) * exp(-log_scale) adds to half. Shape: (..., half)."""
+    """Return what (half - shift) * exp(-log_scale) adds to half. Shape: (..., half)."""
     return -shift if log_scale is None else half * torch.expm1(-log_scale) - shift * torch.exp(-log_scale)

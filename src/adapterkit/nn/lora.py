@@ -28,7 +28,7 @@ class LoRA(nn.Module):
 
     Args:
         projection: The host's weight and geometry.
-        rank: Inner width; of each part, and of all groups of a grouped conv together (rounded up to a multiple of them).
+        rank: Inner width; of each slice, and of all groups of a grouped conv together (rounded up to a multiple of them).
         scaling: A fixed factor: alpha / rank, or alpha / sqrt(rank).
         dropout: Probability of dropping an input feature in training, in [0, 1). An embedding's input is one-hot: its one
             feature is dropped, and with it the token's delta.
@@ -89,7 +89,7 @@ class LoRA(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         return own_tensors(self)["lora_B"].dtype  # type: ignore[no-any-return]  # a tensor
 
     def forward(self, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
@@ -104,7 +104,7 @@ class LoRA(nn.Module):
         return delta * self._gate(z) if "gate_weight" in p else delta
 
     def _gate(self, z: Tensor) -> Tensor:
-        """The gate of each row. Shape: z as in `forward`, result broadcasts to x."""
+        """Return the gate of each row. Shape: z as in `forward`, result broadcasts to x."""
         projection = self.low_rank.projection
         axis = projection.channel_axis
         if projection.kind == "embedding":
@@ -128,19 +128,19 @@ class LoRA(nn.Module):
         return "is a gated LoRA, whose gate depends on the input: its change is none of the weight" if is_gated else None
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B whose product is added to the host's weight: B is scaled. Shape: as `lora_A` and `lora_B`."""
+        """Return A and B whose product is added to the host's weight: B is scaled. Shape: as `lora_A` and `lora_B`."""
         return self.lora_A, self.lora_B * self.scaling
 
     def weight_delta(self) -> Tensor:
-        """What is added to the host's weight. Shape: as the weight."""
+        """Return what is added to the host's weight. Shape: as the weight."""
         return self.low_rank.delta(self.lora_A, self.lora_B) * self.scaling
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The updated weight, in the dtype of the one given. Shape: as the weight."""
+        """Return the updated weight, in the dtype of the one given. Shape: as the weight."""
         return (weight + self.weight_delta()).to(weight.dtype)
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The host's tensors that change if the adapter is merged into them.
+        """Return the host's tensors that change if the adapter is merged into them.
 
         Raises:
             CompatibilityError: the adapter is gated, or has a bias where the host has none.
@@ -155,7 +155,7 @@ class LoRA(nn.Module):
         return merged
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Return the sizes, for `print(model)`."""
         p = self.low_rank.projection
         return f"{p.kind}, {p.in_features} -> {self.low_rank.rank} -> {p.out_features}, scaling={self.scaling:g}"
 

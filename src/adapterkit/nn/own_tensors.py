@@ -8,7 +8,9 @@ __all__ = ["own_tensors"]
 
 
 def own_tensors(module: nn.Module) -> dict[str, Any]:
-    """A module's parameters by name, without the look-ups of `nn.Module.__getattr__`, each as dear as a small kernel.
+    """Return a module's parameters by name.
+
+    `nn.Module.__getattr__` looks a parameter up as slowly as a small kernel runs; this does not.
 
     Replicas of `nn.DataParallel` hold tensors among their attributes instead.
     """

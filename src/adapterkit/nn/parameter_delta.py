@@ -24,22 +24,22 @@ class ParameterDelta(nn.Module):
         self.delta = nn.Parameter(torch.zeros(shape, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Back to zero."""
+        """Set the delta back to zero."""
         nn.init.zeros_(self.delta)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         return self.delta.dtype
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The parameter with the delta, in the dtype of the one given. Shape: as the delta."""
+        """Return the parameter with the delta, in the dtype of the one given. Shape: as the delta."""
         return (weight + self.delta).to(weight.dtype)
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the parameter becomes if the adapter is merged into it: of the one given, under its name."""
+        """Return what the parameter that is given becomes if the adapter is merged into it, under its name."""
         return {name: self.adapted(tensor) for name, tensor in tensors.items()}
 
     def extra_repr(self) -> str:
-        """The shape, for `print(model)`."""
+        """Return the shape, for `print(model)`."""
         return f"{tuple(self.delta.shape)}"

@@ -24,27 +24,27 @@ class TiedModule(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         dtype: torch.dtype = self.trained.compute_dtype
         return dtype
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The Parameter with its change, where the weight is: a replica's is not where the trained module is."""
+        """Return the Parameter with its change, on the weight's device: a replica's is not where the trained module is."""
         home = next((parameter.device for parameter in self.trained.parameters()), weight.device)
         changed: Tensor = self.trained.adapted(weight.to(home))
         return changed.to(weight.device)
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The host's tensors that change if the adapter is merged into them."""
+        """Return the host's tensors that change if the adapter is merged into them."""
         merged: dict[str, Tensor] = self.trained.merged(tensors)
         return merged
 
     def extra_repr(self) -> str:
-        """Whose twin, for `print(model)`."""
+        """Return the type of the module that it stands for, for `print(model)`."""
         return type(self.trained).__name__
 
 
 def trained(module: nn.Module) -> nn.Module:
-    """The module that holds what a site trains: itself, or the one that it is a twin of."""
+    """Return the module that holds what a site trains: itself, or the one that it stands for."""
     found: nn.Module = module.trained if isinstance(module, TiedModule) else module
     return found

@@ -21,7 +21,7 @@ class VeRABases(nn.Module):
     Args:
         rank: Inner width.
         max_in: The most input features that a site has; a site with fewer takes the first columns of A.
-        max_out: The most output features that a site, or a part of one, has; others take the first rows of B.
+        max_out: The most output features that a site, or a slice of one, has; others take the first rows of B.
         dtype: What the buffers are.
 
     Raises:
@@ -45,7 +45,7 @@ class VeRABases(nn.Module):
         nn.init.kaiming_uniform_(self.vera_B)
 
     def forward(self) -> None:
-        """Not called: each site reads the matrices. Shape: none."""
+        """Raise: each site reads the matrices, none calls this. Shape: none."""
         raise NotImplementedError("the bases of VeRA are read, not called")
 
 
@@ -102,13 +102,13 @@ class VeRA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """`lambda_d` as `initial`, `lambda_b` zero."""
+        """Initialise `lambda_d` as `initial` says, and `lambda_b` as zeros."""
         nn.init.constant_(self.lambda_d, self.initial)
         nn.init.zeros_(self.lambda_b)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the adapter computes in."""
+        """Return the dtype that the adapter computes in."""
         return self.lambda_b.dtype
 
     def forward(self, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
@@ -120,37 +120,37 @@ class VeRA(nn.Module):
         return F.linear(h, self._b())
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The scaled A and B, as a LoRA's with these parts. Shape: (slices * rank, in) and (covered, rank)."""
+        """Return the scaled A and B, as a LoRA's with these slices. Shape: (slices * rank, in) and (covered, rank)."""
         return (self.lambda_d.unsqueeze(-1) * self._a()).flatten(0, 1), self._rows()
 
     def weight_delta(self) -> Tensor:
-        """What is added to the host's weight. Shape: as the weight."""
+        """Return what is added to the host's weight. Shape: as the weight."""
         a, b = self.pair()
         delta = self.layout.blocks(b) @ a
         return delta.t() if self.projection.out_axis == 1 else delta
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The updated weight, in the dtype of the one given. Shape: as the weight."""
+        """Return the updated weight, in the dtype of the one given. Shape: as the weight."""
         return (weight + self.weight_delta()).to(weight.dtype)
 
     def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The host's tensors that change if the adapter is merged into them: the weight."""
+        """Return the host's tensors that change if the adapter is merged into them: the weight."""
         return {"weight": self.adapted(tensors["weight"])}
 
     def _a(self) -> Tensor:
-        """A of this site. Shape: (rank, in)."""
+        """Return A of this site. Shape: (rank, in)."""
         return self.shared.vera_A[:, : self.projection.in_features].to(self.lambda_d)
 
     def _b(self) -> Tensor:
-        """B of this site, scaled by `lambda_b`, each part in its own columns. Shape: (out, slices * rank)."""
+        """Return B of this site, scaled by `lambda_b`, each slice in its own columns. Shape: (out, slices * rank)."""
         return self.layout.blocks(self._rows())
 
     def _rows(self) -> Tensor:
-        """B of the features that the parts cover, scaled by `lambda_b`. Shape: (covered, rank)."""
+        """Return B of the features that the slices cover, scaled by `lambda_b`. Shape: (covered, rank)."""
         b = self.shared.vera_B.to(self.lambda_b)
         rows = self.layout.gather([b[:size] for size in self.layout.sizes()])
         return rows * self.lambda_b.unsqueeze(-1)
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Return the sizes, for `print(model)`."""
         return f"{self.projection.in_features} -> {self.rank} -> {self.projection.out_features}"

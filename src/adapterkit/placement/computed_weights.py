@@ -14,6 +14,8 @@ from .projections import projection_of
 
 __all__ = ["no_parameter", "why_no_effect"]
 
+# What older torch registers as forward pre-hooks: the hook's class, what it appends to the tensor's name for the Parameters
+# that it reads, and the function that ends it.
 _HOOKS: tuple[tuple[type, tuple[str, ...], str], ...] = (
     (WeightNorm, ("_g", "_v"), "remove_weight_norm"),
     (SpectralNorm, ("_orig",), "remove_spectral_norm"),
@@ -23,7 +25,15 @@ _HOOKS: tuple[tuple[type, tuple[str, ...], str], ...] = (
 
 @dataclass(frozen=True)
 class _Computed:
-    """A tensor that a module computes: its name there, the Parameters it is made of, by what, and what ends that."""
+    """A tensor that a module computes before it runs.
+
+    Attributes:
+        leaf: Its name in the module.
+        sources: The names of the Parameters that it is made of by a hook; () for a parametrisation, whose Parameters lie in
+            a module of their own.
+        by: What computes it.
+        ended_by: The function of torch.nn.utils that ends this.
+    """
 
     leaf: str
     sources: tuple[str, ...]
@@ -32,28 +42,33 @@ class _Computed:
 
 
 def no_parameter(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Names that look like those of Parameters, but are of computed tensors; each with the message that says so."""
-    return {
-        name: f"{name!r} is no Parameter: {found.by} of {path!r} computes it. {_way_out(path, module, found)}"
-        for path, module in modules.items()
-        for found in _computed(module)
-        for name in [f"{path}.{found.leaf}".lstrip(".")]
-    }
+    """Map each name that looks like a Parameter's, but is a computed tensor's → the message that says so."""
+    messages = {}
+    for path, module in modules.items():
+        for found in _computed_in(module):
+            name = f"{path}.{found.leaf}".lstrip(".")
+            messages[name] = (
+                f"{name!r} is no Parameter: {found.by} of {path!r} computes it. {_what_instead(path, module, found)}"
+            )
+    return messages
 
 
 def why_no_effect(path: str, module: nn.Module, leaf: str) -> str | None:
-    """Why a change of this Parameter would change nothing; None if nothing is computed from it before our hooks run."""
-    for found in _computed(module):
+    """Explain why a change of this Parameter would change nothing; None if it would change something.
+
+    Ours are hooks, too, and run after those that were there: what these have computed by then is what the module runs with.
+    """
+    for found in _computed_in(module):
         if leaf in found.sources:
             return (
                 f"a change of {f'{path}.{leaf}'.lstrip('.')!r} would do nothing: a hook of {path!r} itself ({found.by}) "
-                f"computes {found.leaf!r} from it before any of ours. {_way_out(path, module, found)}"
+                f"computes {found.leaf!r} from it before any of ours. {_what_instead(path, module, found)}"
             )
     return None
 
 
-def _computed(module: nn.Module) -> Iterator[_Computed]:
-    """What a module computes before it runs."""
+def _computed_in(module: nn.Module) -> Iterator[_Computed]:
+    """Yield the tensors that a module computes before it runs."""
     parametrised: Any = module.parametrizations if is_parametrized(module) else {}
     for leaf, steps in parametrised.items():
         by = " and ".join(type(step).__name__.lstrip("_") for step in steps)
@@ -65,8 +80,9 @@ def _computed(module: nn.Module) -> Iterator[_Computed]:
                 yield _Computed(leaf, tuple(leaf + suffix for suffix in suffixes), type(hook).__name__, ended_by)
 
 
-def _way_out(path: str, module: nn.Module, found: _Computed) -> str:
-    """What to do instead: a layer's weight can be adapted beside the layer, whatever computes it."""
+def _what_instead(path: str, module: nn.Module, found: _Computed) -> str:
+    """Say what to do instead: a layer's weight can be adapted beside the layer, whatever computes it."""
+    # The output projection of nn.MultiheadAttention looks like a layer, and is never called.
     is_layer = projection_of(module) is not None and not isinstance(
         module, nn.modules.linear.NonDynamicallyQuantizableLinear
     )

@@ -1,7 +1,7 @@
 """What to say of a target that matches nothing: what this model calls it, or which names come nearest."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -26,6 +26,11 @@ _FEEDFORWARD = """
 """
 _FAMILY_NAMES = {"attention": frozenset(_ATTENTION.split()), "feedforward": frozenset(_FEEDFORWARD.split())}
 _IN_WORDS = {"attention": "attention", "feedforward": "feed-forward"}
+# The projections of each kind of sub-layer, by what follows the dot in their role.
+_PROJECTIONS: dict[str, dict[str, Callable[[Sublayer], Sequence[str]]]] = {
+    "attention": {"q": lambda s: s.query, "k": lambda s: s.key, "v": lambda s: s.value, "last": lambda s: s.last},
+    "feedforward": {"first": lambda s: s.first, "last": lambda s: s.last},
+}
 _MOST_NAMES = 3  # of one role; beyond that the role itself is the better name
 _LOOK = "kit.tree() shows what there is."
 
@@ -102,18 +107,11 @@ def _called_here(target: str, modules: Mapping[str, nn.Module], discovery: Disco
 
 def _names_with_roles(sublayers: Sequence[Sublayer], kind: str, modules: Mapping[str, nn.Module]) -> list[str]:
     """List the names of projections, each with the roles that it has: "'query' (role '@attention.q')"."""
-    parts = {
-        "q": [path for s in sublayers for path in s.query],
-        "k": [path for s in sublayers for path in s.key],
-        "v": [path for s in sublayers for path in s.value],
-        "first": [path for s in sublayers for path in s.first],
-        "last": [path for s in sublayers for path in s.last],
-    }
     roles_of: dict[str, list[str]] = {}
-    for part in ("q", "k", "v", "last") if kind == "attention" else ("first", "last"):
-        names = _short_names(parts[part], modules)
+    for letter, paths_of in _PROJECTIONS[kind].items():
+        names = _short_names([path for sublayer in sublayers for path in paths_of(sublayer)], modules)
         for name in names if len(names) <= _MOST_NAMES else names[:1]:
-            roles_of.setdefault(name, []).append(f"'@{kind}.{part}'")
+            roles_of.setdefault(name, []).append(f"'@{kind}.{letter}'")
     return [f"{name!r} (role{'s' * (len(roles) > 1)} {', '.join(roles)})" for name, roles in roles_of.items()]
 
 

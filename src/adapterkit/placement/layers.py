@@ -22,17 +22,22 @@ __all__ = [
 ]
 
 Layer = tuple[int, int]
+"""(index, count): which of a stack of repeated blocks, and how many there are."""
 
 
 def layer_of(path: str, modules: Mapping[str, nn.Module]) -> Layer | None:
-    """(index, count) of the outermost repeated block that holds the module: in an nn.ModuleList, else a Sequential."""
-    place = stack_of(path, modules)
-    return place and place[1:]
+    """Return (index, count) of the outermost repeated block that holds a module; None if none does.
+
+    Repeated blocks are the children of an nn.ModuleList or, where there is none around the module, of an nn.Sequential.
+    """
+    found = stack_of(path, modules)
+    return found and found[1:]
 
 
 def stack_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, int, int] | None:
-    """What holds that block, the block's index, and the count."""
+    """Return the path of the container that `layer_of` speaks of, with the block's index in it and its count."""
     parts = path.split(".")
+    # Lists first: a Sequential inside a block is no stack of blocks, and one around the list may be the whole model.
     for kind in (nn.ModuleList, nn.Sequential):
         for n in range(len(parts)):
             stack = ".".join(parts[:n])
@@ -42,14 +47,14 @@ def stack_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, int, int
 
 
 def in_layers(layer: Layer | None, wanted: Sequence[int] | None) -> bool:
-    """Whether a layer is one of those wanted, which may be counted from the end; None wants all."""
-    return wanted is None or bool(_spellings(layer) & set(wanted))
+    """Tell whether a layer is one of those wanted, which may be counted from the end; None wants all."""
+    return wanted is None or bool(_indices(layer) & set(wanted))
 
 
 def check_layers(layers: Iterable[Layer | None], wanted: Sequence[int] | None) -> None:
     """Raise TargetError unless something lies in each of the wanted layers."""
     layers = list(layers)
-    missing = [index for index in wanted or () if not any(index in _spellings(layer) for layer in layers)]
+    missing = [index for index in wanted or () if not any(index in _indices(layer) for layer in layers)]
     if missing:
         there = sorted({layer[0] for layer in layers if layer})
         raise TargetError(
@@ -59,23 +64,27 @@ def check_layers(layers: Iterable[Layer | None], wanted: Sequence[int] | None) -
 
 
 def check_dropped(layers: Collection[Layer | None], dropped: Sequence[int]) -> None:
-    """Raise TargetError where a layer to drop is none of the blocks around the places of the adapters."""
+    """Raise TargetError where a layer to drop is none of the blocks around the sites of the adapters."""
     counts = {layer[1] for layer in layers if layer}
     missing = [index for index in dropped if not any(-count <= index < count for count in counts)]
-    if missing:
-        there = " and ".join(map(str, sorted(counts)))
-        raise TargetError(
-            f"Drop with layers={list(dropped)}: "
-            + (
-                f"there is no layer {missing}; the adapters lie in repeated blocks, of which there are {there}"
-                if counts
-                else f"none of the {len(layers)} places of the adapters lies in a repeated block"
-            )
-        )
+    if not missing:
+        return
+    there = " and ".join(map(str, sorted(counts)))
+    reason = (
+        f"there is no layer {missing}; the adapters lie in repeated blocks, of which there are {there}"
+        if counts
+        else f"none of the {len(layers)} places of the adapters lies in a repeated block"
+    )
+    raise TargetError(f"Drop with layers={list(dropped)}: {reason}")
 
 
 def setting_at(value: Any, site: SiteSpec) -> Any:
-    """A setting that may be a map by layer index or pattern, at one site: the longest key that fits wins."""
+    """Return the value of a setting at one site, where the setting may be a map by layer index or pattern.
+
+    Args:
+        value: The setting. In a map, the longest key that fits the site decides; "default" is for the others.
+        site: As `Method.build` is given it.
+    """
     if not isinstance(value, Mapping):
         return value
     fitting = [key for key in value if key != "default" and _fits(key, site)]
@@ -83,11 +92,12 @@ def setting_at(value: Any, site: SiteSpec) -> Any:
 
 
 def check_maps(config: AdapterConfig, sites: Sequence[SiteSpec]) -> None:
-    """Raise TargetError where a pattern in a map of settings fits no site: it would be without effect, in silence."""
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        patterns = [key for key in value if key != "default" and not key.isdecimal()] if isinstance(value, Mapping) else []
-        idle = [key for key in patterns if not any(_fits(key, site) for site in sites)]
+    """Raise TargetError where a pattern in a map of settings fits no site: it would be without effect, in silence.
+
+    A layer index may fit none: a config for 24 layers is right for a model of 12.
+    """
+    for name, value in _maps_in(config).items():
+        idle = [key for key in _patterns_in(value) if not any(_fits(key, site) for site in sites)]
         if idle:
             raise TargetError(
                 f"{name} has values for {idle}, which fit none of the {len(sites)} sites, such as "
@@ -96,14 +106,16 @@ def check_maps(config: AdapterConfig, sites: Sequence[SiteSpec]) -> None:
 
 
 def settings_site(config: AdapterConfig, sites: Sequence[SiteSpec]) -> SiteSpec:
-    """Of the sites of one tied Parameter that at which its settings are looked up: the first that a pattern names.
+    """Choose which of a tied Parameter's sites decides its settings: the first one that a pattern names.
+
+    Args:
+        sites: One for each module that reads the Parameter.
 
     Raises:
-        TargetError: patterns name several, with other values.
+        TargetError: patterns name several of them, with other values.
     """
-    values = [getattr(config, name) for name in type(config).model_fields]
-    maps = [value for value in values if isinstance(value, Mapping)]
-    keys = [key for value in maps for key in value if key != "default" and not key.isdecimal()]
+    maps = _maps_in(config).values()
+    keys = [key for value in maps for key in _patterns_in(value)]
     named = [site for site in sites if any(_fits(key, site) for key in keys)]
     if any(setting_at(value, site) != setting_at(value, named[0]) for site in named for value in maps):
         raise TargetError(
@@ -113,13 +125,25 @@ def settings_site(config: AdapterConfig, sites: Sequence[SiteSpec]) -> SiteSpec:
     return (named or sites)[0]
 
 
+def _maps_in(config: AdapterConfig) -> dict[str, Mapping[str, Any]]:
+    """Map the name of each setting that is a map by layer or pattern → that map."""
+    values = {name: getattr(config, name) for name in type(config).model_fields}
+    return {name: value for name, value in values.items() if isinstance(value, Mapping)}
+
+
+def _patterns_in(value: Mapping[str, Any]) -> list[str]:
+    """List the keys of a map of settings that are patterns: neither "default" nor layer indices."""
+    return [key for key in value if key != "default" and not key.isdecimal()]
+
+
 def _fits(key: str, site: SiteSpec) -> bool:
-    """Whether a layer index is the site's, or a pattern matches its host or the Parameter there."""
+    """Tell whether a layer index is the site's, or a pattern matches its host or the Parameter there."""
     if key.isdecimal():
         return site.layer is not None and int(key) == site.layer[0]
     names = [site.path, *(f"{site.path}.{parameter}".lstrip(".") for parameter in site.parameters)]
     return bool(matching(key, dict.fromkeys(names)))
 
 
-def _spellings(layer: Layer | None) -> set[int]:
+def _indices(layer: Layer | None) -> set[int]:
+    """Return the two indices of a layer, from the front and from the end; none of no layer."""
     return {layer[0], layer[0] - layer[1]} if layer else set()

@@ -20,30 +20,43 @@ __all__ = ["at_running_hosts"]
 def at_running_hosts(
     model: nn.Module, sites: Sequence[SiteSpec], config: AdapterConfig, inputs: ExampleInputs
 ) -> list[SiteSpec]:
-    """The sites, those at Parameters that are read around the modules that hold them with the reader for their host.
+    """Return the sites, each at a host that runs: where a Parameter is read around its host, the reader becomes the host.
+
+    Args:
+        sites: At projections and Parameters.
+        config: Where its targets are a method's own default, Parameters that are never read are left as they are.
+        inputs: Inputs that the model runs on.
 
     Raises:
         TargetError: a projection never runs, or a Parameter that targets name is never read, on the inputs.
     """
     calls = observe(model, inputs, dict.fromkeys(site.path for site in sites), lambda *_: None)
     readers = _readers(model, sites, inputs)
-    read = {id(_parameter(model, site)) for site in sites if site.parameters and (calls[site.path] or readers[site])}
+    running = {site for site in sites if calls[site.path] or readers[site]}
+    # A host that does not run on these inputs, but holds a Parameter that others read, may run on other inputs.
+    read = {id(_parameter_of(model, site)) for site in running if site.parameters}
+    names_parameters = "targets" in config.model_fields_set
+    for site in sites:
+        is_idle = site not in running and id(_parameter_of(model, site)) not in read
+        if is_idle and (not site.parameters or names_parameters):
+            raise TargetError(_never_ran(site, model, inputs))
+    return _one_for_each_host(
+        model, [_with_reader_as_host(site, readers[site], model) if readers[site] else site for site in sites]
+    )
+
+
+def _one_for_each_host(model: nn.Module, sites: Sequence[SiteSpec]) -> list[SiteSpec]:
+    """Join sites that have come to the same host at the same Parameter: one site there, under all of its names."""
     kept: dict[object, SiteSpec] = {}
     for site in sites:
-        is_idle = not calls[site.path] and not readers[site]
-        # One that does not run on these inputs, but holds a Parameter that others read, may run on other inputs.
-        is_asked_for = not site.parameters or "targets" in config.model_fields_set
-        if is_idle and is_asked_for and id(_parameter(model, site)) not in read:
-            raise TargetError(_never(site, model, inputs))
-        moved = _moved(site, readers[site], model) if readers[site] else site
-        key = (moved.path, id(_parameter(model, site)) if site.parameters else site)
+        key = (site.path, id(_parameter_of(model, site))) if site.parameters else site
         there = kept.get(key)
-        kept[key] = replace(there, parameters=there.parameters + moved.parameters) if there else moved
+        kept[key] = replace(there, parameters=there.parameters + site.parameters) if there else site
     return list(kept.values())
 
 
 def _readers(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs) -> dict[SiteSpec, list[CallStack]]:
-    """What runs when the Parameter of a site is read, with the names that it has there, while the site's host does not."""
+    """Map each site → what ran each time that its Parameter was read while the site's host did not run."""
     held: list[tuple[SiteSpec, Holder]] = []
     for site in sites:
         host = model.get_submodule(site.path)
@@ -56,8 +69,8 @@ def _readers(model: nn.Module, sites: Sequence[SiteSpec], inputs: ExampleInputs)
     return readers
 
 
-def _never(site: SiteSpec, model: nn.Module, inputs: ExampleInputs) -> str:
-    """The message for a site that does nothing on the inputs."""
+def _never_ran(site: SiteSpec, model: nn.Module, inputs: ExampleInputs) -> str:
+    """Write the message for a site that does nothing on the inputs."""
     if site.parameters:
         return (
             f"the Parameter {site.parameters[0]!r} of {site.path!r} was never read on the example inputs; exclude it, or "
@@ -70,13 +83,17 @@ def _never(site: SiteSpec, model: nn.Module, inputs: ExampleInputs) -> str:
     )
 
 
-def _parameter(model: nn.Module, site: SiteSpec) -> nn.Parameter | None:
-    """The Parameter that a site adapts, if it is at one."""
+def _parameter_of(model: nn.Module, site: SiteSpec) -> nn.Parameter | None:
+    """Return the Parameter that a site adapts, if it is at one."""
     return model.get_submodule(site.path).get_parameter(site.parameters[0]) if site.parameters else None
 
 
-def _moved(site: SiteSpec, readers: Sequence[CallStack], model: nn.Module) -> SiteSpec:
-    """The site with the innermost module around its host that runs whenever the Parameter is read for its host."""
+def _with_reader_as_host(site: SiteSpec, readers: Sequence[CallStack], model: nn.Module) -> SiteSpec:
+    """Return the site at the innermost module around its host that runs whenever the Parameter is read.
+
+    Args:
+        readers: What ran at each of these reads, from the outside in.
+    """
     running = set.intersection(*({id(module) for _, module in stack} for stack in readers))
     host = next((path for path in ancestors(site.path) if id(model.get_submodule(path)) in running), "")
     below = site.path.removeprefix(host).lstrip(".")

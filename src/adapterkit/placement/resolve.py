@@ -29,7 +29,7 @@ from ..structure.tracing.row_layout import RowAxes, SeenRows
 from .layers import check_layers, in_layers, layer_of
 from .match import match_nothing
 from .rule import Placement
-from .spec import SiteSpec, layout_of
+from .spec import Location, SiteSpec, layout_of
 from .targets import Found, find_locations
 from .weights import weight_sites
 
@@ -41,7 +41,11 @@ def resolve(
     members: Sequence[tuple[AdapterConfig, Sequence[Placement]]],
     example_inputs: ExampleInputs | None = None,
 ) -> list[SiteSpec]:
-    """The sites that a config names in a model, or those of each member of a union. Changes nothing.
+    """Find the sites that a config names in a model, or those of each member of a union. Changes nothing.
+
+    Args:
+        members: Each config with the placements that its method gives for it.
+        example_inputs: Inputs that the model runs on; where roles need them and there are none, tiny ones are made.
 
     Raises:
         TargetError: a target matches nothing or cannot be adapted, a host never runs on the example inputs, or its
@@ -55,6 +59,7 @@ def resolve(
         for placement in placements:
             found = _sites_at(model, modules, config, placement, discovery, example_inputs)
             sites += [replace(site, tag=placement.tag, member=member) for site in found]
+    # Where tracing was not needed, no site depends on the norms around it.
     norms = _norms(discovery.anatomy, modules) if discovery.was_needed else {}
     return [replace(site, norm=norms.get(site.path)) for site in sites]
 
@@ -67,7 +72,7 @@ def _sites_at(
     discovery: Discovery,
     example_inputs: ExampleInputs | None,
 ) -> list[SiteSpec]:
-    """The sites of one placement."""
+    """Find the sites of one placement."""
     if placement.targets is not None:
         config = config.override({"targets": placement.targets})
     if placement.is_optional and match_nothing(modules, config.targets, discovery):
@@ -85,11 +90,11 @@ def _sites_at(
 
 
 def _norms(anatomy: Anatomy, modules: dict[str, nn.Module]) -> dict[str, Norm]:
-    """Where the block normalises around each branch, by the host that yields the branch."""
+    """Map each host that yields a branch → where its block normalises around that branch."""
     norms: dict[str, Norm] = {}
     for sublayer in (*anatomy.sublayers, *anatomy.others):
         if sublayer.out is not None:
-            with suppress(TargetError):  # no host: then no site, either
+            with suppress(TargetError):  # no host: then there is no site that would ask
                 norms[resolve_host(sublayer.out.path, modules, at_input=False)] = sublayer.norm
     return norms
 
@@ -106,6 +111,7 @@ def _site(
     host = modules[location.path]
     shape = _shape(found, host, config, seen.get(location.path))
     input_width, residual = shape.width, location.residual
+    # What is read beside a module may be of another width than what it returns; a residual stream is not.
     if residual is not None and found.reads_own_input:
         input_width = _input_width(residual, modules[residual], shape, seen)
     return SiteSpec(
@@ -131,18 +137,22 @@ class _Seen(NamedTuple):
 
 
 def _trace(model: nn.Module, at_hosts: dict[str, Found], example_inputs: ExampleInputs | None) -> dict[str, _Seen]:
-    """What each host, and each module whose input is read beside one, took and returned; empty without inputs."""
+    """Run the model, and map each host, and each module whose input is read beside one → what it took and returned.
+
+    Args:
+        at_hosts: Map each host's path → the location there.
+        example_inputs: Inputs that the model runs on; without any, nothing is seen.
+
+    Raises:
+        TargetError: one of these modules never runs, or has no tensor where the config says.
+    """
     if example_inputs is None:
         return {}
 
     def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Seen:
-        call, found = (args, kwargs), at_hosts.get(path)
-        here = None if found is None else found.location
+        found = at_hosts.get(path)
         try:
-            argument = here.input if here and here.residual in (None, path) else None
-            taken = pytree.argument_path(call, argument) if argument else pytree.find(call)
-            returned = (here and here.output) or pytree.find(output)
-            return _Seen(_shape_at(output, returned), _shape_at(call, taken))
+            return _tensors_seen(path, None if found is None else found.location, (args, kwargs), output)
         except LookupError as error:
             raise TargetError(f"{path!r} has no tensor {error} where `output=` or `input=` say") from error
 
@@ -158,13 +168,34 @@ def _trace(model: nn.Module, at_hosts: dict[str, Found], example_inputs: Example
     return {path: seen[0] for path, seen in calls.items()}
 
 
+def _tensors_seen(path: str, location: Location | None, call: tuple[Any, Any], output: Any) -> _Seen:
+    """Return the shapes of the tensors that an adapter at this module would read and change.
+
+    Args:
+        location: Where the adapter sits, if it is at this module; the first floating-point tensors count if it is not.
+        call: The module's arguments and keyword arguments.
+        output: What it returned.
+
+    Raises:
+        LookupError: the location names a tensor that is not there.
+    """
+    argument = returned = None
+    if location is not None:
+        returned = location.output
+        # `input` may name an argument of another module, whose input is the residual stream.
+        argument = location.input if location.residual in (None, path) else None
+    taken = pytree.argument_path(call, argument) if argument else pytree.find(call)
+    return _Seen(_shape_at(output, returned or pytree.find(output)), _shape_at(call, taken))
+
+
 def _shape_at(value: Any, path: pytree.Path | None) -> tuple[int, ...] | None:
+    """Return the shape of the tensor at a path in a value; None without a path, or if it is no tensor."""
     tensor = None if path is None else pytree.get(value, path)
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
 def _shape(found: Found, host: nn.Module, config: TensorConfig, seen: _Seen | None) -> HostShape:
-    """Width and axis of a site, from the trace if there is one, else from the host's type."""
+    """Tell the width and axis of a site, from the trace if there is one, else from the host's type."""
     location, known = found.location, known_shape(host)
     path = location.path
     if location.reads == "norm":
@@ -186,17 +217,12 @@ def _shape(found: Found, host: nn.Module, config: TensorConfig, seen: _Seen | No
 
 
 def _seen_shape(found: Found, host: nn.Module, known: HostShape | None, config: TensorConfig, seen: _Seen) -> HostShape:
-    """`_shape`, from what the host took and returned."""
+    """Tell the width and axis of a site from what the host took and returned."""
     location = found.location
     path, here = location.path, seen.output if location.at == "output" else seen.input
     if here is None:
         raise TargetError(f"{path!r} ({type(host).__name__}) has no floating-point tensor at its {location.at}")
-    axis = found.axis if config.channel_axis is None else config.channel_axis
-    if axis is None and known is not None and -len(here) <= known.axis < len(here):
-        width = known.width if location.at == "output" else known.input_width
-        axis = known.axis if here[known.axis] == width else None
-    if axis is None:
-        axis = channel_axis(host, here)
+    axis = _feature_axis(found, host, known, config, here)
     if axis is None:
         raise TargetError(
             f"cannot tell which axis of {path!r} ({type(host).__name__}, shape {here}) holds the features; "
@@ -207,8 +233,27 @@ def _seen_shape(found: Found, host: nn.Module, known: HostShape | None, config: 
     return HostShape(here[axis], None, axis)
 
 
+def _feature_axis(
+    found: Found, host: nn.Module, known: HostShape | None, config: TensorConfig, shape: tuple[int, ...]
+) -> int | None:
+    """Tell the axis of the features in a tensor of this shape; None if nothing tells.
+
+    In this order: what the user says, what tracing found, the axis of the host's type if the width there is the type's,
+    and what else the host's type lets one guess.
+    """
+    if config.channel_axis is not None:
+        return config.channel_axis
+    if found.axis is not None:
+        return found.axis
+    if known is not None and -len(shape) <= known.axis < len(shape):
+        width = known.width if found.location.at == "output" else known.input_width
+        if shape[known.axis] == width:
+            return known.axis
+    return channel_axis(host, shape)
+
+
 def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, _Seen]) -> int:
-    """Width of what a module takes, on the site's axis, from the trace or its type."""
+    """Tell the width of what a module takes, on the site's axis, from the trace or its type."""
     known = known_shape(module)
     taken = seen[path].input if path in seen else None
     if taken is not None and -len(taken) <= site.axis < len(taken):
@@ -234,6 +279,7 @@ def check_row_axes(
     for site in sites:
         config, seen = configs[site.member], layout_of(layouts.get(site.path, {}), site)
         by_row = [name for name in config.by_row if getattr(config, name)]
+        # Where nothing was seen, the model's modules with batch_first=False decide; None: they leave it open.
         axis = axes.at(site.path) if seen is None else seen.axis or 0
         if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
             found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
@@ -245,6 +291,7 @@ def check_row_axes(
 
 
 def _check_norm(path: str, host: nn.Module) -> None:
+    """Raise TargetError unless the host is a norm that can run again on a changed tensor and do the same."""
     has_statistics = isinstance(host, nn.modules.batchnorm._NormBase)
     if has_statistics or is_more_than_a_norm(host):
         raise TargetError(

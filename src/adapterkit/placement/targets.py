@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
@@ -38,8 +39,19 @@ class Found(NamedTuple):
     reads_own_input: bool = False
 
 
+@dataclass(frozen=True)
+class _Search:
+    """What a target's location depends on, beside the target."""
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    config: TensorConfig
+    placement: Placement
+    discovery: Discovery
+
+
 def asks_for_structure(config: AdapterConfig, placement: Placement) -> bool:
-    """Whether a config's places depend on what the model computes, not on the names of its modules alone."""
+    """Tell whether a config's sites depend on what the model computes, not on the names of its modules alone."""
     placed = placement.at in ("sum", "normalised") or placement.residual == STREAM
     targets = config.targets if placement.targets is None else placement.targets
     return placed or any(map(is_role, (*targets, *config.exclude)))
@@ -53,29 +65,13 @@ def find_locations(
     Raises:
         TargetError: a target matches nothing, or what it matches cannot be adapted as the placement says.
     """
+    search = _Search(model, modules, config, placement, discovery)
     matched = match(model, config.targets, config.exclude, discovery=discovery)
     excluded = set(match(model, config.exclude, discovery=discovery)) if config.exclude else set()
-    outputs: dict[str, ModuleOutput] = {}
-    for role in filter(is_role, config.targets):
-        if config.layers is None:
-            check_whole(str(role), discovery.anatomy, excluded)
-        for found in role_places(str(role), discovery.anatomy):
-            held = outputs.setdefault(found.path, found)
-            if held.output != found.output and config.output is None:
-                raise TargetError(
-                    f"{role!r}: {found.path!r} yields two branches, at {held.output} and {found.output} of its output; an "
-                    f"adapter can sit at one: set output={list(held.output)} for that one, or exclude={[found.path]}"
-                )
+    outputs = _role_outputs(search, excluded)
     at_hosts: dict[str, Found] = {}
     for path in matched:
-        place = outputs.get(path)
-        output = _as_path(config.output) or (place.output if place else ()) or None
-        if placement.at in ("sum", "normalised"):
-            here = _at_sum(_sublayer_of(path, modules, discovery), placement, modules)
-        else:
-            here = _at_module(path, output, placement, config, model, modules, discovery)
-            if place is not None and here.location.at == "output" and output == (place.output or None):
-                here = here._replace(axis=place.axis)
+        here = _location(path, outputs.get(path), search)
         host = here.location.path
         if at_hosts.setdefault(host, here) != here:
             raise TargetError(
@@ -89,25 +85,56 @@ def find_locations(
     return kept
 
 
-def _at_module(
-    path: str,
-    output: Path | None,
-    placement: Placement,
-    config: TensorConfig,
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    discovery: Discovery,
-) -> Found:
+def _role_outputs(search: _Search, excluded: Collection[str]) -> dict[str, ModuleOutput]:
+    """Map the path of each module that a role names → which tensor of its output has that role.
+
+    Raises:
+        TargetError: a role would leave out part of the model in silence, or names two tensors of one module.
+    """
+    outputs: dict[str, ModuleOutput] = {}
+    for role in filter(is_role, search.config.targets):
+        if search.config.layers is None:  # who names layers leaves out others on purpose
+            check_whole(role, search.discovery.anatomy, excluded)
+        for found in role_places(role, search.discovery.anatomy):
+            before = outputs.setdefault(found.path, found)
+            if before.output != found.output and search.config.output is None:
+                raise TargetError(
+                    f"{role!r}: {found.path!r} yields two branches, at {before.output} and {found.output} of its output; "
+                    f"an adapter can sit at one: set output={list(before.output)} for that one, or exclude={[found.path]}"
+                )
+    return outputs
+
+
+def _location(path: str, role_output: ModuleOutput | None, search: _Search) -> Found:
+    """Find the location that one target leads to.
+
+    Args:
+        path: The module that the target names.
+        role_output: Which tensor of its output is meant, if a role named it.
+    """
+    if search.placement.at in ("sum", "normalised"):
+        return _at_sum(_sublayer_of(path, search), search)
+    # What the config says comes before what the role says; () is the whole output.
+    output = _as_path(search.config.output) or (role_output.output if role_output else ()) or None
+    here = _at_module(path, output, search)
+    is_as_traced = role_output is not None and output == (role_output.output or None)
+    if role_output is not None and is_as_traced and here.location.at == "output":
+        return here._replace(axis=role_output.axis)
+    return here
+
+
+def _at_module(path: str, output: Path | None, search: _Search) -> Found:
     """Find the location at a target's own output or input."""
+    placement, modules = search.placement, search.modules
     at_input = placement.at == "input"
     host = resolve_host(path, modules, at_input=at_input)
+    argument = argument_of(modules[host], search.config.input)
     if placement.reads == "own_input":
         beside = resolve_host(path, modules, at_input=True)  # a Sequential's input is its first layer's
-        argument = argument_of(modules[host], config.input)
         return Found(Location(host, "output", "residual", output, argument, beside), reads_own_input=True)
-    argument, residual = argument_of(modules[host], config.input), None
+    residual = None
     if placement.residual == STREAM:
-        port = _sublayer_of(path, modules, discovery).stream
+        port = _sublayer_of(path, search).stream
         if port is None:
             raise TargetError(
                 f"no module of its block takes the residual stream that enters {path!r} before it ends, so that an "
@@ -115,16 +142,35 @@ def _at_module(
             )
         residual, argument = port.path, port.argument
     elif placement.residual is not None:
-        residual = _nearest(host, placement.residual, model, modules)
-    return Found(Location(host, placement.at, placement.reads, output, argument, residual))
+        residual = _nearest(host, placement.residual, search)
+    return Found(Location(host, "input" if at_input else "output", placement.reads, output, argument, residual))
 
 
-def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Module]) -> Found:
+def _at_sum(sublayer: Sublayer, search: _Search) -> Found:
     """Find the location after a sub-layer's sum s = x + r: in a post-norm block at its norm, else where s is returned.
 
-    Where no module returns s, at the branch x, reading x + r, which is s.
+    Where no module returns s, it is at the branch x, reading x + r, which is s.
     """
-    norm, total, out, stream = sublayer.post_norm, sublayer.sum, sublayer.out, sublayer.stream
+    norm, total = sublayer.post_norm, sublayer.sum
+    _check_norm_can_run_again(sublayer)
+    if norm is not None and search.placement.at == "normalised":
+        return Found(Location(norm.path, "output", "site", norm.output or None, None, None), norm.axis)
+    if norm is not None:
+        return Found(Location(norm.path, "input", "norm", None, None, None))
+    if total is not None:
+        host = resolve_host(total.path, search.modules, at_input=False)
+        return Found(Location(host, "output", "site", total.output or None, None, None), total.axis)
+    # What is left is the branch. It must be added as it is, by itself, to a stream that some module takes.
+    out, stream = sublayer.out, sublayer.stream
+    if out is None or stream is None or sublayer.scales or sublayer.is_parallel:
+        raise TargetError(_no_place_for_sum(sublayer))
+    host = resolve_host(out.path, search.modules, at_input=False)
+    return Found(Location(host, "output", "sum", out.output or None, stream.argument, stream.path), out.axis)
+
+
+def _check_norm_can_run_again(sublayer: Sublayer) -> None:
+    """Raise TargetError unless the norm after a sub-layer, if there is one, is a module of this sub-layer alone."""
+    norm = sublayer.post_norm
     if norm is not None and sublayer.shares_norm:
         raise TargetError(
             f"the norm {norm.path!r} after the {sublayer.kind} runs on other tensors of its block, too, and an adapter "
@@ -135,34 +181,28 @@ def _at_sum(sublayer: Sublayer, placement: Placement, modules: dict[str, nn.Modu
             f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is a function, not a module, so that no hook "
             "can run it again or adapt what it returns; use at='output' on a branch (such as '@feedforward.out')"
         )
-    if norm is not None and placement.at == "normalised":
-        return Found(Location(norm.path, "output", "site", norm.output or None, None, None), norm.axis)
-    if norm is not None:
-        return Found(Location(norm.path, "input", "norm", None, None, None))
-    if total is not None:
-        host = resolve_host(total.path, modules, at_input=False)
-        return Found(Location(host, "output", "site", total.output or None, None, None), total.axis)
-    if out is None or stream is None or sublayer.scales or sublayer.is_parallel:
-        found = "is scaled before it is added" if sublayer.scales else "is one of two that are added at once"
-        raise TargetError(
-            f"the sum after the {sublayer.kind} in {sublayer.addition[0]!r} can be adapted nowhere: no module returns it, "
-            + (f"and the branch {found}" if out and stream else "and no module takes or yields what it is the sum of")
-            + "; use at='output' there, or target '@block.out'"
-        )
-    host = resolve_host(out.path, modules, at_input=False)
-    return Found(Location(host, "output", "sum", out.output or None, stream.argument, stream.path), out.axis)
 
 
-def _sublayer_of(path: str, modules: dict[str, nn.Module], discovery: Discovery) -> Sublayer:
-    """The residual sub-layer whose branch a module yields, or whose last projection it is."""
-    anatomy = discovery.anatomy
+def _no_place_for_sum(sublayer: Sublayer) -> str:
+    """Write the message for a sum that no hook can reach."""
+    scaled = "is scaled before it is added" if sublayer.scales else "is one of two that are added at once"
+    is_branch = sublayer.out is not None and sublayer.stream is not None
+    reason = f"the branch {scaled}" if is_branch else "no module takes or yields what it is the sum of"
+    return (
+        f"the sum after the {sublayer.kind} in {sublayer.addition[0]!r} can be adapted nowhere: no module returns it, and "
+        f"{reason}; use at='output' there, or target '@block.out'"
+    )
+
+
+def _sublayer_of(path: str, search: _Search) -> Sublayer:
+    """Find the residual sub-layer whose branch a module yields, or whose last projection it is."""
+    anatomy = search.discovery.anatomy
     every = (*anatomy.sublayers, *anatomy.others)
     for sublayer in every:
-        if sublayer.out is not None and path in (
-            sublayer.out.path,
-            resolve_host(sublayer.out.path, modules, at_input=False),
-        ):
+        out = sublayer.out
+        if out is not None and path in (out.path, resolve_host(out.path, search.modules, at_input=False)):
             return sublayer
+    # After all of them: a last projection may itself yield the branch of another sub-layer.
     for sublayer in every:
         if path in sublayer.last:
             return sublayer
@@ -172,21 +212,25 @@ def _sublayer_of(path: str, modules: dict[str, nn.Module], discovery: Discovery)
     )
 
 
-def _nearest(path: str, pattern: str, model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    """The module that the pattern names nearest to the host."""
-    near = nearest_to(path, match(model, [pattern]))
+def _nearest(path: str, pattern: str, search: _Search) -> str:
+    """Return the module that a pattern names nearest to the host at `path`."""
+    near = nearest_to(path, match(search.model, [pattern]))
     if len(near) != 1:
         raise TargetError(f"residual={pattern!r} names {near} for the site {path!r}; make it name one near that site")
-    return resolve_host(near[0], modules, at_input=True)
+    return resolve_host(near[0], search.modules, at_input=True)
 
 
 def argument_of(host: nn.Module, which: int | str | None) -> Argument | None:
-    """An argument of the host by position and keyword both, as far as its signature tells."""
+    """Return an argument of the host as (position, keyword), both as far as its signature tells.
+
+    Args:
+        which: The argument, by position or keyword; None for none.
+    """
     if which is None:
         return None
     try:
         names = list(inspect.signature(host.forward).parameters)
-    except ValueError:
+    except ValueError:  # built in, without a signature: the position, or the keyword, has to do
         names = []
     if isinstance(which, int):
         return which, names[which] if which < len(names) else None
@@ -194,6 +238,7 @@ def argument_of(host: nn.Module, which: int | str | None) -> Argument | None:
 
 
 def _as_path(output: int | str | Sequence[int | str] | None) -> Path | None:
+    """Return the setting `output` as a path into what a module returns."""
     if output is None:
         return None
     return (output,) if isinstance(output, (int, str)) else tuple(output)

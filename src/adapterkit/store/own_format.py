@@ -94,7 +94,8 @@ def _check_size(directory: Path, manifest: Manifest) -> None:
 
 def _config_of(manifest: Manifest, source: Path) -> Config | FusionConfig:
     """Return the config in a manifest. Raises StoreError, naming its method if that is not here."""
-    if not manifest.children:  # a fusion is of no method
+    # A fusion is of no method. One that lists nothing to weigh is no config at all, which `config_from` says.
+    if not manifest.children and manifest.config.get("method") != "fusion":
         try:
             check_methods_of(manifest.config)
         except ConfigError as error:

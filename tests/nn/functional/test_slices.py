@@ -64,10 +64,10 @@ def test_heads_that_repeat_cost_as_much_as_one() -> None:
 @pytest.mark.parametrize(
     ("slices", "found"),
     [
-        ((("q", ((0, 13),)),), r"part 'q' has the range \(0, 13\), which is not within 12"),
+        ((("q", ((0, 13),)),), r"slice 'q' has the range \(0, 13\), which is not within 12"),
         ((("q", ((3, 3),)),), r"\(3, 3\), which is not within"),
-        ((("q", ((0, 4),)), ("k", ((3, 6),))), r"part 'k' has the range \(3, 6\), which overlaps"),
-        ((("q", ()),), "part 'q' has no range"),
+        ((("q", ((0, 4),)), ("k", ((3, 6),))), r"slice 'k' has the range \(3, 6\), which overlaps"),
+        ((("q", ()),), "slice 'q' has no range"),
     ],
 )
 def test_wrong_ranges_are_refused(slices: Slices, found: str) -> None:

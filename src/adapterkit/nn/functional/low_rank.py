@@ -20,15 +20,15 @@ class LowRank:
     - conv: A has the host's kernel, stride, padding and dilation; B has a kernel of 1. With groups both are grouped:
       each group has its own pair of rank / groups, rounded up (a rank below the number of groups is one for each).
     - embedding: A (slices * rank, vocabulary), looked up; B (covered, rank).
-    - parameter: A (..., parts * rank, in), B (..., covered, rank), one pair for each index of the leading axes.
+    - parameter: A (..., slices * rank, in), B (..., covered, rank), one pair for each index of the leading axes.
 
     Args:
         projection: The host's geometry.
-        rank: Of each part; with groups, of all groups together.
+        rank: Of each slice; with groups, of all groups together.
         slices: Slices of the output features, each with its own rows of A and B; () for the whole.
 
     Raises:
-        ConfigError: rank is not positive; parts of a grouped conv; an embedding with max_norm, whose rows change as they
+        ConfigError: rank is not positive; slices of a grouped conv; an embedding with max_norm, whose rows change as they
             are looked up.
     """
 
@@ -48,7 +48,7 @@ class LowRank:
 
     @property
     def a_shape(self) -> tuple[int, ...]:
-        """The shape of A."""
+        """Return the shape of A."""
         p, rows = self.projection, self.layout.count * self.projection.groups * self.rank_of_each
         if p.kind == "parameter":
             return (*p.shape[:-2], rows, p.in_features)
@@ -56,7 +56,7 @@ class LowRank:
 
     @property
     def b_shape(self) -> tuple[int, ...]:
-        """The shape of B."""
+        """Return the shape of B."""
         lead = self.projection.shape[:-2] if self.projection.kind == "parameter" else ()
         return (*lead, self.layout.covered, self.rank_of_each, *(1 for _ in self.projection.kernel))
 
@@ -79,14 +79,14 @@ class LowRank:
         return F.linear(z, a)
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
-        """Apply B. Shape: h as `down` returns it, result (..., out) or (batch, out, *spatial); zero outside the parts."""
+        """Apply B. Shape: h as `down` returns it, result (..., out) or (batch, out, *spatial); zero outside the slices."""
         p = self.projection
         if p.kind != "conv":
             return F.linear(h, self.layout.blocks(b))
         return pointwise(h, self.layout.blocks(b.flatten(1)), spatial=len(p.kernel), groups=p.groups)
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        """The weight that the pair stands for. Shape: as the host's weight."""
+        """Return the weight that the pair stands for. Shape: as the host's weight."""
         p = self.projection
         if p.kind == "conv":
             b = torch.unflatten(self.layout.blocks(b.flatten(1)), 0, (p.groups, -1))  # (groups, out / groups, rank)

@@ -15,7 +15,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def concatenated(low_rank: LowRank, pairs: Sequence[Pair]) -> Pair:
-    """One pair whose delta is the sum of the deltas of the given ones. Weights of a sum belong on the Bs.
+    """Return one pair whose delta is the sum of the deltas of the given ones. Weights of a sum belong on the Bs.
 
     Args:
         low_rank: The geometry; the rank of each pair is read off its tensors.
@@ -24,7 +24,7 @@ def concatenated(low_rank: LowRank, pairs: Sequence[Pair]) -> Pair:
     Shape:
         A and B at a rank that is the sum of the ranks; of groups, each the sum of what it has.
     """
-    # The axis of A's rows; B's columns are on the next one. The rows are part by part (or group by group), within a part
+    # The axis of A's rows; B's columns are on the next one. The rows are slice by slice (or group by group), within a slice
     # rank by rank.
     axis = len(low_rank.projection.shape) - 2 if low_rank.projection.kind == "parameter" else 0
     blocks = low_rank.layout.count * low_rank.projection.groups
@@ -33,10 +33,10 @@ def concatenated(low_rank: LowRank, pairs: Sequence[Pair]) -> Pair:
 
 
 def factored(low_rank: LowRank, delta: Tensor) -> Pair:
-    """The pair nearest to a delta (least squares), by singular values: of each part, group or leading index its own.
+    """Find the pair nearest to a delta (least squares), by singular values: for each slice, group or leading index its own.
 
     It is exact where the delta has no greater rank. Where a matrix is smaller than the rank, the rest is zeros. The
-    delta is taken for zero outside the parts.
+    delta is taken for zero outside the slices.
 
     Shape: delta as the host's weight; A and B as `low_rank.a_shape` and `b_shape`.
     """
@@ -52,7 +52,7 @@ def factored(low_rank: LowRank, delta: Tensor) -> Pair:
 
 
 def reduced(low_rank: LowRank, a: Tensor, b: Tensor) -> Pair:
-    """The pair nearest to the delta of another one: as `factored`, without making the delta.
+    """Find the pair nearest to the delta of another one: as `factored`, without making the delta.
 
     With Q R decompositions B = Q S and A^T = P T, the delta is Q (S T^T) P^T: what is to be decomposed is as small as the
     pair is thin.
@@ -69,13 +69,13 @@ def reduced(low_rank: LowRank, a: Tensor, b: Tensor) -> Pair:
 
 
 def refitted(low_rank: LowRank, wanted: LowRank, a: Tensor, b: Tensor) -> Pair:
-    """A pair of some parts as one of other parts with the same delta.
+    """Turn a pair of some slices into one of other slices with the same delta.
 
     Args:
         low_rank: The geometry that the pair has, at any rank.
-        wanted: The geometry that it is to have: the whole, or parts of which the pair's are some.
+        wanted: The geometry that it is to have: the whole, or slices of which the pair's are some.
 
-    Shape: a and b at any rank; A and B at that rank; for the whole, at the rank of all parts together.
+    Shape: a and b at any rank; A and B at that rank; for the whole, at the rank of all slices together.
     """
     old, new = low_rank.layout, wanted.layout
     if old.slices == new.slices:
@@ -84,15 +84,15 @@ def refitted(low_rank: LowRank, wanted: LowRank, a: Tensor, b: Tensor) -> Pair:
     if new.is_whole:
         return a, torch.unflatten(old.blocks(b.flatten(axis + 1)), -1, (-1, *b.shape[axis + 2 :]))
     rows = torch.unflatten(a, axis, (old.count, -1)).unbind(axis)
-    of_part = dict(zip([name for name, _ in old.slices], rows, strict=True))
-    grown = [of_part.get(name, torch.zeros_like(rows[0])) for name, _ in new.slices]
+    of_slice = dict(zip([name for name, _ in old.slices], rows, strict=True))
+    grown = [of_slice.get(name, torch.zeros_like(rows[0])) for name, _ in new.slices]
     return torch.cat(grown, axis), new.pick(old.spread(b, axis), axis)
 
 
 def relative_error(low_rank: LowRank, found: Pair, wanted: Pair) -> float:
-    """The distance of two pairs' deltas in parts of the length of the wanted one (Frobenius norms)."""
+    """Return the distance of two pairs' deltas over the length of the wanted one (Frobenius norms)."""
     distance, length = _norm(low_rank, *concatenated(low_rank, [found, (wanted[0], -wanted[1])])), _norm(low_rank, *wanted)
-    # Of terms that cancel each other nothing but rounding is left: no error in parts of that.
+    # Of terms that cancel each other nothing but rounding is left, and an error relative to that means nothing.
     rounding = 16 * torch.finfo(wanted[0].dtype).eps * float(wanted[0].norm() * wanted[1].norm())
     if distance <= rounding:
         return 0.0
@@ -100,7 +100,7 @@ def relative_error(low_rank: LowRank, found: Pair, wanted: Pair) -> float:
 
 
 def _norm(low_rank: LowRank, a: Tensor, b: Tensor) -> float:
-    """The Frobenius norm of a pair's delta. Shape: a and b at any rank."""
+    """Return the Frobenius norm of a pair's delta. Shape: a and b at any rank."""
     squares = 0.0
     for rows, columns in _matrices(low_rank, a, b):
         s, t = (torch.linalg.qr(matrix, mode="r")[1] for matrix in (columns, rows.mT))
@@ -109,7 +109,7 @@ def _norm(low_rank: LowRank, a: Tensor, b: Tensor) -> float:
 
 
 def _matrices(low_rank: LowRank, a: Tensor, b: Tensor) -> list[Pair]:
-    """The matrices A (..., rank, in) and B (..., out, rank) of each part; groups and leading indices are leading axes."""
+    """Return A (..., rank, in) and B (..., out, rank) of each slice; groups and leading indices are leading axes."""
     p, layout = low_rank.projection, low_rank.layout
     if p.kind == "conv":
         a, b = a.flatten(1), b.flatten(1)
@@ -121,7 +121,7 @@ def _matrices(low_rank: LowRank, a: Tensor, b: Tensor) -> list[Pair]:
 
 
 def _joined(low_rank: LowRank, pairs: Sequence[Pair]) -> Pair:
-    """The pair of which these are the matrices: undoes `_matrices`."""
+    """Return the pair of which these are the matrices: undo `_matrices`."""
     if low_rank.projection.groups > 1:
         ((a, b),) = pairs
     else:
@@ -131,7 +131,7 @@ def _joined(low_rank: LowRank, pairs: Sequence[Pair]) -> Pair:
 
 
 def _truncated(matrix: Tensor, rank: int) -> Pair:
-    """The nearest product B A of this rank. Shape: matrix (..., out, in), A (..., rank, in), B (..., out, rank)."""
+    """Find the nearest product B A of this rank. Shape: matrix (..., out, in), A (..., rank, in), B (..., out, rank)."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = s[..., :rank].sqrt()
     a, b = root.unsqueeze(-1) * vh[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)

@@ -17,17 +17,17 @@ NonLinearity = Literal[
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU (`gelu_new` in other libraries)."""
+    """Return the tanh approximation of GELU (`gelu_new` in other libraries)."""
     return F.gelu(x, approximate="tanh")
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU, x * sigmoid(1.702 x)."""
+    """Return the sigmoid approximation of GELU, x * sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def identity(x: Tensor) -> Tensor:
-    """No non-linearity: the bottleneck is a low-rank linear map."""
+    """Return x, without any non-linearity: the bottleneck is a low-rank linear map."""
     return x
 
 
@@ -43,5 +43,5 @@ NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def non_linearity(name: NonLinearity) -> Callable[[Tensor], Tensor]:
-    """The function with this name, elementwise and without parameters."""
+    """Return the function with this name, elementwise and without parameters."""
     return NON_LINEARITIES[name]

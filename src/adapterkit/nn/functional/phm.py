@@ -8,7 +8,7 @@ __all__ = ["phm_linear", "phm_weight"]
 
 
 def phm_weight(rule: Tensor, left: Tensor, right: Tensor | None = None) -> Tensor:
-    """The weight that the factors stand for: sum_k kron(rule_k, left_k right_k), transposed as nn.Linear has it.
+    """Return the weight that the factors stand for: sum_k kron(rule_k, left_k right_k), transposed as nn.Linear has it.
 
     Shape: rule (n, n, n), left (n, a, rank), right (n, rank, b); without right, left is (n, a, b). Result: (n b, n a).
     """

@@ -1,6 +1,5 @@
 """What a projection is: a module that multiplies its input by a weight, and the geometry of that product."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,11 +20,7 @@ __all__ = [
     "random_input",
 ]
 
-_CONVS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Conv1d: F.conv1d,
-    nn.Conv2d: F.conv2d,
-    nn.Conv3d: F.conv3d,
-}
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -70,27 +65,27 @@ class Projection:
 
     @property
     def out_features(self) -> int:
-        """Features, channels or embedding width of the output."""
+        """Return the features, channels or embedding width of the output."""
         return self.shape[self.out_axis]
 
     @property
     def in_features(self) -> int:
-        """Features or channels of the input; size of the vocabulary."""
+        """Return the features or channels of the input, or the size of the vocabulary."""
         return self.shape[self.in_axis] * self.groups
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The kernel of a conv, () for others."""
+        """Return the kernel of a conv, () for others."""
         return self.shape[2:] if self.kind == "conv" else ()
 
     @property
     def channel_axis(self) -> int:
-        """The axis of the features in the output (and in an input that is no ids), from the end."""
+        """Return the axis of the features in the output (and in an input that is no ids), from the end."""
         return -1 - len(self.kernel)
 
     @property
     def pads(self) -> list[int]:
-        """A conv's padding as `F.pad` takes it: (before, after) for each spatial axis, the last axis first."""
+        """Return a conv's padding as `F.pad` takes it: (before, after) for each spatial axis, the last axis first."""
         if self.padding == "valid":
             return [0, 0] * len(self.kernel)
         if self.padding == "same":
@@ -100,61 +95,71 @@ class Projection:
 
 
 def projection_of(module: nn.Module) -> Projection | None:
-    """What kind of projection a module is; None if it is none that is known, or has no weight yet (lazy modules).
+    """Tell what kind of projection a module is; None if it is none that is known, or has no weight yet (lazy modules).
 
     Known are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, `nn.Embedding`, their subclasses, and the `Conv1D` of
     transformers, which is a linear layer with its weight transposed (known by its name: transformers is not imported).
     """
-    host: Any = module
-    # A weight that is computed (parametrised, say) is not read here: that may move what it is computed from.
-    weight = module._parameters.get("weight")
-    if isinstance(weight, nn.UninitializedParameter):
+    if isinstance(module._parameters.get("weight"), nn.UninitializedParameter):
         return None
     if isinstance(module, nn.Linear):
-        # The weight of a quantised layer is packed: its shape says nothing.
-        plain = weight is not None and weight.is_floating_point() and weight.dim() == 2  # axes
-        shape = tuple(weight.shape) if weight is not None and plain else (host.out_features, host.in_features)
-        return Projection("linear", shape, 0, 1, has_own_forward=_has_own_forward(module, nn.Linear))
+        return _linear(module)
     if isinstance(module, nn.Embedding):
-        return Projection(
-            "embedding",
-            (host.num_embeddings, host.embedding_dim) if weight is None else tuple(weight.shape),
-            1,
-            0,
-            padding_idx=host.padding_idx,
-            max_norm=host.max_norm,
-            norm_type=host.norm_type,
-            scale_grad_by_freq=host.scale_grad_by_freq,
-            sparse=host.sparse,
-            has_own_forward=_has_own_forward(module, nn.Embedding),
-        )
+        return _embedding(module)
     conv = next((kind for kind in _CONVS if isinstance(module, kind)), None)
     if conv is not None:
-        return Projection(
-            "conv",
-            (host.out_channels, host.in_channels // host.groups, *host.kernel_size)
-            if weight is None
-            else tuple(weight.shape),
-            0,
-            1,
-            stride=host.stride,
-            padding=host.padding,
-            dilation=host.dilation,
-            groups=host.groups,
-            padding_mode=host.padding_mode,
-            has_own_forward=_has_own_forward(module, conv),
-        )
+        return _conv(module, conv)
     if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
-        return Projection("linear", tuple(host.weight.shape), 1, 0)
+        weight: Any = module.weight
+        return Projection("linear", tuple(weight.shape), 1, 0)
     return None
 
 
-def _conv_shape(conv: Any) -> tuple[int, ...]:
-    return (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+def _linear(module: nn.Linear) -> Projection:
+    # From `_parameters`, not by attribute: a weight that is computed (parametrised, say) may move as it is read.
+    weight = module._parameters.get("weight")
+    # The weight of a quantised layer is packed: its shape says nothing.
+    is_plain = weight is not None and weight.is_floating_point() and weight.dim() == 2  # axes
+    shape = tuple(weight.shape) if weight is not None and is_plain else (module.out_features, module.in_features)
+    return Projection("linear", shape, 0, 1, has_own_forward=_has_own_forward(module, nn.Linear))
+
+
+def _embedding(module: nn.Embedding) -> Projection:
+    weight = module._parameters.get("weight")
+    shape = (module.num_embeddings, module.embedding_dim) if weight is None else tuple(weight.shape)
+    return Projection(
+        "embedding",
+        shape,
+        out_axis=1,
+        in_axis=0,
+        padding_idx=module.padding_idx,
+        max_norm=module.max_norm,
+        norm_type=module.norm_type,
+        scale_grad_by_freq=module.scale_grad_by_freq,
+        sparse=module.sparse,
+        has_own_forward=_has_own_forward(module, nn.Embedding),
+    )
+
+
+def _conv(module: Any, kind: type[nn.Module]) -> Projection:
+    weight = module._parameters.get("weight")
+    sizes = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    return Projection(
+        "conv",
+        sizes if weight is None else tuple(weight.shape),
+        out_axis=0,
+        in_axis=1,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+        has_own_forward=_has_own_forward(module, kind),
+    )
 
 
 def parameter_projection(shape: tuple[int, ...]) -> Projection:
-    """A bare Parameter (..., out, in) as a projection: one weight, or one for each index of the leading axes."""
+    """Describe a bare Parameter (..., out, in) as a projection: one weight, or one for each index of the leading axes."""
     return Projection("parameter", tuple(shape), -2, -1)
 
 
@@ -169,7 +174,7 @@ def check_has_input(projection: Projection, **settings: Any) -> None:
 
 
 def project(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What torch's layer with this weight and bias returns.
+    """Return what torch's layer with this weight and bias returns.
 
     Shape: z (..., in) or (batch, in, *spatial) or ids (...); result (..., out) or (batch, out, *spatial).
     """
@@ -181,7 +186,7 @@ def project(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def random_input(projection: Projection, like: Tensor) -> Tensor:
-    """Some input of the host, the same each time, without drawing from torch's generator.
+    """Make some input of the host, the same each time, without drawing from torch's generator.
 
     Shape: (2, 3, in), (2, in, *spatial) or ids (6,).
     """
@@ -190,15 +195,16 @@ def random_input(projection: Projection, like: Tensor) -> Tensor:
         return torch.randint(0, projection.in_features, (6,), generator=draw).to(like.device)
     shape: tuple[int, ...] = (2, 3, projection.in_features)
     if projection.kind == "conv":
+        # As few positions as give an output of two: the kernel, spread by the dilation, and one stride more.
         steps = zip(projection.kernel, projection.dilation, projection.stride, strict=True)
         shape = (2, projection.in_features, *(step * (size - 1) + 1 + stride for size, step, stride in steps))
     return torch.randn(shape, generator=draw).to(like)
 
 
 def convolve(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The host's convolution with another weight. Shape: z (batch, in, *spatial), weight (any, in / groups, *kernel)."""
+    """Convolve as the host does, by another weight. Shape: z (batch, in, *spatial), weight (any, in / groups, *kernel)."""
     padding: Any = projection.padding
-    if projection.padding_mode != "zeros":
+    if projection.padding_mode != "zeros":  # torch's functions pad with zeros alone
         z, padding = F.pad(z, projection.pads, mode=projection.padding_mode), 0
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[len(projection.kernel) - 1]
     result: Tensor = function(z, weight, bias, projection.stride, padding, projection.dilation, projection.groups)
@@ -206,13 +212,14 @@ def convolve(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def pointwise(h: Tensor, weight: Tensor, *, spatial: int, groups: int) -> Tensor:
-    """A convolution with a kernel of 1. Shape: h (batch, rank, *spatial), weight (out, rank / groups)."""
+    """Run a convolution with a kernel of 1. Shape: h (batch, rank, *spatial), weight (out, rank / groups)."""
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
     result: Tensor = function(h, weight[(...,) + (None,) * spatial], groups=groups)
     return result
 
 
 def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module's class replaced what torch's class computes."""
+    """Tell whether the module's class replaced what torch's class computes."""
+    # A conv's subclass may leave `forward` and replace `_conv_forward`, which that calls.
     names = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
     return any(getattr(type(module), name) is not getattr(kind, name) for name in names)

@@ -12,19 +12,19 @@ from ...errors import ConfigError
 __all__ = ["SliceLayout", "Slices"]
 
 Slices = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
-"""(name, ranges) of each part; a range is (start, stop). Empty: one part, which is everything."""
+"""(name, ranges) of each slice; a range is (start, stop). Empty: one slice, which is everything."""
 
 
 class SliceLayout:
-    """Where the features of some parts lie on an axis, and how tensors that know only these are put there.
+    """Where the features of some slices lie on an axis, and how tensors that know only these are put there.
 
-    The covered features keep their order on the axis: row i of such a tensor is the i-th feature that any part covers.
+    The covered features keep their order on the axis: row i of such a tensor is the i-th feature that any slice covers.
     No index tensors: they would be buffers, lost on the meta device. Heads that repeat (query, key and value of one head
     after another) are one view with an axis of repeats, so that many ranges cost no more than few.
 
     Args:
         width: Features on the axis.
-        slices: The parts; () for all features as one part.
+        slices: The slices; () for all features as one slice.
 
     Raises:
         ConfigError: A range is empty or outside the axis, or two overlap.
@@ -35,19 +35,20 @@ class SliceLayout:
         self.is_whole = not slices
         owners = _owners(width, slices)
         self.covered = sum(owner >= 0 for owner in owners)
+        # Heads that repeat: one slice has as many ranges as there are heads. True of all features, or it is one period.
         repeats = len(slices[0][1]) if slices else 1
         period, rest = divmod(width, repeats)
         if rest or owners != owners[:period] * repeats:
             period, repeats = width, 1
         self._repeats = repeats
-        self._runs = _runs(owners[:period])  # (part or -1, features), of one period
+        self._runs = _runs(owners[:period])  # (slice or -1, features), of one period
 
     def sizes(self) -> list[int]:
-        """How many features each part has."""
-        return [sum(size for owner, size in self._runs if owner == part) * self._repeats for part in range(self.count)]
+        """Return how many features each slice has."""
+        return [sum(size for owner, size in self._runs if owner == which) * self._repeats for which in range(self.count)]
 
     def pick(self, values: Tensor, axis: int = -1) -> Tensor:
-        """The values of the covered features: `pick(spread(v))` is v.
+        """Pick the values of the covered features: `pick(spread(v))` is v.
 
         Shape: values (..., width, ...), result (..., covered, ...), on `axis`.
         """
@@ -71,7 +72,7 @@ class SliceLayout:
         return torch.cat(list(pieces), axis + 1).flatten(axis, axis + 1)
 
     def blocks(self, values: Tensor) -> Tensor:
-        """Spread the rows of a matrix, and the columns by part: part p has columns p * rank to (p + 1) * rank.
+        """Spread the rows of a matrix, and the columns by slice: slice p has columns p * rank to (p + 1) * rank.
 
         Shape: values (..., covered, rank), result (..., width, slices * rank).
         """
@@ -85,9 +86,9 @@ class SliceLayout:
         return torch.cat(pieces, axis + 1).flatten(axis, axis + 1)
 
     def gather(self, values: Sequence[Tensor]) -> Tensor:
-        """Bring the rows of each part into the order of the covered features.
+        """Bring the rows of each slice into the order of the covered features.
 
-        Shape: values[p] (size of part p, ...), result (covered, ...).
+        Shape: values[p] (size of slice p, ...), result (covered, ...).
         """
         if self.is_whole:
             return values[0]
@@ -100,7 +101,7 @@ class SliceLayout:
         return torch.cat(pieces, 1).flatten(0, 1)
 
     def split(self, values: Tensor) -> list[Tensor]:
-        """The rows of each part; undoes `gather`. Shape: values (covered, ...), result[p] (size of part p, ...)."""
+        """Return the rows of each slice; undo `gather`. Shape: values (covered, ...), result[p] (size of slice p, ...)."""
         if self.is_whole:
             return [values]
         pieces: list[list[Tensor]] = [[] for _ in range(self.count)]
@@ -110,7 +111,7 @@ class SliceLayout:
         return [torch.cat(own, 1).flatten(0, 1) for own in pieces]
 
     def _pieces(self, values: Tensor, axis: int) -> Iterable[tuple[int, Tensor]]:
-        """Run by run: its part and its values, with an axis of repeats before `axis`; zeros where no part is."""
+        """Yield each run: its slice and its values, with an axis of repeats before `axis`; zeros where no slice is."""
         view = torch.unflatten(values, axis, (self._repeats, -1))
         start = 0
         for owner, size in self._runs:
@@ -123,24 +124,24 @@ class SliceLayout:
 
 
 def _owners(width: int, slices: Slices) -> list[int]:
-    """The part that each feature belongs to, -1 for none."""
+    """Return the index of the slice that each feature belongs to, -1 for none."""
     if not slices:
         return [0] * width
     owners = [-1] * width
     for index, (name, ranges) in enumerate(slices):
         for start, stop in ranges:
             if not 0 <= start < stop <= width:
-                raise ConfigError(f"part {name!r} has the range ({start}, {stop}), which is not within {width} features")
+                raise ConfigError(f"slice {name!r} has the range ({start}, {stop}), which is not within {width} features")
             if any(owner >= 0 for owner in owners[start:stop]):
-                raise ConfigError(f"part {name!r} has the range ({start}, {stop}), which overlaps another range")
+                raise ConfigError(f"slice {name!r} has the range ({start}, {stop}), which overlaps another range")
             owners[start:stop] = [index] * (stop - start)
         if not ranges:
-            raise ConfigError(f"part {name!r} has no range; give it one, or leave it out")
+            raise ConfigError(f"slice {name!r} has no range; give it one, or leave it out")
     return owners
 
 
 def _runs(owners: list[int]) -> list[tuple[int, int]]:
-    """Neighbours with one owner, as (owner, how many)."""
+    """Join neighbours with one owner: list (owner, how many)."""
     runs: list[tuple[int, int]] = []
     for owner in owners:
         if runs and runs[-1][0] == owner:
