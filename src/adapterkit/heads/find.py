@@ -193,29 +193,35 @@ def _find_own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
     modules = modules_by_path(model)
     paths = [inner for path in match(model, [head.target]) for inner in _parametrised(path, modules)]
     paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
-    inside = [path for path in paths if {*ancestors(path)[1:]} & {*paths}]
-    if inside:
-        outside = next(path for path in ancestors(inside[0])[1:] if path in paths)
-        raise TargetError(
-            f"heads={[head.target]} matches {len(paths)} modules, {paths[:4]}, of which {inside[0]!r} lies inside "
-            f"{outside!r}; name the one that you mean, such as heads=['re:{re.escape(outside)}']"
-        )
-    if not paths:
-        raise TargetError(f"heads={[head.target]} have no parameters of their own to train")
+    _check_own(head, paths)
     found = []
     for path in paths:
         # All widths in it: which layer comes last is not known of a module with a `forward` of its own.
         widths = {shape.width for module in modules[path].modules() if (shape := known_shape(module)) is not None}
-        given = head.labels if path == paths[-1] else None
+        is_last = path == paths[-1]
+        given = head.labels if is_last else None
         if given is not None and widths and len(given) not in widths:
             raise ConfigError(
                 f"labels names {len(given)}, and the head {path!r} has {sorted(widths)} outputs; for another number, use "
                 f"a module of yours, heads={{{path!r}: nn.Linear(…, {len(given)})}}"
             )
-        name = head.name if head.name is not None and path == paths[-1] else path
+        name = head.name if head.name is not None and is_last else path
         config = OwnHead(path, name=name, labels=given or _labels_of_model(model, widths))
         found.append(FoundHead(path, HeadSpec(config)))
     return found
+
+
+def _check_own(head: OwnHead, paths: Sequence[str]) -> None:
+    """Raise TargetError unless a pattern led to modules that can each be copied: some, and none inside another."""
+    if not paths:
+        raise TargetError(f"heads={[head.target]} have no parameters of their own to train")
+    inside = [path for path in paths if {*ancestors(path)[1:]} & {*paths}]
+    if inside:
+        outside = next(path for path in ancestors(inside[0])[1:] if path in paths)
+        raise TargetError(
+            f"heads={[head.target]} matches {len(paths)} modules, {list(paths[:4])}, of which {inside[0]!r} lies inside "
+            f"{outside!r}; name the one that you mean, such as heads=['re:{re.escape(outside)}']"
+        )
 
 
 def _labels_of_model(model: nn.Module, widths: set[int]) -> tuple[str, ...] | None:

@@ -15,7 +15,7 @@ from ..errors import ActivationError, AdapterNameError, ConfigError
 from ..heads.plan import head_steps
 from ..heads.steps import RunHeads
 from ..placement.layers import check_dropped
-from ..runtime.acting import ACTING
+from ..runtime.acting import ACTING, Acting
 from ..runtime.compose.by_row import ByRow
 from ..runtime.compose.compile import SiteContext, steps_at
 from ..runtime.compose.compose_step import ComposeStep
@@ -157,23 +157,34 @@ def _put(model: nn.Module, state: ModelState, plans: Plans) -> None:
     idle = (Pass(active),) if state.activation.was_used else ()
     is_stale = False
     for _, host, site, plan in plans:
-        keys = {key for steps in plan.steps.values() for step in steps for key in step.module_keys}
-        for entry in (entry for entries in site.entries.values() for entry in entries):
-            if isinstance(entry, SiteEntry) and entry.handover is not None:
-                entry.handover.wanted = True if entry.key in keys else None
-        heads = (step for step in plan.steps.get("output", ()) if isinstance(step, RunHeads))
-        site.call.wanted = next((step.wants for step in heads), None)
+        _ask_for_what_is_read(site, plan)
         for acting in ACTING:
             steps = plan.steps.get(acting.at, idle)
-            # A graph of the host's own forward, where that is compiled apart from its hooks, has no guard on what they put
-            # in the way of its Parameters.
-            is_read_inside = acting.is_unguarded and acting.before is not None and has_hook(host, acting.before)
-            is_stale |= is_read_inside and steps != site.steps.get(acting.at, ())
+            is_stale |= steps != site.steps.get(acting.at, ()) and _is_unguarded(acting, host)
             site.steps[acting.at] = steps
     if is_stale:
         forget_compiled()
     dividing = [(path, step.layout) for path, _, _, plan in plans for step in plan.dividing]
     set_batch_hooks(model, state, dividing, layouts_of(model, state))
+
+
+def _ask_for_what_is_read(site: AdapterSite, plan: SitePlan) -> None:
+    """Say at each handover of a site whether a step of the plan takes what is handed over: streams, calls, labels."""
+    acting = {key for steps in plan.steps.values() for step in steps for key in step.module_keys}
+    for entry in (entry for entries in site.entries.values() for entry in entries):
+        if isinstance(entry, SiteEntry) and entry.handover is not None:
+            entry.handover.wanted = True if entry.key in acting else None
+    heads = (step for step in plan.steps.get("output", ()) if isinstance(step, RunHeads))
+    site.call.wanted = next((step.wants for step in heads), None)
+
+
+def _is_unguarded(acting: Acting, host: nn.Module) -> bool:
+    """Tell whether a compiled graph of the host's own forward would miss a change of the steps of this way of acting.
+
+    Such a graph, where the forward is compiled apart from its hooks, has no guard on what these put in the way of its
+    Parameters.
+    """
+    return acting.is_unguarded and acting.before is not None and has_hook(host, acting.before)
 
 
 def check_known(model: nn.Module, name: object) -> None:
