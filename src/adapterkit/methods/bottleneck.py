@@ -177,6 +177,7 @@ def bottleneck_size(config: AnyBottleneckConfig, site: SiteSpec) -> int:
     if size is not None:
         return int(size)
     factor = setting_at(config.reduction_factor, site) or config.default_reduction_factor
+    # A factor near zero, such as 1e-9, would ask for more memory than there is before anything could complain.
     if site.width / factor >= 2**31:
         raise ConfigError(
             f"reduction_factor={factor} makes a bottleneck of {site.width / factor:.3g} features at {site.path!r}"
@@ -201,9 +202,10 @@ def bottleneck_options(config: AnyBottleneckConfig, site: SiteSpec) -> Bottlenec
 
 
 def bottleneck_placement(config: AnyBottleneckConfig) -> Placement:
-    """Translate `at`, `placement` and `residual`."""
-    if config.at == "renormalised":
+    """Translate `at`, `placement` and `residual` into where modules sit and what they read."""
+    if config.at == "renormalised":  # on the input of a norm, reading what that norm makes of it
         return Placement(at="input", reads="norm")
+    # Beside the module: without residual= it reads what the module itself takes.
     if config.placement == "parallel":
         return Placement(reads="residual" if config.residual is not None else "own_input", residual=config.residual)
     if config.at in ("sum", "normalised"):

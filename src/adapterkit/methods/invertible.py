@@ -62,6 +62,7 @@ class Invertible:
         forward, targets = Placement(tag="forward"), tuple(config.output_targets)
         if not targets:
             return (forward,)
+        # The role is the default: a model without an output embedding is right to have none. A pattern was written by hand.
         return forward, Placement(at="input", targets=targets, is_optional=all(map(is_role, targets)), tag="inverse")
 
     def shared(self, config: InvertibleConfig, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> Coupling:

@@ -108,6 +108,7 @@ class LoRA:
         if config.use_dora:
             weight = base_weight(site, host)
             check_multiplies(site, host, projection)
+            # On the meta device a file brings the magnitudes; there are no values to measure here.
             magnitude = None if weight.is_meta else magnitude_of(projection, weight.to(dtype), slices=site.slices)
             return DoRA(projection, rank, magnitude=magnitude, **both)
         both |= {"bias": config.bias, "gating": config.gating, "batch_axis": config.batch_axis}
@@ -148,6 +149,7 @@ def check_multiplies(site: SiteSpec, host: nn.Module, projection: Projection) ->
         return
     module: Any = host
     z = random_input(projection, module.weight)
+    # `forward`, not a call: hooks of others may change the output, and are not what is asked about.
     found, expected = module.forward(z), project(projection, z, module.weight, getattr(module, "bias", None))
     if not isinstance(found, Tensor) or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
         raise TargetError(

@@ -41,6 +41,7 @@ def as_config(config: Settings | Mapping[str, Any] | str | Path, overrides: Mapp
         return config.override(overrides)
     if isinstance(config, Mapping):
         return config_from(config).override(overrides)
+    # A string is a preset's name before it is a path: a file called "lora" has to be written "./lora".
     if isinstance(config, str) and config in UNION_PRESETS:
         return Union(*filter(None, map(_preset, UNION_PRESETS[config]))).override(overrides)
     preset = _preset(config) if isinstance(config, str) else None
@@ -59,7 +60,7 @@ def _preset(name: str) -> AdapterConfig | None:
 
 def _union_from(settings: Mapping[str, Any]) -> Union:
     """Build a union from a mapping; its members are configs, mappings or presets' names."""
-    given = settings.get("configs")
+    given = settings.get("configs")  # checked here, since pydantic cannot tell a config from its mapping
     if not isinstance(given, (list, tuple)):
         raise ConfigError(f"a union has a list of 'configs'; found {given!r}")
     configs = [as_config(member, {}) for member in given]

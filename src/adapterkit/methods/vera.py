@@ -55,6 +55,7 @@ class VeRA:
 
     def shared(self, config: VeRAConfig, sites: Sequence[SiteSpec], *, dtype: torch.dtype) -> VeRABases:
         """Build matrices as large as the largest site."""
+        # A site of fewer features takes the first columns of A and rows of B; a slice counts as a layer of its own.
         most_in = max(site.input_width for site in sites)
         most_out = max(max(SliceLayout(site.width, site.slices).sizes() or [site.width]) for site in sites)
         return VeRABases(config.rank, most_in, most_out, dtype=dtype)
