@@ -10,6 +10,8 @@ WIDTH, HEADS, VOCAB = 8, 2, 11
 
 
 class Attention(nn.Module):
+    """Attention with a projection each for queries, keys, values and the output."""
+
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
@@ -25,6 +27,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Up, GELU, down."""
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
@@ -62,6 +66,8 @@ class Pre(nn.Module):
 
 
 class InPlace(Pre):
+    """The residual additions are in place: `x += branch`."""
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
         x += self.attention(self.norm1(x))
@@ -70,6 +76,8 @@ class InPlace(Pre):
 
 
 class Post(Pre):
+    """norm(x + attention(x)), then norm(x + feed-forward(x))."""
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(self.attention(x) + x)
         return self.norm2(self.mlp(x) + x)
@@ -91,17 +99,23 @@ class ByHand(nn.Module):
 
 
 class ByDeviation(ByHand):
+    """Divides by the standard deviation as torch has it."""
+
     def spread(self, centred: Tensor) -> Tensor:
         return centred.std(-1, keepdim=True) + 1e-7
 
 
 class PostByHand(Post):
+    """Post-norm, with norms that no class of torch is."""
+
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = ByHand(), ByDeviation()
 
 
 class Sandwich(Pre):
+    """Each branch is normalised before it and at its end."""
+
     def __init__(self) -> None:
         super().__init__()
         self.end1, self.end2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
@@ -112,6 +126,8 @@ class Sandwich(Pre):
 
 
 class Parallel(Pre):
+    """x + (attention(z) + feed-forward(z)), as in GPT-J."""
+
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm1(x)
         return self.attention(z) + self.mlp(z) + x
@@ -130,6 +146,8 @@ class Scaled(Pre):
 
 
 class Mixture(Pre):
+    """The feed-forward is a mixture of experts, which returns a tuple."""
+
     def __init__(self) -> None:
         super().__init__()
         self.mlp: Any = Experts()
@@ -160,6 +178,8 @@ class Functional(Pre):
 
 
 class Decoder(Pre):
+    """A cross-attention between the two."""
+
     def __init__(self) -> None:
         super().__init__()
         self.norm3, self.cross = nn.LayerNorm(WIDTH), Attention()
@@ -171,6 +191,8 @@ class Decoder(Pre):
 
 
 class Model(nn.Module):
+    """Embedding, blocks, a final norm, a head."""
+
     def __init__(self, block: type[Pre], layers: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -186,6 +208,8 @@ class Model(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
+    """Two stacks; the decoder looks at what the encoder returns."""
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)

@@ -61,6 +61,17 @@ def test_a_map_by_layer_is_equal_whatever_its_order() -> None:
         ({"targets": ["x"], "layers": []}, "layers: an empty list"),
         ({"targets": ["x"], "dtype": "int8"}, "dtype.*found 'int8'"),
         ({"targets": ["x"], "reduction": 2}, "no setting reduction; did you mean reduction_factor"),
+        ({"targets": ["x"], "is_parallel": True}, "no setting is_parallel; placement= says it: placement='parallel'"),
+        ({"targets": ["x"], "mh_adapter": True}, r"no setting mh_adapter; targets= .*=\['@attention.out'\] is after"),
+        ({"targets": ["x"], "output_adapter": True}, r"no setting output_adapter; targets= .*=\['@feedforward.out'\] is"),
+        ({"targets": ["x"], "original_ln_before": True}, "no setting original_ln_before; at= says on which side of the"),
+        ({"targets": ["x"], "ln_after": True}, r"no setting ln_after; did you mean layer_norm_after\?"),
+        ({"targets": ["x"], "init_weights": "bert"}, r"no setting init_weights; did you mean init\?"),
+        (
+            {"targets": ["x"], "inv_adapter": "nice"},
+            "no setting inv_adapter; an invertible adapter is .* the preset 'madx'",
+        ),
+        ({"targets": ["x"], "phm_layer": True}, "no setting phm_layer; .* ak.CompacterConfig"),
         ({"targets": ["x"], "method": "lora"}, "method.*found 'lora'"),
     ],
 )

@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from adapterkit import TargetError
-from adapterkit.placement.patterns import match
+from adapterkit.placement.match import match
 from adapterkit.structure.paths import modules_by_path, nearest_to
 
 from ..hosts.tiny import Tiny

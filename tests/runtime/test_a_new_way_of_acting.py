@@ -82,7 +82,7 @@ class Prepend(Step):
         return output if forward.cache is not None else output[:, site._modules[self.key].prefix.shape[0] :]
 
 
-def prepend(entry, active):
+def prepend(entry, active, module):
     return Prepend(entry.key, active, entry.spec, entry.handover)
 '''
 

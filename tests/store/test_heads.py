@@ -16,23 +16,17 @@ import adapterkit as ak
 from adapterkit.store.own_format import read_manifest
 
 from ..helpers import trace_of
-from ..hosts.tiny import Blocks, PostNormBlock, Tiny, randomise
+from ..hosts.tiny import PostNormBlock, Tiny, randomise
+from .helpers import fresh_encoder
 
 CONFIG = ak.BottleneckConfig(targets=["down"], bottleneck_size=3)
 TAGS = ak.TaggingHead(("O", "B-PER"), name="entities", layers=2)
 
 
-def fresh(hidden: int = 8, blocks: int = 2) -> Blocks:
-    torch.manual_seed(7)
-    model = Blocks(PostNormBlock, hidden)
-    del model.blocks[blocks:]
-    return model.eval()
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """Two heads on the output, and a copy of the model's own."""
-    kit = ak.wrap(fresh(), torch.zeros(1, 5, dtype=torch.long))
+    kit = ak.wrap(fresh_encoder(), torch.zeros(1, 5, dtype=torch.long))
     kit.example_inputs = None
     kit.add("a", CONFIG)
     kit.add_head("a", [TAGS, ak.CausalLMHead(tied="embedding"), "blocks.1.up"])
@@ -50,14 +44,14 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_heads_and_their_labels_load_in_a_new_process(saved: Path, tmp_path: Path) -> None:
     ids = torch.randint(0, 11, (3, 5))
-    kit = ak.wrap(fresh())
+    kit = ak.wrap(fresh_encoder())
     kit.activate(kit.load(saved))
     assert list(kit.heads("a")) == ["entities", "causal_lm", "blocks.1.up"]
     assert kit.labels("a") == {"entities": {0: "O", 1: "B-PER"}}
     torch.save((ids, kit.model(ids, labels={"causal_lm": ids})[:2]), tmp_path / "expected.pt")
     code = (
-        "import torch, adapterkit as ak; from tests.store.test_heads import fresh; "
-        f"ids, (loss, logits) = torch.load({str(tmp_path / 'expected.pt')!r}); kit = ak.wrap(fresh()); "
+        "import torch, adapterkit as ak; from tests.store.helpers import fresh_encoder; "
+        f"ids, (loss, logits) = torch.load({str(tmp_path / 'expected.pt')!r}); kit = ak.wrap(fresh_encoder()); "
         f"kit.activate(kit.load({str(saved)!r})); out = kit.model(ids, labels={{'causal_lm': ids}}); "
         "assert torch.equal(out.loss, loss) and torch.equal(out.logits, logits); print(kit.labels('a'))"
     )
@@ -66,7 +60,7 @@ def test_heads_and_their_labels_load_in_a_new_process(saved: Path, tmp_path: Pat
 
 
 def test_a_saved_head_saves_the_same_again(saved: Path, tmp_path: Path) -> None:
-    kit = ak.wrap(fresh())
+    kit = ak.wrap(fresh_encoder())
     kit.load(saved)
     again = kit.save("a", tmp_path / "again")
     for file in ("adapter.safetensors", "adapter.json"):
@@ -79,7 +73,7 @@ def test_the_embedding_that_a_head_reads_is_not_in_the_file(saved: Path) -> None
 
 
 def test_heads_may_be_left_out_on_both_ways(saved: Path, tmp_path: Path) -> None:
-    kit = ak.wrap(fresh())
+    kit = ak.wrap(fresh_encoder())
     kit.load(saved, heads=False)
     assert kit.heads("a") == {}
     assert "_adapterkit" not in kit.model._modules
@@ -137,7 +131,7 @@ def setting(index: int, **changes: Any) -> Callable[[dict[str, Any]], object]:
 )  # fmt: skip
 def test_a_head_that_contradicts_itself_or_the_model_is_refused(saved: Path, change: Any, message: str) -> None:
     edit(saved, change)
-    model = fresh()
+    model = fresh_encoder()
     before = trace_of(model)
     with pytest.raises((ak.StoreError, ak.CompatibilityError), match=message):
         ak.wrap(model).load(saved, any_base=True)
@@ -168,7 +162,7 @@ def test_an_adapter_of_a_part_has_its_head_on_that_part(tmp_path: Path) -> None:
         def forward(self, ids: torch.Tensor) -> Any:
             return self.inner(ids)
 
-    part, ids = fresh(), torch.randint(0, 11, (3, 5))
+    part, ids = fresh_encoder(), torch.randint(0, 11, (3, 5))
     kit = ak.wrap(part, ids)
     kit.add("a", CONFIG, heads=TAGS)
     kit.activate("a")
@@ -176,6 +170,6 @@ def test_an_adapter_of_a_part_has_its_head_on_that_part(tmp_path: Path) -> None:
     whole = ak.wrap(Around(part))
     assert torch.equal(whole.model(ids).logits, expected)
     whole.save("a", tmp_path)
-    other = ak.wrap(Around(fresh()))
+    other = ak.wrap(Around(fresh_encoder()))
     other.activate(other.load(tmp_path))
     assert torch.equal(other.model(ids).logits, expected)

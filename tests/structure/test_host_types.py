@@ -22,8 +22,8 @@ from adapterkit.structure.hosts import all_hosts, channel_axis, is_called, known
 from adapterkit.structure.paths import modules_by_path
 from adapterkit.structure.tracing import rows
 
-from ..conftest import randomise
 from ..hosts.blocks import VOCAB, WIDTH, Model, Post, Pre
+from ..hosts.tiny import randomise
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "adapterkit_int8"
 FORGET = (hosts._from_packages.cache_clear, plugins.load.cache_clear, discover._REMEMBERED.clear, rows._REMEMBERED.clear)

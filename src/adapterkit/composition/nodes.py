@@ -11,18 +11,22 @@
 
 They are frozen, hashable, equal if they say the same, `eval(repr(c)) == c`, and have a JSON form. They nest where that has
 a meaning, to any depth, and say why not where it has none. Names may repeat.
+
+A new node is a class here, which states its facts (see `CompositionNode`), and what it becomes at a site, in
+`runtime/compose/plan_nodes.py`. Nothing else asks which node it meets.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from ..errors import ConfigError
+from ..errors import CompatibilityError, ConfigError
 from .names import check_name
+from .sizes import as_layers, as_sizes, numbers_for, sizes_of
 
 __all__ = [
     "Average",
@@ -46,6 +50,11 @@ __all__ = [
     "to_json",
 ]
 
+# The classes of all nodes by name, for JSON and for messages. A class enters itself when it is defined.
+_NODES: dict[str, type[CompositionNode]] = {}
+# What each class must state itself: a default would be wrong for some node, in silence.
+_FACTS = ("child_gets", "is_in_order", "head_from")
+
 
 @dataclass(frozen=True, init=False, repr=False)
 class CompositionNode:
@@ -53,56 +62,131 @@ class CompositionNode:
 
     Attributes:
         children: What is composed: adapter names and other compositions.
+
+    A class states its facts, which all that walks over compositions reads. It cannot be defined without the first three.
+
+        child_gets: What each child runs on: "everything" (all tokens of all rows), some "tokens" of each row, some
+            "rows" of the batch, or "a copy" of the whole batch.
+        is_in_order: Whether the children act one after the other, each with all that it adds, as if they were active in
+            turn. Only such nodes may hold adapters that change a Parameter, and keep merged adapters merged.
+        head_from: Whose head runs where several children own one: that of the "last", or of the "only" one, so that
+            several are an error.
+        holds: Which nodes may lie below it, by their `child_gets`.
+        least, most: How many children there may be.
+        why_no_others: Why it does not hold the nodes that `may_hold` refuses.
+        example: How it is written, for messages.
+
+    Its settings are its other fields, each an argument of `__init__`. They have values that JSON has; lists are tuples.
     """
 
     children: tuple[Composition, ...]
 
-    holds: ClassVar[frozenset[str]] = frozenset()  # the compositions that it may hold
-    least: ClassVar[int] = 1  # children
-    most: ClassVar[float] = math.inf  # one, or any number
-    what_for: ClassVar[str] = ""  # why it holds no others
-    example: ClassVar[str] = ""
+    child_gets: ClassVar[Literal["everything", "tokens", "rows", "a copy"]]
+    is_in_order: ClassVar[bool]
+    head_from: ClassVar[Literal["last", "only"]]
+    holds: ClassVar[Sequence[str]] = ("everything", "tokens", "rows")
+    least: ClassVar[int] = 1
+    most: ClassVar[float] = math.inf
+    why_no_others: ClassVar[str] = "Parallel multiplies the batch; put it around the others"
+    example: ClassVar[str] = 'Stack("a", "b")'
 
-    def _set(self, children: Sequence[Any], **settings: Any) -> None:
-        """Set all fields, checked."""
+    def __init_subclass__(cls) -> None:
+        missing = [fact for fact in _FACTS if fact not in vars(cls)]
+        if missing:
+            raise TypeError(f"the composition {cls.__name__} does not state {', '.join(missing)}; see CompositionNode")
+        _NODES[cls.__name__] = cls
+
+    @classmethod
+    def may_hold(cls, kind: type[CompositionNode]) -> bool:
+        """Whether nodes of this kind may lie among its children, or below them."""
+        return kind.child_gets in cls.holds
+
+    @classmethod
+    def settings_names(cls) -> tuple[str, ...]:
+        """Return the names of its settings: all of its fields but the children."""
+        return tuple(field.name for field in fields(cls) if field.name != "children")
+
+    @classmethod
+    def of(cls, children: Sequence[Any], settings: Mapping[str, Any]) -> CompositionNode:
+        """Make one of these children and settings, checked. Raises ConfigError."""
+        return cls(*children, **settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Map the name of each setting to its value."""
+        return {name: getattr(self, name) for name in self.settings_names()}
+
+    @property
+    def own_rows(self) -> int | None:
+        """How many rows of a batch it needs; None if it takes any number that its children can share."""
+        return None
+
+    @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        """The layers in which its children change nothing."""
+        return ()
+
+    @property
+    def fusion(self) -> str | None:
+        """The name of the fusion that weighs its children; None if none does."""
+        return None
+
+    def row_sizes(self, count: int) -> tuple[int, ...]:
+        """Return how many of `count` rows each child runs, of a node whose children get rows or copies.
+
+        Raises:
+            CompatibilityError: the batch cannot be divided so.
+        """
+        return sizes_of(None, len(self.children), count, "the batch")
+
+    def with_children(self, children: Sequence[Any]) -> CompositionNode:
+        """Return the same with other children, of which None is the base.
+
+        They are not checked: rows of a `Rows` inside leave the base where a name was.
+        """
+        composition = object.__new__(type(self))
+        object.__setattr__(composition, "children", tuple(children))
+        for name, value in self.settings.items():
+            object.__setattr__(composition, name, value)
+        return composition
+
+    def _set_fields(self, children: Sequence[Any], **settings: Any) -> None:
+        """Set the children and all settings, once the children are checked."""
         if len(children) < self.least:
             raise ConfigError(f"{type(self).__name__} takes at least {self.least} children; found {list(children)}")
         if len(children) > self.most:
             raise ConfigError(f"{type(self).__name__} takes one child, as in {self.example}; found {list(children)}")
-        object.__setattr__(self, "children", tuple(self._checked(child) for child in children))
+        object.__setattr__(self, "children", tuple(self._checked_child(child) for child in children))
         for name, value in settings.items():
             object.__setattr__(self, name, value)
         if sum(map(multiplies_rows, self.children)) > 1:
-            raise ConfigError(f"{self!r}: {Parallel.what_for}")
+            raise ConfigError(f"{self!r}: {Parallel.why_no_others}")
 
-    def _checked(self, child: Any) -> Composition:
-        """The child, if it may be one."""
+    def _checked_child(self, child: Any) -> Composition:
+        """Return the child, if it may be one. Raises ConfigError, or AdapterNameError for a bad name."""
+        if isinstance(child, (list, tuple, set, range)):
+            by_keyword = "".join(f", and {name}= by its name" for name in self.settings_names())
+            raise ConfigError(
+                f"{type(self).__name__} takes names and compositions one by one, as in {self.example}{by_keyword}; found "
+                f"{child!r} among them"
+            )
         if not isinstance(child, CompositionNode):
             return check_name(child)
-        if any(type(block).__name__ not in self.holds for block in _blocks_in(child)):
-            allowed = ", ".join(["adapter names", *sorted(self.holds)])
-            raise ConfigError(f"{type(self).__name__} cannot hold {child!r}: {self.what_for}. It holds {allowed}")
+        # All that lies below, too: Average("a", Stack(Parallel(...))) multiplies the batch as well.
+        if not all(self.may_hold(type(node)) for node in _nodes_in(child)):
+            held = sorted(name for name, kind in _NODES.items() if self.may_hold(kind))
+            raise ConfigError(
+                f"{type(self).__name__} cannot hold {child!r}: {self.why_no_others}. It holds "
+                f"{', '.join(['adapter names', *held])}"
+            )
         return child
 
-    def with_children(self, children: Sequence[Any]) -> Composition | None:
-        """The same with other children, of which None is the base."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "children"}
-        composition: Composition = object.__new__(type(self))
-        object.__setattr__(composition, "children", tuple(children))
-        for name, value in settings.items():
-            object.__setattr__(composition, name, value)
-        return composition
-
     def __repr__(self) -> str:
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "children"}
-        given = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
+        given = [f"{name}={value!r}" for name, value in self.settings.items() if value is not None]
         return f"{type(self).__name__}({', '.join([*map(repr, self.children), *given])})"
 
 
 Composition = str | CompositionNode
-
-_ONE_ROW = frozenset({"Stack", "Average", "Split", "Drop", "Fuse"})  # what gives each row the same adapters
-_SAME_BATCH = _ONE_ROW | {"BatchSplit", "Rows"}
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -112,10 +196,13 @@ class Stack(CompositionNode):
     Reference: Pfeiffer et al. 2020, arXiv:2005.00052 (MAD-X).
     """
 
-    holds = _SAME_BATCH | {"Parallel"}
+    child_gets = "everything"
+    is_in_order = True
+    head_from = "last"
+    holds = ("everything", "tokens", "rows", "a copy")
 
     def __init__(self, *children: Composition) -> None:
-        self._set(children)
+        self._set_fields(children)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -130,15 +217,18 @@ class Average(CompositionNode):
 
     weights: tuple[float, ...] | None
 
-    holds = _SAME_BATCH
-    what_for = "Parallel multiplies the batch, and a mean needs the same rows of each child"
+    child_gets = "everything"
+    is_in_order = False
+    head_from = "only"
+    why_no_others = "Parallel multiplies the batch, and a mean needs the same rows of each child"
+    example = 'Average("a", "b", weights=(0.7, 0.3))'
 
     def __init__(self, *children: Composition, weights: Sequence[float] | None = None) -> None:
         if weights is not None:
-            weights = tuple(float(weight) for weight in _numbers(weights, "weights", len(children)))
+            weights = tuple(float(weight) for weight in numbers_for(weights, "weights", len(children)))
             if not all(map(math.isfinite, weights)) or sum(weights) == 0:
                 raise ConfigError(f"weights must be finite, and their sum not zero; found {list(weights)}")
-        self._set(children, weights=weights)
+        self._set_fields(children, weights=weights)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -151,11 +241,14 @@ class Split(CompositionNode):
 
     sizes: tuple[int, ...] | None
 
-    holds = _SAME_BATCH
-    what_for = "Parallel multiplies the batch; put it around the Split"
+    child_gets = "tokens"
+    is_in_order = False
+    head_from = "only"
+    why_no_others = "Parallel multiplies the batch; put it around the Split"
+    example = 'Split("a", "b", sizes=(3, 5))'
 
     def __init__(self, *children: Composition, sizes: Sequence[int] | None = None) -> None:
-        self._set(children, sizes=_sizes(sizes, len(children)))
+        self._set_fields(children, sizes=as_sizes(sizes, len(children)))
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -168,11 +261,23 @@ class BatchSplit(CompositionNode):
 
     sizes: tuple[int, ...] | None
 
-    holds = _SAME_BATCH
-    what_for = "Parallel multiplies the batch; put it around the BatchSplit"
+    child_gets = "rows"
+    is_in_order = False
+    head_from = "only"
+    why_no_others = "Parallel multiplies the batch; put it around the BatchSplit"
+    example = 'BatchSplit("a", "b", sizes=(2, 4))'
 
     def __init__(self, *children: Composition, sizes: Sequence[int] | None = None) -> None:
-        self._set(children, sizes=_sizes(sizes, len(children)))
+        self._set_fields(children, sizes=as_sizes(sizes, len(children)))
+
+    @property
+    def own_rows(self) -> int | None:
+        """The sum of its sizes."""
+        return None if self.sizes is None else sum(self.sizes)
+
+    def row_sizes(self, count: int) -> tuple[int, ...]:
+        """Return its sizes, or equal ones. Raises CompatibilityError: they do not sum to `count`."""
+        return sizes_of(self.sizes, len(self.children), count, "the batch")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -185,16 +290,42 @@ class Rows(CompositionNode):
 
     children: tuple[Composition | None, ...]  # type: ignore[assignment]  # None is the base
 
-    holds = _ONE_ROW
-    what_for = "a row is one row, which nothing can divide or multiply"
+    child_gets = "rows"
+    is_in_order = False
+    head_from = "only"
+    holds = ("everything", "tokens")  # what gives each row the same adapters
+    why_no_others = "a row is one row, which nothing can divide or multiply"
+    example = 'Rows(["a", "b", None])'
 
-    def __init__(self, rows: Sequence[Composition | None]) -> None:
-        if isinstance(rows, (str, CompositionNode)) or not isinstance(rows, Sequence):
-            raise ConfigError(f"Rows takes one sequence with a name (or None) for each row; found {rows!r}")
-        self._set(rows)
+    def __init__(self, rows: Sequence[Composition | None], *others: Any) -> None:
+        # A list, where other nodes take their children one by one: it is as long as the batch, and mostly made by code.
+        if others or isinstance(rows, (str, CompositionNode)) or not isinstance(rows, Sequence):
+            raise ConfigError(
+                f"Rows takes one sequence with a name (or None) for each row, as in ak.{self.example}; found "
+                f"{', '.join(map(repr, (rows, *others)))}"
+            )
+        self._set_fields(rows)
 
-    def _checked(self, child: Any) -> Any:
-        return None if child is None else super()._checked(child)
+    @classmethod
+    def of(cls, children: Sequence[Any], settings: Mapping[str, Any]) -> CompositionNode:
+        """Make one of these rows; it has no settings. Raises ConfigError."""
+        return cls(children, **settings)
+
+    @property
+    def own_rows(self) -> int:
+        """One for each child."""
+        return len(self.children)
+
+    def row_sizes(self, count: int) -> tuple[int, ...]:
+        """Return 1 for each child. Raises CompatibilityError: they are not `count`."""
+        if len(self.children) != count:
+            raise CompatibilityError(
+                f"Rows names {len(self.children)} rows, and the batch has {count}; name one for each, None for the base"
+            )
+        return (1,) * count
+
+    def _checked_child(self, child: Any) -> Any:
+        return None if child is None else super()._checked_child(child)
 
     def __repr__(self) -> str:
         return f"Rows({self.children!r})"
@@ -213,12 +344,20 @@ class Drop(CompositionNode):
 
     layers: tuple[int, ...]
 
-    holds = _SAME_BATCH | {"Parallel"}
+    child_gets = "everything"
+    is_in_order = True  # where it acts at all
+    head_from = "only"
+    holds = ("everything", "tokens", "rows", "a copy")
     most = 1
     example = 'Drop("a", layers=range(5))'
 
     def __init__(self, *children: Composition, layers: Sequence[int]) -> None:
-        self._set(children, layers=_layers(layers))
+        self._set_fields(children, layers=as_layers(layers))
+
+    @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        """Its layers."""
+        return self.layers
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -234,13 +373,16 @@ class Parallel(CompositionNode):
 
     shared: tuple[str | int, ...] | None
 
-    holds = _SAME_BATCH
-    what_for = "the batch can be multiplied once only; name all children in one Parallel"
+    child_gets = "a copy"
+    is_in_order = False
+    head_from = "only"
+    why_no_others = "the batch can be multiplied once only; name all children in one Parallel"
+    example = 'Parallel("a", "b")'
 
     def __init__(self, *children: Composition, shared: Sequence[str | int] | None = None) -> None:
         if isinstance(shared, str):
             raise ConfigError(f"shared is a list of arguments; found {shared!r}")
-        self._set(children, shared=None if shared is None else tuple(shared))
+        self._set_fields(children, shared=None if shared is None else tuple(shared))
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -257,12 +399,21 @@ class Fuse(CompositionNode):
 
     name: str | None
 
-    holds = frozenset({"Stack", "Average", "Drop"})
+    child_gets = "everything"
+    is_in_order = False
+    head_from = "only"
+    holds = ("everything",)
     least = 2
-    what_for = "a fusion is trained over adapters that see the same tokens of every row"
+    why_no_others = "a fusion is trained over adapters that see the same tokens of every row"
+    example = 'Fuse("a", "b")'
 
     def __init__(self, *children: Composition, name: str | None = None) -> None:
-        self._set(children, name=None if name is None else check_name(name))
+        self._set_fields(children, name=None if name is None else check_name(name))
+
+    @classmethod
+    def may_hold(cls, kind: type[CompositionNode]) -> bool:
+        """Whether it gives all rows and tokens the same adapters, and is no fusion itself."""
+        return super().may_hold(kind) and kind is not Fuse
 
     @property
     def fusion(self) -> str:
@@ -270,22 +421,17 @@ class Fuse(CompositionNode):
         return ",".join(map(str, self.children)) if self.name is None else self.name
 
 
-_TYPES: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Stack, Average, Split, BatchSplit, Rows, Drop, Parallel, Fuse)
-}
-
-
-def _blocks_in(composition: Composition | None) -> Iterator[CompositionNode]:
-    """The compositions in one, itself first."""
+def _nodes_in(composition: Composition | None) -> Iterator[CompositionNode]:
+    """Yield the nodes of a composition, itself first; a name has none."""
     if isinstance(composition, CompositionNode):
         yield composition
         for child in composition.children:
-            yield from _blocks_in(child)
+            yield from _nodes_in(child)
 
 
-def drops_in(composition: Composition | None) -> Iterator[Drop]:
-    """The Drops in a composition, itself one of them if it is."""
-    return (block for block in _blocks_in(composition) if isinstance(block, Drop))
+def drops_in(composition: Composition | None) -> Iterator[CompositionNode]:
+    """Yield the nodes that drop layers in a composition, itself one of them if it does."""
+    return (node for node in _nodes_in(composition) if node.dropped_layers)
 
 
 def multiplies_rows(composition: Composition | None) -> bool:
@@ -294,37 +440,38 @@ def multiplies_rows(composition: Composition | None) -> bool:
 
 
 def parallel_in(composition: Composition | None) -> Parallel | None:
-    """The Parallel that a composition holds, or is, if any."""
-    return next((block for block in _blocks_in(composition) if isinstance(block, Parallel)), None)
+    """Return the Parallel that a composition holds, or is; None if there is none. There is never more than one."""
+    found: Any = next((node for node in _nodes_in(composition) if node.child_gets == "a copy"), None)
+    return found  # type: ignore[no-any-return]  # the one node that gives copies, or one with its fields
 
 
 def names_always(composition: Composition | None) -> frozenset[str]:
-    """The adapters that act on every row and token, in full: at all of their places."""
+    """Return the adapters that act on every row and token, in full: at all of their places."""
     if not isinstance(composition, CompositionNode):
         return frozenset() if composition is None else frozenset({composition})
-    if isinstance(composition, Stack) or (isinstance(composition, Drop) and not composition.layers):
+    if composition.is_in_order and not composition.dropped_layers:
         return frozenset().union(*map(names_always, composition.children))
     return frozenset()
 
 
 def names_in(composition: Composition | None) -> Iterator[str]:
-    """The adapters that a composition names, and the fusions after what they weigh, in order, with repetitions."""
+    """Yield the adapters that a composition names, and each fusion after what it weighs; in order, with repetitions."""
     if isinstance(composition, CompositionNode):
         for child in composition.children:
             yield from names_in(child)
-        if isinstance(composition, Fuse):
+        if composition.fusion is not None:
             yield composition.fusion
     elif composition is not None:
         yield composition
 
 
 def fusions_in(composition: Composition | None) -> Iterator[Fuse]:
-    """The fusions in a composition."""
-    yield from (block for block in _blocks_in(composition) if isinstance(block, Fuse))
+    """Yield the fusions in a composition, itself one of them if it is."""
+    yield from (node for node in _nodes_in(composition) if isinstance(node, Fuse))
 
 
 def expanded(composition: Composition | None, meant: Mapping[str, Composition]) -> Composition | None:
-    """The composition with what some of its names stand for in their place.
+    """Return the composition with each name that is a key of `meant` replaced by the value.
 
     Raises:
         ConfigError: that may not stand there.
@@ -332,66 +479,42 @@ def expanded(composition: Composition | None, meant: Mapping[str, Composition]) 
     if not isinstance(composition, CompositionNode):
         return composition if composition is None else meant.get(composition, composition)
     children = tuple(expanded(child, meant) for child in composition.children)
-    return composition if children == composition.children else from_json(to_json(composition.with_children(children)))
+    return composition if children == composition.children else type(composition).of(children, composition.settings)
 
 
 def to_json(composition: Composition | None) -> Any:
-    """The composition in values that JSON has: `{"type": "Stack", "children": ["a", "b"]}`; a name is itself."""
+    """Return the composition in values that JSON has: `{"type": "Stack", "children": ["a", "b"]}`; a name is itself."""
     if not isinstance(composition, CompositionNode):
         return composition
-    settings = {f.name: getattr(composition, f.name) for f in fields(composition) if f.name != "children"}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in composition.settings.items()}
     children = [to_json(child) for child in composition.children]
     return {"type": type(composition).__name__, "children": children, **plain}
 
 
 def from_json(value: Any) -> Composition | None:
-    """The composition of such values.
+    """Return the composition that `to_json` gave.
 
     Raises:
-        ConfigError: they describe none.
+        ConfigError: these values describe none.
     """
     if not isinstance(value, Mapping):
         return None if value is None else check_name(value)
     settings = {key: item for key, item in value.items() if key not in ("type", "children")}
-    kind, children = _TYPES.get(str(value.get("type"))), value.get("children")
-    known = set() if kind is None else {f.name for f in fields(kind)} - {"children"}
-    needed = {"layers"} if kind is Drop else set()
-    if kind is None or not isinstance(children, (list, tuple)) or not needed <= settings.keys() <= known:
+    kind, children = _NODES.get(str(value.get("type"))), value.get("children")
+    if kind is None or not isinstance(children, (list, tuple)) or not _are_settings_of(kind, settings):
         raise ConfigError(
-            f"a composition has a 'type' of {sorted(_TYPES)}, a list of 'children' and the settings of that type; found "
+            f"a composition has a 'type' of {sorted(_NODES)}, a list of 'children' and the settings of that type; found "
             f"{dict(value)!r}"
         )
-    below = [from_json(child) for child in children]
-    composition: Composition = kind(below, **settings) if kind is Rows else kind(*below, **settings)
-    return composition
-
-
-def _numbers(values: Any, what: str, count: int) -> Sequence[Any]:
-    """The values, if they are as many numbers as there are children."""
     try:
-        found = list(values)
-        right = len(found) == count and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found)
-    except TypeError:
-        right = False
-    if not right:
-        raise ConfigError(f"{what} has one number for each of the {count} children; found {values!r}")
-    return found
+        return kind.of([from_json(child) for child in children], settings)
+    except TypeError as error:  # too many children for one that has a fixed number, or a setting of another type
+        raise ConfigError(f"no {kind.__name__} can be made of {dict(value)!r}: {error}") from error
 
 
-def _sizes(sizes: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
-    """The sizes, checked."""
-    if sizes is None:
-        return None
-    found = tuple(_numbers(sizes, "sizes", count))
-    if not all(isinstance(size, int) and size >= 0 for size in found):
-        raise ConfigError(f"sizes are whole numbers, none negative; found {list(found)}")
-    return found
-
-
-def _layers(layers: Any) -> tuple[int, ...]:
-    """The layers, checked, sorted, each once."""
-    given: list[Any] = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [None]
-    if not all(hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in given):
-        raise ConfigError(f"layers is a list of whole numbers, or a range; found {layers!r}")
-    return tuple(sorted({operator.index(layer) for layer in given}))
+def _are_settings_of(kind: type[CompositionNode], settings: Mapping[str, Any]) -> bool:
+    """Whether a node of this kind has all of these settings, and needs no others."""
+    parameters = inspect.signature(kind).parameters
+    known = set(kind.settings_names())
+    needed = {name for name in known if parameters[name].default is inspect.Parameter.empty}
+    return needed <= settings.keys() <= known

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, TargetError
-from ..placement.patterns import match
+from ..placement.match import match
 from ..structure.paths import modules_by_path
 from .config import (
     CausalLMHead,

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..errors import CompatibilityError, ConfigError, TargetError
 from ..nn.seeded import seeded
-from ..placement.patterns import match
+from ..placement.match import match
 from ..runtime.hooks import remove_hooks
 from ..runtime.state import ACTIVATION_LOCK, without_adapters
 from ..structure.hosts import known_shape, resolve_host
@@ -172,6 +173,13 @@ def _own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
     modules = modules_by_path(model)
     paths = [inner for path in match(model, [head.target]) for inner in _parametrised(path, modules)]
     paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
+    inside = [path for path in paths if {*ancestors(path)[1:]} & {*paths}]
+    if inside:
+        outside = next(path for path in ancestors(inside[0])[1:] if path in paths)
+        raise TargetError(
+            f"heads={[head.target]} matches {len(paths)} modules, {paths[:4]}, of which {inside[0]!r} lies inside "
+            f"{outside!r}; name the one that you mean, such as heads=['re:{re.escape(outside)}']"
+        )
     if not paths:
         raise TargetError(f"heads={[head.target]} have no parameters of their own to train")
     found = []

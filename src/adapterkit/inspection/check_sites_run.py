@@ -66,7 +66,7 @@ def without_gradients(model: nn.Module, state: ModelState, name: str, inputs: Ex
 
 def _dropped(model: nn.Module, state: ModelState, name: str) -> Iterator[str]:
     """Yield how the names of an adapter's parameters begin in the layers where an active Drop leaves it out."""
-    layers = [layer for drop in drops_in(state.activation.active) for layer in drop.layers]
+    layers = [layer for drop in drops_in(state.activation.active) for layer in drop.dropped_layers]
     for path, _, site in sites_of(model):
         acting = {key for steps in site.steps.values() for step in steps for key in step.module_keys}
         for entry in site.entries.get(name, ()):

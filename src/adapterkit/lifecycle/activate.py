@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..composition.nodes import Composition, CompositionNode, drops_in, expanded, fusions_in, names_always, names_in
+from ..composition.facts import CompositionFacts, facts_of
+from ..composition.nodes import Composition, CompositionNode, expanded, names_in
 from ..errors import ActivationError, AdapterNameError, ConfigError
 from ..heads.plan import head_steps
 from ..heads.steps import RunHeads
 from ..placement.layers import check_dropped
 from ..runtime.acting import ACTING
+from ..runtime.compose.by_row import ByRow
 from ..runtime.compose.compile import SiteContext, steps_at
+from ..runtime.compose.compose_step import ComposeStep
 from ..runtime.compose.parallel import set_batch_hooks
-from ..runtime.compose.plan_nodes import ByRow, ComposeStep
 from ..runtime.hooks import has_hook
 from ..runtime.lookup import adapter_names, adapters_in, fusions_of, sites_among
 from ..runtime.site import AdapterSite, SiteEntry
@@ -110,27 +112,31 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     if isinstance(composition, (list, tuple, set)):
         raise ConfigError(f"several adapters act together in a composition such as ak.Stack('a', 'b'); found {composition}")
     fusions = fusions_of(model)
-    for fuse in fusions_in(composition):
+    if not isinstance(composition, CompositionNode):
+        check_known(model, composition)
+        return fusions.get(composition, composition)
+    facts = facts_of(composition)
+    for fuse in facts.fusions:
         if fuse.fusion not in fusions:
             raise AdapterNameError(
                 f"the model has no fusion {fuse.fusion!r}; kit.add_fusion({fuse!r}) makes one, to be trained. "
                 f"It has: {list(fusions) or 'none'}"
             )
-    for name in dict.fromkeys(names_in(composition)) if isinstance(composition, CompositionNode) else (composition,):
+    for name in dict.fromkeys(facts.names):
         check_known(model, name)
-    for drop in drops_in(composition):
+    for drop in facts.drops:
         specs = [entry.spec for name in dict.fromkeys(names_in(drop)) for _, entry in adapters_in(model).sites(name)]
         if specs:  # else there is nothing to drop
-            check_dropped([spec.layer for spec in specs], drop.layers)
+            check_dropped([spec.layer for spec in specs], drop.dropped_layers)
     return expanded(composition, fusions)  # type: ignore[return-value]  # None of None alone
 
 
 def _plans(model: nn.Module, state: ModelState, composition: Composition | None) -> Plans:
     """Compile a composition: return the plan for the site of each host, in the model's order."""
     modules = dict(model.named_modules())
-    axes, layouts = RowAxes(modules), layouts_of(model, state)
+    axes, layouts, facts = RowAxes(modules), layouts_of(model, state), facts_of(composition)
     return [
-        (path, host, site, plan_at(path, modules, axes.at(path), site, composition, layouts, state.merged))
+        (path, host, site, plan_at(path, modules, axes.at(path), site, facts, layouts, state.merged))
         for path, host, site in sites_among(modules)
     ]
 
@@ -183,7 +189,7 @@ def check_known(model: nn.Module, name: object) -> None:
 
 def _check_merged(state: ModelState, composition: Composition | None) -> None:
     """Raise ActivationError unless what is to be active runs all that is merged on every row."""
-    always = names_always(composition)
+    always = facts_of(composition).names_always
     others = [merged for merged in state.merged if merged not in always]
     if others:
         raise ActivationError(
@@ -197,7 +203,7 @@ def plan_at(
     modules: Mapping[str, nn.Module],
     row_axis: int | None,
     site: AdapterSite,
-    composition: Composition | None,
+    facts: CompositionFacts,
     layouts: SeenRows,
     merged: Collection[str] = (),
 ) -> SitePlan:
@@ -213,12 +219,12 @@ def plan_at(
     here: Layouts = layouts.get(path, {})
     seen = here.get(("output",))
     head_axis = row_axis if seen is None or seen.is_flat else seen.axis
-    heads = head_steps(path, modules, site, composition, head_axis or 0)
-    if not heads and not any(name in site.entries for name in names_in(composition)):
+    heads = head_steps(path, modules, site, facts, row_axis=head_axis or 0)
+    if not heads and not any(name in site.entries for name in facts.names):
         return SitePlan({})
     steps: dict[str, tuple[Step, ...]] = {}
     for acting in ACTING:
         context = SiteContext(path, site, acting.at, row_axis, here, merged, layouts.note(path))
-        steps[acting.at] = steps_at(context, composition)
+        steps[acting.at] = steps_at(context, facts)
     steps["output"] += heads  # they read what the adapters there made
     return SitePlan({at: own for at, own in steps.items() if own})

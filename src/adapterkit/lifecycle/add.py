@@ -13,7 +13,7 @@ from ..errors import ActivationError, AdapterKitError, AdapterNameError, Compati
 from ..heads.find import Heads, check_apart, check_names, find_heads
 from ..methods import method_of
 from ..placement.layers import check_maps
-from ..placement.patterns import match
+from ..placement.match import match
 from ..placement.resolve import check_row_axes, resolve
 from ..placement.spec import SiteSpec
 from ..placement.targets import asks_for_structure

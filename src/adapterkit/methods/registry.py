@@ -3,13 +3,15 @@
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, TypeVar
 
 from ..config.settings import AdapterConfig
 from ..errors import ConfigError
+from ..structure.plugins import describe, load, points_in
 from . import in_tree
 from .method import Method
+from .not_built import why_not_built
 
 __all__ = [
     "METHODS",
@@ -95,7 +97,8 @@ def method_named(name: object) -> Method[Any]:
     if isinstance(name, str) and name in of_packages:
         return of_packages[name]
     names = sorted([*_OURS, *_registered, *of_packages, "union"])
-    raise ConfigError("; ".join([f"'method' must be one of {names}; found {name!r}", *problems]))
+    known = [reason] if (reason := why_not_built(name)) else []
+    raise ConfigError("; ".join([f"'method' must be one of {names}; found {name!r}", *known, *problems]))
 
 
 def method_of(config: AdapterConfig) -> Method[Any]:
@@ -153,10 +156,10 @@ def _of_packages() -> tuple[dict[str, Method[Any]], list[str]]:
     """Return the methods of installed packages by name, and a sentence for each entry point that brings none."""
     found: dict[str, Method[Any]] = {}
     problems = []
-    for point in entry_points(group=_GROUP):
+    for point in points_in(_GROUP):
         try:
             method = _load(point)
-            _check_free(_entry(point), method, {**_OURS, **_registered, **found})
+            _check_free(describe(point), method, {**_OURS, **_registered, **found})
         except ConfigError as error:
             problems.append(str(error))
         else:
@@ -177,11 +180,7 @@ def _check_free(source: str, method: Method[Any], known: Mapping[str, Method[Any
 @cache
 def _load(point: EntryPoint) -> Method[Any]:
     """Return the method that an entry point leads to."""
-    try:
-        found = point.load()
-    except Exception as error:
-        raise ConfigError(f"{_entry(point)} cannot be loaded: {error!r}") from error
-    return _as_method(found, _entry(point))
+    return _as_method(load(point), describe(point))
 
 
 def _as_method(found: Any, source: str) -> Method[Any]:
@@ -195,12 +194,6 @@ def _as_method(found: Any, source: str) -> Method[Any]:
     if missing:
         raise ConfigError(f"{source} leads to no method: it has no {missing}")
     return method
-
-
-def _entry(point: EntryPoint) -> str:
-    """Name an entry point, and the package to mend or uninstall."""
-    owner = f" of the package {point.dist.name!r}" if point.dist is not None else ""
-    return f"the entry point {point.value!r} in {_GROUP!r}{owner}"
 
 
 def _class_of(method: Method[Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from ..config.settings import AdapterConfig, Settings
 from ..config.union import Config, Union
 from ..errors import ConfigError
+from .not_built import why_not_built
 from .registry import UNION_PRESETS, method_named, preset_named, preset_names
 
 __all__ = ["as_config", "config_from", "no_config", "read_json"]
@@ -75,9 +76,12 @@ def _settings_in(config: object) -> Mapping[str, Any]:
 
 
 def no_config(config: object, presets: Sequence[str]) -> str:
-    """What to say of something that is no spelling of a config."""
+    """Write the message for something that is no spelling of a config."""
+    known, listed = why_not_built(config), f"the presets are {', '.join(presets)}"
+    if known:
+        return f"{known}; {listed}"
     near = difflib.get_close_matches(str(config), presets, n=3)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the presets are {', '.join(presets)}"
+    hint = f"did you mean {', '.join(map(repr, near))}?" if near else listed
     return f"{str(config)[:80]!r} is neither a preset nor a config nor a JSON file with one; {hint}"
 
 

@@ -14,7 +14,6 @@ from ..errors import TargetError
 from ..structure import pytree
 from ..structure.anatomy.description import Anatomy, Norm
 from ..structure.anatomy.discover import Discovery
-from ..structure.anatomy.roles import role_paths
 from ..structure.hosts import (
     HostShape,
     channel_axis,
@@ -28,7 +27,7 @@ from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
 from ..structure.tracing.row_layout import RowAxes, SeenRows
 from .layers import check_layers, in_layers, layer_of
-from .patterns import matches_nothing
+from .match import match_nothing
 from .rule import Placement
 from .spec import SiteSpec, layout_of
 from .targets import Found, find_locations
@@ -71,7 +70,7 @@ def _sites_at(
     """The sites of one placement."""
     if placement.targets is not None:
         config = config.override({"targets": placement.targets})
-    if placement.is_optional and matches_nothing(modules, config.targets, lambda role: role_paths(role, discovery.anatomy)):
+    if placement.is_optional and match_nothing(modules, config.targets, discovery):
         return []
     if placement.level != "tensor":
         return weight_sites(model, modules, config, placement, discovery, example_inputs)

@@ -12,11 +12,12 @@ from ..config.settings import AdapterConfig, TensorConfig
 from ..errors import TargetError
 from ..structure.anatomy.description import ModuleOutput, Sublayer
 from ..structure.anatomy.discover import Discovery
-from ..structure.anatomy.roles import check_whole, role_paths, role_places
+from ..structure.anatomy.roles import check_whole, role_places
 from ..structure.hosts import resolve_host
 from ..structure.paths import nearest_to
 from ..structure.pytree import Argument, Path
-from .patterns import is_role, match
+from .match import match
+from .patterns import is_role
 from .rule import STREAM, Placement
 from .spec import Location
 
@@ -52,12 +53,8 @@ def find_locations(
     Raises:
         TargetError: a target matches nothing, or what it matches cannot be adapted as the placement says.
     """
-
-    def in_role(role: str) -> list[str]:
-        return role_paths(role, discovery.anatomy)
-
-    matched = match(model, config.targets, config.exclude, in_role)
-    excluded = set(match(model, config.exclude, roles=in_role)) if config.exclude else set()
+    matched = match(model, config.targets, config.exclude, discovery=discovery)
+    excluded = set(match(model, config.exclude, discovery=discovery)) if config.exclude else set()
     outputs: dict[str, ModuleOutput] = {}
     for role in filter(is_role, config.targets):
         if config.layers is None:

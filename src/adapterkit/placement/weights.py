@@ -1,52 +1,31 @@
-"""From targets to sites of methods that change weights: modules that apply one, and Parameters of any module."""
+"""From targets to sites of methods that change weights: at modules that apply a weight, and at Parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from torch import nn
 
-from ..config.settings import AdapterConfig, Predicate
+from ..config.settings import AdapterConfig
 from ..errors import TargetError
 from ..nn.functional.projections import Projection, parameter_projection
 from ..nn.functional.slices import Slices
-from ..structure.anatomy.description import Anatomy, FusedProjection
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
-from ..structure.anatomy.roles import role_paths
 from ..structure.hosts import host_type, is_called, note_of_unread_packages
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from .computed_weights import no_parameter, why_no_effect
 from .layers import check_layers, in_layers, layer_of
-from .patterns import is_role, matching, nothing_matches
 from .projections import projection_of
 from .readers import at_running_hosts
 from .rule import Placement
 from .spec import SiteSpec
 from .targets import argument_of
+from .wanted import Scope, Wanted, fused_at, own_parameters, wanted_by
 
 __all__ = ["projection_at", "weight_sites"]
-
-
-@dataclass
-class _Wanted:
-    """What targets name: modules and Parameters, each with the parts of it ("q", "k", "v"; "" is all of it)."""
-
-    modules: dict[str, set[str]] = field(default_factory=dict)
-    parameters: dict[str, set[str]] = field(default_factory=dict)
-
-    def add(self, path: str, module: nn.Module, part: str) -> None:
-        """Name a module, or the weights that an nn.MultiheadAttention reads itself."""
-        if isinstance(module, nn.MultiheadAttention):
-            inner = ["in_proj_weight"] if module.in_proj_weight is not None else [f"{p}_proj_weight" for p in "qkv"]
-            for name in (*inner, "out_proj.weight"):
-                self.parameters.setdefault(f"{path}.{name}".lstrip("."), set()).add("")
-        elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            self.parameters.setdefault(f"{path}.weight", set()).add("")
-        else:
-            self.modules.setdefault(path, set()).add(part)
 
 
 def weight_sites(
@@ -57,31 +36,35 @@ def weight_sites(
     discovery: Discovery,
     example_inputs: ExampleInputs | None,
 ) -> list[SiteSpec]:
-    """The sites of a placement at projections or Parameters, in the model's order.
+    """Find the sites of a placement at projections or Parameters, in the model's order.
 
     Raises:
         TargetError: a target names nothing, or nothing with a weight; a host never runs on the example inputs.
     """
-    owned = {f"{path}.{leaf}".lstrip("."): path for path, m in modules.items() for leaf, p in _own_parameters(m)}
+    scope = Scope(model, modules, placement, discovery)
     try:
-        excluded = _named(config.exclude, model, modules, owned, replace(placement, targets=()), discovery)
+        excluded = wanted_by(config.exclude, replace(scope, placement=replace(placement, targets=())))
     except TargetError as error:
         raise TargetError(f"exclude: {error}") from None
-    wanted = _named(config.targets, model, modules, owned, placement, discovery)
-    sites = [*_projection_sites(wanted, excluded, modules, placement, discovery)]
-    sites += _parameter_sites(wanted, excluded, modules, owned, discovery)
+    wanted = wanted_by(config.targets, scope)
+    sites = [*_projection_sites(wanted, excluded, scope), *_parameter_sites(wanted, excluded, scope)]
     if not sites:
         raise TargetError(
             f"everything that targets={list(config.targets)} name is excluded by exclude={list(config.exclude)}"
         )
     check_layers((site.layer for site in sites), config.layers)
     kept = [site for site in sites if in_layers(site.layer, config.layers)]
+    # Tracing has made inputs that the model runs on: what runs can be seen with them, too.
     inputs = discovery.inputs if discovery.was_needed else example_inputs
     return kept if inputs is None else at_running_hosts(model, kept, config, inputs)
 
 
 def projection_at(site: SiteSpec, host: nn.Module) -> Projection:
-    """The weight that a site adapts, and its geometry.
+    """Return the weight that a site adapts, as a projection: its kind, shape and axes.
+
+    Args:
+        site: As `Method.build` is given it.
+        host: The module at `site.path`.
 
     Raises:
         TargetError: a Parameter of fewer than two axes, which is no projection; the host is none any more.
@@ -100,77 +83,20 @@ def projection_at(site: SiteSpec, host: nn.Module) -> Projection:
     return parameter_projection(shape)
 
 
-def _named(
-    targets: Sequence[str | Predicate],
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    owned: Mapping[str, str],
-    placement: Placement,
-    discovery: Discovery,
-) -> _Wanted:
-    """What a list of targets names. Modules come before Parameters, unless only those are meant."""
-    wanted = _Wanted()
-    first: dict[int, str] = {}
-    for path, module in modules.items():
-        first.setdefault(id(module), path)
-    for target in targets:
-        by_name = [] if is_role(target) or not isinstance(target, str) else matching(target, dict.fromkeys(owned, model))
-        of_modules = role_paths(str(target), discovery.anatomy) if is_role(target) else matching(target, modules)
-        if placement.level == "parameter":
-            own = [name for name, path in owned.items() if path in of_modules and not by_name]
-            by_name = [name for name in by_name or own if _is_accepted(name, modules[owned[name]], placement)]
-            of_modules = []
-        if not of_modules and not by_name:
-            raise TargetError(_nothing(target, model, modules, owned, placement))
-        part = str(target)[-1] if is_role(target) and str(target)[-2:] in (".q", ".k", ".v") else ""
-        for path in of_modules:
-            inside = _read_inside(path, part, discovery.anatomy) if part and not projection_of(modules[path]) else ()
-            for name in inside:
-                wanted.parameters.setdefault(name, set()).add(part)
-            if not inside:
-                wanted.add(first[id(modules[path])], modules[path], part)
-        for name in by_name if not of_modules else ():
-            wanted.parameters.setdefault(name, set()).add("")
-    return wanted
-
-
-def _nothing(
-    target: str | Predicate, model: nn.Module, modules: dict[str, nn.Module], owned: Mapping[str, str], placement: Placement
-) -> str:
-    """The message for a target without a match."""
-    computed = no_parameter(modules)
-    names = [] if is_role(target) or not isinstance(target, str) else matching(target, computed)
-    if names:
-        return computed[names[0]]
-    if placement.level == "parameter" and not is_role(target):
-        accepted = [name for name in owned if _is_accepted(name, modules[owned[name]], placement)]
-        kind = placement.accepts.__name__.removeprefix("is_").replace("_", " ")
-        return (
-            f"{target!r} names no {kind} of {type(model).__name__}, which has {len(owned)} Parameters and {len(accepted)}"
-            f" of that kind{f', such as {accepted[:4]}' if accepted else ''}; name others, or choose another method"
-        )
-    fits = [path for path, module in modules.items() if projection_of(module)][:3]
-    setting = "targets=" if placement.targets is None else ""
-    return nothing_matches(target, model, list(modules), list(owned), f"{setting}{fits}" if fits else "")
-
-
-def _is_accepted(name: str, owner: nn.Module, placement: Placement) -> bool:
-    """Whether the method can train a Parameter."""
-    leaf = name.rpartition(".")[2]
-    return placement.accepts(owner, leaf, owner.get_parameter(leaf))
-
-
-def _projection_sites(
-    wanted: _Wanted, excluded: _Wanted, modules: dict[str, nn.Module], placement: Placement, discovery: Discovery
-) -> Iterator[SiteSpec]:
-    """Sites at modules that apply a weight."""
-    for path in [path for path in modules if path in wanted.modules and path not in excluded.modules]:
-        module, parts = modules[path], wanted.modules[path]
+def _projection_sites(wanted: Wanted, excluded: Wanted, scope: Scope) -> Iterator[SiteSpec]:
+    """Make the sites at modules that apply a weight."""
+    placement = scope.placement
+    for path, module in scope.modules.items():
+        if path not in wanted.modules or path in excluded.modules:
+            continue
         projection = projection_of(module)
         if projection is None:
             raise TargetError(_no_projection(path, module))
         at_input = placement.at == "input"
         width = projection.in_features if at_input else projection.out_features
+        letters = wanted.modules[path]
+        # All of it ("") holds every slice. The anatomy is asked for only where a role named a slice: it costs a trace.
+        slices = () if "" in letters else fused_slices(scope.discovery.anatomy, path)
         yield SiteSpec(
             path=path,
             host=host_type(module),
@@ -179,21 +105,28 @@ def _projection_sites(
             width=width,
             input_width=projection.in_features if placement.reads == "own_input" else width,
             axis=projection.channel_axis,
-            layer=layer_of(path, modules),
+            layer=layer_of(path, scope.modules),
             input=argument_of(module, 0),
-            slices=() if "" in parts else _chosen(fused_slices(discovery.anatomy, path), parts, projection.out_features),
+            slices=_slices_of(letters, slices, projection.out_features),
         )
 
 
-def _chosen(slices: Slices, parts: set[str], width: int) -> Slices:
-    """Those of a fused projection's slices that these parts are; () where it is no fused one, or they are all of it."""
-    chosen = tuple((part, ranges) for part, ranges in slices if part in parts)
+def _slices_of(letters: set[str], slices: Slices, width: int) -> Slices:
+    """Choose the slices of a fused projection that are wanted; () where it is not fused, or one of them is all of it.
+
+    Args:
+        letters: Of "q", "k" and "v", those that are wanted.
+        slices: The projection's, under these names.
+        width: Features of the projection's output.
+    """
+    chosen = tuple((letter, ranges) for letter, ranges in slices if letter in letters)
     is_whole = len(chosen) == 1 and sum(stop - start for start, stop in chosen[0][1]) == width
     return () if is_whole else chosen
 
 
 def _no_projection(path: str, module: nn.Module) -> str:
-    own = [f"{path}.{leaf}".lstrip(".") for leaf, _ in _own_parameters(module)]
+    """Write the message for a module that applies no weight of its own."""
+    own = [f"{path}.{leaf}".lstrip(".") for leaf, _ in own_parameters(module)]
     below = [f"{path}.{name}".lstrip(".") for name, inner in module.named_modules() if name and projection_of(inner)]
     way_out = f"; it holds the Parameters {own[:4]}, which can be targets" if own else ""
     way_out += f"; below it lie {below[:4]}" if below else ""
@@ -203,48 +136,82 @@ def _no_projection(path: str, module: nn.Module) -> str:
     )
 
 
-def _parameter_sites(
-    wanted: _Wanted, excluded: _Wanted, modules: dict[str, nn.Module], owned: Mapping[str, str], discovery: Discovery
-) -> Iterator[SiteSpec]:
-    """Sites at Parameters: one at each host, the innermost module around one that holds it that is called."""
-    holders: dict[int, dict[tuple[int, str], str]] = {}
-    for name, path in owned.items():
-        leaf = name.rpartition(".")[2]
-        held = holders.setdefault(id(modules[path]._parameters[leaf]), {})
-        held.setdefault((id(modules[path]), leaf), name)
+def _parameter_sites(wanted: Wanted, excluded: Wanted, scope: Scope) -> Iterator[SiteSpec]:
+    """Make the sites at Parameters. A tied Parameter has one at each host that reads it."""
+    names_of = _names_by_parameter(scope)
     done: set[int] = set()
-    for name, parts in wanted.parameters.items():
-        if name not in owned:  # of an nn.MultiheadAttention
-            raise TargetError(no_parameter(modules)[name])
-        parameter = modules[owned[name]].get_parameter(name.rpartition(".")[2])
-        if id(parameter) in done or name in excluded.parameters or owned[name] in excluded.modules:
+    for name, letters in wanted.parameters.items():
+        if name not in scope.owners:  # a weight of an nn.MultiheadAttention that is computed from other Parameters
+            raise TargetError(no_parameter(scope.modules)[name])
+        parameter, owner = scope.parameter(name), scope.owners[name]
+        if id(parameter) in done or name in excluded.parameters or owner in excluded.modules:
             continue
         done.add(id(parameter))
-        rows = () if "" in parts else _rows(name, owned[name], parts, parameter.shape[0], discovery.anatomy)
-        layer = layer_of(owned[name], modules)  # one for all of its hosts, which are adapted or left out together
-        nothing = why_no_effect(owned[name], modules[owned[name]], name.rpartition(".")[2])
-        if nothing is not None:
-            raise TargetError(nothing)
-        for host, names in _by_host(holders[id(parameter)].values(), modules, owned).items():
-            yield SiteSpec(
-                path=host,
-                host=host_type(modules[host]),
-                at="weight",
-                reads="weight",
-                width=parameter.shape[0] if parameter.dim() else 1,
-                input_width=parameter.shape[-1] if parameter.dim() else 1,
-                axis=0,
-                layer=layer,
-                parameters=tuple(n.removeprefix(f"{host}.") if host else n for n in names),
-                slices=rows,
-            )
+        rows = () if "" in letters else _rows(name, letters, parameter.shape[0], scope)
+        reason = why_no_effect(owner, scope.modules[owner], name.rpartition(".")[2])
+        if reason is not None:
+            raise TargetError(reason)
+        yield from _sites_of_parameter(name, names_of[id(parameter)], rows, scope)
 
 
-def _rows(name: str, owner: str, parts: set[str], size: int, anatomy: Anatomy) -> Slices:
-    """The rows of a Parameter that a module projects with inside that are its query, key or value."""
-    for path in ancestors(owner):
+def _sites_of_parameter(name: str, names: Iterable[str], rows: Slices, scope: Scope) -> Iterator[SiteSpec]:
+    """Make the sites of one Parameter: one at each module that is called when the Parameter is read.
+
+    Args:
+        name: The name that a target has for it.
+        names: Its name at each module that holds it.
+        rows: The slices of it that are adapted.
+    """
+    parameter = scope.parameter(name)
+    layer = layer_of(scope.owners[name], scope.modules)  # one for all of its hosts: they are adapted, or left out, together
+    for host, held_as in _by_host(names, scope).items():
+        yield SiteSpec(
+            path=host,
+            host=host_type(scope.modules[host]),
+            at="weight",
+            reads="weight",
+            width=parameter.shape[0] if parameter.dim() else 1,
+            input_width=parameter.shape[-1] if parameter.dim() else 1,
+            axis=0,
+            layer=layer,
+            parameters=tuple(held.removeprefix(f"{host}.") if host else held for held in held_as),
+            slices=rows,
+        )
+
+
+def _names_by_parameter(scope: Scope) -> dict[int, list[str]]:
+    """Map the `id` of each Parameter → its names, one for each module that holds it and each attribute it has there.
+
+    A module that has several paths counts once, under the first one.
+    """
+    names: dict[int, dict[tuple[int, str], str]] = {}
+    for name, path in scope.owners.items():
+        leaf, module = name.rpartition(".")[2], scope.modules[path]
+        names.setdefault(id(module._parameters[leaf]), {}).setdefault((id(module), leaf), name)
+    return {key: list(held.values()) for key, held in names.items()}
+
+
+def _by_host(names: Iterable[str], scope: Scope) -> dict[str, list[str]]:
+    """Map each host → the names under which it reads a Parameter: the innermost module around that is called itself."""
+    by_host: dict[str, list[str]] = {}
+    for name in names:
+        called = (path for path in ancestors(scope.owners[name]) if is_called(scope.modules[path]))
+        by_host.setdefault(next(called, ""), []).append(name)
+    return by_host
+
+
+def _rows(name: str, letters: set[str], size: int, scope: Scope) -> Slices:
+    """Find the rows of a Parameter that are its query, key or value; () if it is not fused.
+
+    Args:
+        name: Of the Parameter, with which a module around it projects inside.
+        letters: Of "q", "k" and "v", those that are wanted.
+        size: Rows of the Parameter.
+    """
+    anatomy = scope.discovery.anatomy
+    for path in ancestors(scope.owners[name]):
         weight = name.removeprefix(f"{path}.") if path else name
-        for fused in _fused_at(path, anatomy):
+        for fused in fused_at(path, anatomy):
             if fused.weight != weight:
                 continue
             slices = fused_slices(anatomy, path, weight)
@@ -252,29 +219,5 @@ def _rows(name: str, owner: str, parts: set[str], size: int, anatomy: Anatomy) -
                 raise TargetError(
                     f"the queries, keys and values of {name!r} are columns, not rows; target all of it: {name!r}"
                 )
-            return _chosen(slices, parts, size)
+            return _slices_of(letters, slices, size)
     return ()
-
-
-def _read_inside(path: str, part: str, anatomy: Anatomy) -> list[str]:
-    """The Parameters that a module makes queries ("q"), keys or values with, without a layer of their own."""
-    fused = [f for f in _fused_at(path, anatomy) if f.weight and (f.problem or part in dict(f.slices))]
-    return list(dict.fromkeys(f"{path}.{f.weight}".lstrip(".") for f in fused))
-
-
-def _fused_at(path: str, anatomy: Anatomy) -> list[FusedProjection]:
-    return [fused for s in (*anatomy.sublayers, *anatomy.others) for fused in s.fused if fused.path == path]
-
-
-def _by_host(names: Iterable[str], modules: Mapping[str, nn.Module], owned: Mapping[str, str]) -> dict[str, list[str]]:
-    """A Parameter's names by the innermost module that is called when the one that holds it so computes."""
-    by_host: dict[str, list[str]] = {}
-    for name in names:
-        called = (path for path in ancestors(owned[name]) if is_called(modules[path]))
-        by_host.setdefault(next(called, ""), []).append(name)
-    return by_host
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own Parameters by their names in it."""
-    return ((leaf, p) for leaf, p in module._parameters.items() if p is not None)

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
+
 from ..composition.nodes import Composition
 from ..errors import ConfigError
+from ..nn.fused import can_add
 from .hooks import InputHook, KitHook, OutputHook, WeightEndHook, WeightHook
 from .site import SiteEntry
 from .steps import AdaptWeight, AddDelta, AddProjected, Step
@@ -24,8 +27,8 @@ class Acting:
 
     Attributes:
         at: Its name, which `Placement.at` and `SiteSpec.at` say.
-        step: Makes the step of one module, from the site's entry and the active composition. For ways whose steps add to a
-            tensor it is an `AddsToTensor`, which compositions can run on some rows or tokens.
+        step: Makes the step of one module, from the site's entry, the active composition and the module. A way whose steps
+            add to a tensor makes an `AddsToTensor`, which compositions can run on some rows or tokens.
         before: The hook that runs before the host, if it needs one.
         after: The hook that runs after the host, if it needs one.
         is_shared: All rows and tokens share what is changed, such as a Parameter: no composition can divide it.
@@ -39,7 +42,7 @@ class Acting:
     """
 
     at: str
-    step: Callable[[SiteEntry, Composition], Step]
+    step: Callable[[SiteEntry, Composition, nn.Module], Step]
     before: type[KitHook] | None = None
     after: type[KitHook] | None = None
     is_shared: bool = False
@@ -49,15 +52,17 @@ class Acting:
     label: str = ""
 
 
-def _adapt_weight(entry: SiteEntry, active: Composition) -> Step:
+def _adapt_weight(entry: SiteEntry, active: Composition, _module: nn.Module) -> Step:
+    """Make the step that changes a Parameter."""
     owners = [name.split(".") for name in entry.spec.parameters]
     return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
 
 
-def _add(entry: SiteEntry, active: Composition) -> Step:
+def _add(entry: SiteEntry, active: Composition, module: nn.Module) -> Step:
+    """Make the step that adds to a tensor."""
     if entry.spec.reads == "own_input":
-        return AddProjected(entry.key, active, entry.spec)
-    return AddDelta(entry.key, active, entry.spec, entry.handover)
+        return AddProjected(entry.key, active, entry.spec, can_add(module))
+    return AddDelta(entry.key, active, entry.spec, entry.handover, can_add(module))
 
 
 # From the outside in: hooks before the host run in this order, hooks after it in the opposite one. An adapter at the input

@@ -102,6 +102,11 @@ def plus(x: Tensor, delta: Tensor) -> Tensor:
     return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Tell whether someone has registered hooks on a module, which calling its forward alone would pass by."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 @runtime_checkable
 class AddsToTensor(Protocol):
     """A step that adds to one tensor of what a hook is given."""
@@ -125,14 +130,16 @@ class AddDelta(Step):
     Args:
         key: The adapter's name among the site's children.
         adapter: The active adapter or composition.
-        spec: The place.
+        spec: The site.
         handover: Where the residual stream is left, if the adapter reads it.
+        is_fused: The module adds its delta itself: see `nn.fused`.
     """
 
     key: str
     adapter: Composition | None
     spec: SiteSpec
     handover: Handover[Tensor] | None = None
+    is_fused: bool = False
 
     @property
     def module_keys(self) -> tuple[str, ...]:
@@ -159,6 +166,10 @@ class AddDelta(Step):
         spec = self.spec
         module: Any = site._modules[self.key]
         z = x if spec.reads == "site" else self._read(host, x, self.handover.take() if self.handover else None)
+        if self.is_fused and spec.axis == -1 and not x.is_nested and not _has_hooks(module):
+            if x.shape[-1] != spec.width or z.shape[-1] != spec.input_width:
+                raise self._wrong_shape(z, x)
+            return module.added(z, x, host)  # type: ignore[no-any-return]  # a tensor, by its protocol
         if not x.is_nested:
             return plus(x, self._delta(module, z, x))
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
@@ -177,7 +188,7 @@ class AddDelta(Step):
         if z.dtype is not dtype:
             z = z.to(dtype)
         # Straight to forward where calling the module would do no more than that: it costs as much as a small kernel.
-        run = module if module._forward_hooks or module._forward_pre_hooks else module.forward
+        run = module if _has_hooks(module) else module.forward
         delta: Tensor = run(z, x) if axis == -1 else run(z.movedim(axis, -1), x.movedim(axis, -1)).movedim(-1, axis)
         if delta.shape != shape:
             raise self._wrong_shape(z, x)
@@ -233,12 +244,14 @@ class AddProjected(Step):
     Args:
         key: The adapter's name among the site's children.
         adapter: The active adapter or composition.
-        spec: The place.
+        spec: The site.
+        is_fused: The module adds its delta itself: see `nn.fused`.
     """
 
     key: str
     adapter: Composition | None
     spec: SiteSpec
+    is_fused: bool = False
 
     @property
     def module_keys(self) -> tuple[str, ...]:
@@ -250,6 +263,9 @@ class AddProjected(Step):
         module: Any = site._modules[self.key]
         path, z = self.locate(value, in_call=False), self.taken(args, kwargs)
         x: Tensor = pytree.get(value, path)
+        if self.is_fused and self.spec.axis == -1 and not x.is_nested and not _has_hooks(module):
+            self._check_width(x)
+            return pytree.put(value, path, module.added(z, x, host))
         if not x.is_nested:
             return pytree.put(value, path, plus(x, self._delta(module, z, x, host)))
         # The nested tensors of nn.TransformerEncoder's padded inference: few functions take one, so row by row.
@@ -289,17 +305,22 @@ class AddProjected(Step):
 
     def _delta(self, module: Any, z: Tensor, x: Tensor, host: nn.Module) -> Tensor:
         """Return what is added to x. Shape: z as the host takes, x as it returns."""
-        spec, dtype = self.spec, module.compute_dtype
+        dtype = module.compute_dtype
+        self._check_width(x)
+        if z.dtype is not dtype and z.is_floating_point():
+            z = z.to(dtype)
+        run = module if _has_hooks(module) else module.forward
+        delta: Tensor = run(z, x, host)
+        return delta
+
+    def _check_width(self, x: Tensor) -> None:
+        """Raise CompatibilityError unless the host returned as many features as it did when the adapter was added."""
+        spec = self.spec
         if x.shape[spec.axis] != spec.width:
             raise CompatibilityError(
                 f"adapter {self.adapter!r} at {spec.path!r} adds to {spec.width} features on axis {spec.axis}, but the "
                 f"host returned a tensor of shape {tuple(x.shape)}: it is not what it was; remove the adapter, add it anew"
             )
-        if z.dtype is not dtype and z.is_floating_point():
-            z = z.to(dtype)
-        run = module if module._forward_hooks or module._forward_pre_hooks else module.forward
-        delta: Tensor = run(z, x, host)
-        return delta
 
 
 @dataclass(frozen=True)

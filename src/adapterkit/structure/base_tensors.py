@@ -14,6 +14,7 @@ from .paths import SITE
 __all__ = ["base_parameters", "base_tensors", "digest", "owner_at", "parameter_at"]
 
 
+# The integers that stand for the bits of an entry, by its size in bytes.
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -21,24 +22,25 @@ _CHUNK = 2**17  # words: small enough to stay in a processor's cache
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that the model had before `wrap`, with their names; tied ones once."""
+    """Yield the parameters that the model had before `wrap`, with their names; tied ones once."""
     return ((name, p) for name, p in model.named_parameters() if SITE not in name.split("."))
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers that the model had before `wrap`, non-persistent buffers too."""
+    """Yield the parameters and buffers that the model had before `wrap`, non-persistent buffers too."""
     yield from base_parameters(model)
     yield from ((name, b) for name, b in model.named_buffers() if SITE not in name.split("."))
 
 
 def digest(tensor: Tensor) -> str:
-    """A digest of a tensor's bits, the same on every device, at about memory speed.
+    """Return a digest of a tensor's bits: the same on every device, at about memory speed.
 
-    The words of each chunk are summed with a weight for each place (odd, so that no change of one word is lost; distinct,
-    so that no exchange of two is), and the sums are hashed.
+    The words of each chunk are summed, each with the weight of its position, and the sums are hashed. The weights 1, 3, 5,
+    … are odd, so no change of one word is lost (sums are modulo 2**64), and distinct, so no exchange of two is.
     """
     tensor = tensor.detach()
     head = f"{tensor.dtype} {tuple(tensor.shape)}" if not is_lazy(tensor) else "not initialised"
+    # Of tensors that have no bits to read here, dtype and shape must do.
     if is_lazy(tensor) or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or not tensor.numel():
         return head
     words = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
@@ -49,16 +51,20 @@ def digest(tensor: Tensor) -> str:
 
 
 def owner_at(host: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """The module that holds a Parameter, by the Parameter's name from the host on, and the name there; None if gone."""
+    """Return the module that holds a Parameter, and the Parameter's name there; None for a module that is gone.
+
+    Args:
+        name: The Parameter's name from the host on, such as "out_proj.weight".
+    """
     way, _, leaf = name.rpartition(".")
     owner: nn.Module | None = host
-    for part in way.split(".") if way else ():
-        owner = None if owner is None or part not in owner._modules else owner._modules[part]
+    for name_of_child in way.split(".") if way else ():
+        owner = None if owner is None or name_of_child not in owner._modules else owner._modules[name_of_child]
     return owner, leaf
 
 
 def parameter_at(host: nn.Module, name: str) -> nn.Parameter | None:
-    """A Parameter by its name from the host on; None if there is none (any more)."""
+    """Return a Parameter by its name from the host on; None if there is none (any more)."""
     owner, leaf = owner_at(host, name)
     if owner is None or leaf not in owner._parameters:  # TorchScript's has no get
         return None

@@ -249,6 +249,7 @@ def _check_free(host: HostType, taken: Mapping[type[nn.Module], HostType], who: 
 
 
 def _is_module_class(kind: object) -> bool:
+    """Tell whether a value is a class of modules."""
     return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
@@ -263,11 +264,13 @@ def _of_vectors(norm: Any) -> HostShape | None:
 
 
 def _recurrent(rnn: Any) -> HostShape:
+    """Return the widths of an LSTM, GRU or RNN."""
     width = (rnn.proj_size or rnn.hidden_size) * (2 if rnn.bidirectional else 1)  # both directions lie side by side
     return HostShape(width, rnn.input_size)
 
 
 def _by_class(*hosts: HostType) -> dict[type[nn.Module], HostType]:
+    """Map each class to the HostType that describes it."""
     return {kind: host for host in hosts for kind in host.classes}
 
 

@@ -1,4 +1,7 @@
-"""Paths of modules: which there are, what lies around them, which come nearest."""
+"""Paths of modules: which there are, what lies around them, which come nearest.
+
+A path is a module's name as `model.named_modules()` gives it: "blocks.0.attention", and "" for the model itself.
+"""
 
 from collections.abc import Sequence
 
@@ -12,9 +15,10 @@ SITE = "_adapterkit"
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the user's own model under each of its names; the model itself is ''.
+    """Map each path in the user's own model to its module; a module under two names stands there twice.
 
-    Left out: what adapterkit added, and the insides of `torch.nn.utils.parametrize`.
+    Left out is what adapterkit added, and the insides of `torch.nn.utils.parametrize`, which compute weights and no hidden
+    states.
     """
     return {
         path: module
@@ -24,9 +28,13 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def nearest_to(path: str, candidates: Sequence[str]) -> list[str]:
-    """Of these paths, the ones that share the longest run of leading components with `path`."""
+    """Return those of the candidates that share the most leading components with `path`.
+
+    Example: of "a.b.x" and "a.c.x", "a.b.x" is nearer to "a.b.y".
+    """
 
     def shared(candidate: str) -> int:
+        # Where one is the other's beginning, no pair differs, and all of the candidate is shared.
         pairs = zip(path.split("."), candidate.split("."), strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(candidate.split(".")))
 
@@ -35,6 +43,6 @@ def nearest_to(path: str, candidates: Sequence[str]) -> list[str]:
 
 
 def ancestors(path: str) -> list[str]:
-    """The path and those of all modules around it, innermost first, the root's '' last."""
+    """Return the path and those of all modules around it, innermost first: "a.b" gives ["a.b", "a", ""]."""
     parts = path.split(".") if path else []
     return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]

@@ -3,6 +3,10 @@
 A module may return a tensor, a tuple, a named tuple, a list, a mapping, a dataclass (Hugging Face's ModelOutput is both
 of the last two) or any nesting of these. A `Path` is the list of keys that leads to one tensor inside; `()` is the value
 itself.
+
+    value = (hidden, {"cache": past})      find(value) == (0,)      get(value, (1, "cache")) is past
+
+These are ours, and not `torch.utils._pytree`'s, since that does not know a dataclass unless it was registered.
 """
 
 import copy
@@ -19,7 +23,7 @@ Argument = tuple[int | None, str | None]  # of a call: its position and its keyw
 
 
 def find(value: Any) -> Path | None:
-    """The path of the first floating-point tensor, depth first; None if there is none."""
+    """Return the path of the first floating-point tensor, depth first; None if there is none."""
     if isinstance(value, Tensor):
         return () if value.is_floating_point() else None
     for key, item in _items(value):
@@ -30,7 +34,7 @@ def find(value: Any) -> Path | None:
 
 
 def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor with its path, depth first."""
+    """Yield every tensor with its path, depth first."""
     if isinstance(value, Tensor):
         yield path, value
         return
@@ -39,12 +43,12 @@ def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def keys(value: Any) -> list[int | str]:
-    """The keys of its parts, in order: a part may be given by its position among them, too."""
+    """Return the keys of a container's items, in order. In a `Path` the position among them may stand for a key."""
     return [key for key, _ in _items(value)]
 
 
 def get(value: Any, path: Path) -> Any:
-    """What lies at the path.
+    """Return what lies at the path.
 
     Raises:
         LookupError: nothing lies there.
@@ -55,32 +59,15 @@ def get(value: Any, path: Path) -> Any:
 
 
 def put(value: Any, path: Path, tensor: Tensor) -> Any:
-    """A copy of the value, of the same type, with the tensor at the path."""
+    """Return a copy of the value, of the same type, with the tensor at the path. The value itself is not changed."""
     if not path:
         return tensor
     key, rest = _name_of(value, path[0]), path[1:]
-    new = put(dict(_items(value))[key], rest, tensor)
-    if isinstance(value, tuple):
-        items = [new if name == key else item for name, item in _items(value)]
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
-    if dataclasses.is_dataclass(value):
-        if all(f.init for f in dataclasses.fields(value)):
-            return dataclasses.replace(value, **{str(key): new})  # type: ignore[type-var]  # a dataclass, as tested above
-        changed = copy.copy(value)  # `replace` would lose what `__init__` does not take
-        object.__setattr__(changed, str(key), new)
-        return changed
-    # Exact lists and dicts are spelled out, for torch.compile does not know how to copy them.
-    if type(value) is list:
-        return [new if i == key else item for i, item in enumerate(value)]
-    if type(value) is dict:
-        return {**value, key: new}
-    changed = copy.copy(value)
-    changed[key] = new
-    return changed
+    return _with_item(value, key, put(dict(_items(value))[key], rest, tensor))
 
 
 def argument_path(call: tuple[Any, ...], argument: Argument) -> Path:
-    """Where `(args, kwargs)` hold the argument with this position and keyword.
+    """Return where `(args, kwargs)` hold the argument with this position and keyword.
 
     Raises:
         LookupError: the call does not have it.
@@ -93,18 +80,45 @@ def argument_path(call: tuple[Any, ...], argument: Argument) -> Path:
     raise LookupError(keyword if keyword is not None else position)
 
 
+def _with_item(value: Any, key: int | str, new: Any) -> Any:
+    """Return a copy of a container, of the same type, with another item at a key."""
+    if isinstance(value, tuple):
+        items = [new if name == key else item for name, item in _items(value)]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)  # named tuples take items one by one
+    if dataclasses.is_dataclass(value):
+        return _with_field(value, str(key), new)
+    # Exact lists and dicts are spelled out, for torch.compile does not know how to copy them.
+    if type(value) is list:
+        return [new if i == key else item for i, item in enumerate(value)]
+    if type(value) is dict:
+        return {**value, key: new}
+    changed = copy.copy(value)
+    changed[key] = new
+    return changed
+
+
+def _with_field(value: Any, name: str, new: Any) -> Any:
+    """Return a copy of a dataclass with another value in a field."""
+    if all(field.init for field in dataclasses.fields(value)):
+        return dataclasses.replace(value, **{name: new})
+    changed = copy.copy(value)  # `replace` would lose what `__init__` does not take
+    object.__setattr__(changed, name, new)  # a frozen one, too
+    return changed
+
+
 def _name_of(value: Any, key: int | str) -> int | str:
-    """The key of a part that may be given by its position, too, as named tuples and ModelOutputs allow."""
+    """Return the key that a key or a position stands for: named tuples and ModelOutputs allow both."""
     names = keys(value)
     return names[key] if isinstance(key, int) and key not in names else key
 
 
 def _items(value: Any) -> Iterator[tuple[int | str, Any]]:
-    """The parts of a container with their keys; nothing for any other value."""
+    """Yield the items of a container with their keys; nothing for any other value."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         yield from zip(value._fields, value, strict=True)
     elif isinstance(value, (tuple, list)):
         yield from enumerate(value)
+    # Before mappings: a ModelOutput is both, and as a mapping it leaves out the fields that are None.
     elif dataclasses.is_dataclass(value):
         yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
     elif isinstance(value, Mapping):

@@ -56,7 +56,7 @@ def test_layers_of_several_adapters_are_put_together_on_a_fused_projection(tmp_p
     check_config(kit, "sum")
     check_loads(kit, "sum", x, tmp_path)
     kit.add("c", "lora", targets=["@attention.k"], layers=[1])
-    with pytest.raises(ak.TargetError, match=r"no config leads to all places of \['a', 'c'\].* parts of fused projections"):
+    with pytest.raises(ak.TargetError, match=r"no config leads to all sites of \['a', 'c'\].* parts of fused projections"):
         kit.combine("d", {"a": 1, "c": 1})
 
 

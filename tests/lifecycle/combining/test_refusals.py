@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"weights": {"relu": 0.5, "first": 0.5}, "how": "linear"},
         ak.TargetError,
-        r"'relu' and 'first' do not sit at the same places.*they differ at \['blocks.1",
+        r"'relu' and 'first' do not adapt the same sites.*they differ at \['blocks.1",
     ),
     (
         {"weights": {"houlsby": 0.5, "houlsby 2": 0.5}, "how": "linear"},
@@ -91,7 +91,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"weights": {"ia3 less": 1, "ia3 more": 1}},
         ak.TargetError,
-        r"no config leads to all places of \['ia3 less', 'ia3 more'\].*it has \['targets', 'feedforward_targets'\]",
+        r"no config leads to all sites of \['ia3 less', 'ia3 more'\].*it has \['targets', 'feedforward_targets'\]",
     ),
     ({"weights": {"lora": 1, "nan": 1}}, ak.CompatibilityError, "'nan' has values that are not finite, in 'lora_A' at 'blocks.0"),
     ({"weights": {"huge": 3}}, ak.CompatibilityError, "'the sum' has values that are not finite, in 'lora_B' at 'blocks.0"),

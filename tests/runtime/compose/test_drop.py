@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.composition.nodes import Average, BatchSplit, Drop, Rows, Split, Stack
-from adapterkit.runtime.compose.plan_nodes import ComposeStep
+from adapterkit.runtime.compose.compose_step import ComposeStep
 from adapterkit.runtime.lookup import sites_of
 from adapterkit.runtime.steps import AddDelta, Pass
 from adapterkit.runtime.this_call import THIS_CALL

@@ -1,4 +1,4 @@
-"""Combinations parameter by parameter: sums where a method is linear in them, averages where it is not."""
+"""Combine adapters parameter by parameter: sums where a method is linear in them, means where it is not."""
 
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -10,14 +10,20 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...nn.functional.slices import SliceLayout
 from ...placement.spec import SiteSpec
-from .addressing import addressing, all_sites, check_same_places, target_fields
+from .addressing import addressing, all_sites, check_same_sites, target_fields
 from .sources import Combined, SiteKey, Source, check_settings, site_name, wide
 
-__all__ = ["averaged", "changed", "common_dtype", "settled", "summed"]
+__all__ = ["averaged", "common_dtype", "settled", "summed", "with_settings"]
 
 
 def summed(sources: Sequence[Source], neutral: float) -> Combined:
-    """The weighted sum of what parameters are beyond `neutral`; of a source without a module at a place, nothing.
+    """Return the adapter whose parameters are neutral + sum of weight * (parameter - neutral).
+
+    A source without a module at a site adds nothing there. It sits at all sites of its sources.
+
+    Args:
+        sources: What is summed, all of one method.
+        neutral: What every parameter of an adapter that changes nothing is: 1 for IA3, which multiplies; 0 where one adds.
 
     Raises:
         ConfigError: the sources differ in a setting or a frozen tensor.
@@ -26,17 +32,17 @@ def summed(sources: Sequence[Source], neutral: float) -> Combined:
     fields = target_fields(sources[0].config)
     check_settings(sources, {*fields, "exclude", "layers", *_transient(sources[0])})
     sites = all_sites(sources)
-    states = {place: _weighted(place, site, sources, neutral) for place, site in sites.items()}
+    states = {key: _weighted_sum(key, site, sources, neutral) for key, site in sites.items()}
     settings = addressing(sources, sites.values(), fields=fields) | settled(sources)
-    return Combined(changed(sources[0], settings), list(sites.values()), states)
+    return Combined(with_settings(sources[0], settings), list(sites.values()), states)
 
 
 def averaged(sources: Sequence[Source]) -> Combined:
-    """The weighted mean of the parameters, for methods that are not linear in them.
+    """Return the adapter whose parameters are the weighted mean, for methods that are not linear in them.
 
     Raises:
         ConfigError: the weights do not sum to one; the sources differ in a setting, a shape or a frozen tensor.
-        TargetError: the sources do not sit at the same places.
+        TargetError: the sources do not adapt the same sites.
     """
     total = sum(source.weight for source in sources)
     if not math.isclose(total, 1.0, rel_tol=1e-6):
@@ -46,10 +52,10 @@ def averaged(sources: Sequence[Source]) -> Combined:
         )
     fields = target_fields(sources[0].config)
     check_settings(sources, {*fields, "exclude", "layers", *_transient(sources[0])})
-    check_same_places(sources)
+    check_same_sites(sources)  # no number stands for a missing bottleneck, as zero does for a missing sum
     sites = all_sites(sources)
-    states = {place: _weighted(place, site, sources, 0.0) for place, site in sites.items()}
-    return Combined(changed(sources[0], settled(sources)), list(sites.values()), states)
+    states = {key: _weighted_sum(key, site, sources, 0.0) for key, site in sites.items()}
+    return Combined(with_settings(sources[0], settled(sources)), list(sites.values()), states)
 
 
 def _transient(source: Source) -> set[str]:
@@ -58,7 +64,7 @@ def _transient(source: Source) -> set[str]:
 
 
 def settled(sources: Sequence[Source]) -> dict[str, Any]:
-    """Transient settings in which sources differ: the least dropout, the widest dtype."""
+    """Return the result's values of settings that sums do not depend on: the least dropout, the widest dtype."""
     settings: dict[str, Any] = {
         name: min(getattr(source.config, name, 0.0) for source in sources) for name in sources[0].config.in_training
     }
@@ -68,51 +74,72 @@ def settled(sources: Sequence[Source]) -> dict[str, Any]:
     return settings
 
 
-def changed(source: Source, settings: Mapping[str, Any]) -> Any:
-    """A source's config with these settings; those that it has are not given anew."""
+def with_settings(source: Source, settings: Mapping[str, Any]) -> Any:
+    """Return a source's config with these settings instead of its own."""
+    # Only those that differ: what `override` is given counts as set, and may rule out settings that exclude it.
     return source.config.override({name: v for name, v in settings.items() if getattr(source.config, name) != v})
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The narrowest dtype that holds the values of all."""
+    """Return the narrowest dtype that holds the values of all: float32 for bfloat16 and float16."""
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
-def _weighted(place: SiteKey, site: SiteSpec, sources: Sequence[Source], neutral: float) -> dict[str, Tensor]:
-    """The tensors at one place: of parameters neutral + sum of weight * (parameter - neutral), of others the same ones."""
-    there = [source for source in sources if place in source.modules]
-    held = [source.modules[place].state_dict() for source in there]
-    trained = {name for name, parameter in there[0].modules[place].named_parameters() if parameter.is_floating_point()}
-    _check_same(place, site, there, held, trained)
+def _weighted_sum(key: SiteKey, site: SiteSpec, sources: Sequence[Source], neutral: float) -> dict[str, Tensor]:
+    """Return the tensors of the module at one site, by their names in it.
+
+    Parameters become neutral + sum of weight * (parameter - neutral). Frozen tensors, which are equal in all sources, stay.
+
+    Args:
+        key: Which module of each source is meant.
+        site: Where the result sits.
+        sources: All sources; those without this module add nothing.
+        neutral: As in `summed`.
+    """
+    there = [source for source in sources if key in source.modules]
+    held = [source.modules[key].state_dict() for source in there]
+    trained = {name for name, parameter in there[0].modules[key].named_parameters() if parameter.is_floating_point()}
+    _check_same(key, site, there, held, trained)
     state = {}
-    for key, first in held[0].items():
-        tensors = [tensors[key] for tensors in held]
+    for name, first in held[0].items():
+        if name not in trained:
+            state[name] = first.detach().clone()
+            continue
+        tensors = [own[name] for own in held]
         terms = [
-            source.weight * _refitted(wide(tensor) - neutral, source.sites[place], site)
+            source.weight * _at_slices_of(site, source.sites[key], wide(tensor) - neutral)
             for source, tensor in zip(there, tensors, strict=True)
         ]
-        total = (sum(terms[1:], terms[0]) + neutral).to(common_dtype(tensors))
-        state[key] = total if key in trained else first.detach().clone()
+        state[name] = (sum(terms[1:], terms[0]) + neutral).to(common_dtype(tensors))  # the only rounding
     return state
 
 
 def _check_same(
-    place: SiteKey, site: SiteSpec, there: Sequence[Source], held: Sequence[Mapping[str, Tensor]], trained: Set[str]
+    key: SiteKey, site: SiteSpec, there: Sequence[Source], held: Sequence[Mapping[str, Tensor]], trained: Set[str]
 ) -> None:
-    """Raise ConfigError unless the sources have tensors of the same shapes, and the same values where none is trained."""
+    """Raise ConfigError unless the sources have tensors of the same shapes, and the same values where none is trained.
+
+    Args:
+        key: Which module of each source is meant.
+        site: Where the result sits.
+        there: The sources that have it.
+        held: The tensors of each of these modules, by their names in it.
+        trained: The names of those that are trained.
+    """
     (first, *others), (ours, *rest) = there, held
     for source, theirs in zip(others, rest, strict=True):
-        if first.sites[place].slices == source.sites[place].slices:
-            shapes, found = ({key: tuple(t.shape) for key, t in tensors.items()} for tensors in (ours, theirs))
+        # Of other slices the shapes must differ: each has the values of its own features. They meet in the sum.
+        if first.sites[key].slices == source.sites[key].slices:
+            shapes, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (ours, theirs))
             if shapes != found:
                 raise ConfigError(
                     f"{first.name!r} and {source.name!r} have tensors of other shapes at {site_name(site)!r}: {shapes} and "
                     f"{found}"
                 )
-        frozen = [key for key in ours if key not in trained and not torch.equal(ours[key].cpu(), theirs[key].cpu())]
+        frozen = [name for name in ours if name not in trained and not torch.equal(ours[name].cpu(), theirs[name].cpu())]
         if frozen:
             raise ConfigError(
                 f"the frozen tensors {frozen} at {site_name(site)!r} are others in {first.name!r} than in {source.name!r}, "
@@ -120,8 +147,11 @@ def _check_same(
             )
 
 
-def _refitted(values: Tensor, old: SiteSpec, new: SiteSpec) -> Tensor:
-    """Values of the features that a site covers as those of a site that covers more. Shape: (..., covered)."""
+def _at_slices_of(new: SiteSpec, old: SiteSpec, values: Tensor) -> Tensor:
+    """Return values of the features that `old` covers as those of `new`, which covers more; zero for what is added.
+
+    Shape: values (..., covered by old), result (..., covered by new).
+    """
     if old.slices == new.slices:
         return values
     return SliceLayout(new.width, new.slices).pick(SliceLayout(old.width, old.slices).spread(values))

@@ -1,9 +1,14 @@
-"""Merge adapters into the base's weights and take them out again: the model computes the same, and all or nothing."""
+"""Merge adapters into the base's weights, and take them out again.
+
+The model computes the same before and after, and what fails changes nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +24,7 @@ from ...runtime.sync import forget_compiled
 from ...structure.base_tensors import digest, owner_at, parameter_at
 from ...structure.tracing.forward import ExampleInputs, outside_inference_mode
 from ...structure.tracing.inputs import tiny_inputs
-from ...structure.tracing.reads import Holder, reads_around
+from ...structure.tracing.reads import CallStack, Holder, reads_around
 from ..activate import apply, check_known
 from .merged_weights import Change, merged_weights
 
@@ -29,7 +34,12 @@ __all__ = ["changed_since_merging", "merge", "unmerge", "unmerge_all"]
 def merge(model: nn.Module, state: ModelState, name: str, example_inputs: ExampleInputs | None = None) -> None:
     """Write an adapter into the weights of its hosts. Raises: see `AdapterKit.merge`.
 
+    Warns if the model runs on no inputs that are known, so that what reads its weights cannot be seen.
+
     Args:
+        model: The model that has the adapter.
+        state: The model's state.
+        name: The adapter's name.
         example_inputs: Inputs to run the model on, to see what reads its weights; else tiny ones are made, if any run.
     """
     check_known(model, name)
@@ -46,9 +56,11 @@ def merge(model: nn.Module, state: ModelState, name: str, example_inputs: Exampl
         _check_whole(model, state, name)
         _check_company(model, state, name)
         _check_unchanged(model)
+        # All of them anew, from the originals: what comes out must not depend on the order of merging and unmerging.
         changes = merged_weights(model, [*state.merged, name])
         _check_reads(model, name, changes, example_inputs)
         _write(model, changes)
+        # From here on nothing can fail. A merged adapter does not run, so that training it would do nothing.
         own = [parameter for _, parameter in named_parameters(model, name, heads=False)]
         state.merged[name] = tuple(parameter.requires_grad for parameter in own)
         for parameter in own:
@@ -57,7 +69,14 @@ def merge(model: nn.Module, state: ModelState, name: str, example_inputs: Exampl
 
 
 def unmerge(model: nn.Module, state: ModelState, name: str, *, restore: bool = True) -> None:
-    """Take an adapter out of the weights. Raises: see `AdapterKit.unmerge`."""
+    """Take an adapter out of the weights. Raises: see `AdapterKit.unmerge`.
+
+    Args:
+        model: The model that has the adapter.
+        state: The model's state.
+        name: The adapter's name.
+        restore: Put the originals back. If not, all merged adapters are forgotten and the weights stay as they are.
+    """
     check_known(model, name)
     if name not in state.merged:
         raise ActivationError(f"adapter {name!r} is not merged; merged are: {list(state.merged) or 'none'}")
@@ -65,6 +84,7 @@ def unmerge(model: nn.Module, state: ModelState, name: str, *, restore: bool = T
         _keep_merged(model, state, [other for other in state.merged if other != name])
         return
     with _undisturbed(model):
+        # Of all merged adapters: one original stands below their sum, and cannot be forgotten for one of them.
         for _, _, site in sites_of(model):
             site.originals.clear()
         _reopen(model, state, list(state.merged))
@@ -78,7 +98,7 @@ def unmerge_all(model: nn.Module, state: ModelState) -> None:
 
 
 def changed_since_merging(model: nn.Module) -> list[str]:
-    """The names of weights into which adapters are merged, and that are not what merging made of them any more."""
+    """Return the names of weights that changed since adapters were merged into them."""
     changed = []
     for path, host, site in sites_of(model):
         for name, original in site.originals.items():
@@ -89,7 +109,10 @@ def changed_since_merging(model: nn.Module) -> list[str]:
 
 
 def _keep_merged(model: nn.Module, state: ModelState, names: Sequence[str]) -> None:
-    """Have these adapters, of those that are merged, in the weights, and no others: anew, from the originals."""
+    """Keep these of the merged adapters in the weights and take all others out.
+
+    The weights are computed anew from the originals: W + a + b - a is not W + b in floating point.
+    """
     with _undisturbed(model):
         _check_unchanged(model)
         _write(model, merged_weights(model, names))
@@ -103,7 +126,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     devices = {parameter.device.type for parameter in model.parameters()} - {"meta"}
     with ExitStack() as stack:
         stack.enter_context(ACTIVATION_LOCK)
-        stack.enter_context(outside_inference_mode())
+        stack.enter_context(outside_inference_mode())  # else the originals could not be trained on later
         stack.enter_context(torch.no_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))  # which would multiply in half precision
@@ -112,6 +135,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _check_whole(model: nn.Module, state: ModelState, name: str) -> None:
     """Raise CompatibilityError if the adapter has hosts that are not in this model, or not any more."""
+    # `state.merged` is of the whole adapter: at a host outside of this model it would be left out of the steps, and not be
+    # in the weights either.
     there, once = sum(name in site.entries for _, _, site in sites_of(model)), len(set(state.hosts[name]))
     if there != once:
         raise CompatibilityError(
@@ -121,7 +146,11 @@ def _check_whole(model: nn.Module, state: ModelState, name: str) -> None:
 
 
 def _check_company(model: nn.Module, state: ModelState, name: str) -> None:
-    """Raise CompatibilityError where adapters that stay unmerged act at one host with this one, and order matters there."""
+    """Raise CompatibilityError where an adapter that stays unmerged acts at one host with this one, and order matters.
+
+    Merging moves this adapter before all others. Sums of what the host's input alone decides may change their order. One
+    that scales the host's output, or reads it, would then get other numbers.
+    """
     others = {*names_in(state.activation.active)} - {name, *state.merged}
     for path, _, site in sites_of(model):
         here = [other for other in others if other in site.entries] if name in site.entries else []
@@ -134,7 +163,7 @@ def _check_company(model: nn.Module, state: ModelState, name: str) -> None:
 
 
 def _is_a_sum(entry: SiteEntry, module: nn.Module) -> bool:
-    """Whether a module adds to its host's output what depends on the host's input alone."""
+    """Tell whether a module adds to its host's output what depends on the host's input alone."""
     return entry.spec.reads == "own_input" and not reads_bare_output(module)
 
 
@@ -150,7 +179,10 @@ def _check_unchanged(model: nn.Module) -> None:
 
 
 def _check_reads(model: nn.Module, name: str, changes: Sequence[Change], inputs: ExampleInputs | None) -> None:
-    """Raise CompatibilityError if the model reads a weight around its host, where the adapter does not act."""
+    """Raise CompatibilityError if the model reads a weight around its host, where the adapter does not act.
+
+    Such is `x @ self.embedding.weight.T`: the adapter does nothing there, but a merged weight would.
+    """
     held = [
         (change, Holder(owner, leaf, change.host))
         for change in changes
@@ -161,31 +193,45 @@ def _check_reads(model: nn.Module, name: str, changes: Sequence[Change], inputs:
         with without_adapters():
             inputs = tiny_inputs(model) if inputs is None else inputs
             around = reads_around(model, [holder for _, holder in held], inputs)
-    except CompatibilityError:  # a model that runs on nothing that is known here: nothing can be seen
+    except CompatibilityError as error:
+        # Not refused: most models read no weight around its module. And no class of its own for this warning: inputs that
+        # run end it, so there is no reason to silence it.
+        warnings.warn(
+            f"merging adapter {name!r} could not check what reads the weights, because it could not run the model. If "
+            f"{type(model).__name__} reads one of them around its module (such as `x @ self.embedding.weight.T`), merging "
+            "changes what it computes there. Wrap it with inputs that run, and merging checks that: "
+            f"ak.wrap(model, example_inputs=batch). {error}",
+            UserWarning,
+            stacklevel=4,  # the caller of `kit.merge`
+        )
         return
     for (change, _), stacks in zip(held, around, strict=True):
         if stacks:
-            where, full = stacks[0][-1][0] if stacks[0] else "", f"{change.path}.{change.names[0]}".lstrip(".")
-            raise CompatibilityError(
-                f"adapter {name!r} cannot be merged into {change.path!r}: {where or type(model).__name__!r} reads its "
-                f"{change.names[0]} as well, around it, where the adapter does nothing, but a merged weight would. Adapt "
-                f"the Parameter {full!r}, by this name, in a model that is wrapped with example inputs: "
-                "ak.wrap(model, example_inputs=batch)"
-            )
+            _refuse_read(model, name, change, stacks[0])
+
+
+def _refuse_read(model: nn.Module, name: str, change: Change, running: CallStack) -> NoReturn:
+    """Raise CompatibilityError for a read around the host, during which these modules ran."""
+    reader = running[-1][0] if running else ""  # the innermost; "" is the model itself
+    full = f"{change.path}.{change.names[0]}".lstrip(".")
+    raise CompatibilityError(
+        f"adapter {name!r} cannot be merged into {change.path!r}: {reader or type(model).__name__!r} reads its "
+        f"{change.names[0]} as well, around it, where the adapter does nothing, but a merged weight would. Adapt "
+        f"the Parameter {full!r}, by this name, in a model that is wrapped with example inputs: "
+        "ak.wrap(model, example_inputs=batch)"
+    )
 
 
 def _write(model: nn.Module, changes: Sequence[Change]) -> None:
-    """Put the changes into the Parameters and the originals back into all others, and keep the originals of the changes."""
+    """Make the weights what these changes say, and all other merged weights what they were before.
+
+    The sites then hold the originals of what is changed, and of nothing else.
+    """
     originals = originals_of(model)
+    # Of a tied Parameter each host has a change: they are equal, and the last one's site keeps the original.
     changing = {id(change.parameter): change for change in changes}
-    restored = {
-        id(parameter): (parameter, original.value)
-        for _, host, site in sites_of(model)
-        for name, original in site.originals.items()
-        if (parameter := parameter_at(host, name)) is not None and id(parameter) not in changing
-    }
-    kept = {key: originals.get(key, _copy(change.parameter)) for key, change in changing.items()}
-    writes = [(change.parameter, change.value) for change in changing.values()] + list(restored.values())
+    kept = {key: originals[key] if key in originals else _copy(change.parameter) for key, change in changing.items()}
+    writes = [(change.parameter, change.value) for change in changing.values()] + _to_restore(model, changing)
     # What is merged already would be there to compute anew, but not in the middle of an interrupt.
     before = [(p, _copy(p) if id(p) in originals else kept[id(p)]) for p, _ in writes]
     try:
@@ -198,11 +244,23 @@ def _write(model: nn.Module, changes: Sequence[Change]) -> None:
     for _, _, site in sites_of(model):
         site.originals.clear()
     for key, change in changing.items():
+        # By a name from the host on: in a copy of the model, or of the host alone, it leads to the copied Parameter.
         change.site.originals[change.names[0]] = Original(kept[key], digest(change.parameter))
 
 
+def _to_restore(model: nn.Module, changing: Mapping[int, Change]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the merged Parameters that are not among those that change, each once, with its original."""
+    found = {
+        id(parameter): (parameter, original.value)
+        for _, host, site in sites_of(model)
+        for name, original in site.originals.items()
+        if (parameter := parameter_at(host, name)) is not None and id(parameter) not in changing
+    }
+    return list(found.values())
+
+
 def _copy(parameter: nn.Parameter) -> Tensor:
-    """A tensor of its own, in memory, with the Parameter's values."""
+    """Return a tensor of its own, in memory, with the Parameter's values."""
     return parameter.detach().clone()
 
 
@@ -222,7 +280,7 @@ def _reopen(model: nn.Module, state: ModelState, names: Sequence[str]) -> None:
 
 
 def _settle(model: nn.Module, state: ModelState) -> None:
-    """Have hooks run what is not in the weights."""
-    state.activation.change_weights()
+    """Have the hooks run what is not in the weights."""
+    state.activation.change_weights()  # a forward that is checkpointed now must not be recomputed with other weights
     forget_compiled()  # a compiler may have folded the weights into its graph
     apply(model, state)

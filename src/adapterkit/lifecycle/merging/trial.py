@@ -1,4 +1,4 @@
-"""Whether a host with merged weights returns what it does with the adapter beside it: tried on random input."""
+"""Try on random input whether a host with merged weights returns what it does with the adapters beside it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...placement.projections import projection_of
 from ...runtime.acting import acting_at
 from ...runtime.site import AdapterSite, SiteEntry
 from ...runtime.state import without_adapters
+from ...runtime.steps import Step
 from ...runtime.weight_swap import put_weights, take_weights
 from ...structure import pytree
 from ...structure.paths import SITE
@@ -20,7 +21,8 @@ from ...structure.tracing.forward import untouched
 
 __all__ = ["difference", "needs_trial"]
 
-_OF_DELTA, _OF_OUTPUT = 1e-4, 1e-6  # what may differ: of what the adapter adds, and of rounding in what the host returns
+# How far the two outputs may differ: in parts of what the adapters add, and, for rounding, of what the host returns.
+_OF_DELTA, _OF_OUTPUT = 1e-4, 1e-6
 
 
 class _Bare(nn.Module):
@@ -31,12 +33,20 @@ class _Bare(nn.Module):
         self.host = host
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the host computes. Shape: as the host's."""
+        """Return what the host computes. Shape: as the host's."""
         return self.host.forward(*args, **kwargs)
 
 
 def needs_trial(host: nn.Module, entries: Sequence[SiteEntry]) -> bool:
-    """Whether it is not plain that merging these changes the host's output as they do: see `difference`."""
+    """Tell whether merging these must be tried, because the algebra alone does not show that it is right.
+
+    It does for one module beside a layer of torch with torch's own forward. A forward of the user's own may do more than
+    multiply by the weight, and several modules at one host may depend on one another.
+
+    Args:
+        host: The host.
+        entries: All modules that are merged into it.
+    """
     beside = [entry for entry in entries if entry.spec.at != "weight"]
     projection = projection_of(host)
     is_torchs = projection is not None and not projection.has_own_forward and "forward" not in host.__dict__
@@ -50,12 +60,14 @@ def difference(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
 ) -> str | None:
-    """What is wrong with merged weights, in words; None if the host returns with them what it does with the adapters.
+    """Explain how a host with merged weights differs from the host with the adapters beside it; return None if it does not.
 
     Args:
-        held: The adapters' places at the host's input and output, each with the adapter's name.
-        before: The host's tensors by name without them.
-        after: The same with them.
+        host: The host.
+        site: The site that holds the adapters' modules.
+        held: The modules at the host's input and output: the adapter's name and what the site knows of the module.
+        before: Map the names of the host's tensors to their values without these modules.
+        after: Map the same names to their values with them.
     """
     projection = projection_of(host)
     if projection is None:
@@ -72,39 +84,51 @@ def difference(
             beside = _run_beside(host, site, held, before, z)
         except Exception as error:  # a forward that is not known may raise anything
             return f"its own forward could not be tried: {type(error).__name__}: {error}"
-    moved, wrong = (beside - plain).abs().max(), (beside - merged).abs().max()
-    if wrong <= _OF_DELTA * moved + _OF_OUTPUT * plain.abs().max():  # not for NaN
+    added, wrong = (beside - plain).abs().max(), (beside - merged).abs().max()
+    if wrong <= _OF_DELTA * added + _OF_OUTPUT * plain.abs().max():  # false for NaN, which is a difference
         return None
     return (
         f"{type(host).__name__} does more than multiply by its weight, or the modules at it depend on one another: merged, "
-        f"its output would differ by {float(wrong):.2g} where they add up to {float(moved):.2g}"
+        f"its output would differ by {float(wrong):.2g} where they add up to {float(added):.2g}"
     )
+
+
+def _step(site: AdapterSite, entry: SiteEntry, name: str) -> Step:
+    """Make the step that the module of an entry would run as, were its adapter active alone."""
+    return acting_at(entry.spec.at).step(entry, name, site.get_submodule(entry.key))
 
 
 def _run_beside(
     host: nn.Module, site: AdapterSite, held: Sequence[tuple[str, SiteEntry]], tensors: Mapping[str, Tensor], z: Tensor
 ) -> Tensor:
-    """The host's output with the adapters beside it, as hooks run them."""
+    """Return the host's output with the adapters beside it, as hooks run them. Shape: (..., out).
+
+    Args:
+        host: The host.
+        site: The site that holds the adapters' modules.
+        held: The modules, as in `difference`.
+        tensors: Map the names of the host's tensors to the values to run it with.
+        z: The host's input.
+    """
     args: tuple[Any, ...] = (z,)
     kwargs: dict[str, Any] = {}
     for name, entry in held:
         if entry.spec.at == "input":
-            args, kwargs = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, (args, kwargs))
+            args, kwargs = _step(site, entry, name)(site, host, args, kwargs, (args, kwargs))
     output = _run(host, tensors, args, kwargs)
-    put_weights(
-        host, {(host, name): tensors[name] for name in tensors if name in host._parameters}
-    )  # for those that read them
+    # A module at the output may read the host's weight (DoRA its norm): it must see the same values.
+    put_weights(host, {(host, name): tensors[name] for name in tensors if name in host._parameters})
     try:
         for name, entry in held:
             if entry.spec.at == "output":
-                output = acting_at(entry.spec.at).step(entry, name)(site, host, args, kwargs, output)
+                output = _step(site, entry, name)(site, host, args, kwargs, output)
     finally:
         take_weights(host)
     return output
 
 
 def _run(host: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The host's output with other tensors under its names. Shape: (..., out)."""
+    """Return the host's output with other tensors under its names. Shape: (..., out)."""
     named = {f"host.{name}": tensor for name, tensor in tensors.items()}
     output = torch.func.functional_call(_Bare(host), named, args, kwargs)
     path = pytree.find(output)
@@ -113,14 +137,14 @@ def _run(host: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], 
 
 
 def _own_tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A host's parameters and buffers, without those of its adapters."""
+    """Yield a host's parameters and buffers with their names, without those of its adapters."""
     for name, tensor in (*host.named_parameters(), *host.named_buffers()):
         if SITE not in name.split("."):
             yield name, tensor
 
 
 def _some_input(projection: Projection, before: Tensor, after: Tensor) -> Tensor:
-    """Input that shows a change of the weight. Shape: (2, 3, in), (2, in, *spatial) or ids (rows)."""
+    """Make an input that shows a change of the weight. Shape: (2, 3, in), (2, in, *spatial) or ids (rows)."""
     if projection.kind == "embedding":
         # The rows that change most: of an adapter that was trained on a few ids, no others change at all.
         rows = (after - before).abs().amax(1)

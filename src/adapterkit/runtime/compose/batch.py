@@ -80,9 +80,12 @@ class BatchHook(KitHook):
         is_repeated = self.parallel is not None and state.activation.check(state.activation.active)
         if self.parallel is not None and is_repeated:
             _refuse_generation(self.parallel)
+            # The call's own tensors are repeated here, once, and not at the first site: masks and positions that the model
+            # makes of its arguments then fit as well (decision 0010).
             call, rows = _repeated(call, self.parallel, self.axis)
-            rows_of(state.activation.active, rows)  # places at which all rows run the same do not count them
+            rows_of(state.activation.active, rows)  # raises for a wrong number, where no site may count rows
         if not torch.compiler.is_compiling():
+            # Of the call as it came: a site may see these sizes or, of a repeated batch, `rows`.
             sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
             THIS_CALL.batches.setdefault(id(state), []).append(Batch(sizes, rows, tokens, is_repeated))
         return call if is_repeated else None
@@ -105,13 +108,16 @@ class BatchEndHook(KitHook):
 
 
 def running(state: ModelState) -> Batch | None:
-    """What the model was called with that this thread is running; None outside of a call that was seen."""
+    """Return what this thread called the model with; None outside of a call that was seen."""
     calls = THIS_CALL.batches.get(id(state))
     return calls[-1] if calls else None
 
 
 def check_sizes(state: ModelState, path: str, tensor: Tensor, axis: int) -> None:
-    """Raise CompatibilityError where the rows of a tensor that are divided cannot be those of the batch."""
+    """Raise CompatibilityError where a tensor's axis that is divided as rows cannot be the batch's.
+
+    Only sizes are compared: an axis of another kind that is as long as the batch is not noticed here.
+    """
     if _is_unseen():
         return
     batch, size = running(state), tensor.shape[axis]
@@ -126,9 +132,10 @@ def check_sizes(state: ModelState, path: str, tensor: Tensor, axis: int) -> None
 def indices_per_row(
     state: ModelState, path: str, tensor: Tensor, layout: RowLayout, composition: Composition | None
 ) -> int:
-    """How many indices of its axis each row has in a tensor that has several for each, one after the other.
+    """Return how many indices of its axis each row has, in a tensor that has several for each row, one after the other.
 
-    A composition without sizes takes the fewest rows that it can divide, each of several of the batch.
+    An example is (batch * tokens, features), where a model flattens its tokens. Where no call is seen, one without sizes
+    takes the fewest rows that it can divide, each of them several of the batch.
 
     Raises:
         CompatibilityError: the rows are not those of the composition, or the tensor is not that of all their tokens.
@@ -138,18 +145,24 @@ def indices_per_row(
     batch = None if _is_unseen() else running(state)
     wrong = f"{rows} rows do not divide it" if size % rows else None
     if batch is not None and batch.rows:
-        try:
-            rows_of(composition, batch.rows)
-        except CompatibilityError as error:
-            wrong = str(error)
-        if size % batch.rows or (layout.of_tokens and size // batch.rows not in batch.tokens):
-            wrong = f"{batch.rows} rows of {sorted(batch.tokens)} tokens do not make it"
+        wrong = _misfit(batch, batch.rows, size, layout, composition) or wrong
     if wrong is not None and size:
         raise CompatibilityError(
             f"{path!r} has a tensor of shape {tuple(tensor.shape)}, in which each row of the batch is several indices of "
             f"axis {layout.axis}: {wrong}. Name as many rows as there are, or exclude this place"
         )
     return max(1, size // rows)
+
+
+def _misfit(batch: Batch, rows: int, size: int, layout: RowLayout, composition: Composition | None) -> str | None:
+    """Tell why an axis of this size is not that of the batch's rows as the composition takes them; None if it is."""
+    if size % rows or (layout.of_tokens and size // rows not in batch.tokens):
+        return f"{rows} rows of {sorted(batch.tokens)} tokens do not make it"
+    try:
+        rows_of(composition, rows)
+    except CompatibilityError as error:
+        return str(error)
+    return None
 
 
 def is_of_tokens(state: ModelState, size: int) -> bool:
@@ -167,7 +180,7 @@ def check_repeated(state: ModelState, path: str, tensor: Tensor, axis: int, per_
         raise CompatibilityError(
             f"Parallel repeats the batch as the model itself is called, and {path!r} ran outside of that: call the model"
         )
-    batch.has_diverged = True
+    batch.has_diverged = True  # a block that runs after this has rows that differ; see `FirstRowsHook`
     size = tensor.shape[axis] if tensor.dim() > axis else None
     if size is None or (size % batch.rows if per_row > 1 else size != batch.rows):
         raise CompatibilityError(
@@ -177,7 +190,10 @@ def check_repeated(state: ModelState, path: str, tensor: Tensor, axis: int, per_
 
 
 def _is_unseen() -> bool:
-    """Whether no call is seen here: under a compiler, and where checkpointing runs a forward again."""
+    """Whether no call is seen here: under a compiler, and where checkpointing runs a forward again.
+
+    A recomputation runs parts of the model after the call has ended, in a backward; the first run was checked.
+    """
     return torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0
 
 
@@ -185,6 +201,7 @@ def is_ambiguous(tensor: Tensor, reference: Tensor, others: Sequence[Tensor], ro
     """Whether a tensor with the batch's rows may be a mask or positions: tokens are as many, and it has few axes."""
     if tensor.dim() > 2 or tensor.shape == reference.shape:
         return False
+    # As many tokens as rows: (4, 4) may be a padding mask (batch, seq) or an attention mask (seq, seq).
     streams = (reference, *(other for other in others if other.dim() == 3))  # (batch, seq, hidden), or the ids
     return any(stream.dim() in (2, 3) and stream.shape[0] == stream.shape[1] == rows for stream in streams)
 
@@ -200,7 +217,11 @@ def _refuse_generation(parallel: Parallel) -> None:
 
 
 def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
-    """The call with its rows repeated, and their number then."""
+    """Return the call with its rows repeated, and their number then.
+
+    Raises:
+        CompatibilityError: it has no rows, or one of its tensors may have them or not.
+    """
     tensors, reference = list(pytree.tensors(call)), first_with_rows(call, axis)
     if reference is None:
         found = [type(value).__name__ for value in (*call[0], *call[1].values())]
@@ -218,12 +239,13 @@ def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
                 f"argument {path[1]!r}, of shape {tuple(tensor.shape)}, may have the {rows} rows of the batch, or its "
                 f"{rows} tokens: name what is no part of a row, Parallel(..., shared=[{path[1]!r}]), or shared=[] if all is"
             )
+        # Whole batches one after the other, not each row `copies` times: outputs come in the order of the children.
         call = pytree.put(call, path, torch.cat([tensor] * copies, where))
     return call, rows * copies
 
 
 def _sizes_in(value: Any) -> Iterator[int]:
-    """The sizes of what may be rows."""
+    """Yield the sizes of what may be rows: of tensors the first two axes, of lists their lengths."""
     if isinstance(value, Tensor):
         yield from value.shape[:2]
     elif isinstance(value, (list, tuple)):
@@ -236,8 +258,13 @@ def _sizes_in(value: Any) -> Iterator[int]:
 
 
 def is_generating() -> bool:
-    """Whether `generate` of transformers is running the model; never while a compiler traces it."""
-    if torch.compiler.is_compiling():
+    """Whether `generate` of transformers is running the model; never while a compiler traces it.
+
+    It looks for a function of that name among this thread's callers. `generate` sets nothing that a hook could read and
+    gives the model's call no sign of itself, and a wrapper around `model.generate` would replace a method of the user's.
+    Only steps that are wrong inside `generate` ask: those of a Parallel, and of heads that score no next token.
+    """
+    if torch.compiler.is_compiling():  # a compiler cannot follow frames
         return False
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != "generate":

@@ -1,6 +1,7 @@
 """Parallel composition: the batch is repeated as the model is called (`batch.py`), and shared while children are alike.
 
-Blocks below the first one where children differ compute the first rows alone, and repeat what they return.
+Blocks below the first one where children differ compute the first child's rows alone, and repeat what they return. So what
+children share, such as the lower layers that AdapterDrop leaves bare, is computed once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...composition.nodes import parallel_in
+from ...composition.facts import facts_of
 from ...errors import CompatibilityError
 from ...placement.layers import stack_of
 from ...structure import pytree
@@ -25,7 +26,7 @@ from .batch import BatchEndHook, BatchHook, is_ambiguous, running
 
 __all__ = ["set_batch_hooks"]
 
-# Of a block that a compiler traces: whether it computes the first rows alone.
+# The attribute of a block that a compiler traces which says whether it computes the first rows alone.
 _TRIMMED = "_adapterkit_trimmed"
 
 
@@ -39,7 +40,7 @@ class FirstRowsHook(KitHook):
     """
 
     is_pre = True
-    is_first = True  # what else sees the call sees these rows
+    is_first = True  # before other hooks of ours, such as one that keeps a residual stream: they see these rows as well
 
     def __init__(self, copies: int, axis: int, state: ModelState) -> None:
         self.copies, self.axis, self.state = copies, axis, state
@@ -48,6 +49,7 @@ class FirstRowsHook(KitHook):
         """Return `(args, kwargs)` with the first rows. Shape: as given, but for the rows."""
         call = (args, kwargs)
         rows = self._rows(call) if not _is_watched(module) and self._is_repeated(module) else None
+        # For `RepeatRowsHook`: one entry for each block that is running, so that nested calls are told apart.
         if torch.compiler.is_compiling():
             module.__dict__[_TRIMMED] = rows is not None
         else:
@@ -61,7 +63,12 @@ class FirstRowsHook(KitHook):
         return call
 
     def _is_repeated(self, module: nn.Module) -> bool:
-        """Whether the batch is a repeated one: not while someone looks at the base."""
+        """Whether the batch is a repeated one: not while someone looks at the base.
+
+        Raises:
+            CompatibilityError: children have differed already in this call, so that the first rows do not stand for all.
+        """
+        # Nothing is seen there (see `_is_unseen` of `batch.py`), but a checked call has led there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0:
             return True
         batch = running(self.state)
@@ -73,7 +80,7 @@ class FirstRowsHook(KitHook):
         return batch is not None and batch.is_repeated
 
     def _rows(self, call: Any) -> int | None:
-        """The rows of the batch; None where they lie elsewhere, or another tensor has that size (a mask over tokens)."""
+        """Return the number of rows; None where they lie elsewhere, or a tensor may have them or not (a token mask)."""
         path = pytree.find(call)
         if path is None or pytree.get(call, path).dim() <= self.axis:
             return None
@@ -104,7 +111,7 @@ class RepeatRowsHook(KitHook):
         if torch.compiler.is_compiling():
             is_trimmed = module.__dict__.pop(_TRIMMED, False)
         else:
-            is_trimmed = bool(THIS_CALL.first_rows) and THIS_CALL.first_rows.pop()
+            is_trimmed = bool(THIS_CALL.first_rows) and THIS_CALL.first_rows.pop()  # after an exception, too
         path = pytree.find((args, kwargs))
         if not is_trimmed or path is None:
             return None
@@ -119,58 +126,74 @@ class RepeatRowsHook(KitHook):
 def set_batch_hooks(
     model: nn.Module, state: ModelState, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
 ) -> None:
-    """Have the hooks that the active composition needs.
+    """Register the hooks that the active composition needs, and remove those of the one before.
 
     Args:
+        model: The model.
+        state: Its state.
         dividing: The hosts, heads apart, at which rows run different adapters, each with how rows lie there.
         layouts: What was seen of where rows lie in what modules take, by path.
     """
-    parallel = parallel_in(state.activation.active)
+    parallel = facts_of(state.activation.active).parallel
     old = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, BatchHook)), None)
     if old is None and parallel is None and not dividing:
         return
-    seen = next(
-        (rows.axis for way, rows in layouts.get("", {}).items() if way[0] == "input" and rows.axis is not None), None
-    )
-    for kind in (BatchHook, BatchEndHook):
-        remove_hooks(model, kind)
-    if parallel is not None or dividing:  # after the hook that takes labels off the call
-        set_hook(model, BatchHook(parallel, axis_of_call(model) if seen is None else seen), state)
-        set_hook(model, BatchEndHook(), state)
-    for hook in [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ForwardHook)]:
-        set_hook(model, hook, state)  # last again: it hands on the repeated batch
+    axis = axis_of_call(model)
+    for way, rows in layouts.get("", {}).items():
+        if way[0] == "input" and rows.axis is not None:  # seen in a run, which is surer than what modules say
+            axis = rows.axis
+            break
+    _set_hooks_of_model(model, state, BatchHook(parallel, axis) if parallel is not None or dividing else None)
     if parallel is None and (old is None or old.parallel is None):
         return  # a compiler takes these hooks for nothing: what it made without them is right
+    blocks = [] if parallel is None else _shared_blocks(model, dividing, layouts)
+    _set_hooks_of_blocks(model, state, blocks, copies=1 if parallel is None else len(parallel.children))
+    forget_compiled()
+
+
+def _set_hooks_of_model(model: nn.Module, state: ModelState, hook: BatchHook | None) -> None:
+    """Give the model this hook and the one that ends its call, in the place of those before; neither if None."""
+    for kind in (BatchHook, BatchEndHook):
+        remove_hooks(model, kind)
+    if hook is not None:  # after the hook that takes labels off the call
+        set_hook(model, hook, state)
+        set_hook(model, BatchEndHook(), state)
+    for forward_hook in [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ForwardHook)]:
+        set_hook(model, forward_hook, state)  # last again: it hands on the repeated batch
+
+
+def _set_hooks_of_blocks(
+    model: nn.Module, state: ModelState, shared: Sequence[tuple[nn.Module, int]], *, copies: int
+) -> None:
+    """Let these blocks compute the first rows alone, each with the axis of its rows, and all others all rows."""
     for block in model.modules():
         remove_hooks(block, FirstRowsHook)
         remove_hooks(block, RepeatRowsHook)
-    if parallel is not None:
-        for block, axis in _shared_blocks(model, dividing, layouts):
-            copies = len(parallel.children)
-            set_hook(block, FirstRowsHook(copies, axis, state), state)
-            set_hook(block, RepeatRowsHook(copies, axis), state)
-    forget_compiled()
+    for block, axis in shared:
+        set_hook(block, FirstRowsHook(copies, axis, state), state)
+        set_hook(block, RepeatRowsHook(copies, axis), state)
 
 
 def _shared_blocks(
     model: nn.Module, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
 ) -> list[tuple[nn.Module, int]]:
-    """The blocks below the first in which children differ, where they differ in one stack of blocks and nowhere else.
+    """Return the blocks below the first in which children differ, each with the axis of the rows that it takes.
 
-    Each with the axis of the rows that it takes: as that was seen or else, if the places have theirs there, as it says.
+    There are none where children differ outside of one stack of blocks (in an encoder and a decoder, in an embedding): what
+    runs before them is not known then. The axis is what was seen; else what the block says, if its hosts have theirs there.
     """
     modules = dict(model.named_modules())
-    places = [stack_of(path, modules) for path, _ in dividing]
-    stacks = {None if place is None else place[0] for place in places}
+    found = [stack_of(path, modules) for path, _ in dividing]  # of each host: the stack, the block's index, their number
+    stacks = {None if of_host is None else of_host[0] for of_host in found}
     if len(stacks) != 1 or None in stacks:
         return []
-    first = min(index for _, index, _ in filter(None, places))
+    first = min(index for _, index, _ in filter(None, found))
     (stack,) = stacks
-    at_places = {rows.axis for _, rows in dividing if rows is not None}
+    at_hosts = {rows.axis for _, rows in dividing if rows is not None}
     shared: list[tuple[nn.Module, int]] = []
     for name, block in [*modules[str(stack)].named_children()][:first]:
         seen = layouts.get(f"{stack}.{name}".lstrip("."), {}).get(("input",))
-        said = RowLayout(axis_of_call(block)) if at_places == {axis_of_call(block)} else NO_ROWS
+        said = RowLayout(axis_of_call(block)) if at_hosts == {axis_of_call(block)} else NO_ROWS
         layout = said if seen is None else seen
         if layout.axis is None or layout.is_flat:
             return []

@@ -1,50 +1,55 @@
-"""How several adapters change one tensor together: what a composition becomes at a site.
+"""How several adapters change one tensor together: what the nodes of a composition become at a site.
 
-A node takes a `View` and returns the tensor x as its adapters leave it. Nodes are values, made once when a composition is
-activated; they hold no tensors.
+A plan node takes a `View` and returns the tensor x as its adapters leave it. Plan nodes are values, made once when a
+composition is activated; they hold no tensors.
+
+Each composition node has a plan node here and a function, registered with `plan_of`, that makes it of the children's. What
+divides the rows needs neither: `ByRow` runs all of those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import reduce, singledispatch
 from operator import add
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...composition.nodes import Composition
-from ...composition.rows import fixed_rows, rows_of, sizes_of
+from ...composition.nodes import Average, Composition, CompositionNode, Drop, Fuse, Split, Stack, to_json
+from ...composition.sizes import sizes_of
 from ...errors import CompatibilityError
-from ...structure import pytree
-from ...structure.tracing.row_layout import RowLayout
 from ..site import AdapterSite
-from ..steps import AddDelta, AddProjected, AddsToTensor, Step, View, plus
-from .batch import check_repeated, check_sizes, indices_per_row, is_of_tokens
-from .stacked import run_each
+from ..steps import AddDelta, AddsToTensor, View, plus
+from .batch import is_of_tokens
+from .site_context import SiteContext
 
-__all__ = ["ByRow", "ByToken", "Chain", "ComposeStep", "Fused", "Leaf", "Mean", "PlanGroup", "PlanNode", "chain"]
+__all__ = ["ByToken", "Chain", "Fused", "Leaf", "Mean", "PlanGroup", "PlanNode", "chain", "plan_of"]
 
 
 class PlanNode:
     """Something that changes a site's tensor.
 
     Attributes:
-        leaves: The adapters' modules in it, in order.
+        leaves: The adapters' modules in it, in order. A node without any changes nothing, and is not run.
         readers: All steps that read what a `View` holds.
+        is_dividing: Its nodes run on some of the rows or tokens, so that the layout of the tensor must be known.
     """
 
+    is_dividing: ClassVar[bool] = False
     leaves: tuple[Leaf, ...]
     readers: tuple[AddsToTensor, ...]
 
+    # A node defines one of the two, whichever is nearer to it; the other follows.
+
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """The tensor as these adapters leave it. Shape: as `view.x`."""
+        """Return the tensor as these adapters leave it. Shape: as `view.x`."""
         return plus(view.x, self.delta(site, host, view))
 
     def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """What they add. Shape: as `view.x`."""
+        """Return what they add. Shape: as `view.x`."""
         return self.run(site, host, view) - view.x
 
 
@@ -66,7 +71,7 @@ class Leaf(PlanNode):
         object.__setattr__(self, "readers", (self.step,))
 
     def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """What the module adds, in the finer of its dtype and the tensor's. Shape: as `view.x`."""
+        """Return what the module adds, in the finer of its dtype and the tensor's. Shape: as `view.x`."""
         delta = self.step.delta(site.get_submodule(self.step.key), host, view)
         return delta.to(torch.promote_types(delta.dtype, view.x.dtype))
 
@@ -83,15 +88,48 @@ class PlanGroup(PlanNode):
         object.__setattr__(self, "readers", tuple(step for node in self.nodes for step in node.readers))
 
 
+@singledispatch
+def plan_of(composition: CompositionNode, _nodes: Sequence[PlanNode], _at: SiteContext, _whole: Composition) -> PlanNode:
+    """Return what a composition node becomes at a site where its children became these nodes, some of which act.
+
+    Args:
+        composition: A node that gives all of its rows the same: what divides them is a `ByRow`.
+        _nodes: One for each child.
+        _at: The site.
+        _whole: All of the composition, for messages.
+
+    Raises:
+        CompatibilityError: it cannot act there.
+    """
+    raise TypeError(
+        f"no plan is known of a {type(composition).__name__}: register a function that makes one with @plan_of.register, "
+        "beside its plan node in runtime/compose/plan_nodes.py"
+    )
+
+
 @dataclass(frozen=True)
 class Chain(PlanGroup):
     """One after the other; () changes nothing."""
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """What the last leaves. Shape: as `view.x`."""
+        """Return what the last leaves. Shape: as `view.x`."""
         for node in self.nodes:
             view = view._replace(x=node.run(site, host, view))
         return view.x
+
+
+def chain(nodes: Sequence[PlanNode]) -> PlanNode:
+    """Return the nodes one after the other, those that do nothing left out."""
+    kept = tuple(node for node in nodes if node.leaves)
+    return kept[0] if len(kept) == 1 else Chain(kept)
+
+
+@plan_of.register(Stack)
+@plan_of.register(Drop)  # the layers that it drops are known to the context, where nothing acts in them
+def _plan_of_stack(_: Stack | Drop, nodes: Sequence[PlanNode], _at: SiteContext, _whole: Composition) -> PlanNode:
+    # At the output embedding invertible adapters are undone, from the last one to the first.
+    undoing = [node for node in nodes if node.leaves and all(leaf.undoes for leaf in node.leaves)]
+    return chain([*(node for node in nodes if node not in undoing), *reversed(undoing)])
 
 
 @dataclass(frozen=True)
@@ -101,50 +139,29 @@ class Mean(PlanGroup):
     weights: tuple[float, ...]
 
     def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """The sum. Shape: as `view.x`."""
+        """Return the sum. Shape: as `view.x`."""
         pairs = [(node.delta(site, host, view), w) for node, w in zip(self.nodes, self.weights, strict=True) if node.leaves]
         # Not in the dtype of a narrow adapter: on a wider host its delta alone is not rounded once more.
         return reduce(add, [weight * delta.to(torch.promote_types(delta.dtype, view.x.dtype)) for delta, weight in pairs])
 
 
-@dataclass(frozen=True)
-class Fused(PlanGroup):
-    """What the nodes add, weighed by a fusion: nothing, where a node has no module.
-
-    Attributes:
-        fusion: The step that reads the query.
-    """
-
-    fusion: AddDelta
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "readers", (*self.readers, self.fusion))
-
-    def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """The weighted sum. Shape: as `view.x`."""
-        module: Any = site.get_submodule(self.fusion.key)
-        dtype, axis = module.compute_dtype, self.fusion.spec.axis
-
-        def as_last(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype).movedim(axis, -1)
-
-        added = [node.delta(site, host, view) if node.leaves else torch.zeros_like(view.x) for node in self.nodes]
-        deltas = torch.stack([as_last(delta) for delta in added], dim=-2)  # (..., children, hidden)
-        run = module if module._forward_hooks else module.forward
-        delta, _ = run(as_last(self.fusion.read(host, view)), deltas, as_last(view.x))
-        return delta.movedim(-1, axis)  # type: ignore[no-any-return]  # a tensor
+@plan_of.register(Average)
+def _plan_of_average(composition: Average, nodes: Sequence[PlanNode], _at: SiteContext, _whole: Composition) -> PlanNode:
+    weights = composition.weights or (1.0,) * len(nodes)
+    # A child without modules here counts with a delta of 0, so its weight stays in the sum.
+    return Mean(tuple(nodes), tuple(weight / sum(weights) for weight in weights))
 
 
 @dataclass(frozen=True)
 class ByToken(PlanGroup):
     """Each node on its part of the sequence. Sizes are of the parts, equal ones if None."""
 
+    is_dividing = True
     sizes: tuple[int, ...] | None
     path: str
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """The parts, each changed by its node. Shape: as `view.x`."""
+        """Return the parts, each changed by its node. Shape: as `view.x`."""
         if view.x.dim() != 3:  # rows, tokens, features
             raise CompatibilityError(
                 f"Split divides a sequence, and {self.path!r} has a tensor of shape {tuple(view.x.shape)}"
@@ -164,132 +181,56 @@ class ByToken(PlanGroup):
         return torch.cat(parts, axis)
 
 
+@plan_of.register(Split)
+def _plan_of_split(composition: Split, nodes: Sequence[PlanNode], at: SiteContext, whole: Composition) -> PlanNode:
+    # With features on another axis than the last, as in a convolution, what is added to a token depends on others.
+    for leaf in (leaf for node in nodes for leaf in node.leaves):
+        if leaf.step.spec.axis != -1:
+            raise CompatibilityError(
+                f"{whole!r} divides the sequence, and {at.path!r} ({leaf.step.spec.host}) has its features on axis "
+                f"{leaf.step.spec.axis}: no sequence of tokens"
+            )
+    return ByToken(tuple(nodes), composition.sizes, at.path)
+
+
 @dataclass(frozen=True)
-class ByRow(PlanGroup):
-    """Each row of the batch its own chain of modules, or another node.
+class Fused(PlanGroup):
+    """What the nodes add, weighed by a fusion: nothing, where a node has no module.
 
     Attributes:
-        nodes: What each of `kinds` is at this site.
-        kinds: The different compositions that rows run.
-        composition: All of it.
-        is_parallel: Whether the rows are those of a repeated batch.
-        path: The host, for messages.
+        fusion: The step that reads the query.
     """
 
-    kinds: tuple[Composition | None, ...]
-    composition: Composition
-    path: str
-    is_parallel: bool = False
+    fusion: AddDelta
 
-    def assign(self, view: View) -> list[int]:
-        """Which node each row has. Raises CompatibilityError: the tensor does not have as many rows."""
-        x, axis = view.x, view.axis
-        try:
-            if x.dim() <= axis or axis == self.leaves[0].step.spec.axis % x.dim():
-                raise CompatibilityError(f"it has no rows on axis {axis}")
-            rows = rows_of(self.composition, view.row_count)
-        except CompatibilityError as error:
-            raise CompatibilityError(f"at {self.path!r}, a tensor of shape {tuple(x.shape)}: {error}") from error
-        number = {kind: i for i, kind in enumerate(self.kinds)}
-        return [number[row] for row in rows]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "readers", (*self.readers, self.fusion))
 
-    def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
-        """Every row, changed by its node. Shape: as `view.x`.
+    def delta(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
+        """Return the weighted sum. Shape: as `view.x`."""
+        module: Any = site.get_submodule(self.fusion.key)
+        dtype, axis = module.compute_dtype, self.fusion.spec.axis
 
-        Chains go level by level, all rows at once; at each level, modules that differ in their weights alone are one
-        stacked computation.
-        """
-        others = [tensor for tensor in (view.taken, *view.streams.values()) if tensor is not None]
-        size = view.x.shape[view.axis : view.axis + 1]
-        if any(tensor.shape[view.axis : view.axis + 1] != size for tensor in others):
-            shapes = [tuple(tensor.shape) for tensor in others]
-            raise CompatibilityError(
-                f"{self.composition!r} at {self.path!r} divides the rows of a tensor of shape {tuple(view.x.shape)}, and "
-                f"its adapters read tensors of shapes {shapes}: other rows. Name another `residual`, or exclude this place"
-            )
-        if self.is_parallel:  # first: it says more than that there are no equal parts
-            check_repeated(site.state, self.path, view.x, view.axis, view.per_row)
-        rows = self.assign(view)
-        if not self.is_parallel and view.per_row == 1:
-            check_sizes(site.state, self.path, view.x, view.axis)
-        used = sorted(set(rows))
-        if len(used) == 1:
-            node = self.nodes[used[0]]
-            return node.run(site, host, view) if node.leaves else view.x
-        chains = {i: self.nodes[i].leaves for i in used if _is_chain(self.nodes[i])}
-        for level in range(max([0, *(len(leaves) for leaves in chains.values())])):
-            here = {i: leaves[level] for i, leaves in chains.items() if len(leaves) > level}
-            at = [(row, here[i].step, here[i].kind) for row, i in enumerate(rows) if i in here]
-            view = view._replace(x=run_each(site, host, view, at))
-        for i in used:
-            if i not in chains:
-                where = view.indices([row for row, j in enumerate(rows) if j == i])
-                changed = self.nodes[i].run(site, host, view.select(where))
-                view = view._replace(x=view.put(where, changed))
-        return view.x
+        def as_last(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype).movedim(axis, -1)
+
+        added = [node.delta(site, host, view) if node.leaves else torch.zeros_like(view.x) for node in self.nodes]
+        deltas = torch.stack([as_last(delta) for delta in added], dim=-2)  # (..., children, hidden)
+        # Straight to forward where nobody's hook listens, as `AddDelta` does: it spares the cost of a small kernel.
+        run = module if module._forward_hooks else module.forward
+        delta, _ = run(as_last(self.fusion.read(host, view)), deltas, as_last(view.x))
+        return delta.movedim(-1, axis)  # type: ignore[no-any-return]  # a tensor
 
 
-@dataclass(frozen=True)
-class ComposeStep(Step):
-    """Run a node on the tensor that all of its modules change.
-
-    Args:
-        node: What a composition is at this site.
-        layout: How rows lie; None where they are on the axis that has as many as the composition needs.
-    """
-
-    node: PlanNode
-    adapter: Composition | None
-    layout: RowLayout | None
-
-    @property
-    def module_keys(self) -> tuple[str, ...]:
-        """The modules of all its nodes, the fusions' too."""
-        return tuple(reader.key for reader in self.node.readers)
-
-    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
-        """Return `value` with that tensor replaced. Shape: as it was."""
-        steps: Sequence[Any] = self.node.readers
-        path = steps[0].locate(value, in_call=steps[0].spec.at == "input")
-        x: Tensor = pytree.get(value, path)
-        if x.is_nested:
-            raise CompatibilityError(
-                f"several modules at {steps[0].spec.path!r} act on a nested tensor, which they cannot share row by row; "
-                "set enable_nested_tensor=False in the nn.TransformerEncoder around it"
-            )
-        taken = next((step.taken(args, kwargs) for step in steps if isinstance(step, AddProjected)), None)
-        streams = {}
-        for step in steps:
-            stream = step.handover.take() if getattr(step, "handover", None) else None
-            if stream is not None:
-                streams[step.key] = stream
-        axis, per_row = self._row_axis(x), 1
-        if self.layout is not None and self.layout.is_flat:
-            per_row = indices_per_row(site.state, steps[0].spec.path, x, self.layout, self.adapter)
-        return pytree.put(value, path, self.node.run(site, host, View(x, x, taken, streams, axis, per_row)))
-
-    def _row_axis(self, x: Tensor) -> int:
-        """The axis of the rows. Raises CompatibilityError: their number does not tell it."""
-        if self.layout is not None and self.layout.axis is not None:
-            return self.layout.axis
-        spec, rows = self.node.readers[0].spec, fixed_rows(self.adapter)
-        features = spec.axis % max(1, x.dim())
-        found = [axis for axis, size in enumerate(x.shape[:2]) if size == rows and axis != features]
-        if len(found) == 1:
-            return found[0]
+@plan_of.register(Fuse)
+def _plan_of_fuse(composition: Fuse, nodes: Sequence[PlanNode], at: SiteContext, whole: Composition) -> PlanNode:
+    entry = next(iter(at.entries(composition.fusion)), None)
+    trained: Any = () if entry is None else getattr(entry.config, "children", ())
+    others = [child for child in map(to_json, composition.children) if child not in trained]
+    if entry is None or others:
         raise CompatibilityError(
-            f"{self.adapter!r} needs {rows} rows, and {spec.path!r} has a tensor of shape {tuple(x.shape)}: its rows may "
-            "be on its first axis or, as elsewhere in the model (batch_first=False), on its second, and their number does "
-            "not tell which; pad the sequence by a token, or exclude this place"
+            f"no fusion {composition.fusion!r} weighs {others or list(composition.children)} at {at.path!r}; "
+            f"kit.add_fusion({composition!r}) makes one, to be trained"
         )
-
-
-def chain(nodes: Sequence[PlanNode]) -> PlanNode:
-    """The nodes one after the other, those that do nothing left out."""
-    kept = tuple(node for node in nodes if node.leaves)
-    return kept[0] if len(kept) == 1 else Chain(kept)
-
-
-def _is_chain(node: PlanNode) -> bool:
-    """Whether a node is modules one after the other, and nothing else."""
-    return isinstance(node, Leaf) or (isinstance(node, Chain) and all(isinstance(inner, Leaf) for inner in node.nodes))
+    return Fused(tuple(nodes), AddDelta(entry.key, whole, entry.spec, entry.handover))

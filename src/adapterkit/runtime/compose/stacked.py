@@ -1,4 +1,8 @@
-"""Modules of one kind, each on its own rows, as one computation over their stacked weights."""
+"""Modules of one kind, each on its own rows, as one computation over their stacked weights.
+
+`torch.vmap` runs one module's step over a batch of tensors: those of all the modules, stacked, one for each row. Any module
+can be run so, without a formula of its own for rows; and nine adapters are as many kernels as one.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,18 @@ from ...nn.shared import SHARED, borrowed
 from ..site import AdapterSite
 from ..steps import AddsToTensor, View, plus
 
-__all__ = ["kind_of", "run_each"]
+__all__ = ["run_each", "stacking_key"]
 
+# Attributes that say nothing of what a module computes. What is shared is looked at as a module below it. `training`
+# counts: it decides whether dropout acts.
 _OF_EVERY_MODULE = (frozenset(vars(nn.Module())) | {SHARED}) - {"training"}
 
 
 def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[int, AddsToTensor, int]]) -> Tensor:
-    """The tensor x with each of these rows changed by its module. Shape: as `view.x`.
+    """Return the tensor x with each of the rows `at` changed by its module. Shape: as `view.x`.
 
     Args:
-        at: Rows, each with its step and a number for what `kind_of` says of it.
+        at: Rows, each with its step and the number of its `stacking_key`.
     """
     groups: dict[int | str, list[tuple[int, AddsToTensor]]] = {}
     for row, step, kind in at:
@@ -40,12 +46,13 @@ def run_each(site: AdapterSite, host: nn.Module, view: View, at: Sequence[tuple[
 
 
 def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[AddsToTensor]) -> Tensor:
-    """`run_each` of modules that differ in their tensors alone, one for each row of the view."""
+    """Return what `run_each` does, for modules that differ in their tensors alone: one step for each row of the view."""
     step, axis = steps[0], view.axis
     modules = {step.key: site.get_submodule(step.key) for step in steps}
     module = modules[step.key]
     if len(modules) == 1:
         return plus(view.x, step.delta(module, host, view))
+    # One slice of each stacked tensor for each row: an adapter of several rows is there several times.
     own = {key: _tensors(module) for key, module in modules.items()}
     stacked = {name: torch.stack([own[step.key][name] for step in steps]) for name in own[step.key]}
 
@@ -53,40 +60,47 @@ def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[A
         streams = {} if stream is None else {step.key: stream}
         return plus(x, step.delta(_with_tensors(module, tensors), host, View(x, bare, taken, streams, axis)))
 
+    # Rows become an axis of their own, (rows, indices of one row), which vmap takes away: inside `run` a row's tensor has
+    # as many axes as the whole, so that an axis that is counted from the front stays right.
     by_row = view.map(lambda tensor: tensor.unflatten(axis, (view.row_count, view.per_row)))  # type: ignore[no-untyped-call]  # torch's
     given = (by_row.x, by_row.bare, by_row.taken, by_row.streams.get(step.key))  # modules of one kind read one stream
     axes = (0, *(None if tensor is None else axis for tensor in given))
+    # "different": each row draws its own dropout, as it would in a run of its own.
     changed: Tensor = torch.vmap(run, in_dims=axes, out_dims=axis, randomness="different")(stacked, *given)
     return changed.flatten(axis, axis + 1)
 
 
-def kind_of(step: AddsToTensor, module: nn.Module) -> Hashable:
-    """What two modules have in common that differ in the values of their tensors alone."""
+def stacking_key(step: AddsToTensor, module: nn.Module) -> Hashable:
+    """Return a value that is equal for two modules that differ in the values of their tensors alone.
+
+    Those compute the same function of their tensors, so that one computation over stacked tensors runs both.
+    """
     spec = step.spec
     shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(_tensors(module).items()))
     reads = (spec.reads, spec.input, spec.residual, spec.input_width)
-    place = (type(step), spec.at, spec.axis, spec.output, spec.width, *reads)
-    return place, type(module), shapes, _settings(module)
+    acts = (type(step), spec.at, spec.axis, spec.output, spec.width, *reads)
+    return acts, type(module), shapes, _settings(module)
 
 
 def _settings(thing: Any) -> Hashable:
-    """An object's attributes as one hashable value, but for those that every module has."""
+    """Return an object's attributes as one hashable value, without those that every module has."""
     if isinstance(thing, (list, tuple)):
         return tuple(map(_settings, thing))
     if isinstance(thing, Mapping):
         return tuple(sorted((str(key), _settings(value)) for key, value in thing.items()))
+    # A function is compared as itself: two adapters with "relu" hold the same one, and a closure is equal to no other.
     is_function = callable(thing) and not isinstance(thing, nn.Module)
     if is_function or isinstance(thing, (str, int, float, bool, type(None), torch.dtype)):
         return thing  # type: ignore[no-any-return]  # hashable, all of them
     if isinstance(thing, Tensor) or not hasattr(thing, "__dict__"):
-        return type(thing), id(thing)  # a kind of its own: nothing is known of it
+        return type(thing), id(thing)  # equal to nothing else: what it is to the module is not known
     held = {name: value for name, value in vars(thing).items() if name not in _OF_EVERY_MODULE}
     below = _below_of(thing) if isinstance(thing, nn.Module) else {}
     return type(thing), _settings(held), _settings(below)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's tensors by name; those that it shares with others of its adapter under "shared."."""
+    """Map the names of a module's tensors to them; those that it shares with others of its adapter start with "shared."."""
     found: dict[str, Tensor] = {
         name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None
     }
@@ -96,14 +110,19 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _below_of(module: nn.Module) -> dict[str, nn.Module]:
-    """A module's children, and what it shares with others of its adapter, whether it holds that or another does."""
+    """Map names to a module's children, and "shared" to what it shares with others of its adapter, whoever holds it."""
+    # The first module of an adapter has what is shared for a child, and saves it. The others borrow it.
     shared = borrowed(module)
     children = {name: child for name, child in module._modules.items() if child is not None}
     return children if shared is None else {**children, SHARED: shared}
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A shallow copy of a module that computes with other tensors: swapped in the module, other threads would see them."""
+    """Return a shallow copy of a module that computes with other tensors; all else it shares with the module.
+
+    A copy, since other threads may run the module itself at this moment: they would compute with what was put there, as
+    `torch.func.functional_call` does.
+    """
     clone = copy.copy(module)
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
     clone.__dict__["_parameters"] = {name: own.get(name) for name in module._parameters}
@@ -116,5 +135,6 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 def _below(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the child `name`, by their names in it."""
     start = f"{name}."
     return {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}

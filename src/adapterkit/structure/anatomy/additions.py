@@ -1,4 +1,11 @@
-"""Find the residual additions of a recorded forward: skip + branch, where the branch computes from the skip."""
+"""Find the residual additions of a recorded forward: skip + branch, where the branch computes from the skip.
+
+    x = x + dropout(down(gelu(up(norm(x)))))
+
+Here x is the stream, and the skip; the branch is the rest. What tells the two operands apart is that one is computed from
+the other. Not every such sum is residual, so what only looks like one is taken out again: scores + position bias, gates of
+recurrent cells, steps inside another branch, the long skips of a U-Net.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +17,7 @@ from ..tracing.graph import ADDITIONS, ModuleCall, Operation
 
 __all__ = ["Addition", "addends", "block_of", "follows", "residual_additions", "up_to_number"]
 
+# The path up to its first number: "encoder.layer.0" of "encoder.layer.0.attention.1".
 _NUMBERED = re.compile(r"(.*?(?:^|\.)\d+)(?:\.|$)")
 
 
@@ -18,9 +26,9 @@ class Addition:
     """One residual addition.
 
     Attributes:
-        node: The addition.
-        stream: The residual stream, back through views and constant factors.
-        skip: The operand that carries the stream.
+        node: The addition itself; its result is the stream from there on.
+        stream: The node of the stream that the branch is computed from.
+        skip: The operand that carries the stream. It is `stream`, but for views and constant factors.
         branch: The operand that a sub-layer computed.
     """
 
@@ -31,9 +39,9 @@ class Addition:
 
 
 def residual_additions(flow: Flow) -> tuple[list[Addition], list[Addition]]:
-    """The steps of residual streams, in order, and all additions that look like one.
+    """Return the steps of residual streams, in order, and all additions that look like one.
 
-    No steps are those inside another's branch in the same block, and long skips.
+    No step is an addition inside another's branch in the same block, nor a long skip.
     """
     found: dict[int, Addition] = {}
     for node in flow.nodes:
@@ -46,16 +54,20 @@ def residual_additions(flow: Flow) -> tuple[list[Addition], list[Addition]]:
 
 
 def addends(flow: Flow, node: Operation) -> tuple[int, int] | None:
-    """The two activations that a node adds, one of them times a gate (addcmul) or not; None if it does not."""
+    """Return the two activations that a node adds, one of them times a gate (addcmul) or not; None if it adds none."""
     if node.op not in ADDITIONS or not node.is_floating or len(node.shape) < 2:
         return None
     whole = [i for i in node.inputs[:3] if flow.nodes[i].is_floating and flow.nodes[i].shape == node.shape]
     operands = [i for i in whole if not flow.is_constant[i]]
+    # Of addcmul(x, gate, branch) the gate may have the shape of both: the first and the last are meant.
     return (operands[0], operands[-1]) if len(operands) > 1 else None
 
 
 def block_of(call: ModuleCall | None) -> tuple[str, int] | None:
-    """The outermost numbered module around a call, as (path, which call of it); None if there is none."""
+    """Return the outermost numbered module around a call, as (path, `id` of its call); None if there is none.
+
+    The call counts, for ALBERT runs one module as every block.
+    """
     for around in reversed(list(call.around()) if call else []):
         match = _NUMBERED.match(around.path or "")
         if match:
@@ -64,7 +76,7 @@ def block_of(call: ModuleCall | None) -> tuple[str, int] | None:
 
 
 def up_to_number(path: str) -> str:
-    """The path up to its last number; empty if it has none."""
+    """Return the path up to its last number: "h.0" of "h.0.mlp"; empty if it has none."""
     parts = path.split(".")
     while parts and not parts[-1].isdigit():
         parts.pop()
@@ -72,7 +84,11 @@ def up_to_number(path: str) -> str:
 
 
 def _residual(flow: Flow, node: Operation, found: dict[int, Addition]) -> Addition | None:
-    """The node as a residual addition, if it is one."""
+    """Return the node as a residual addition; None if it is none.
+
+    Args:
+        found: The additions before it, by their nodes.
+    """
     operands = addends(flow, node)
     split = _skip_and_branch(flow, node, *operands, found) if operands is not None else None
     if split is None:
@@ -85,14 +101,17 @@ def _residual(flow: Flow, node: Operation, found: dict[int, Addition]) -> Additi
 
 
 def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> bool:
-    """Whether a branch ends in a projection, or in an addition to one: what has one further back only is something else.
+    """Tell whether a branch ends in a projection, or in an addition to one.
 
-    Such as scores + position bias; or the sum of a block, to which an embedding of positions is added once more.
+    What has a projection only further back is something else: scores + position bias; or the sum of a block, to which an
+    embedding of positions is added once more.
     """
+    # Back from the end, what comes first of: where a branch may end, a product of activations, another sum.
     inside, sums = flow.between(stream, branch), sum(1 << i for i in found)
     last = flow.nearest(branch, flow.endings | flow.products | sums, inside)
     if any(flow.nodes[i].op in MATMULS for i in bits(last & flow.products & ~flow.endings)):
-        return False
+        return False  # a product without a weight, and no attention: scores
+    # Behind a sum, look once more, from the stream that it continues.
     inner = [found[i].stream for i in bits(last & sums)]
     deeper = [flow.nearest(i, flow.endings, inside, stop=flow.products | sums) for i in inner]
     return bool(last & flow.endings) or any(deeper)
@@ -101,7 +120,8 @@ def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> b
 def _skip_and_branch(
     flow: Flow, node: Operation, a: int, b: int, found: dict[int, Addition]
 ) -> tuple[int, int, int] | None:
-    """Which operand is the stream, and which was computed from it: (skip, branch, stream)."""
+    """Tell which operand is the stream, and which was computed from it: (skip, branch, stream); None if that is unclear."""
+    # First as they are, then also behind constant factors: sqrt(2) * x + f(x).
     for reach in (flow.source, flow.unscaled):
         roots = [i if i in found else reach(i) for i in (a, b)]
         for skip, branch, root, other in ((a, b, roots[0], roots[1]), (b, a, roots[1], roots[0])):
@@ -115,7 +135,10 @@ def _skip_and_branch(
 
 
 def _projected_skip(flow: Flow, node: Operation, a: int, b: int, found: dict[int, Addition]) -> tuple[int, int, int] | None:
-    """The same where a block that changes the stream's width projects its skip, or pools it: W x + f(x)."""
+    """Return (skip, branch, stream) of W x + f(x), as blocks add that change the stream's width, or pool it.
+
+    Neither operand is computed from the other there. So the skip is the lighter of the two: at most one projection.
+    """
     common = flow.ancestors[a] & flow.ancestors[b] & flow.from_inputs
     if not common or flow.leads_to(a, b) or flow.leads_to(b, a):
         return None
@@ -123,37 +146,49 @@ def _projected_skip(flow: Flow, node: Operation, a: int, b: int, found: dict[int
     before, after = flow.nodes[stream].shape, flow.nodes[a].shape
     if len(before) != len(after) or before[0] != after[0]:  # scores of an attention are no stream
         return None
-    skip, branch = sorted((a, b), key=lambda i: (flow.between(stream, i) & flow.endings).bit_count())
-    shallow, deep = flow.between(stream, skip), flow.between(stream, branch)
-    here = block_of(node.call)
-    is_own = all(block_of(flow.nodes[i].call) == here for i in bits(shallow & flow.endings))
-    is_light = is_own and (shallow & flow.projections).bit_count() <= 1 and not shallow & flow.attentions
-    is_deeper = (deep & flow.endings).bit_count() > (shallow & flow.endings).bit_count()
-    inside = [found[i].node for i in bits(deep & sum(1 << i for i in found))]
+
+    def depth(i: int) -> int:
+        return (flow.between(stream, i) & flow.endings).bit_count()
+
+    skip, branch = sorted((a, b), key=depth)
+    is_projected = 0 < depth(skip) < depth(branch)
+    if not is_projected or not _is_light(flow, node, flow.between(stream, skip)):
+        return None
+    inside = [found[i].node for i in bits(flow.between(stream, branch) & sum(1 << i for i in found))]
     is_one_block = all(_numbered(other.call) == _numbered(node.call) for other in inside)  # not the levels of a pyramid
-    return (skip, branch, stream) if shallow & flow.endings and is_light and is_deeper and is_one_block else None
+    return (skip, branch, stream) if is_one_block else None
+
+
+def _is_light(flow: Flow, node: Operation, skip: int) -> bool:
+    """Tell whether the nodes of a skip are at most one projection, no attention, and of the addition's own block."""
+    here = block_of(node.call)
+    is_own = all(block_of(flow.nodes[i].call) == here for i in bits(skip & flow.endings))
+    return is_own and (skip & flow.projections).bit_count() <= 1 and not skip & flow.attentions
 
 
 def _numbered(call: ModuleCall | None) -> str:
-    """The block that a call is in, or its path where that has no number."""
+    """Return the block that a call is in, or its path where that has no number."""
     path = (call.path if call else None) or ""
     return up_to_number(path) or path
 
 
 def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
-    """Whether a branch is something less the stream itself: x + (quantised - x), whose value is `quantised`."""
+    """Tell whether a branch is something less the stream itself: x + (quantised - x), whose value is `quantised`."""
     node = flow.nodes[flow.source(branch)]
     return node.op in ("sub", "rsub") and any(flow.source(i) == stream for i in node.inputs)
 
 
 def _is_inside_a_cell(flow: Flow, node: Operation) -> bool:
-    """Whether a sum is a gate of a recurrent cell, a number between bounds."""
+    """Tell whether a sum is a gate of a recurrent cell: all that reads it is a sigmoid or tanh."""
     readers = [j for i in flow.readers[node.index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
     return bool(readers) and all(flow.nodes[i].op in BOUNDED for i in readers)
 
 
 def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
-    """Without additions inside a branch of another in their block, and without skips that span several blocks."""
+    """Return the additions without those inside a branch of another in their block, and without long skips.
+
+    A skip is long if additions of several blocks lie in its branch, as in a U-Net.
+    """
     blocks = {addition.node.index: block_of(addition.node.call) for addition in additions}
     inner: dict[int, list[Addition]] = {}
     for addition in additions:
@@ -174,7 +209,15 @@ def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
 
 
 def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Addition], every: list[Addition]) -> bool:
-    """Whether an addition in a branch belongs to it, and not to another stream that the branch looks at."""
+    """Tell whether an addition in a branch belongs to it, and not to another stream that the branch looks at.
+
+    Args:
+        inside: The additions in the branch of `outer`.
+        every: All additions.
+
+    Example: in x + f(y + g(y)), where the branch makes y of x, y + g(y) belongs to the branch. A decoder that looks at the
+    memory of an encoder has all additions of the encoder in its branch, and they belong to the encoder's stream.
+    """
     if addition not in inside:
         return False
     start = addition.stream
@@ -190,6 +233,6 @@ def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Add
 
 
 def follows(flow: Flow, before: Addition, stream: int) -> bool:
-    """Whether a stream is an addition's result as it is, or normalised."""
+    """Tell whether a stream is an addition's result as it is, or normalised: no projection lies between."""
     index = before.node.index
     return index == stream or (flow.leads_to(index, stream) and not flow.between(index, stream) & flow.endings)

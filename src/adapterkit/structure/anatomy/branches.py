@@ -1,4 +1,8 @@
-"""From residual additions to branches: what computes each, and the module that yields it."""
+"""Read branches off residual additions: what computes each, and the module that yields it.
+
+The module is where an adapter goes. Between it and the addition there may be scales (LayerScale, dropout), and one addition
+may add the sum of several branches: x + (attention(z) + mlp(z)).
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,11 @@ from ..tracing.graph import ADDITIONS, ModuleCall
 from .additions import Addition, addends, residual_additions
 from .description import Kind
 from .feature_axes import FeatureAxes
-from .kinds import kind_of
+from .kinds import branch_kind
 
 __all__ = ["Branch", "BranchReader"]
 
-_JOINS = ("stack", "cat")  # what has parts from several modules is no one's
+_JOINS = ("stack", "cat")  # what is put together from several modules' outputs is no one module's
 
 
 @dataclass
@@ -30,10 +34,15 @@ class Branch:
     """A branch of an addition while it is being understood.
 
     Attributes:
-        end: The node that is added.
-        inside: The nodes between the stream and the end.
-        call: The module call that yields it, and where; None if no module does.
-        scales: Operations between that and the addition.
+        addition: The addition.
+        end: The node that is added: its operand, or one addend of that.
+        inside: The set of nodes between the stream and the end.
+        is_parallel: Whether the addition adds several branches at once.
+        kind: What it does.
+        is_moe: Whether it routes tokens to experts.
+        call: The module call that yields it, and where in its output it lies; None if no module does.
+        scales: Operations between that and the addition that change values.
+        block: The path of its block; set by `find_blocks`.
     """
 
     addition: Addition
@@ -48,7 +57,12 @@ class Branch:
 
 
 class BranchReader:
-    """Reads branches off a flow."""
+    """Reads branches off a flow.
+
+    Attributes:
+        additions: The steps of residual streams; `every_addition`: with those that only look like one.
+        repeats: Counts how often a module ran, by (path, `id` of the call that it was made in).
+    """
 
     def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
         self.flow, self.modules, self.axes = flow, modules, FeatureAxes(flow)
@@ -56,20 +70,25 @@ class BranchReader:
         self.repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
 
     def branches(self, addition: Addition) -> Iterator[Branch]:
-        """The branch of an addition; several where it adds the sum of parallel branches, scaled or not."""
+        """Yield the branch of an addition; several where it adds the sum of parallel branches, scaled or not."""
         total, shared_scales = self._unscaled(addition.branch)
         ends = list(self._parallel(addition, total))
+        # One end, or a module returns their sum: then it is one branch, and what scales it is looked for from the addition.
         if len(ends) == 1 or list(self._finished(addition, addition.branch)):
             ends, shared_scales = [addition.branch], ()
         for end in ends:
             inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
-            kind, is_moe = kind_of(self.flow, self.axes, addition.stream, inside)
+            kind, is_moe = branch_kind(self.flow, self.axes, addition.stream, inside)
+            # addcmul and the like scale as they add.
             added = () if addition.node.op.startswith("add") and "mul" not in addition.node.op else (addition.node.op,)
             yield Branch(addition, end, inside, len(ends) > 1, kind, is_moe, call, (*scales, *shared_scales, *added))
 
     def _inside(self, addition: Addition, end: int) -> int:
-        """The nodes of a branch: between the stream and the end, but not those of steps before it in the same block."""
+        """Return the set of nodes between the stream and the end, without those of steps before it in the same block.
+
+        In (x + attention(x)) + mlp(x + attention(x)) the feed-forward's branch does not hold the attention.
+        """
         flow = self.flow
         inside = flow.between(addition.stream, end)
         for other in self.additions:
@@ -79,13 +98,13 @@ class BranchReader:
         return inside
 
     def _unscaled(self, end: int) -> tuple[int, tuple[str, ...]]:
-        """The node that a chain of constant factors starts from, and those factors' operations."""
+        """Return the node that a chain of constant factors starts from, and those factors' operations."""
         start = self.flow.unscaled(end)
         ops = (self.flow.nodes[i].op for i in bits(self.flow.between(start, end)))
         return start, tuple(op for op in ops if op not in VIEWS)
 
     def _parallel(self, addition: Addition, end: int) -> Iterator[int]:
-        """The addends of a sum that no module returns, if each is a branch of its own; else the node itself."""
+        """Yield the addends of a sum that no module returns, if each is a branch of its own; else the node itself."""
         flow, node = self.flow, self.flow.nodes[end]
         operands = addends(flow, node) or flow.stacked(end) if not list(self._finished(addition, end)) else ()
         if operands and all(flow.between(addition.stream, i) & flow.projections for i in operands):
@@ -95,16 +114,16 @@ class BranchReader:
             yield end
 
     def _finished(self, addition: Addition, node: int) -> Iterator[tuple[ModuleCall, pytree.Path]]:
-        """The calls that returned a node before it was added."""
+        """Yield the calls that returned a node before it was added, with where in their output it lies."""
         for call, path in self.flow.returned.get(node, []):
             if call.end is not None and call.end <= addition.node.index and call.path is not None:
                 yield call, path
 
     def _module_of(self, addition: Addition, end: int) -> tuple[tuple[ModuleCall, pytree.Path] | None, tuple[str, ...]]:
-        """The outermost module whose output is added, once in each call of what is around it; and what scales it.
+        """Return the outermost module whose output is added, and the operations that scale it on the way.
 
-        One that serves several branches (a dropout, a drop path) cannot be told which it serves: then the module before.
-        If there is none, one with weights, which are shared as an adapter there would be.
+        A module that serves several branches (one dropout for all) is no place to adapt one: then it is the module before.
+        If there is none, it is a module with weights that several branches share, as they then would an adapter.
         """
         steps = list(self._back(addition, end))
         for is_wanted in (self.is_hookable, self._is_shared):
@@ -118,7 +137,7 @@ class BranchReader:
         return None, ()
 
     def _back(self, addition: Addition, end: int) -> Iterator[int]:
-        """The branch's last node and those before it, as long as one follows from one other by a view, scale or offset."""
+        """Yield the branch's last node and those before it, as long as each follows from one other by a view or scale."""
         flow = self.flow
         while True:
             yield end
@@ -131,16 +150,17 @@ class BranchReader:
             is_one = len(before) == 1 or (before and node.op not in (*ADDITIONS, *_JOINS))
             if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
                 return
-            size = math.prod(node.shape)  # a gate that is computed from the stream, too, is often smaller
+            # Of value * gate, both computed from the stream, go on with the value: the gate is smaller, or between bounds.
+            size = math.prod(node.shape)
             gates = {i for i in before if math.prod(flow.nodes[i].shape) != size or self._is_bounded(i)}
             end = max(set(before) - gates or before)
 
     def _is_bounded(self, index: int) -> bool:
-        """Whether a node is a number between bounds: a gate, for what it is multiplied with."""
+        """Tell whether a node is a number between bounds: a gate, for what it is multiplied with."""
         return self.flow.nodes[self.flow.source(index)].op in BOUNDED
 
     def is_hookable(self, call: ModuleCall) -> bool:
-        """Whether a hook on the module sees this branch, and only this, in each call of the module around it."""
+        """Tell whether a hook on the module sees this branch, and only this, in each call of the module around it."""
         return self.repeats[call.path, id(call.parent)] == 1 and self.can_carry(call)
 
     def _is_shared(self, call: ModuleCall) -> bool:
@@ -149,9 +169,9 @@ class BranchReader:
         return has_weights and self.can_carry(call)
 
     def can_carry(self, call: ModuleCall) -> bool:
-        """Whether a hook on the module would fire."""
+        """Tell whether a hook on the module would fire."""
         try:
             resolve_host(call.path or "", self.modules, at_input=False)
-        except TargetError:
+        except TargetError:  # the reason is told when a user names the module; here it only makes another module the host
             return False
         return call.path is not None

@@ -1,4 +1,13 @@
-"""What a forward pass shows of a transformer's structure: its residual sub-layers, blocks and embeddings, as values."""
+"""What a forward pass shows of a transformer's structure: its residual sub-layers, blocks and embeddings, as values.
+
+In one pre-norm block
+
+    x = x + attention(norm1(x))      stream x, branch attention(norm1(x)), addition, and the sum is the next stream
+    x = x + mlp(norm2(x))
+
+the **stream** is what runs through all blocks, a **branch** is what a sub-layer computes from it, and an **addition** puts
+the branch back into the stream. A `Sublayer` is one branch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,8 @@ __all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", 
 
 Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
-# Of "q", "k" and "v", those that a projection makes, each with its features: ranges (start, stop), rising and apart.
+# For each of "q", "k" and "v" that a projection makes: its features as ranges (start, stop), rising and apart.
+# Example: (("q", ((0, 8),)), ("k", ((8, 16),)), ("v", ((16, 24),)))
 Slices = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 
 
@@ -42,7 +52,7 @@ class ModuleInput:
 
 @dataclass(frozen=True)
 class FusedProjection:
-    """A module that projects to more than one of an attention's queries, keys and values; which features are whose.
+    """A module that projects to more than one of an attention's queries, keys and values, and which features are whose.
 
     Attributes:
         path: The module.
@@ -50,7 +60,7 @@ class FusedProjection:
             is what was projected.
         axis: The axis of the features: of the module's output, from the end; or of that parameter, from the front.
         slices: The features of each; () where they cannot be told apart.
-        problem: Why they cannot; empty where they can.
+        problem: Why they cannot, for the message of an error; empty where they can.
     """
 
     path: str
@@ -81,7 +91,7 @@ class Sublayer:
         norm: Where the block normalises: before the branch ("pre"), after the addition ("post"), at the branch's end
             ("end"), before and at the end ("sandwich"), or not at all ("none").
         stream: A module that takes the residual stream before the branch ends; None if there is none.
-        sum: A module of the block that returns the sum and nothing of the block reads it before that.
+        sum: A module of the block that returns the sum, before anything of the block reads it.
         post_norm: The norm that takes the sum, in a post-norm block, as the module and its place.
         shares_norm: Whether that norm runs on other tensors, too, in one call of the block.
         addition: Where it is added: the module around the addition, and its node in the trace.
@@ -132,5 +142,5 @@ class Anatomy:
 
     @property
     def transformer_blocks(self) -> frozenset[str | None]:
-        """The blocks that do more than convolve: those of a CNN, or of one in front of a transformer, do not."""
+        """Return the blocks that do more than convolve: those of a CNN, or of one in front of a transformer, do not."""
         return frozenset(sublayer.block for sublayer in self.sublayers if sublayer.kind != "convolution")

@@ -1,4 +1,4 @@
-"""The anatomy of a model, from one tiny traced forward; remembered for every model of the same structure."""
+"""Find the anatomy of a model by one tiny traced forward, and remember it for every model of the same structure."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .dissect import dissect
 __all__ = ["Discovery", "Remembered", "discover"]
 
 T = TypeVar("T")
-_LIMIT = 32
+_LIMIT = 32  # structures that are remembered; an anatomy is some kilobytes
 
 
 class Remembered(Generic[T]):
-    """What was found for the last models, by the key of their structure."""
+    """What was found for the last models: maps the key of a structure to it."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[str, T] = OrderedDict()
         self._lock = Lock()
 
     def get(self, key: str, find: Callable[[], T]) -> T:
-        """What was found for this structure, by now if not before. Raises what `find` raises."""
+        """Return what was found for this structure; else what `find` returns, and keep it. Raises what `find` raises."""
         found = self._held.get(key)
-        found = find() if found is None else found
+        found = find() if found is None else found  # outside of the lock: it runs a model, and two may run at once
         with self._lock:
             self._held[key] = found
             self._held.move_to_end(key)
@@ -69,17 +69,17 @@ class Discovery:
 
     @property
     def was_needed(self) -> bool:
-        """Whether anyone has asked."""
+        """Tell whether anyone has asked."""
         return self._found is not None
 
     @property
     def anatomy(self) -> Anatomy:
-        """The anatomy. Raises CompatibilityError if the model runs on no inputs that could be made for it."""
+        """Return the anatomy. Raises CompatibilityError if the model runs on no inputs that could be made for it."""
         return self._both()[0]
 
     @property
     def inputs(self) -> ExampleInputs:
-        """Inputs that the model runs on: the given ones, else those made for it. Raises as `anatomy` does."""
+        """Return inputs that the model runs on: the given ones, else those made for it. Raises as `anatomy` does."""
         return self._both()[1] if self._given is None else self._given
 
     def _both(self) -> tuple[Anatomy, ExampleInputs]:
@@ -89,7 +89,7 @@ class Discovery:
 
 
 def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> tuple[Anatomy, ExampleInputs]:
-    """The anatomy of a model and the inputs that showed it.
+    """Return the anatomy of a model, and the inputs that showed it.
 
     Raises:
         CompatibilityError: the model does not run on its example inputs, or on any that could be made for it; or it has

@@ -1,4 +1,8 @@
-"""From residual additions to sub-layers: which module yields each branch, what it does, where it is normalised."""
+"""Put the anatomy together: of each branch its module, what it does, where it is normalised, and what is around it.
+
+`BranchReader` finds branches, `find_blocks` their blocks; here each becomes a `Sublayer`. A module that is called several
+times (ALBERT runs one block twelve times) has one sub-layer, which holds what all calls agree on.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,11 @@ __all__ = ["dissect"]
 
 
 def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
-    """The anatomy of the model whose forward this is."""
+    """Return the anatomy of the model whose forward this is.
+
+    Args:
+        modules: The model's modules by path.
+    """
     reader = BranchReader(flow, modules)
     branches = [branch for addition in reader.additions for branch in reader.branches(addition)]
     find_blocks(flow, modules, branches)
@@ -53,13 +61,15 @@ class _Dissection:
     # --- sub-layers ---------------------------------------------------------------------------------------------------
 
     def sublayers(self, branches: list[Branch]) -> list[Sublayer]:
-        """One for each module that yields a branch, in the order that they run; a norm is as all of its kind say."""
+        """List one sub-layer for each module that yields a branch, in the order in which they run."""
         found: dict[object, list[Sublayer]] = {}
         for branch in branches:
             sublayer = self._sublayer(branch, branches)
             key = (sublayer.out.path, sublayer.out.output) if sublayer.out else id(branch)
             found.setdefault(key, []).append(sublayer)
         merged = [_agreed(calls) for calls in found.values()]
+        # A norm after the addition counts only if all blocks have it: the last block of a pre-norm model is followed by a
+        # norm as well, and that is the model's final one.
         groups: dict[object, list[Sublayer]] = {}
         for sublayer in merged:
             groups.setdefault((template_of(sublayer.out.path) if sublayer.out else None, sublayer.kind), []).append(
@@ -71,35 +81,34 @@ class _Dissection:
         return merged
 
     def _sublayer(self, branch: Branch, branches: list[Branch]) -> Sublayer:
+        """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
-        place = None
-        if branch.call is not None:
-            call, path = branch.call
-            place = self._place(call, path)
-            axis = self.axes.on_the_way(dict(call.outputs)[path], branch.end, self.axes.of(branch.addition.skip))
-            place = place if axis is None else replace(place, axis=axis - len(place.shape))
         attended = list(projected(flow, branch.inside))
         projections = branch.inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
         last = flow.nearest(branch.end, projections, branch.inside)
         post = self._post_norm(branch)
         node_call = addition.node.call
+
+        def making(part: str) -> tuple[str, ...]:
+            return self._modules_of(sorted({one.node for one in attended if one.part == part}))
+
         return Sublayer(
             kind=branch.kind,
             block=branch.block,
-            out=place,
+            out=self._yielded(branch),
             first=self._modules_of(first),
             last=self._modules_of(bits(last)),
-            query=self._modules_of(sorted({one.node for one in attended if one.part == "q"})),
-            key=self._modules_of(sorted({one.node for one in attended if one.part == "k"})),
-            value=self._modules_of(sorted({one.node for one in attended if one.part == "v"})),
+            query=making("q"),
+            key=making("k"),
+            value=making("v"),
             fused=tuple(fused_projections(self.flow, self.axes, self.replays, attended)),
             scales=branch.scales,
             is_parallel=branch.is_parallel or self._has_sibling(branch),
             is_moe=branch.is_moe,
             is_last=self._is_last(branch, branches),
             norm=self._norm(branch, post),
-            stream=self._port(branch),
+            stream=self._stream_taker(branch),
             sum=self._sum(branch),
             post_norm=post,
             shares_norm=post is not None and self._runs_again(post.path, branch),
@@ -107,145 +116,204 @@ class _Dissection:
         )
 
     def _is_last(self, branch: Branch, branches: list[Branch]) -> bool:
-        """Whether no other branch of the block is added to what this one was; of parallel ones, the last that runs."""
+        """Tell whether no other branch of the block is added to what this one was; of parallel ones, the last that runs."""
         mates = [other for other in branches if other.block == branch.block and other is not branch]
         beside = [other for other in mates if other.addition is branch.addition and other.end > branch.end]
         after = [other for other in mates if follows(self.flow, branch.addition, self.flow.unscaled(other.addition.skip))]
         return not beside and not after
 
-    def _place(self, call: ModuleCall, path: pytree.Path) -> ModuleOutput:
-        """What a call returned at a path of its output."""
+    def _yielded(self, branch: Branch) -> ModuleOutput | None:
+        """Return the output of the module that yields a branch; None if none does."""
+        if branch.call is None:
+            return None
+        call, path = branch.call
+        output = self._output_of(call, path)
+        # The addition knows best: its other operand is the stream, and the features must lie where the stream has them.
+        axis = self.axes.on_the_way(dict(call.outputs)[path], branch.end, self.axes.of(branch.addition.skip))
+        return output if axis is None else replace(output, axis=axis - len(output.shape))
+
+    def _output_of(self, call: ModuleCall, path: pytree.Path) -> ModuleOutput:
+        """Describe what a call returned at a path of its output."""
         node = self.flow.nodes[dict(call.outputs)[path]]
         axis = self.axes.of(node.index)
         return ModuleOutput(call.path or "", path, node.shape, None if axis is None else axis - len(node.shape))
 
     def _has_sibling(self, branch: Branch) -> bool:
-        """Whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
+        """Tell whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
         source = self.flow.source(branch.addition.skip)
         return source != branch.addition.stream and any(other.node.index == source for other in self.additions)
 
     def _modules_of(self, nodes: Iterable[int]) -> tuple[str, ...]:
-        """The innermost modules that ran these nodes."""
+        """Return the paths of the innermost modules that ran these nodes, each once."""
         calls = [self.flow.nodes[i].call for i in nodes]
         return tuple(dict.fromkeys(call.path for call in calls if call is not None and call.path is not None))
 
     # --- norms and streams --------------------------------------------------------------------------------------------
 
     def _norm(self, branch: Branch, post: ModuleOutput | None) -> Norm:
-        flow = self.flow
-        root = flow.source(branch.addition.stream)
-        pre = any(
-            any(flow.source(i) == root for _, i in call.inputs) and any(branch.inside >> i & 1 for _, i in call.outputs)
-            for call in flow.norm_calls
-        )
-        end = flow.source(branch.end, VIEWS | SCALES)
-        at_end = any(i in (end, branch.end) for call in flow.norm_calls for _, i in call.outputs)
-        if pre:
+        """Tell where the block normalises around a branch.
+
+        Args:
+            post: The norm after the addition, if a module is one.
+        """
+        # Last things first: (before the branch, at its end) decide, and a norm after the addition counts without either.
+        end = self.flow.source(branch.end, VIEWS | SCALES)
+        at_end = any(i in (end, branch.end) for call in self.flow.norm_calls for _, i in call.outputs)
+        if any(self._is_before(call, branch) for call in self.flow.norm_calls):
             return "sandwich" if at_end else "pre"
-        is_post = post is not None or self._is_normalised_by_a_function(branch)
-        return "end" if at_end else "post" if is_post else "none"
+        if at_end:
+            return "end"
+        return "post" if post is not None or self._is_normalised_by_a_function(branch) else "none"
+
+    def _is_before(self, call: ModuleCall, branch: Branch) -> bool:
+        """Tell whether a norm takes the stream, and the branch computes from what it returns."""
+        root = self.flow.source(branch.addition.stream)
+        takes = any(self.flow.source(i) == root for _, i in call.inputs)
+        return takes and any(branch.inside >> i & 1 for _, i in call.outputs)
 
     def _post_norm(self, branch: Branch) -> ModuleOutput | None:
-        """The norm, in the block or beside it, that takes the sum and makes the stream of it."""
+        """Return the norm, in the block or beside it, that takes the sum and makes the stream of it; None if none does."""
         flow, node = self.flow, branch.addition.node.index
-        if self._is_stream(node):
+        if self._is_stream(node):  # the next branch is added to the sum itself: this is no post-norm block
             return None
         readers = self._readers(node)
         for call in flow.norm_calls:
             takes = any(flow.source(i) == flow.source(node) for _, i in call.inputs)
-            is_inside = within(call.path or "", branch.block)
             if not takes or call.path is None or not call.outputs:
                 continue
-            alone = bool(readers) and all(call.start <= i < (call.end or 0) for i in readers)
-            is_beside = call.parent is branch.addition.node.call and (alone or self._is_stream(call.outputs[0][1]))
-            if is_inside or is_beside:
-                return self._place(call, call.outputs[0][0])
+            if within(call.path, branch.block) or self._is_beside(call, branch, readers):
+                return self._output_of(call, call.outputs[0][0])
         return None
 
+    def _is_beside(self, call: ModuleCall, branch: Branch, readers: list[int]) -> bool:
+        """Tell whether a norm outside of the block, called by what adds, is the block's: a model may hold its norms itself.
+
+        It is if nothing else reads the sum, or if something is added to what it returns.
+
+        Args:
+            readers: What reads the sum.
+        """
+        if call.parent is not branch.addition.node.call:
+            return False
+        is_alone = bool(readers) and all(call.start <= i < (call.end or 0) for i in readers)
+        return is_alone or self._is_stream(call.outputs[0][1])
+
     def _is_stream(self, node: int) -> bool:
-        """Whether something is added to a node in turn."""
+        """Tell whether something is added to a node in turn."""
         return any(node in (a.stream, self.flow.source(a.skip)) for a in self.additions)
 
     def _is_normalised_by_a_function(self, branch: Branch) -> bool:
-        """Whether a norm that is no module's makes the stream of the sum."""
+        """Tell whether a norm that is no module's makes the stream of the sum: `F.layer_norm(x + branch, …)`."""
         flow, node = self.flow, branch.addition.node.index
         norms = [i for i in self._readers(node) if flow.nodes[i].op in WHOLE_NORMS]
         return not self._is_stream(node) and any(self._is_stream(i) for i in norms)
 
     def _runs_again(self, path: str, branch: Branch) -> bool:
-        """Whether a module runs more than once in one call of the block, so that a hook sees other tensors as well."""
+        """Tell whether a module runs more than once in one call of the block, so that a hook sees other tensors as well."""
 
         def around(call: ModuleCall) -> ModuleCall | None:
+            # One that runs beside the block is counted in what calls it.
             return next((outer for outer in call.around() if outer.path == branch.block), call.parent)
 
         runs = Counter(around(call) for call in self.flow.calls if call.path == path)
         return max(runs.values()) > 1
 
     def _readers(self, node: int) -> list[int]:
-        """What reads a node, through views."""
+        """List what reads a node, through views."""
         found = []
         for i in self.flow.readers[node]:
             found += self._readers(i) if self.flow.nodes[i].op in VIEWS else [i]
         return found
 
-    def _port(self, branch: Branch) -> ModuleInput | None:
-        """The last module of the block, or beside it, that takes the stream before the branch's output is made."""
-        flow, addition, port = self.flow, branch.addition, None
+    def _stream_taker(self, branch: Branch) -> ModuleInput | None:
+        """Return the last module, in the block or beside it, that takes the stream before the branch's output is made.
+
+        A hook on it sees the stream, which an adapter beside the branch needs. It is None if no module takes it.
+        """
+        flow = self.flow
         made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
-        root, shape, axis = flow.source(addition.stream), flow.nodes[made].shape, self.axes.of(made)
+        root, shape, axis = flow.source(branch.addition.stream), flow.nodes[made].shape, self.axes.of(made)
+        taker = None
         for call in flow.calls:
-            is_near = within(call.path or "", branch.block) or call.parent is addition.node.call
-            if not addition.stream < call.start <= made or not is_near:
-                continue
-            if isinstance(call.module, (nn.Sequential, nn.Identity)) or self.reader.repeats[call.path, id(call.parent)] > 1:
+            if call.path is None or not self._may_take_the_stream(call, branch, made):
                 continue
             for path, i in call.inputs:
-                if call.path is None or len(path) != 2 or flow.source(i) != root:
-                    continue
-                if flow.nodes[i].shape == shape and self.axes.of(i) in (axis, None):
-                    port = ModuleInput(call.path, _argument(path))
-        return port
+                # A path of two is an argument of its own; a longer one lies in a container, which no setting can name.
+                is_stream = len(path) == 2 and flow.source(i) == root
+                # It must lie as the branch's output does: then one adapter can add to the latter what it reads here.
+                if is_stream and flow.nodes[i].shape == shape and self.axes.of(i) in (axis, None):
+                    taker = ModuleInput(call.path, _argument(path))
+        return taker
+
+    def _may_take_the_stream(self, call: ModuleCall, branch: Branch, made: int) -> bool:
+        """Tell whether a call is near the branch, runs before its output is made, and can carry a hook for this alone."""
+        addition = branch.addition
+        is_near = within(call.path or "", branch.block) or call.parent is addition.node.call
+        if not is_near or not addition.stream < call.start <= made:
+            return False
+        # An nn.Sequential would run what a hook's site adds to it; an nn.Identity is often put in the place of others.
+        is_bad_host = isinstance(call.module, (nn.Sequential, nn.Identity))
+        return not is_bad_host and self.reader.repeats[call.path, id(call.parent)] <= 1
 
     def _sum(self, branch: Branch) -> ModuleOutput | None:
-        """The outermost module of the block that returns the sum, which nothing reads before that."""
-        flow, addition, node = self.flow, branch.addition, branch.addition.node.index
-        first_reader = min(self._readers(node), default=len(flow.nodes))
-        best: tuple[int, ModuleOutput] | None = None
-        for call in flow.calls:
-            if call.path is None or call.end is None or not within(call.path, branch.block):
-                continue
-            is_around = any(call is around for around in (addition.node.call.around() if addition.node.call else ()))
-            is_repeated = self.reader.repeats[call.path, id(call.parent)] > 1 and not is_around
-            if call.end > first_reader or call.start > node or is_repeated:
-                continue
-            for path, i in call.outputs:
-                if flow.source(i) == node and flow.nodes[i].shape == flow.nodes[node].shape and call.end > node:
-                    depth = len(list(call.around()))
-                    if best is None or depth < best[0]:
-                        best = depth, self._place(call, path)
-        return best[1] if best else None
+        """Return the outermost module of the block that returns the sum, which nothing reads before that."""
+        flow, node = self.flow, branch.addition.node.index
+        first_reader = min(self._readers(node), default=len(flow.nodes))  # nothing reads it: the model returns it
+        found = [
+            (call, path)
+            for call in flow.calls
+            if self._ends_with_the_sum(call, branch, first_reader)
+            for path, i in call.outputs
+            if flow.source(i) == node and flow.nodes[i].shape == flow.nodes[node].shape
+        ]
+        if not found:
+            return None
+        call, path = min(found, key=lambda pair: len(list(pair[0].around())))
+        return self._output_of(call, path)
+
+    def _ends_with_the_sum(self, call: ModuleCall, branch: Branch, first_reader: int) -> bool:
+        """Tell whether a call of the block ended after the addition and before anything read the sum."""
+        node = branch.addition.node
+        if call.path is None or call.end is None or not within(call.path, branch.block):
+            return False
+        if not call.start <= node.index < call.end <= first_reader:
+            return False
+        # A module that runs several times returns other tensors, too; unless the addition is inside: ALBERT's block.
+        is_around = any(call is around for around in (node.call.around() if node.call else ()))
+        return is_around or self.reader.repeats[call.path, id(call.parent)] <= 1
 
     # --- what is left -------------------------------------------------------------------------------------------------
 
     def unexplained(self, branches: list[Branch]) -> Iterator[tuple[str, str]]:
-        """Projections that come after the last step in their block and lead on, but lie on no branch: (block, module)."""
+        """Yield (block, module) of projections that come after the last step in their block and lead on, on no branch.
+
+        They mean that a block computes something which is not understood, so that its last sub-layer is not known.
+        """
         flow, explained = self.flow, 0
         for a in self.reader.every_addition:
             explained |= flow.between(a.stream, a.branch) | flow.between(a.stream, a.skip)
         last = {branch.block: branch.addition.node.index for branch in branches if branch.block is not None}
         for block, step in last.items():
+            inner_blocks = [inner for inner in last if inner != block and within(inner, block)]
             for i in bits(flow.projections & flow.descendants[step] & ~explained):
-                call = flow.nodes[i].call
-                if call is None or call.path is None or not within(call.path, block):
-                    continue
-                if any(within(call.path, inner) for inner in last if inner != block and within(inner, block)):
-                    continue  # a block's in this one, before whose last step it comes
-                after = (flow.nodes[j].call for j in bits(flow.descendants[i]))
-                if any(c is not None and not within(c.path or "", block) for c in after):
-                    yield block, call.path
+                path = self._path_of(i)
+                # In a block inside this one it may come before that one's last step, and is that one's to explain.
+                is_inner = any(within(path or "", inner) for inner in inner_blocks)
+                if path is not None and within(path, block) and not is_inner and self._leads_out(i, block):
+                    yield block, path
+
+    def _path_of(self, node: int) -> str | None:
+        """Return the path of the innermost module that ran a node; None if the model holds none that did."""
+        call = self.flow.nodes[node].call
+        return None if call is None else call.path
+
+    def _leads_out(self, node: int, block: str) -> bool:
+        """Tell whether something outside of a block depends on a node in it."""
+        after = (self.flow.nodes[j].call for j in bits(self.flow.descendants[node]))
+        return any(call is not None and not within(call.path or "", block) for call in after)
 
     def idle(self, sublayers: tuple[Sublayer, ...]) -> Iterator[str]:
-        """The modules beside blocks, and of the same class, that were not called."""
+        """Yield the modules beside blocks, and of the same class, that were not called: skipped by the example inputs."""
         modules = self.reader.modules
         ran = {path for call in self.flow.calls for path in ancestors(call.path or "")}
         for holder, kind in {(s.block.rpartition(".")[0], type(modules[s.block])) for s in sublayers if s.block}:
@@ -257,7 +325,7 @@ class _Dissection:
     # --- embeddings and blocks ----------------------------------------------------------------------------------------
 
     def embeddings(self, branches: list[Branch]) -> Iterator[ModuleOutput]:
-        """What yields the stream that enters the first block of each stack."""
+        """Yield what returns the stream that enters the first block of each stack."""
         flow = self.flow
         for stream, branch in self._entries(branches).items():
             for i in self._same(stream):
@@ -268,43 +336,44 @@ class _Dissection:
                     if not within(call.path or "", branch.block)
                 ]
                 if calls:
-                    call, path = min(calls, key=lambda found: len(list(found[0].around())))
-                    yield self._place(call, path)
+                    call, path = min(calls, key=lambda found: len(list(found[0].around())))  # the outermost
+                    yield self._output_of(call, path)
                     break
 
     def output_embeddings(self, branches: list[Branch]) -> Iterator[ModuleOutput]:
-        """What maps the last hidden states to logits over tokens; nothing in a block does."""
+        """Yield what maps the last hidden states to logits over tokens; nothing in a block does."""
         blocks = {branch.block for branch in branches if branch.block}
         for call in output_calls(self.flow, self._entries(branches)):
             if self.reader.can_carry(call) and not any(within(call.path or "", block) for block in blocks):
-                yield self._place(call, call.outputs[0][0])
+                yield self._output_of(call, call.outputs[0][0])
 
     def _entries(self, branches: list[Branch]) -> dict[int, Branch]:
-        """The stream that enters the first block of each stack, and that block's first branch."""
+        """Map the stream that enters the first block of each stack to that block's first branch."""
         flow, entries = self.flow, dict[int, Branch]()
         added = sum(1 << branch.addition.node.index for branch in {id(b.addition): b for b in branches}.values())
         for branch in branches:
             stream = flow.source(branch.addition.stream)
+            # It enters a stack if it is no sum itself, and comes of none.
             if branch.block is not None and not flow.ancestors[stream] & added and not added >> stream & 1:
                 entries.setdefault(stream, branch)
         return entries
 
     def _same(self, node: int) -> list[int]:
-        """The node and its views."""
+        """List the node and its views."""
         views = [i for i in self.flow.readers[node] if self.flow.nodes[i].op in VIEWS]
         return [node, *(j for i in views for j in self._same(i))]
 
     def blocks(self, sublayers: tuple[Sublayer, ...]) -> Iterator[ModuleOutput]:
-        """What each block returns as its stream: the last sub-layer's sum, or its norm."""
-        last = {sublayer.block: sublayer for sublayer in sublayers}
+        """Yield what each block returns as its stream: the last sub-layer's sum, or its norm."""
+        last = {sublayer.block: sublayer for sublayer in sublayers}  # later ones replace earlier ones
         for sublayer in last.values():
-            place = sublayer.post_norm if sublayer.norm == "post" else sublayer.sum
-            if place is not None:
-                yield place
+            output = sublayer.post_norm if sublayer.norm == "post" else sublayer.sum
+            if output is not None:
+                yield output
 
 
 def _agreed(calls: list[Sublayer]) -> Sublayer:
-    """One sub-layer for all calls of the same module: places hold if they are the same in each."""
+    """Return one sub-layer for all calls of the same module: it keeps what is the same in each."""
     first = calls[0]
     agreed = replace(
         first,
@@ -321,11 +390,12 @@ def _agreed(calls: list[Sublayer]) -> Sublayer:
 
 
 def _without_post(sublayer: Sublayer) -> Sublayer:
+    """Return the sub-layer without the norm after its addition."""
     if sublayer.post_norm is None:
         return sublayer
     return replace(sublayer, post_norm=None, norm="none" if sublayer.norm == "post" else sublayer.norm)
 
 
 def _argument(path: pytree.Path) -> pytree.Argument:
-    """An argument of a call, from its path in `(args, kwargs)`."""
+    """Return an argument of a call, from its path in `(args, kwargs)`: (0, 1) is the second by position."""
     return (int(path[1]), None) if path[0] == 0 else (None, str(path[1]))

@@ -1,4 +1,9 @@
-"""The ε-test: move what each sub-layer's module returns, and see that one addition takes exactly that."""
+"""The ε-test: move what each sub-layer's module returns, and see that one addition takes exactly that.
+
+The anatomy says "the branch of this addition is what `attention.out` returns". To prove it, `attention.out` returns its
+output plus noise of the size of ε, and the operands of all additions are kept. If one of them holds those very numbers,
+then what a hook there returns is what is added. Noise rather than a constant, for a constant could come from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,7 @@ from .description import Anatomy, Sublayer
 
 __all__ = ["Moved", "epsilon_test"]
 
-EPSILON = 0.125
+EPSILON = 0.125  # exact in every floating dtype, and large beside the rounding of bfloat16
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class Moved:
 
     Attributes:
         additions: How many additions take what the module returns; it should be one.
-        factor: The least and the greatest factor that they take it times: (1.0, 1.0) where it is taken as it is; None
-            where it is changed in another way, or there are no numbers (on the meta device).
+        factor: The least and the greatest factor by which they take it: (1.0, 1.0) where it is taken as it is. None where
+            it is changed in another way, or there are no numbers (on the meta device).
     """
 
     additions: int
@@ -39,19 +44,19 @@ class Moved:
 
     @property
     def is_exact(self) -> bool:
-        """Whether one addition takes exactly what the module returns."""
+        """Tell whether one addition takes exactly what the module returns."""
         return self.additions == 1 and self.factor == (1.0, 1.0)
 
     def agrees(self, sublayer: Sublayer) -> bool:
-        """Whether it is as the anatomy says: taken by one addition, as it is or scaled by constants."""
+        """Tell whether it is as the anatomy says: taken by one addition, as it is or scaled by constants."""
         return self.additions == 1 and (self.is_exact if not sublayer.scales else self.factor is not None)
 
 
 def epsilon_test(model: nn.Module, inputs: ExampleInputs, anatomy: Anatomy) -> dict[str, Moved]:
-    """For each sub-layer, by the path of its module: how what it returns enters the residual stream.
+    """Run the model once, and map the path of each sub-layer's module to how what it returns enters the stream.
 
-    One forward, in which each of these modules returns its output plus noise of the size of ε: an addition that takes
-    the very numbers that came out takes them from there.
+    Each of these modules returns its output plus noise of the size of ε: an addition that takes the very numbers that came
+    out takes them from there.
     """
     sublayers = {s.out.path: s for s in (*anatomy.sublayers, *anatomy.others) if s.out is not None}
     returned: dict[str, list[Tensor]] = {path: [] for path in sublayers}
@@ -66,7 +71,7 @@ def epsilon_test(model: nn.Module, inputs: ExampleInputs, anatomy: Anatomy) -> d
         sublayer = sublayers[call.path or ""]
         assert sublayer.out is not None  # noqa: S101  # so chosen above
         node = dict(call.outputs)[sublayer.out.output]
-        found.setdefault(call.path or "", []).append(_moved(flow, node, tensor, in_sum=sublayer.is_parallel))
+        found.setdefault(call.path or "", []).append(_taken(flow, node, tensor, in_sum=sublayer.is_parallel))
     return {path: _worst(all_calls) for path, all_calls in found.items()}
 
 
@@ -82,23 +87,27 @@ class _Move:
             return None
         x: Tensor = pytree.get(output, self.output)
         noise = EPSILON * (1 + torch.rand(x.shape, device=x.device)).to(x.dtype)
-        y = torch.sub(x, -noise)
+        y = torch.sub(x, -noise)  # not an addition: those are what is looked for
         self.returned.append(y.detach().clone())
         return pytree.put(output, self.output, y)
 
 
 def _calls(graph: Graph, returned: dict[str, list[Tensor]]) -> Iterator[tuple[ModuleCall, Tensor]]:
-    """Each call of a moved module with the tensor that it returned."""
+    """Yield each call of a moved module with the tensor that it returned, in the order in which calls ended."""
     tensors = {path: iter(kept) for path, kept in returned.items()}
     for call in sorted(graph.calls, key=lambda call: -1 if call.end is None else call.end):
         if call.path in tensors and call.end is not None:
-            tensor = next(tensors[call.path], None)
+            tensor = next(tensors[call.path], None)  # none left: another thread's call, which was not moved
             if tensor is not None:
                 yield call, tensor
 
 
-def _moved(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Moved:
-    """How many steps of the stream take a node, directly, scaled or (`in_sum`) with parallel branches, and times what."""
+def _taken(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Moved:
+    """Tell how many steps of the stream take a node's tensor, and times what.
+
+    Args:
+        in_sum: The branch is one of several parallel ones: their sum is made first, and enters the stream.
+    """
     steps = list(_steps(flow, node, tensor, in_sum=in_sum))
     known = [factor for factor in steps if factor is not None]
     if not known or len(known) < len(steps):
@@ -107,13 +116,14 @@ def _moved(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Moved:
 
 
 def _steps(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Iterator[tuple[float, float] | None]:
-    """The factor of each step of the stream that takes the tensor of a node."""
+    """Yield the factor of each step of the stream that takes the tensor of a node; None if it is no factor."""
     for addition, operand in _additions(flow, node, in_sum=in_sum):
         factor = _factor(addition, operand, tensor)
         if not in_sum or _carries_the_stream(flow, addition, operand):
             yield factor
             continue
-        sums = [i for i in flow.readers[addition.index] if operand in flow.stacked(i)]  # of a stack
+        # A sum of parallel branches: what takes that sum takes this branch.
+        sums = [i for i in flow.readers[addition.index] if operand in flow.stacked(i)]  # if it is the sum of a stack
         index = sums[0] if addition.op == "stack" else addition.index
         for outer in _steps(flow, index, sum(addition.addends[1:], addition.addends[0]), in_sum=True):
             both = factor is not None and outer is not None
@@ -121,14 +131,17 @@ def _steps(flow: Flow, node: int, tensor: Tensor, *, in_sum: bool) -> Iterator[t
 
 
 def _carries_the_stream(flow: Flow, addition: Operation, operand: int) -> bool:
-    """Whether the other operand is what this one is computed from: if not, both are branches, yet to be added to it."""
+    """Tell whether the other operand is what this one is computed from.
+
+    If not, both are branches, and their sum is yet to be added to the stream.
+    """
     others = [flow.source(i) for i in addition.inputs[:2] if i != operand]
     before = [j for i in others if flow.nodes[i].op in ADDITIONS for j in flow.activations(flow.nodes[i])]
     return any(flow.leads_to(flow.source(i), operand) for i in (*others, *before)) or not flow.readers[addition.index]
 
 
 def _additions(flow: Flow, node: int, *, in_sum: bool) -> Iterator[tuple[Operation, int]]:
-    """The additions of two activations that a node reaches through views and scales alone, with their operand.
+    """Yield the additions of two activations that a node reaches through views and scales alone, with their operand.
 
     A stack of parallel branches (`in_sum`) whose sum is taken is one of them.
     """
@@ -144,18 +157,20 @@ def _additions(flow: Flow, node: int, *, in_sum: bool) -> Iterator[tuple[Operati
 
 
 def _factor(addition: Operation, operand: int, tensor: Tensor) -> tuple[float, float] | None:
-    """The range of factors that make the operand of the tensor, up to constants added to it; None if none do.
+    """Return the range of factors that make the operand of the tensor, up to constants added to it; None if none do.
 
     A factor may differ along one axis (LayerScale), or along all but one (a gate for each token).
     """
     taken = addition.addends[addition.inputs.index(operand)]
     if taken.is_meta:
         return None
+    # Sorted, for heads may be merged, windows put back, or tokens dropped on the way.
     ours, theirs = tensor.flatten().sort()[0], taken.flatten().sort()[0]
     if torch.equal(ours, theirs) or (theirs.numel() < ours.numel() and torch.isin(theirs, ours).all()):
         return 1.0, 1.0  # the same numbers in another order, or a slice of them
     if taken.numel() != tensor.numel():
         return None
+    # y = factor * x (+ constant), with a factor for each index of one axis, or for each index of all others.
     tolerance = 16 * torch.finfo(taken.dtype).eps
     fits = (
         _fitted(x.double(), taken.double(), along, tolerance, centre=centre)
@@ -168,16 +183,21 @@ def _factor(addition: Operation, operand: int, tensor: Tensor) -> tuple[float, f
 
 
 def _arranged(tensor: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """The tensor in this shape, with its axes in their order, then in every other."""
+    """Yield the tensor in this shape, with its axes in their order, then in every other."""
     return (tensor.permute(order).reshape(shape) for order in permutations(range(tensor.dim())))
 
 
 def _fitted(x: Tensor, y: Tensor, along: list[int], tolerance: float, *, centre: bool) -> tuple[float, float] | None:
-    """The range of the factors, constant along these axes, by which y is x, or differs from it by a constant besides."""
+    """Return the range of the factors, constant along these axes, by which y is x; None if there are none.
+
+    Args:
+        centre: y may differ by a constant besides, as after an offset or a mean that was taken off.
+    """
     if math.prod(x.shape[axis] for axis in along) < (3 if centre else 2):  # fewer points fit any line
         return None
     if centre:
         x, y = x - x.mean(along, keepdim=True), y - y.mean(along, keepdim=True)
+    # Least squares: the best factor, which then must fit at every point.
     factor = (x * y).sum(along, keepdim=True) / (x * x).sum(along, keepdim=True)
     if not torch.allclose(y, factor * x, rtol=0.0, atol=tolerance * float(y.abs().max())):
         return None
@@ -186,10 +206,10 @@ def _fitted(x: Tensor, y: Tensor, along: list[int], tolerance: float, *, centre:
 
 
 def _worst(calls: list[Moved]) -> Moved:
-    """One result for all calls of a module."""
+    """Return one result for all calls of a module: as bad as the worst of them."""
     factors = [call.factor for call in calls if call.factor is not None]
     whole = len(factors) == len(calls)
     return Moved(
-        next((call.additions for call in calls if call.additions != 1), 1),
+        next((call.additions for call in calls if call.additions != 1), 1),  # one, if every call is as it should be
         (min(low for low, _ in factors), max(high for _, high in factors)) if whole else None,
     )

@@ -1,4 +1,8 @@
-"""Which axis of a tensor holds the features, followed from the projection that made them."""
+"""Tell which axis of a tensor holds the features, followed from the projection that made them.
+
+A Linear puts its features on the last axis, a convolution on the second. From there an axis is followed through what moves
+it: `conv(x).flatten(2).transpose(1, 2)`, the patches of a ViT, has its features on axis 1, then 1, then 2.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,18 @@ _REGROUPED = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "fl
 
 
 class FeatureAxes:
-    """Follows the feature axis through a graph: a Linear's is the last, a convolution's the second."""
+    """Follows the feature axis through a graph."""
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self._found: dict[int, int | None] = {}
 
     def of(self, index: int) -> int | None:
-        """The axis of a node's features, counted from the front; None where the graph does not tell."""
+        """Return the axis of a node's features, counted from the front; None where the graph does not tell."""
         todo = [index]
         while todo:  # not by recursion: a graph is thousands of nodes deep
             i = todo[-1]
-            before = [j for j in self._asked(i) if j not in self._found]
+            before = [j for j in self._deciding(i) if j not in self._found]
             if i in self._found or not before:
                 todo.pop()
                 self._found.setdefault(i, self._axis(self.flow.nodes[i]))
@@ -36,16 +40,16 @@ class FeatureAxes:
         return self._found[index]
 
     def is_last(self, index: int) -> bool | None:
-        """Whether a node's features lie on its last axis; None where the graph does not tell."""
+        """Tell whether a node's features lie on its last axis; None where the graph does not tell."""
         node = self.flow.nodes[index]
         inputs = self.flow.activations(node)
         if node.op in _REGROUPED and len(inputs) == 1 and self.flow.nodes[inputs[0]].shape[-1:] == node.shape[-1:]:
-            return self.is_last(inputs[0])  # axes before the last were made one
+            return self.is_last(inputs[0])  # only axes before the last were made one, or several
         axis = self.of(index)
         return None if axis is None else axis == len(node.shape) - 1
 
     def on_the_way(self, start: int, end: int, axis: int | None) -> int | None:
-        """The axis of `start` that becomes this one of `end`, which comes of nothing else; None where that is not so."""
+        """Return the axis of `start` that becomes this one of `end`; None if that cannot be told, or `end` reads more."""
         way = [end]
         while way[-1] != start:
             before = [i for i in self.flow.nodes[way[-1]].inputs if i == start or self.flow.leads_to(start, i)]
@@ -55,21 +59,26 @@ class FeatureAxes:
         return None if axis is None else self._before(way, axis)
 
     def _before(self, way: Sequence[int], axis: int) -> int | None:
-        """The axis of the first node on a way, given backwards, that becomes this one of the last; None if not one does."""
+        """Return the axis that becomes `axis` at the end of a way; None unless exactly one does.
+
+        Args:
+            way: The nodes from the end to the start.
+        """
         shapes = [self.flow.nodes[i].shape for i in way]
         found = []
         for first in range(len(shapes[-1])):
             now: int | None = first
             for i, before in zip(reversed(way[:-1]), reversed(shapes[1:]), strict=True):
-                now = None if now is None else _moved(self.flow.nodes[i], before, now)
+                now = None if now is None else _axis_after(self.flow.nodes[i], before, now)
             found += [first] if now == axis else []
         return found[0] if len(found) == 1 else None
 
-    def _asked(self, index: int) -> list[int]:
-        """The inputs whose axis decides."""
+    def _deciding(self, index: int) -> list[int]:
+        """List the inputs whose axis decides: none for a projection, which makes features of its own."""
         return [] if self.flow.projections >> index & 1 else self.flow.activations(self.flow.nodes[index])
 
     def _axis(self, node: Operation) -> int | None:
+        """Return the axis of a node's features, given those of its inputs."""
         rank = len(node.shape)
         if self.flow.projections >> node.index & 1:
             return 1 if node.op in _CONVOLUTIONS else rank - 1
@@ -77,16 +86,17 @@ class FeatureAxes:
             return rank - 1
         if any(name in node.op for name in _CHANNEL_NORMS):
             return 1
-        for i in self._asked(node.index):
+        # The first input that tells decides: those of an addition agree, and a gate or a mask often has none.
+        for i in self._deciding(node.index):
             axis = self._found[i]
-            kept = None if axis is None else _moved(node, self.flow.nodes[i].shape, axis)
+            kept = None if axis is None else _axis_after(node, self.flow.nodes[i].shape, axis)
             if kept is not None:
                 return kept
         return None
 
 
-def _moved(node: Operation, shape: tuple[int, ...], axis: int) -> int | None:
-    """Where an operation puts an axis of its input of this shape; None if it does not keep it."""
+def _axis_after(node: Operation, shape: tuple[int, ...], axis: int) -> int | None:
+    """Return where an operation puts an axis of its input of this shape; None if it does not keep it."""
     rank, numbers = len(shape), node.numbers
     if node.op == "permute":
         return [n % rank for n in numbers].index(axis)
@@ -101,6 +111,9 @@ def _moved(node: Operation, shape: tuple[int, ...], axis: int) -> int | None:
 
 
 def _regrouped(old: Sequence[int], new: Sequence[int], axis: int) -> int | None:
-    """Where an axis lies in another shape of the same numbers in the same order, if it is whole there."""
+    """Return where an axis lies in another shape of the same numbers in the same order; None if it is not whole there.
+
+    Example: axis 2 of (2, 3, 8) is axis 1 of (6, 8), and none of (2, 3, 2, 4).
+    """
     before = math.prod(old[:axis])
     return next((a for a, size in enumerate(new) if size == old[axis] and math.prod(new[:a]) == before), None)

@@ -1,7 +1,8 @@
-"""Which features of a fused projection are an attention's queries, which its keys, which its values.
+"""Tell which features of a fused projection are an attention's queries, which its keys, which its values.
 
-Told by derivatives, not by layouts: a feature is the query's if the tensor that enters the product with the keys depends on
-it. So it holds for heads in any order, grouped keys, rotary positions, norms of queries and keys.
+GPT-2's `c_attn` returns 3 x 768 features, queries first. GPT-NeoX lays them out head by head; others group keys. So it is
+told by derivatives, not by layouts: a feature is the query's if the tensor that enters the product with the keys depends on
+it (see `tracing.replay`). That holds for any order of heads, grouped keys, rotary positions, norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ _WORDS = {"q": "queries", "k": "keys", "v": "values"}
 
 
 def fused_slices(anatomy: Anatomy, path: str, weight: str | None = None) -> Slices:
-    """Which features of a module's output, or of a parameter that it projects with, are queries, keys and values.
+    """Return which features of a module's output, or of a parameter that it projects with, are queries, keys and values.
+
+    Args:
+        path: The module.
+        weight: The name of the parameter in it; None for the module's output.
 
     Returns:
         For each of "q", "k", "v" that it makes: ranges (start, stop) of features. () where it makes at most one of them.
@@ -37,6 +42,7 @@ def fused_slices(anatomy: Anatomy, path: str, weight: str | None = None) -> Slic
     """
     every = [f for s in (*anatomy.sublayers, *anatomy.others) for f in s.fused if f.path == path]
     found = list(dict.fromkeys(f for f in every if f.weight == weight))
+    # The reason stands beside the slices that it took away: why they are unknown is told only to who needs them.
     problem = next((f.problem for f in found if f.problem), "its calls differ" if len(found) > 1 else "")
     if problem:
         whole = f"{path}.{weight}" if weight else path
@@ -44,7 +50,7 @@ def fused_slices(anatomy: Anatomy, path: str, weight: str | None = None) -> Slic
             f"{whole!r} makes queries, keys and values at once, and whose its features are cannot be told: {problem}. "
             f"Target the whole of it by pattern: {whole!r}"
         )
-    if every and not found:
+    if every and not found:  # it is fused, but in another tensor than was asked for
         names = list(dict.fromkeys(f"{path}.{f.weight}" if f.weight else path for f in every))
         asked = f"{path}.{weight}" if weight else "features of what it returns"
         raise TargetError(f"{path!r} makes queries, keys and values with {names}, not with {asked}. Target that")
@@ -54,7 +60,7 @@ def fused_slices(anatomy: Anatomy, path: str, weight: str | None = None) -> Slic
 def fused_projections(
     flow: Flow, axes: FeatureAxes, replays: Replays, projected: Iterable[Projected]
 ) -> Iterator[FusedProjection]:
-    """The modules that make more than one of an attention's queries, keys and values."""
+    """Yield the modules that make more than one of an attention's queries, keys and values, with what is whose."""
     by_path: dict[str, list[tuple[Projected, ModuleCall]]] = {}
     for one in projected:
         call = flow.nodes[one.node].call
@@ -62,13 +68,17 @@ def fused_projections(
             by_path.setdefault(call.path, []).append((one, call))
     for path, made in by_path.items():
         if len({one.part for one, _ in made}) > 1:
-            yield from _told_apart(flow, axes, replays, path, made)
+            yield from _fused_at(flow, axes, replays, path, made)
 
 
-def _told_apart(
+def _fused_at(
     flow: Flow, axes: FeatureAxes, replays: Replays, path: str, made: list[tuple[Projected, ModuleCall]]
 ) -> Iterator[FusedProjection]:
-    """What one module makes: one for its output, or one for each of the parameters that it projects with inside."""
+    """Yield what one module makes: one for its output, or one for each parameter that it projects with inside.
+
+    Args:
+        made: The module's projections, each with the call that it ran in.
+    """
     depends: dict[str | None, dict[str, Tensor]] = {}
     known: dict[str | None, int | None] = {}
     try:
@@ -80,11 +90,13 @@ def _told_apart(
             masks[one.part] = masks.get(one.part, torch.zeros_like(found)) | found
             known[source.weight] = source.axis
     except (ValueError, RuntimeError) as error:  # the latter where its calls return different shapes
+        # The reason goes into the message of `fused_slices`: most adapters ask for no slices, and need no error here.
         yield FusedProjection(path, None, -1, (), str(error))
         return
     for weight, masks in depends.items():
         axis = known[weight] or 0
         if weight is not None:
+            # The features lie on the axis along which the masks are not all true: rows of nn.Linear, columns of Conv1D.
             axis = next((a for a in (0, 1) if not all(along(mask, a).all() for mask in masks.values())), axis)
             masks = {part: along(mask, axis) for part, mask in masks.items()}  # noqa: PLW2901  # whole ones until then
         problem = _problem(masks)
@@ -94,7 +106,14 @@ def _told_apart(
 
 @dataclass(frozen=True)
 class _Source:
-    """The tensor whose features are told apart: what a module returns, or a parameter that it projects with inside."""
+    """The tensor whose features are told apart: what a module returns, or a parameter that it projects with inside.
+
+    Attributes:
+        weight: The parameter's name in the module; None for what it returns.
+        start: The tensor's node.
+        axis: The axis of its features; None if it is not known.
+        since: The first node that counts: an earlier call may read the same parameter.
+    """
 
     weight: str | None
     start: int
@@ -103,7 +122,11 @@ class _Source:
 
 
 def _output(flow: Flow, axes: FeatureAxes, one: Projected, call: ModuleCall) -> _Source | None:
-    """What the module returns, if that is one tensor, and between the projection and the attention."""
+    """Return what the module returns, if that is one tensor, and between the projection and the attention; else None.
+
+    Raises:
+        ValueError: the axis of its features is not known.
+    """
     returned = [i for _, i in call.outputs if not flow.is_constant[i] and flow.nodes[i].is_floating]
     if len(returned) != 1 or call.end is None or call.end > one.reader[0]:
         return None
@@ -118,8 +141,13 @@ def _output(flow: Flow, axes: FeatureAxes, one: Projected, call: ModuleCall) -> 
 
 
 def _parameter(flow: Flow, axes: FeatureAxes, one: Projected, call: ModuleCall) -> _Source:
-    """The parameter that the projection reads."""
+    """Return the parameter that the projection reads.
+
+    Raises:
+        ValueError: it is no matrix of the module's own; the message says what it is.
+    """
     node = flow.nodes[one.node]
+    # Back from the operand that is a weight, through casts and transposes, to the parameter itself.
     taken = [i for i in node.inputs[: len(node.taken)] if flow.is_constant[i] and len(flow.nodes[i].shape) > 1]
     origin = taken[-1]
     while flow.nodes[origin].op != "parameter" and len(flow.nodes[origin].inputs) == 1:
@@ -134,7 +162,11 @@ def _parameter(flow: Flow, axes: FeatureAxes, one: Projected, call: ModuleCall) 
 
 
 def _problem(masks: Mapping[str, Tensor]) -> str:
-    """Why these features are not each one part's; empty if they are."""
+    """Explain why the features cannot be told apart; empty if each belongs to at most one of q, k and v.
+
+    Args:
+        masks: Map "q", "k" and "v" to where the features are theirs.
+    """
     for part, mask in masks.items():
         if not mask.any():
             return f"its {_WORDS[part]} depend on none of them in a way that a derivative shows"
@@ -146,7 +178,7 @@ def _problem(masks: Mapping[str, Tensor]) -> str:
 
 
 def _ranges(mask: Tensor) -> tuple[tuple[int, int], ...]:
-    """The runs of true values, as (start, stop)."""
+    """Return the runs of true values, as (start, stop)."""
     edges = torch.diff(mask.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
     starts, stops = edges.eq(1).nonzero().flatten().tolist(), edges.eq(-1).nonzero().flatten().tolist()
     return tuple(zip(starts, stops, strict=True))

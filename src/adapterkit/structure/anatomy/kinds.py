@@ -1,4 +1,8 @@
-"""What a branch does: attention, cross-attention, feed-forward, convolution, or another way of mixing tokens."""
+"""Tell what a branch does: attention, cross-attention, feed-forward, convolution, or another way of mixing tokens.
+
+Names of classes are not asked, only operations. A branch with softmax(Q @ K) @ V is an attention; one that mixes no tokens,
+each position for itself, is a feed-forward.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,19 @@ from ..tracing.graph import Operation
 from .description import Kind
 from .feature_axes import FeatureAxes
 
-__all__ = ["Projected", "kind_of", "projected"]
+__all__ = ["Projected", "branch_kind", "projected"]
 
+# Operations that choose experts for tokens.
 _ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
+# Operations that carry something from one token to others.
 _MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan", "lstm", "gru", "mkldnn_rnn_layer"))
 
 
-def kind_of(flow: Flow, axes: FeatureAxes, stream: int, inside: int) -> tuple[Kind, bool]:
-    """What the branch of these nodes does, and whether it routes tokens to experts."""
+def branch_kind(flow: Flow, axes: FeatureAxes, stream: int, inside: int) -> tuple[Kind, bool]:
+    """Return what the branch of these nodes does, and whether it routes tokens to experts.
+
+    The order of the questions matters: an attention has products that mix tokens, and a mixture of experts may sort them.
+    """
     nodes = [flow.nodes[i] for i in bits(inside)]
     routes = any(node.op in _ROUTING for node in nodes)
     cores = list(bits(inside & flow.attentions))
@@ -34,9 +43,13 @@ def kind_of(flow: Flow, axes: FeatureAxes, stream: int, inside: int) -> tuple[Ki
 
 
 def _operands(flow: Flow, core: int) -> tuple[tuple[int, int] | None, ...]:
-    """Where an attention's queries, keys and values are read: of each, the node that does, and at which of its inputs."""
+    """Return where an attention reads its queries, keys and values: for each, a node and which of its inputs; else None.
+
+    Args:
+        core: The attention's last product, or the operation that is a whole attention.
+    """
     node, scores = flow.nodes[core], flow.weights_of(core)
-    if scores is None:
+    if scores is None:  # scaled_dot_product_attention(query, key, value)
         return (core, 0), (core, 1), (core, 2)
     read = range(len(node.taken))  # behind them, `inputs` has what wrote into their memory
     values = [(core, at) for at in read if not flow.between(scores, node.inputs[at]) and node.inputs[at] != scores]
@@ -51,7 +64,7 @@ class Projected:
     """A projection that makes queries, keys or values of an attention.
 
     Attributes:
-        part: "q", "k" or "v".
+        part: What it makes: "q", "k" or "v".
         node: The projection.
         operand: The node that enters the attention's product.
         reader: The node of that product, and at which of its inputs the operand is.
@@ -64,7 +77,7 @@ class Projected:
 
 
 def projected(flow: Flow, inside: int) -> Iterator[Projected]:
-    """The last projections before the products of the attentions among these nodes."""
+    """Yield the last projections before the products of the attentions among these nodes."""
     for core in bits(inside & flow.attentions):
         for part, reader in zip("qkv", _operands(flow, core), strict=True):
             if reader is not None:
@@ -77,18 +90,18 @@ def projected(flow: Flow, inside: int) -> Iterator[Projected]:
 
 
 def _is_cross(flow: Flow, stream: int, core: int) -> bool:
-    """Whether an attention's keys come from another input than the stream."""
-    _, place, _ = _operands(flow, core)
-    if place is None:
+    """Tell whether an attention's keys come from another input than the stream."""
+    _, reader, _ = _operands(flow, core)
+    if reader is None:  # one factor is constant: queries that are learned, say
         return False
-    key = flow.nodes[place[0]].inputs[place[1]]
+    key = flow.nodes[reader[0]].inputs[reader[1]]
     if key == stream or flow.leads_to(stream, key):
         return False
-    return bool(flow.from_inputs >> key & 1)
+    return bool(flow.from_inputs >> key & 1)  # keys of parameters alone are a memory of its own, and no other input
 
 
 def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Operation) -> bool:
-    """Whether an operation is a scan, a Fourier transform, a product of activations, or projects the tokens' axis."""
+    """Tell whether an operation is a scan, a Fourier transform, a product of activations, or projects the tokens' axis."""
     if node.op in _MIXING or node.op.startswith("_fft"):
         return True
     if node.op not in MATMULS:
@@ -96,17 +109,20 @@ def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Operation) -> bool:
     if flow.products >> node.index & 1:
         return True
     taken = flow.activations(node)
-    if node.op.endswith("convolution"):  # pointwise, with tokens in the place of channels
+    # MLP-Mixer projects the axis of tokens, by a Linear on a transposed tensor or by a pointwise convolution.
+    if node.op.endswith("convolution"):
         return not _is_wide_convolution(flow, node) and axes.of(taken[0]) not in (1, None)
     return len(taken) == 1 and axes.is_last(taken[0]) is False
 
 
 def _is_recurrent(nodes: list[Operation]) -> bool:
-    """Whether one position is read after another: the same tensor at several places of one axis."""
+    """Tell whether one position is read after another: the same tensor at three or more indices of one axis."""
     read = {(node.inputs[0], node.numbers) for node in nodes if node.op == "select" and len(node.inputs) == 1}
-    places = Counter((source, numbers[0]) for source, numbers in read if len(numbers) == 2)
-    return any(count > 2 for count in places.values())
+    # select(tensor, axis, index). Two are common without recurrence: the first token, the last.
+    indices = Counter((source, numbers[0]) for source, numbers in read if len(numbers) == 2)
+    return any(count > 2 for count in indices.values())
 
 
 def _is_wide_convolution(flow: Flow, node: Operation) -> bool:
+    """Tell whether an operation is a convolution whose kernel covers more than one position."""
     return node.op.endswith("convolution") and any(size > 1 for size in flow.nodes[node.inputs[1]].shape[2:])

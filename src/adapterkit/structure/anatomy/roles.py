@@ -1,4 +1,4 @@
-"""Roles: names for places that mean the same in every transformer, such as `@attention.out`."""
+"""Roles: names that mean the same in every transformer, such as `@attention.out`, and the modules that have them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .description import Anatomy, ModuleOutput, Sublayer
 __all__ = ["ROLES", "check_whole", "role_paths", "role_places"]
 
 _KINDS = ("attention", "crossattention", "feedforward", "convolution", "mixer")
-# Of a sub-layer: what each part is, for the list of roles and for messages.
-_PARTS: dict[str, Callable[[Sublayer], Iterable[str]]] = {
+# The second word of a role: maps it to the modules of a sub-layer that it names.
+_MODULES: dict[str, Callable[[Sublayer], Iterable[str]]] = {
     "out": lambda s: (s.out.path,) if s.out else (),
     "first": lambda s: s.first,
     "last": lambda s: s.last,
@@ -22,15 +22,15 @@ _PARTS: dict[str, Callable[[Sublayer], Iterable[str]]] = {
 
 _OUTPUTS = ("@sublayer.out", *(f"@{kind}.out" for kind in _KINDS))
 ROLES = (
-    *(f"@{kind}.{part}" for kind in _KINDS for part in _PARTS if part not in "qkv" or kind.endswith("attention")),
+    *(f"@{kind}.{word}" for kind in _KINDS for word in _MODULES if word not in "qkv" or kind.endswith("attention")),
     "@sublayer.out",
     "@block.last",
     "@block.out",
     "@embedding",
     "@output_embedding",
 )
-# Of the whole model, not of its sub-layers.
-_PLACES: dict[str, Callable[[Anatomy], tuple[ModuleOutput, ...]]] = {
+# Roles of the whole model, not of its sub-layers.
+_OF_MODEL: dict[str, Callable[[Anatomy], tuple[ModuleOutput, ...]]] = {
     "@block.out": lambda anatomy: anatomy.blocks,
     "@embedding": lambda anatomy: anatomy.embeddings,
     "@output_embedding": lambda anatomy: anatomy.output_embeddings,
@@ -38,40 +38,41 @@ _PLACES: dict[str, Callable[[Anatomy], tuple[ModuleOutput, ...]]] = {
 
 
 def role_paths(role: str, anatomy: Anatomy) -> list[str]:
-    """The modules that have a role in this model, in the order that they run; empty if none has.
+    """List the modules that have a role in this model, in the order in which they run; empty if none has.
 
     Raises:
         TargetError: there is no such role, or no hook can be where it lies.
     """
-    if role in _PLACES:
-        return list(dict.fromkeys(place.path for place in _PLACES[role](anatomy)))
-    sublayers, part = _sublayers(role, anatomy), role.partition(".")[2]
-    if part in ("out", "last") and role in (*_OUTPUTS, "@block.last"):
+    if role in _OF_MODEL:
+        return list(dict.fromkeys(output.path for output in _OF_MODEL[role](anatomy)))
+    sublayers, word = _sublayers(role, anatomy), role.partition(".")[2]
+    if role in (*_OUTPUTS, "@block.last"):
         _check_found(role, sublayers)
-        part = "out"
-    return list(dict.fromkeys(path for sublayer in sublayers for path in _PARTS[part](sublayer)))
+        word = "out"  # "@block.last" is the output of the last sub-layer, where "@attention.last" is a projection
+    return list(dict.fromkeys(path for sublayer in sublayers for path in _MODULES[word](sublayer)))
 
 
 def role_places(role: str, anatomy: Anatomy) -> tuple[ModuleOutput, ...]:
-    """Where in a module's output the tensor of a role lies, for roles that are outputs."""
-    if role in _PLACES:
-        return _PLACES[role](anatomy)
+    """Return where in the modules' outputs the tensors of a role lie; empty for a role that is a projection."""
+    if role in _OF_MODEL:
+        return _OF_MODEL[role](anatomy)
     if role in (*_OUTPUTS, "@block.last"):
         return tuple(s.out for s in _sublayers(role, anatomy) if s.out is not None)
     return ()
 
 
 def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
-    """The sub-layers that a role speaks of.
+    """List the sub-layers that a role speaks of.
 
     Raises:
-        TargetError: there is no such role.
+        TargetError: there is no such role; or it speaks of transformer blocks, and the model has none.
     """
     if role not in ROLES:
         raise TargetError(f"{role!r} is not a role; there are {', '.join(ROLES)}")
     kind = role[1:].partition(".")[0]
     if kind in _KINDS:
         return [s for s in anatomy.sublayers if s.kind == kind]
+    # "@sublayer" and "@block" speak of transformer blocks; a CNN has residual branches, too, and they are not meant.
     blocks = anatomy.transformer_blocks
     if not anatomy.sublayers:
         others = [s.out.path if s.out else s.addition[0] for s in anatomy.others]
@@ -91,7 +92,11 @@ def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
 
 
 def _last_of_blocks(sublayers: list[Sublayer]) -> list[Sublayer]:
-    """The last sub-layer of each block. In a list of single ones (attention, feed-forward, …) blocks end in the latter."""
+    """List the last sub-layer of each block.
+
+    In a list whose items are single sub-layers (attention, feed-forward, attention, …: x-transformers) each item counts as
+    a block. There a block in truth ends in its feed-forward, so the attentions are left out.
+    """
     blocks: dict[str, list[Sublayer]] = {}
     for sublayer in sublayers:
         blocks.setdefault(sublayer.block or "", []).append(sublayer)
@@ -105,12 +110,13 @@ def _last_of_blocks(sublayers: list[Sublayer]) -> list[Sublayer]:
 
 
 def _ends_of(members: list[Sublayer]) -> list[Sublayer]:
-    """The sub-layers of a block that none follows on their stream: one for each stream, feed-forwards if there are any."""
+    """List the sub-layers of a block that none follows on their stream: one for each stream; feed-forwards, if any are."""
     last = [sublayer for sublayer in members if sublayer.is_last] or members[-1:]
     return [sublayer for sublayer in last if _is_end(sublayer)] or last
 
 
 def _is_end(sublayer: Sublayer) -> bool:
+    """Tell whether a block may end in a sub-layer of this kind."""
     return sublayer.kind == "feedforward"
 
 
@@ -134,6 +140,7 @@ def check_whole(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None:
 
 
 def _check_found(role: str, sublayers: list[Sublayer]) -> None:
+    """Raise TargetError if a sub-layer's output is no module's, so that the role would leave it out in silence."""
     lost = [sublayer for sublayer in sublayers if sublayer.out is None]
     if lost:
         raise TargetError(

@@ -1,6 +1,13 @@
 """What flows where in a recorded forward: ancestors and descendants of every node, and which nodes do what.
 
-Sets of nodes are kept as integers, one bit for each node: a graph of thousands of nodes is searched in microseconds.
+Sets of nodes are integers, one bit for each node: {0, 3} is 0b1001. A graph of thousands of nodes is searched in
+microseconds that way, and all of set algebra is an operator:
+
+    a & b          nodes in both           mask >> i & 1     whether node i is in the set
+    a | b          nodes in either         1 << i            the set of node i alone
+    a & ~b         nodes in a, not in b    mask.bit_count()  how many there are
+
+Example: `flow.between(stream, end) & flow.projections` are the projections that a branch runs through.
 """
 
 from __future__ import annotations
@@ -16,29 +23,36 @@ __all__ = ["Flow", "bits"]
 
 
 def _ops(names: str) -> frozenset[str]:
+    """Return the names in a text."""
     return frozenset(names.split())
 
 
-# Operations that hand one tensor's values on: as another view, copy or type.
+# Names of operations, as torch dispatches them. Where the model is not torch's alone, a name is added by a `HostType`.
+
+# They hand one tensor's values on: as another view, copy or type.
 VIEWS = _ops(
     "view _unsafe_view reshape _reshape_alias t transpose permute movedim expand squeeze unsqueeze flatten unflatten "
     "alias detach clone _to_copy to contiguous native_dropout dropout slice select lift_fresh as_strided"
 )
-# Operations between a branch's last projection and its residual addition that change values, but mix nothing new in.
+# They may stand between a branch's last projection and its residual addition: they change values (LayerScale, a gate, a
+# drop path, windows put back in order), but mix no other tokens or features in.
 SCALES = _ops(
     "mul mul_ div div_ neg rsub tanh sigmoid clamp clip nan_to_num sum mean where masked_fill roll pad constant_pad_nd "
     "cat stack split split_with_sizes chunk unbind index gather scatter index_put_ copy_ im2col col2im squeeze_ "
     "unsafe_split index_select unfold"
 )
+# Of these, or of one of these and a constant, a stream stays the same stream: sqrt(2) * x.
 CONSTANT_STEPS = _ops("mul mul_ div div_ add add_ sub sub_")
-# Operations whose result is a number between bounds: a gate, for what it is multiplied with.
+# Their results are numbers between bounds: a gate, for what it is multiplied with.
 BOUNDED = _ops("sigmoid sigmoid_ tanh tanh_")
+# Products. One with a weight is a projection; one of two activations is attention's, or a gate between tokens.
 MATMULS = _ops(
     "mm addmm bmm baddbmm addbmm mv dot linear matmul einsum mkldnn_linear _grouped_mm "
     "convolution _convolution convolution_overrideable mkldnn_convolution"
 )
 LOOKUPS = _ops("embedding embedding_bag _embedding_bag index index_select gather")
 SOFTMAX = _ops("_softmax _safe_softmax softmax")
+# Norms that are one operation, and then those and what norms written by hand are made of.
 WHOLE_NORMS = _ops("native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm")
 NORMS = WHOLE_NORMS | _ops(
     "rsqrt linalg_vector_norm batch_norm "
@@ -49,15 +63,25 @@ NORMS = WHOLE_NORMS | _ops(
 
 
 def bits(mask: int) -> Iterator[int]:
-    """The indices of the bits that are set, from the lowest."""
+    """Yield the nodes in a set, from the lowest number."""
     while mask:
-        low = mask & -mask
+        low = mask & -mask  # the lowest bit that is set, alone
         yield low.bit_length() - 1
         mask ^= low
 
 
 class Flow:
-    """A graph, and what can be told from it alone."""
+    """A recorded graph, and what can be told from it alone.
+
+    Attributes:
+        is_constant: For each node, whether it comes of parameters and buffers alone.
+        ancestors: For each node, the set of those that it depends on; `descendants`, those that depend on it.
+        from_inputs: The set of nodes that depend on what the model was called with.
+        projections: The set of products of an activation and a weight.
+        products: The set of products of two activations, and of softmaxes.
+        attentions: The set of attentions' last products: softmax(Q @ K) @ V.
+        endings: The set of nodes in which a branch may end.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.nodes, self.calls = graph, graph.nodes, graph.calls
@@ -73,7 +97,7 @@ class Flow:
 
     @cached_property
     def readers(self) -> list[list[int]]:
-        """For each node, those that read it."""
+        """List, for each node, those that read it."""
         readers: list[list[int]] = [[] for _ in self.nodes]
         for node in self.nodes:
             for i in node.inputs:
@@ -82,7 +106,7 @@ class Flow:
 
     @cached_property
     def returned(self) -> dict[int, list[tuple[ModuleCall, tuple[int | str, ...]]]]:
-        """For each node that a module call returned: the calls, and where in their output it lies."""
+        """Map each node that a module call returned to such calls, with where in their output it lies."""
         returned: dict[int, list[tuple[ModuleCall, tuple[int | str, ...]]]] = {}
         for call in self.calls:
             for path, i in call.outputs:
@@ -91,13 +115,16 @@ class Flow:
 
     @cached_property
     def norm_calls(self) -> list[ModuleCall]:
-        """The calls of modules that normalise and do nothing else."""
+        """List the calls of modules that normalise and do nothing else."""
         with_norm = {id(call) for node in self.nodes if node.op in NORMS and node.call for call in [node.call]}
         return [call for call in self.calls if id(call) in with_norm and call.end is not None and _is_small(call)]
 
     @cached_property
     def features(self) -> int:
-        """The nodes made of features: of floating inputs and of what is looked up, not of positions that were cast."""
+        """Return the set of nodes made of features: of floating inputs and of what is looked up.
+
+        Not in it is what is made of positions that were cast to floats, such as the angles of rotary embeddings.
+        """
         mask = 0
         for node in self.nodes:
             inputs = self.activations(node)
@@ -107,19 +134,23 @@ class Flow:
         return mask
 
     def between(self, start: int, end: int) -> int:
-        """The nodes on any way from `start` (not itself) to `end` (itself included)."""
+        """Return the set of nodes on any way from `start` (left out) to `end` (itself in it)."""
         return (self.ancestors[end] | 1 << end) & self.descendants[start]
 
     def leads_to(self, start: int, end: int) -> bool:
-        """Whether `end` depends on `start`."""
+        """Tell whether `end` depends on `start`."""
         return bool(self.ancestors[end] >> start & 1)
 
     def activations(self, node: Operation) -> list[int]:
-        """A node's inputs that depend on more than parameters."""
+        """List a node's inputs that depend on more than parameters."""
         return [i for i in node.inputs if not self.is_constant[i]]
 
     def source(self, index: int, through: frozenset[str] = VIEWS) -> int:
-        """The node whose values this one hands on, back through views (or these operations) of one tensor."""
+        """Return the node whose values this one hands on.
+
+        It is looked for back through views, or through the operations given, as long as they have one floating input: of
+        `x.view(…).transpose(…)` it is x.
+        """
         while self.nodes[index].op in through:
             inputs = [i for i in self.activations(self.nodes[index]) if self.nodes[i].is_floating]  # not masks, indices
             if len(inputs) != 1:
@@ -128,20 +159,28 @@ class Flow:
         return index
 
     def unscaled(self, index: int) -> int:
-        """`source`, also back through multiplication by a constant, and addition of one."""
+        """Return `source`, looked for also back through multiplication by a constant, and addition of one."""
         index = self.source(index)
         while self.nodes[index].op in CONSTANT_STEPS and len(self.activations(self.nodes[index])) == 1:
             index = self.source(self.activations(self.nodes[index])[0])
         return index
 
     def stacked(self, index: int) -> tuple[int, ...]:
-        """What a node is the sum of, over a stack; empty if it is none."""
+        """Return the addends of `torch.stack([a, b]).sum(0)`, or of the stack; empty if the node is neither."""
         node = self.nodes[index]
         stack = self.nodes[node.inputs[0]] if node.op == "sum" else node
         return stack.inputs if stack.op == "stack" and stack.shape[1:] == node.shape else ()
 
     def nearest(self, index: int, wanted: int, within: int, stop: int = 0) -> int:
-        """Of the wanted nodes, those met first on the ways back from `index` (itself included) that stay `within`."""
+        """Return the set of wanted nodes that are met first on the ways back from `index`, itself included.
+
+        Args:
+            wanted: The nodes that are looked for. A way ends at the first one.
+            within: The nodes that a way may lead through.
+            stop: Nodes at which a way ends without finding anything.
+
+        Example: of `down(gelu(up(x)))` the nearest projection, back from its end, is `down` alone.
+        """
         found, seen, todo = 0, 0, [index]
         while todo:
             i = todo.pop()
@@ -155,13 +194,15 @@ class Flow:
         return found
 
     def _mask(self, test: Callable[[Operation], bool]) -> int:
+        """Return the set of nodes for which `test` holds."""
         return sum(1 << node.index for node in self.nodes if test(node))
 
     def _from_parameters(self) -> list[bool]:
-        """Whether each node comes of parameters and buffers alone: weights reach a matmul through views and casts.
+        """Tell for each node whether it comes of parameters and buffers alone: weights reach a matmul through casts.
 
         What a module is called with is no weight, even if it comes of parameters alone (the learned queries of a decoder).
         """
+        # Of more than two axes: a weight that is handed to a module (a tied embedding's, to the head) has two at most.
         given = {i for call in self.calls for _, i in call.inputs if len(self.nodes[i].shape) > 2}
         constant: list[bool] = []
         for node in self.nodes:
@@ -170,7 +211,7 @@ class Flow:
         return constant
 
     def _from_inputs(self) -> int:
-        """The nodes that depend on what the model was called with."""
+        """Return the set of nodes that depend on what the model was called with, and of its inputs."""
         starts = [node.index for node in self.nodes if node.op == "input"]
         mask = sum(1 << i for i in starts)
         for i in starts:
@@ -178,6 +219,8 @@ class Flow:
         return mask
 
     def _reach(self) -> tuple[list[int], list[int]]:
+        """Return the set of ancestors and that of descendants of each node, in one pass each."""
+        # A node reads lower numbers only, so what it reads is complete when its turn comes; the other way round likewise.
         ancestors, descendants = [0] * len(self.nodes), [0] * len(self.nodes)
         for node in self.nodes:
             for i in node.inputs:
@@ -188,15 +231,17 @@ class Flow:
         return ancestors, descendants
 
     def _reads_a_weight(self, node: Operation) -> bool:
+        """Tell whether a node takes an activation and something that comes of parameters alone."""
         return not self.is_constant[node.index] and any(self.is_constant[i] for i in node.inputs)
 
     def _has_two(self, node: Operation) -> bool:
+        """Tell whether a node takes two activations and no weight."""
         return not self._reads_a_weight(node) and len(self.activations(node)) > 1
 
     def weights_of(self, index: int) -> int | None:
-        """The product of queries and keys, if a node is attention's last product, softmax(Q @ K) @ V; else None.
+        """Return the node of Q @ K, if this one is an attention's last product, softmax(Q @ K) @ V; else None.
 
-        A router weighs experts by a softmax, too, but of a projection.
+        A router weighs experts by a softmax, too, but of a projection: then there is no product of activations behind it.
         """
         node = self.nodes[index]
         if node.op not in MATMULS or not self._has_two(node):
@@ -207,19 +252,22 @@ class Flow:
                 back = self.ancestors[softmax] | 1 << softmax
                 scores = self.nearest(softmax, self.products & ~(1 << softmax), back, stop=self.projections)
                 if scores:
+                    # A bias by position may be a product as well, and be added to that of queries and keys.
                     return next(filter(self._compares_inputs, bits(scores)), next(bits(scores)))
         return None
 
     def _compares_inputs(self, index: int) -> bool:
-        """Whether both factors of a product come of what the model was called with: one of positions alone is a bias."""
+        """Tell whether both factors of a product come of the model's inputs: one of positions alone is a bias."""
         return all(self.from_inputs >> i & 1 for i in self.activations(self.nodes[index])[-2:])
 
 
 def _is_attention(op: str) -> bool:
+    """Tell whether an operation is a whole attention, whichever kernel runs it."""
     return "scaled_dot_product" in op and not op.endswith("backward")
 
 
 def _is_mixing(op: str) -> bool:
+    """Tell whether an operation mixes tokens without a weight: a Fourier transform (FNet), a pooling (PoolFormer)."""
     return op.startswith("_fft") or "pool" in op
 
 

@@ -1,4 +1,4 @@
-"""Run a model once on example inputs and look at what its modules take and return."""
+"""Run a model once on example inputs, look at what its modules take and return, and leave it as it was."""
 
 import copy
 import random
@@ -25,17 +25,19 @@ T = TypeVar("T")
 
 
 def call_with(model: nn.Module, inputs: ExampleInputs) -> Any:
-    """Call the model: a mapping by keyword, a tuple by position, anything else as the only argument."""
+    """Call the model and return its output: a mapping by keyword, a tuple by position, else as the only argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def fresh(inputs: ExampleInputs) -> ExampleInputs:
-    """A copy, if there can be one: a model may fill a cache that it is given, or change a tensor in place."""
+    """Return a copy of the inputs, for a model may fill a cache that it is given, or change a tensor in place."""
     try:
         return copy.deepcopy(inputs)
-    except RuntimeError:  # of a tensor that is in the middle of a graph
+    except RuntimeError:
+        # A tensor in the middle of a graph cannot be copied. Such inputs are handed over as they are: what a model does to
+        # them is then seen by their owner, as it would be in any other call.
         return inputs
 
 
@@ -48,7 +50,9 @@ def observe(
     within: AbstractContextManager[Any] | None = None,
     training: bool = False,
 ) -> dict[str, list[T]]:
-    """What `look(path, module, args, kwargs, output)` makes of each call of these modules, in one forward: see `forward`.
+    """Run the model once and map each path to what `look(path, module, args, kwargs, output)` returned for its calls.
+
+    Modules that do not run have an empty list. For the other arguments see `forward`.
 
     Raises:
         CompatibilityError: the model does not run on these inputs.
@@ -61,7 +65,7 @@ def observe(
             def hook(
                 module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path, calls: list[T] = calls
             ) -> None:
-                if threading.get_ident() == me:
+                if threading.get_ident() == me:  # another thread may run the same modules meanwhile
                     calls.append(look(path, module, args, kwargs, output))
 
             stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
@@ -70,7 +74,7 @@ def observe(
 
 
 def runs_around(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> dict[str, str]:
-    """For modules that never run on the inputs, the innermost module around each that does.
+    """Map the path of each module that never runs on the inputs to the innermost module around it that does.
 
     Raises:
         CompatibilityError: the model does not run on these inputs.
@@ -87,7 +91,7 @@ def forward(
     within: AbstractContextManager[Any] | None = None,
     training: bool = False,
 ) -> Any:
-    """The model's output, without gradients, with modules and random state as before afterwards.
+    """Run the model and return its output, without gradients. Modules and random state are as before afterwards.
 
     Args:
         within: A context to run it in.
@@ -101,7 +105,7 @@ def forward(
         try:
             with within or nullcontext():
                 return call_with(model.train(training), inputs)
-        except AdapterKitError:
+        except AdapterKitError:  # ours says more than the line below would
             raise
         except Exception as error:
             raise CompatibilityError(
@@ -121,6 +125,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     held = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor))
     made_inside = any(tensor.is_inference() for tensor in held)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    # The fused path of nn.TransformerEncoder runs no modules inside it, so a trace would see nothing there.
     fast_path, casts_cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch.set_autocast_cache_enabled(False)

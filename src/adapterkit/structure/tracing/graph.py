@@ -214,6 +214,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self._point(tensor, node.index)
 
     def _point(self, tensor: Tensor, index: int) -> None:
+        """Have a tensor stand for a node, whatever it stood for before."""
         self._node_of[id(tensor)] = index
 
     def _index(self, tensor: Tensor) -> int:

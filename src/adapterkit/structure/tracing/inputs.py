@@ -1,4 +1,7 @@
-"""Tiny inputs for a model nobody gave inputs for: from what it says of itself, else from its signature and first layers."""
+"""Make tiny inputs for a model that nobody gave inputs for: from its config, its signature, its first layers.
+
+They need not mean anything. They only have to run, so that the forward can be recorded: two rows of six random tokens do.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CompatibilityError
-from ..hosts import holds_described_weights, known_shape
+from ..hosts import described_projection, known_shape
 from .forward import ExampleInputs, forward
 
 __all__ = ["first_that_runs", "moved_to", "tiny_inputs"]
 
 T = TypeVar("T")
 
+# The sizes of inputs: rows, tokens of a text, samples of a waveform (one frame of wav2vec2), frames of a spectrum.
 BATCH, TOKENS, SAMPLES, FRAMES = 2, 6, 400, 128
-_COMBINATIONS, _TRIED = 24, 4  # that are tried, and that an error message tells of
+# How many inputs are tried for one list of arguments, and how many of those an error message tells of.
+_COMBINATIONS, _TRIED = 24, 4
 _MODALITIES = ("input_ids", "pixel_values", "input_features", "input_values")
 
 
 def tiny_inputs(model: nn.Module) -> ExampleInputs:
-    """Inputs on which the model runs, on its device. Raises: see `first_that_runs`."""
+    """Return inputs on which the model runs, on its device. Raises: see `first_that_runs`."""
     return first_that_runs(model, partial(forward, model))[0]
 
 
 def first_that_runs(model: nn.Module, run: Callable[[ExampleInputs], T]) -> tuple[ExampleInputs, T]:
-    """Inputs on which the model runs, on its device, and what came of running it.
+    """Return inputs on which the model runs, on its device, and what `run` returned for them.
 
     Tried in turn: the model's `dummy_inputs`; tensors for its `main_input_name` and for what its `forward` requires; those
     and the arguments that the model names in its errors; all that it takes of text, images and sound.
@@ -46,7 +51,7 @@ def first_that_runs(model: nn.Module, run: Callable[[ExampleInputs], T]) -> tupl
     for inputs in _candidates(model):
         try:
             return _completed(model, moved_to(inputs, model), run, tried)
-        except CompatibilityError:
+        except CompatibilityError:  # the reason is in `tried`
             continue
     said = "; ".join(f"{shapes}: {error}" for shapes, error in list(tried.items())[:_TRIED])
     raise CompatibilityError(
@@ -56,7 +61,7 @@ def first_that_runs(model: nn.Module, run: Callable[[ExampleInputs], T]) -> tupl
 
 
 def moved_to(inputs: ExampleInputs, model: nn.Module) -> ExampleInputs:
-    """The inputs on the device of the model's first parameter."""
+    """Return the inputs on the device of the model's first parameter; on the CPU if it has none."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(inputs, Mapping):
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -68,7 +73,16 @@ def moved_to(inputs: ExampleInputs, model: nn.Module) -> ExampleInputs:
 def _completed(
     model: nn.Module, inputs: ExampleInputs, run: Callable[[ExampleInputs], T], tried: dict[str, str]
 ) -> tuple[ExampleInputs, T]:
-    """The inputs, with arguments that the model names in its errors added one by one until it runs; and what came of it."""
+    """Return the inputs, completed by arguments that the model names in its errors, and what `run` returned for them.
+
+    Example: "You have to specify either decoder_input_ids or …" adds `decoder_input_ids`.
+
+    Args:
+        tried: Maps the shapes of inputs that failed to the error: added to here, for the message.
+
+    Raises:
+        CompatibilityError: the model does not run, and its error names no argument that could be made.
+    """
     while True:
         try:
             return inputs, run(inputs)
@@ -85,7 +99,7 @@ def _completed(
 
 
 def _candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Inputs to try, the likeliest first."""
+    """Yield inputs to try, the likeliest first."""
     arguments = _arguments(model)
     asked = _asked_for(model)
     dummy = _dummy_inputs(model)
@@ -99,26 +113,28 @@ def _candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """What a Hugging Face model offers to be tried with, as far as it is tensors."""
+    """Return what a Hugging Face model offers to be tried with; None if it offers nothing."""
     try:
         dummy = getattr(model, "dummy_inputs", None)
-    except Exception:  # a property of someone else's class
+    except Exception:
+        # A property of someone else's class, made for models of another input: other candidates follow, and if none runs
+        # the message tells of those.
         return None
     return dict(dummy) if isinstance(dummy, Mapping) else None
 
 
 def _arguments(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """The arguments that `forward` takes by name."""
+    """Map the name of each argument that `forward` takes by name to its description."""
     try:
         parameters = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # one in C, or of TorchScript, shows no signature: then no inputs can be made
         return {}
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {name: p for name, p in parameters.items() if p.kind in kinds}
 
 
 def _asked_for(model: nn.Module) -> list[str]:
-    """The arguments to make: those that `forward` requires, and the model's main input."""
+    """List the arguments to make: the model's main input and those that `forward` requires; else its first."""
     arguments = _arguments(model)
     required = [name for name, p in arguments.items() if p.default is inspect.Parameter.empty]
     main = getattr(model, "main_input_name", None)
@@ -130,7 +146,7 @@ def _asked_for(model: nn.Module) -> list[str]:
 
 
 def _alternatives(model: nn.Module, name: str) -> Iterator[Tensor]:
-    """Tensors that an argument may be, by its name, else by the model's first layers; the likeliest first."""
+    """Yield tensors that an argument may be, by its name, else by the model's first layers; the likeliest first."""
     if "mask" in name:
         yield torch.ones(BATCH, TOKENS, dtype=torch.long)
     elif name.endswith(("input_ids", "token_type_ids")) or name in ("idx", "tokens"):
@@ -150,9 +166,13 @@ def _alternatives(model: nn.Module, name: str) -> Iterator[Tensor]:
 
 
 def _tokens(model: nn.Module) -> Iterator[Tensor]:
-    """Token ids that end as the model's texts do; for each of two choices, too."""
+    """Yield token ids, (batch, seq), that end as the model's texts do; then (batch, choices, seq).
+
+    Some models pool at the end-of-sequence token, and fail if there is none.
+    """
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     said = _setting(model, "vocab_size")
+    # Without any table two ids do: what fails on them would fail on more. It is told with the other candidates.
     rows = said if isinstance(said, int) and said in tables else (tables or [2])[0]
     ids = torch.randint(0, rows, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
     end = getattr(getattr(model, "config", None), "eos_token_id", None)
@@ -163,7 +183,8 @@ def _tokens(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _images(model: nn.Module) -> Iterator[Tensor]:
-    """Square images of what sizes the model may take, and videos of them."""
+    """Yield square images of sizes that the model may take, and videos of them."""
+    # A model without a convolution cuts images into patches itself; most take three channels.
     channels = next((m.in_channels for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
     frames = _setting(model, "num_frames")
     for size in _image_sizes(model):
@@ -173,7 +194,7 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _sound(model: nn.Module) -> Iterator[Tensor]:
-    """Spectra over time, either way round."""
+    """Yield spectra over time, (batch, bins, frames) and (batch, frames, bins)."""
     bins = _setting(model, "num_mel_bins") or 80
     positions = _setting(model, "max_source_positions")
     for frames in dict.fromkeys([*([2 * positions] if positions else []), _setting(model, "max_length") or FRAMES, FRAMES]):
@@ -182,7 +203,9 @@ def _sound(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _readings(model: nn.Module) -> Iterator[Tensor]:
-    """What an argument with no telling name may be: tokens, an image, features; as the first layers suggest."""
+    """Yield what an argument with no telling name may be: tokens, an image, features; as the first layers suggest."""
+    # In the order of definition, which is mostly that of running. A convolution or norm may sit behind another input, so
+    # the search goes on after those, and ends at the first layer that leaves no doubt.
     for module in model.modules():
         match module:
             case nn.Embedding():
@@ -197,7 +220,7 @@ def _readings(model: nn.Module) -> Iterator[Tensor]:
                 yield _random(model, BATCH, TOKENS, module.embed_dim)
             case nn.LayerNorm() | nn.RMSNorm():
                 yield _random(model, BATCH, TOKENS, module.normalized_shape[-1])
-            case _ if holds_described_weights(module):  # a package's layer, or something around one
+            case _ if described_projection(module) is not None:  # a package's layer
                 known = known_shape(module)
                 if known is not None and known.input_width and known.axis == -1:
                     yield _random(model, BATCH, TOKENS, known.input_width)
@@ -208,7 +231,7 @@ def _readings(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _image_sizes(model: nn.Module) -> list[int]:
-    """Sides of a square image to try: what the model says (its config or attributes), else usual ones."""
+    """List the sides of square images to try: what the model says (in its config or attributes), then usual ones."""
     said = []
     for name in ("image_size", "img_size", "input_size"):
         said += [_setting(model, name), *(getattr(module, name, None) for module in model.modules())]
@@ -217,7 +240,7 @@ def _image_sizes(model: nn.Module) -> list[int]:
 
 
 def _setting(model: nn.Module, name: str) -> Any:
-    """A setting of the model's config or, failing that, of a config in it."""
+    """Return a setting of the model's config or, failing that, of a config in it; None if there is none."""
     config = getattr(model, "config", None)
     inner = vars(config).values() if hasattr(config, "__dict__") else ()
     found = (getattr(holder, name, None) for holder in (config, *inner))
@@ -225,12 +248,14 @@ def _setting(model: nn.Module, name: str) -> Any:
 
 
 def _random(model: nn.Module, *shape: int) -> Tensor:
-    """Random numbers in the model's dtype."""
+    """Return random numbers of this shape in the model's dtype, the same each time."""
+    # Without parameters (a quantised model, whose weights are buffers) it computes in float32, as torch does.
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def _shapes(inputs: ExampleInputs) -> str:
+    """Describe inputs in a message: names and shapes."""
     if isinstance(inputs, Mapping):
         return ", ".join(f"{name} {tuple(v.shape) if isinstance(v, Tensor) else v}" for name, v in inputs.items())
     return ", ".join(str(tuple(v.shape)) for v in ((inputs,) if isinstance(inputs, Tensor) else inputs))

@@ -1,4 +1,10 @@
-"""A key for what decides which operations a forward runs: models with the same key have the same anatomy."""
+"""Make a key of what decides which operations a forward runs: models with the same key have the same anatomy.
+
+Tracing takes a forward, and a model is often wrapped again with other weights. So everything counts that may change the
+*operations*: code, shapes, settings, which tensors are shared. The values of parameters do not.
+
+The danger is a key that is too coarse: it gives one model another's roles. Where it is in doubt, a value counts.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +27,21 @@ _TORCHS = frozenset(vars(nn.Module()))  # attributes of every module: its mode, 
 
 
 def structure_key(model: nn.Module, inputs: Any) -> str:
-    """A hash over types and their code, which modules and tensors are shared, shapes, plain attributes, configs, inputs."""
+    """Return a hash over types and their code, shared modules and tensors, shapes, attributes, configs and inputs."""
     digest = hashlib.sha256(f"{table_version()}".encode())  # a layer described since then may be seen otherwise
-    places: dict[int, int] = {}  # of each module and tensor: where it was first met
+    first_met: dict[
+        int, int
+    ] = {}  # id of a module or tensor -> its number, in the order of meeting: tells which are shared
     types: dict[type, str] = {}
     for path, module in modules_by_path(model).items():
         kind = type(module)
         if kind not in types:
             types[kind] = _hash_of_type(kind)
-        digest.update(f"\n{path} {types[kind]} {places.setdefault(id(module), len(places))}".encode())
+        digest.update(f"\n{path} {types[kind]} {first_met.setdefault(id(module), len(first_met))}".encode())
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                place = places.setdefault(id(tensor), len(places))
-                digest.update(f" {name} {tuple(tensor.shape)} {tensor.dtype} {tensor.is_meta} {place}".encode())
+                number = first_met.setdefault(id(tensor), len(first_met))
+                digest.update(f" {name} {tuple(tensor.shape)} {tensor.dtype} {tensor.is_meta} {number}".encode())
         for line in _settings(module, set()):
             digest.update(line.encode())
     for line in _inputs(inputs):
@@ -42,7 +50,7 @@ def structure_key(model: nn.Module, inputs: Any) -> str:
 
 
 def _inputs(value: Any, where: str = "") -> Iterator[str]:
-    """Shapes of tensors and values of all else."""
+    """Yield the shapes of the tensors in a value, and all else in it as text."""
     if isinstance(value, Tensor):
         yield f"\n{where} {tuple(value.shape)} {value.dtype}"
     elif isinstance(value, Mapping):
@@ -60,7 +68,11 @@ def _inputs(value: Any, where: str = "") -> Iterator[str]:
 
 
 def _settings(holder: Any, seen: set[int]) -> Iterator[str]:
-    """The plain attributes of an object, and of objects in them (a config), as text; of functions, their code."""
+    """Yield the plain attributes of an object, and of objects in them (a config), as text; of functions, their code.
+
+    Args:
+        seen: The `id`s of objects that were gone through: they may lead back to one another.
+    """
     seen.add(id(holder))
     for name, value in vars(holder).items() if hasattr(holder, "__dict__") else ():
         if name in _TORCHS or name.startswith("_adapterkit"):
@@ -72,6 +84,7 @@ def _settings(holder: Any, seen: set[int]) -> Iterator[str]:
             yield from function
         elif callable(value):
             kind = value if isinstance(value, type) else type(value)
+            # Two callables of one class may differ in what cannot be read here, so their identity counts.
             yield f" {name}:{getattr(value, '__qualname__', kind.__qualname__)}:{_hash_of_type(kind)}:{id(value)}"
         elif isinstance(value, Mapping):
             yield from _inputs(value, name)
@@ -81,7 +94,7 @@ def _settings(holder: Any, seen: set[int]) -> Iterator[str]:
 
 
 def _hash_of_type(kind: type) -> str:
-    """A hash over the names, functions and plain attributes of a class and its bases.
+    """Return a hash over the names, functions and plain attributes of a class and its bases.
 
     Not over its identity: methods may be replaced, and a new class may come to lie where a forgotten one lay.
     """
@@ -99,37 +112,47 @@ def _hash_of_type(kind: type) -> str:
 
 
 def _function(value: Any, seen: set[int]) -> Iterator[str]:
-    """The code of a function, or of those inside a method, property, partial or wrapper; nothing for anything else."""
+    """Yield the code of a function, or of those inside a method, property or partial; nothing for any other value."""
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, (staticmethod, classmethod, MethodType)):
         yield from _function(value.__func__, seen)
     elif isinstance(value, (property, functools.cached_property)):
-        for part in (value.fget, value.fset) if isinstance(value, property) else (value.func,):
-            yield from _function(part, seen)
+        for function in (value.fget, value.fset) if isinstance(value, property) else (value.func,):
+            yield from _function(function, seen)
     elif isinstance(value, (functools.partial, functools.partialmethod)):
         yield from _function(value.func, seen)
-        yield from (f" {part!r}"[:_LONGEST] for part in (value.args, value.keywords))
+        yield from (f" {given!r}"[:_LONGEST] for given in (value.args, value.keywords))
     elif isinstance(value, FunctionType):
         yield from _code(value.__code__)
-        for name in _names(value.__code__):  # what it calls beside its class's methods
-            part = value.__globals__.get(name)
-            if isinstance(part, FunctionType) and not part.__module__.startswith("torch."):
-                yield from _function(part, seen)
-            elif isinstance(part, (bool, int, float, str)):
-                yield f" {name}={part!r}"[:_LONGEST]
-        held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        for part in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *held):
-            if isinstance(part, _PLAIN):
-                yield f" {part!r}"[:_LONGEST]
-            else:
-                yield f" {getattr(part, '__qualname__', type(part).__qualname__)}"
-                yield from _function(part, seen)
+        yield from _globals(value, seen)
+        yield from _held(value, seen)
+
+
+def _globals(function: FunctionType, seen: set[int]) -> Iterator[str]:
+    """Yield the functions and settings of its file that a function names: what it calls beside its class's methods."""
+    for name in _names(function.__code__):
+        value = function.__globals__.get(name)  # most names are attributes, and no globals: those are not in question here
+        if isinstance(value, FunctionType) and not value.__module__.startswith("torch."):
+            yield from _function(value, seen)
+        elif isinstance(value, (bool, int, float, str)):
+            yield f" {name}={value!r}"[:_LONGEST]
+
+
+def _held(function: FunctionType, seen: set[int]) -> Iterator[str]:
+    """Yield what a function carries with it: its defaults, and what it closes over."""
+    closed_over = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *closed_over):
+        if isinstance(value, _PLAIN):
+            yield f" {value!r}"[:_LONGEST]
+        else:
+            yield f" {getattr(value, '__qualname__', type(value).__qualname__)}"
+            yield from _function(value, seen)
 
 
 def _code(code: CodeType) -> Iterator[str]:
-    """All that a code object does. Its own hash would take the constants -1 and -2 for the same."""
+    """Yield all that a code object does. Its own hash would take the constants -1 and -2 for the same."""
     yield f" {code.co_name} {code.co_code.hex()} {code.co_names} {code.co_varnames} {code.co_freevars}"
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -139,7 +162,7 @@ def _code(code: CodeType) -> Iterator[str]:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The names that a code object, or one in it, looks up."""
+    """Yield the names that a code object, or one in it, looks up."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -147,6 +170,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _is_filled(cell: Any) -> bool:
+    """Tell whether a variable that a function closes over has a value: asking one that has none raises."""
     try:
         return cell.cell_contents is not cell
     except ValueError:  # a cell that nothing was put into yet

@@ -1,4 +1,9 @@
-"""Run a part of a recorded forward again, on random numbers and with gradients: what of a tensor is another made of?"""
+"""Run a piece of a recorded forward again, on random numbers and with gradients: which entries is a tensor made of?
+
+Example: `qkv = linear(x)` has 24 features, and attention's product with the keys reads a tensor made of some of them.
+Which? Those whose derivative is not zero. So all operations between the two are run again on random numbers, and
+`torch.autograd.grad` of a random projection of the last tensor says it for all 24 at once.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ __all__ = ["Replays", "along"]
 
 
 class Replays:
-    """Parts of one recorded forward, run again. What was found for a part is remembered for those that do the same.
+    """Pieces of one recorded forward, run again. What one shows is remembered for those that do the same (other layers).
 
     The model is not run, and nothing that it holds is read but integers (indices) and masks: its floating-point numbers
     are replaced by random ones, for zeros (a LoRA, a scale that is yet to be trained) would hide what depends on them.
@@ -27,13 +32,13 @@ class Replays:
         self._found: dict[Hashable, Tensor] = {}
 
     def dependence(self, start: int, reader: tuple[int, int], axis: int | None, since: int = 0) -> Tensor:
-        """Of which numbers of a node's tensor one is made that is read further on.
+        """Tell which entries of `start`'s tensor influence the tensor that `reader` reads.
 
         Args:
-            start: The node.
-            reader: What reads the other tensor, and at which of its inputs.
-            axis: The axis whose features are asked for; None for all numbers.
-            since: The first node that counts.
+            start: The node whose tensor is asked about.
+            reader: The node that reads the other tensor, and at which of its inputs.
+            axis: The axis whose features are asked for; None for all entries.
+            since: The first node that counts: those before it are left out.
 
         Returns:
             True where the derivative of a random projection is not zero, anywhere on the other axes. Shape: (features,), or
@@ -53,11 +58,12 @@ class Replays:
         return found
 
     def _steps(self, start: int, end: int, since: int) -> list[int]:
-        """The nodes between two, and the views through which they write into memory that is read later."""
+        """List the nodes between two, and the views through which they write into memory that is read later."""
         flow = self.flow
         inside = flow.between(start, end) >> since << since if start != end else 0
         for i in bits(inside):
             node = flow.nodes[i]
+            # `y[:, 0].mul_(2)` changes y through a view that nothing else reads: that view must be made again, too.
             at = node.inputs[0] if node.op.endswith("_") and node.taken else start
             while at > start and not inside >> at & 1 and flow.nodes[at].op in VIEWS:
                 inside |= 1 << at
@@ -65,27 +71,35 @@ class Replays:
         return list(bits(inside))
 
     def _key(self, start: int, reader: tuple[int, int], axis: int | None, steps: list[int]) -> Hashable | None:
-        """What decides the answer: the operations, and which tensor is read where; None if numbers decide, too."""
+        """Return what decides the answer: the operations, and which tensor is read where; None if numbers decide, too.
+
+        Tensors are numbered in the order of their meeting, so that the same piece of another layer has the same key.
+        """
         nodes, names = self.flow.nodes, {id(t): 0 for t in self.flow.nodes[start].made}
         made = {id(t) for i in (start, *steps) for t in nodes[i].made}
-        said: list[str] = [_described(t) for t in nodes[start].made]
+        lines: list[str] = [_kind_of_tensor(t) for t in nodes[start].made]
 
-        def named(leaf: Any) -> Any:
+        def as_text(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             if id(leaf) not in made and not _is_drawn(leaf):
-                raise LookupError  # its own integers count
-            return f"{names.setdefault(id(leaf), len(names))} {_described(leaf)}"
+                raise LookupError  # integers and masks from outside: their values decide, so no other layer has this key
+            return f"{names.setdefault(id(leaf), len(names))} {_kind_of_tensor(leaf)}"
 
         try:
             for i in steps:
                 function, args, kwargs = nodes[i].operation or (None, (), {})
-                said.append(f"{function} {tree_map(named, (args, kwargs))} -> {tree_map(named, nodes[i].made)}")
-            return (*said, axis, named(nodes[reader[0]].taken[reader[1]]))
+                lines.append(f"{function} {tree_map(as_text, (args, kwargs))} -> {tree_map(as_text, nodes[i].made)}")
+            return (*lines, axis, as_text(nodes[reader[0]].taken[reader[1]]))
         except LookupError:
             return None
 
     def _run(self, start: int, reader: tuple[int, int], steps: list[int]) -> Tensor:
+        """Run the steps again; return where the derivative by `start`'s tensor is not zero. Shape: as that tensor.
+
+        Raises:
+            ValueError: it cannot be told, and why.
+        """
         nodes, draw = self.flow.nodes, torch.Generator().manual_seed(0)
         recorded = nodes[start].made[0]
         if len(nodes[start].made) != 1 or not recorded.is_floating_point():
@@ -98,10 +112,10 @@ class Replays:
                 for i in steps:
                     self._step(i, values, draw)
                 end = values.get(id(nodes[reader[0]].taken[reader[1]]))
-                if end is None or not end.requires_grad:
+                if end is None or not end.requires_grad:  # no way leads there: nothing depends on it
                     return torch.zeros(leaf.shape, dtype=torch.bool)
                 (gradient,) = torch.autograd.grad((end * _outside(end, draw)).sum(), leaf, allow_unused=True)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, NotImplementedError, TypeError) as error:  # an operation without derivative, say
             raise ValueError(f"{type(error).__name__}: {str(error)[:200]}") from error
         if gradient is None:
             return torch.zeros(leaf.shape, dtype=torch.bool)
@@ -110,7 +124,11 @@ class Replays:
         return gradient.ne(0).cpu()
 
     def _step(self, index: int, values: dict[int, Tensor], draw: torch.Generator) -> None:
-        """Run one operation on the values of its tensors, and keep what it makes."""
+        """Run one operation on the values of its tensors, and add what it makes to `values`.
+
+        Args:
+            values: Maps the `id` of each recorded tensor to the one that stands for it now.
+        """
         node = self.flow.nodes[index]
         if node.operation is None:
             return
@@ -130,12 +148,18 @@ class Replays:
 
 
 def along(mask: Tensor, axis: int) -> Tensor:
-    """Where a mask is true anywhere on the other axes. Shape: (features,)."""
+    """Return where a mask is true anywhere on the other axes. Shape: (features,)."""
     return mask.movedim(axis, 0).flatten(1).any(1) if mask.dim() > 1 else mask
 
 
 def _outside(tensor: Tensor, draw: torch.Generator) -> Tensor:
-    """Random numbers from 0.5 to 1.5 (of which there are roots and logarithms) for a tensor; a copy of integers."""
+    """Return a stand-in for a tensor: random numbers from 0.5 to 1.5; of integers and masks, a copy.
+
+    Roots and logarithms of such numbers exist, and none is zero.
+
+    Raises:
+        ValueError: integers or masks on the meta device have no values.
+    """
     if not _is_drawn(tensor):
         if tensor.is_meta:
             raise ValueError("it depends on integers or masks, which have no values on the meta device")
@@ -148,9 +172,10 @@ def _outside(tensor: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _is_drawn(tensor: Tensor) -> bool:
-    """Whether random numbers may stand for those of a tensor."""
+    """Tell whether random numbers may stand for those of a tensor."""
     return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout == torch.strided
 
 
-def _described(tensor: Tensor) -> str:
+def _kind_of_tensor(tensor: Tensor) -> str:
+    """Return shape, dtype and device as text."""
     return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.device}"

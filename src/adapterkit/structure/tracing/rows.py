@@ -97,8 +97,8 @@ def _check_output(both: _Seen, one: _Seen, other: _Seen) -> None:
     if not all(len(seen) == 1 for seen in calls):
         raise _NothingSeenError("the model calls itself, or is TorchScript, so its output cannot be compared")
     together, first, second = (seen[0] for seen in calls)
-    keys = [key for key in together if key[0] == "output" and key in first and key in second]
-    tensors = [(together[key], first[key], second[key]) for key in keys]
+    keys = sorted(together.keys() & first.keys() & second.keys(), key=str)
+    tensors = [(together[key], first[key], second[key]) for key in keys if key[0] == "output"]
     # Axes of tokens look like axes of rows until attention mixes tokens: then the numbers differ.
     if any(_is_denied(*each) for each in tensors):
         raise _NothingSeenError("the model's output for two rows is not what it gives for each of them alone")

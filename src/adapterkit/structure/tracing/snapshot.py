@@ -1,4 +1,4 @@
-"""What a module holds, its parameters' values apart, remembered and put back: attributes, hooks, children, buffers."""
+"""Remember what a module holds, and put it back: attributes, hooks, children, buffers; not the values of parameters."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 class Snapshot:
     """The state of a module, without its children's, as it was when this was made.
 
-    Kept are its attributes and, of containers among them (those of hooks, buffers and children, too), what lies in them;
-    the values of buffers; which parameters there are. Not kept is what lies deeper, and which objects the parameters are:
-    a sharded module exchanges them in its forward, and keeps book of it elsewhere. Of a lazy module only the mode is
-    kept, for the first forward makes it another; of a scripted one the mode and the values of buffers.
+    Kept are its attributes; what lies in containers among them (hooks, buffers and children, too); the values of buffers;
+    and which parameters there are. Two things are not kept: what lies deeper, and which objects the parameters are. A
+    sharded module (FSDP) exchanges those in its forward, and keeps book of it elsewhere.
+
+    Of a lazy module only the mode is kept, for the first forward makes it another. Of a scripted one it is the mode and the
+    values of buffers: its attributes live in C++.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -46,6 +48,7 @@ class Snapshot:
         if self._attributes:
             _refill(self._module.__dict__, self._attributes)
             held = self._module._parameters
+            # Names that were None, or not there: a forward may have filled them (`register_parameter`).
             for name in [name for name in held if not self._parameters.get(name)]:
                 if name in self._parameters:
                     held[name] = None
@@ -60,17 +63,14 @@ class Snapshot:
 
 
 def _refill(container: Any, content: Any) -> None:
-    """Give a container the content that it had, in the order that it had."""
+    """Give a container the content that it had, in the order that it had.
+
+    What did not change is not written: another thread may be reading, and a compiler may guard on it.
+    """
     if not container and not content:  # as most are
         return
     if isinstance(container, dict):
-        for key in [key for key in container if key not in content]:
-            del container[key]
-        if list(container) != list(content):
-            container.clear()
-        for key, value in content.items():
-            if key not in container or container[key] is not value:
-                container[key] = value
+        _refill_dict(container, content)
     elif isinstance(container, set):
         if container != content:
             container.clear()
@@ -78,3 +78,14 @@ def _refill(container: Any, content: Any) -> None:
     elif len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
         container.clear()
         container.extend(content)
+
+
+def _refill_dict(container: dict[Any, Any], content: dict[Any, Any]) -> None:
+    """Give a dict the content that it had, in the order that it had."""
+    for key in [key for key in container if key not in content]:
+        del container[key]
+    if list(container) != list(content):  # hooks run in the order in which they lie here
+        container.clear()
+    for key, value in content.items():
+        if key not in container or container[key] is not value:
+            container[key] = value

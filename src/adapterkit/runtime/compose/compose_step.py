@@ -1,0 +1,78 @@
+"""The step that runs a plan node on the tensor that several adapters of one site change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...composition.nodes import Composition
+from ...composition.rows import fixed_rows
+from ...errors import CompatibilityError
+from ...structure import pytree
+from ...structure.tracing.row_layout import RowLayout
+from ..site import AdapterSite
+from ..steps import AddProjected, Step, View
+from .batch import indices_per_row
+from .plan_nodes import PlanNode
+
+__all__ = ["ComposeStep"]
+
+
+@dataclass(frozen=True)
+class ComposeStep(Step):
+    """Run a node on the tensor that all of its modules change.
+
+    Args:
+        node: What a composition is at this site.
+        adapter: The active composition.
+        layout: How rows lie; None where they are on the axis that has as many as the composition needs.
+    """
+
+    node: PlanNode
+    adapter: Composition | None
+    layout: RowLayout | None
+
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """The modules of all its nodes, the fusions' too."""
+        return tuple(reader.key for reader in self.node.readers)
+
+    def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
+        """Return `value` with that tensor replaced. Shape: as it was."""
+        steps: Sequence[Any] = self.node.readers
+        path = steps[0].locate(value, in_call=steps[0].spec.at == "input")
+        x: Tensor = pytree.get(value, path)
+        if x.is_nested:
+            raise CompatibilityError(
+                f"several modules at {steps[0].spec.path!r} act on a nested tensor, which they cannot share row by row; "
+                "set enable_nested_tensor=False in the nn.TransformerEncoder around it"
+            )
+        # What is read beside the tensor itself goes into the view, so that dividing rows divides it, too.
+        taken = next((step.taken(args, kwargs) for step in steps if isinstance(step, AddProjected)), None)
+        streams = {}
+        for step in steps:
+            stream = step.handover.take() if getattr(step, "handover", None) else None
+            if stream is not None:
+                streams[step.key] = stream
+        axis, per_row = self._row_axis(x), 1
+        if self.layout is not None and self.layout.is_flat:
+            per_row = indices_per_row(site.state, steps[0].spec.path, x, self.layout, self.adapter)
+        return pytree.put(value, path, self.node.run(site, host, View(x, x, taken, streams, axis, per_row)))
+
+    def _row_axis(self, x: Tensor) -> int:
+        """Return the axis of the rows. Raises CompatibilityError: their number does not tell it."""
+        if self.layout is not None and self.layout.axis is not None:
+            return self.layout.axis
+        spec, rows = self.node.readers[0].spec, fixed_rows(self.adapter)
+        features = spec.axis % max(1, x.dim())
+        found = [axis for axis, size in enumerate(x.shape[:2]) if size == rows and axis != features]
+        if len(found) == 1:
+            return found[0]
+        raise CompatibilityError(
+            f"{self.adapter!r} needs {rows} rows, and {spec.path!r} has a tensor of shape {tuple(x.shape)}: its rows may "
+            "be on its first axis or, as elsewhere in the model (batch_first=False), on its second, and their number does "
+            "not tell which; pad the sequence by a token, or exclude this place"
+        )
