@@ -141,7 +141,7 @@ class _Grower:
         return [p for p in first if not is_lazy(p)]
 
     def _children(self, path: str, module: nn.Module, prefix: str = "") -> Iterator[TreeNode]:
-        """Yield the nodes in a module that are worth a line. A list of modules never runs: its own modules come instead."""
+        """Yield the nodes in a module that are worth a line; in place of a list of modules, which never runs, its own."""
         for name, child in module._modules.items():
             inner = f"{path}.{name}".lstrip(".")
             if child is None or name in (SITE, _PARAMETRISED):
