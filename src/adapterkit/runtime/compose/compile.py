@@ -28,14 +28,15 @@ def steps_at(context: SiteContext, facts: CompositionFacts) -> tuple[Step, ...]:
         CompatibilityError: its adapters cannot act together there as it says.
     """
     composition = facts.composition
-    # The first one tells whether any adapter acts here at all; a `Rows` of a large batch would have as many as rows.
-    if composition is None or next(context.entries_of(composition), None) is None:
+    if composition is None:
         return ()
     if facts.is_in_order:
         # A name, and names one after the other, need none of the machinery for parts of tensors.
         steps = _steps_in_order(context, composition)
-        if _need_no_view(steps):
+        if not steps or _need_no_view(steps):
             return steps
+    elif next(context.entries_of(composition), None) is None:  # not all: a `Rows` would have as many as the batch has rows
+        return ()
     elif acting_at(context.at).is_shared:
         names = sorted({name for entry in context.entries_of(composition) for name in entry.spec.parameters})
         changed = f"the Parameter {', '.join(names)}" if context.at == "weight" else f"its {context.at}"
