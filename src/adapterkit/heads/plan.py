@@ -87,6 +87,8 @@ def head_steps(
                 in_place[name] = entry
             else:
                 on_output.setdefault(name, []).append(entry)
+    if not in_place and not on_output:  # as at nearly every site
+        return ()
     host = _Host(path, modules, facts, row_axis)
     # A host may have both: the last layer of an nn.Sequential yields the model's output. First its output is made.
     return (*_steps_in_place(host, in_place), *_steps_on_output(host, on_output))
