@@ -126,9 +126,9 @@ def fusions_of(model: nn.Module) -> dict[str, Fuse]:
 
 def named_parameters(model: nn.Module, name: str, *, heads: bool) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield an adapter's parameters with their names in the model: sites first, in the model's order, then heads."""
-    held = adapters_in(model).modules(name)
-    own = [one for one in held if isinstance(one.entry, SiteEntry)]
-    for one in (*own, *(one for one in held if heads and one not in own)):
+    adapters = adapters_in(model)
+    held = [one for one, _ in adapters.sites(name)] + [one for one, _ in adapters.heads(name) if heads]
+    for one in held:
         yield from one.module.named_parameters(prefix=f"{one.path}.{SITE}.{one.entry.key}".lstrip("."))
 
 
