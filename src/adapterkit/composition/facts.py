@@ -49,7 +49,7 @@ class CompositionFacts:
 
     @cached_property
     def is_in_order(self) -> bool:
-        """Whether it runs all of its adapters one after the other, on every row and token."""
+        """Tell whether it runs all of its adapters one after the other, on every row and token."""
         node = self.composition
         return not isinstance(node, CompositionNode) or (
             node.is_in_order and all(child.is_in_order for child in self.children)
@@ -67,7 +67,7 @@ class CompositionFacts:
 
     @cached_property
     def divides_rows(self) -> bool:
-        """Whether rows of one batch run different adapters."""
+        """Tell whether rows of one batch run different adapters."""
         return divides_rows(self.composition)
 
     @cached_property

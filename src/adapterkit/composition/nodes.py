@@ -99,7 +99,7 @@ class CompositionNode:
 
     @classmethod
     def may_hold(cls, kind: type[CompositionNode]) -> bool:
-        """Whether nodes of this kind may lie among its children, or below them."""
+        """Tell whether nodes of this kind may lie among its children, or below them."""
         return kind.child_gets in cls.holds
 
     @classmethod
@@ -414,7 +414,7 @@ class Fuse(CompositionNode):
 
     @classmethod
     def may_hold(cls, kind: type[CompositionNode]) -> bool:
-        """Whether it gives all rows and tokens the same adapters, and is no fusion itself."""
+        """Tell whether it gives all rows and tokens the same adapters, and is no fusion itself."""
         return super().may_hold(kind) and kind is not Fuse
 
     @property
@@ -437,7 +437,7 @@ def drops_in(composition: Composition | None) -> Iterator[CompositionNode]:
 
 
 def multiplies_rows(composition: Composition | None) -> bool:
-    """Whether a composition holds, or is, a Parallel."""
+    """Tell whether a composition holds, or is, a Parallel."""
     return parallel_in(composition) is not None
 
 
@@ -515,7 +515,7 @@ def from_json(value: Any) -> Composition | None:
 
 
 def _are_settings_of(kind: type[CompositionNode], settings: Mapping[str, Any]) -> bool:
-    """Whether a node of this kind has all of these settings, and needs no others."""
+    """Tell whether a node of this kind has all of these settings, and needs no others."""
     parameters = inspect.signature(kind).parameters
     known = set(kind.settings_names())
     needed = {name for name in known if parameters[name].default is inspect.Parameter.empty}

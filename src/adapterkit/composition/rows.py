@@ -27,7 +27,7 @@ def rows_of(composition: Composition | None, count: int) -> tuple[Composition | 
 
 
 def divides_rows(composition: Composition | None) -> bool:
-    """Whether rows of one batch run different adapters."""
+    """Tell whether rows of one batch run different adapters."""
     if not isinstance(composition, CompositionNode):
         return False
     return _gives_rows(composition) or any(map(divides_rows, composition.children))
@@ -61,5 +61,5 @@ def least_rows(composition: Composition | None) -> int:
 
 
 def _gives_rows(node: CompositionNode) -> bool:
-    """Whether the children of a node run different rows; the copies of a batch are rows of the repeated one."""
+    """Tell whether the children of a node run different rows; the copies of a batch are rows of the repeated one."""
     return node.child_gets in ("rows", "a copy")

@@ -48,7 +48,7 @@ class FoundHead:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether it takes the place of its host."""
+        """Tell whether it takes the place of its host."""
         return self.spec.above is None
 
 

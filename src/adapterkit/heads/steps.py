@@ -176,7 +176,7 @@ class RunHeads(Step):
 
     @property
     def _is_one(self) -> bool:
-        """Whether all rows have the same heads: then nothing is said of single rows."""
+        """Tell whether all rows have the same heads: then nothing is said of single rows."""
         return len(self.kinds) == 1
 
     def _run(self, site: AdapterSite, call: HeadInputs, value: Any) -> tuple[list[Piece], list[int]]:

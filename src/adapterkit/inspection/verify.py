@@ -43,7 +43,7 @@ class Verification:
 
     @property
     def is_ok(self) -> bool:
-        """Whether there are no problems."""
+        """Tell whether there are no problems."""
         return not self.problems
 
     @property

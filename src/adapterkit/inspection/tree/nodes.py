@@ -68,12 +68,12 @@ class TreeNode:
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is nothing to say about it but what its children say."""
+        """Tell whether there is nothing to say about it but what its children say."""
         return not (self.roles or self.notes or self.shapes or self.adapters or self.tied_to)
 
     @property
     def is_shown(self) -> bool:
-        """Whether it, or something in it, is worth a line: a dropout or an activation without a role is not."""
+        """Tell whether it, or something in it, is worth a line: a dropout or an activation without a role is not."""
         return not self.is_plain or bool(self.children)
 
     def walk(self) -> Iterator[TreeNode]:

@@ -66,7 +66,7 @@ class _Merged:
 
     @property
     def is_beside(self) -> bool:
-        """Whether it acts beside the host, on its input or output, and not on a Parameter."""
+        """Tell whether it acts beside the host, on its input or output, and not on a Parameter."""
         return self.entry.spec.at != "weight"
 
 

@@ -166,7 +166,7 @@ def _misfit(batch: Batch, rows: int, size: int, layout: RowLayout, composition: 
 
 
 def is_of_tokens(state: ModelState, size: int) -> bool:
-    """Whether an axis may be that of the tokens of a row, as far as the model's call is seen."""
+    """Tell whether an axis may be that of the tokens of a row, as far as the model's call is seen."""
     batch = None if _is_unseen() else running(state)
     return batch is None or size in batch.tokens
 
@@ -190,7 +190,7 @@ def check_repeated(state: ModelState, path: str, tensor: Tensor, axis: int, per_
 
 
 def _is_unseen() -> bool:
-    """Whether no call is seen here: under a compiler, and where checkpointing runs a forward again.
+    """Tell whether no call is seen here: under a compiler, and where checkpointing runs a forward again.
 
     A recomputation runs parts of the model after the call has ended, in a backward; the first run was checked.
     """
@@ -198,7 +198,7 @@ def _is_unseen() -> bool:
 
 
 def is_ambiguous(tensor: Tensor, reference: Tensor, others: Sequence[Tensor], rows: int) -> bool:
-    """Whether a tensor with the batch's rows may be a mask or positions: tokens are as many, and it has few axes."""
+    """Tell whether a tensor with the batch's rows may be a mask or positions: tokens are as many, and it has few axes."""
     if tensor.dim() > 2 or tensor.shape == reference.shape:
         return False
     # As many tokens as rows: (4, 4) may be a padding mask (batch, seq) or an attention mask (seq, seq).
@@ -258,7 +258,7 @@ def _sizes_in(value: Any) -> Iterator[int]:
 
 
 def is_generating() -> bool:
-    """Whether `generate` of transformers is running the model; never while a compiler traces it.
+    """Tell whether `generate` of transformers is running the model; never while a compiler traces it.
 
     It looks for a function of that name among this thread's callers. `generate` sets nothing that a hook could read and
     gives the model's call no sign of itself, and a wrapper around `model.generate` would replace a method of the user's.

@@ -99,5 +99,5 @@ class ByRow(PlanGroup):
 
 
 def _is_chain(node: PlanNode) -> bool:
-    """Whether a node is modules one after the other, and nothing else."""
+    """Tell whether a node is modules one after the other, and nothing else."""
     return isinstance(node, Leaf) or (isinstance(node, Chain) and all(isinstance(inner, Leaf) for inner in node.nodes))

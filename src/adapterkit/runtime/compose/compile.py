@@ -57,7 +57,7 @@ def _steps_in_order(context: SiteContext, composition: Composition) -> tuple[Ste
 
 
 def _need_no_view(steps: Sequence[Step]) -> bool:
-    """Whether steps can run one after the other on what a hook is given.
+    """Tell whether steps can run one after the other on what a hook is given.
 
     A step reads the tensor as those before it left it, and takes its stream away from the handover. One that reads the
     host's own output, after others, or a stream a second time, needs a `View`, which keeps both.
@@ -109,12 +109,12 @@ def _layout_at(context: SiteContext, node: PlanNode, facts: CompositionFacts) ->
 
 
 def _divides(node: PlanNode) -> bool:
-    """Whether a node runs others on some rows or tokens, or holds one that does."""
+    """Tell whether a node runs others on some rows or tokens, or holds one that does."""
     return node.is_dividing or (isinstance(node, PlanGroup) and any(map(_divides, node.nodes)))
 
 
 def _divides_rows(node: PlanNode) -> bool:
-    """Whether a node runs others on some rows, or holds one that does."""
+    """Tell whether a node runs others on some rows, or holds one that does."""
     return isinstance(node, ByRow) or (isinstance(node, PlanGroup) and any(map(_divides_rows, node.nodes)))
 
 

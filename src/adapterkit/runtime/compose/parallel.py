@@ -63,7 +63,7 @@ class FirstRowsHook(KitHook):
         return call
 
     def _is_repeated(self, module: nn.Module) -> bool:
-        """Whether the batch is a repeated one: not while someone looks at the base.
+        """Tell whether the batch is a repeated one: not while someone looks at the base.
 
         Raises:
             CompatibilityError: children have differed already in this call, so that the first rows do not stand for all.
@@ -202,7 +202,7 @@ def _shared_blocks(
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks of others lie in a block: they are to see all rows, and may keep these for the model's output."""
+    """Tell whether hooks of others lie in a block: they are to see all rows, and may keep these for the model's output."""
     inside = [module]
     for inner in inside:
         if not all(

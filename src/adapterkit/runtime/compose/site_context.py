@@ -62,5 +62,5 @@ class SiteContext:
         return replace(self, dropped=self.dropped + node.dropped_layers) if node.dropped_layers else self
 
     def undoes(self, entry: SiteEntry) -> bool:
-        """Whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
+        """Tell whether a module takes back what its adapter did elsewhere: of several the one that came last goes first."""
         return takes_back(self.site.get_submodule(entry.key))
