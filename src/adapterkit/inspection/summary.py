@@ -73,7 +73,7 @@ def summarise(model: nn.Module, state: ModelState) -> Summary:
     """Count what the base and each adapter hold."""
     base = [p for _, p in base_parameters(model)]
     total = _numbers(base)
-    active = names_in(state.activation.active)
+    active = {*names_in(state.activation.active)}
     adapters = adapters_in(model)
     rows = []
     for name, config in adapters.configs.items():

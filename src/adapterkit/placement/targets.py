@@ -143,7 +143,7 @@ def _at_module(path: str, output: Path | None, search: _Search) -> Found:
         residual, argument = port.path, port.argument
     elif placement.residual is not None:
         residual = _nearest(host, placement.residual, search)
-    return Found(Location(host, "input" if at_input else "output", placement.reads, output, argument, residual))
+    return Found(Location(host, placement.at, placement.reads, output, argument, residual))
 
 
 def _at_sum(sublayer: Sublayer, search: _Search) -> Found:
