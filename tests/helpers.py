@@ -1,5 +1,7 @@
 """What tests of several rooms share beside their hosts: all presets, and what `unwrap` must restore."""
 
+import ast
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -26,3 +28,14 @@ def trace_of(model: nn.Module) -> Any:
         for path, m in model.named_modules()
     }
     return modules, {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}, list(model.state_dict())
+
+
+def typed_names(path: Path) -> set[str]:
+    """The names that a file offers to type checkers: `from … import name as name`, and those of a file it takes all of."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level and [alias.name for alias in node.names] == ["*"]:
+            names |= typed_names(path.parent / f"{str(node.module).replace('.', '/')}.py")
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names |= {alias.name for alias in node.names if alias.asname == alias.name}
+    return names

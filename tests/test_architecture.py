@@ -10,6 +10,8 @@ import pytest
 
 import adapterkit
 
+from .helpers import typed_names
+
 SOURCE = Path(adapterkit.__file__).parent
 # The rooms, from the bottom up. A file may import from its own room and from the layers above it in this list.
 LAYERS = [
@@ -105,17 +107,6 @@ def test_there_are_no_cycles() -> None:
 
     for name in graph:
         visit(name, ())
-
-
-def typed_names(path: Path) -> set[str]:
-    """The names that a file offers to type checkers: `from … import name as name`, and those of a file it takes all of."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level and [alias.name for alias in node.names] == ["*"]:
-            names |= typed_names(path.parent / f"{str(node.module).replace('.', '/')}.py")
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            names |= {alias.name for alias in node.names if alias.asname == alias.name}
-    return names
 
 
 def test_public_names_are_listed_sorted_and_there() -> None:

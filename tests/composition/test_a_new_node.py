@@ -3,17 +3,14 @@
 The test is the drill of docs/decisions/0014: it edits a copy of the package as a developer would, and runs it.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import adapterkit
 from adapterkit.composition.nodes import CompositionNode
 from adapterkit.runtime.compose.plan_nodes import plan_of
+
+from ..drill import copy_of_package, insert, run_with
 
 NODE = '''
 
@@ -149,28 +146,13 @@ print("drill passed")
 
 
 def test_a_new_node_takes_two_files(tmp_path: Path) -> None:
-    root = tmp_path / "adapterkit"
-    shutil.copytree(Path(adapterkit.__file__).parent, root, ignore=shutil.ignore_patterns("__pycache__"))
+    root = copy_of_package(tmp_path)
     # The class goes before what walks over compositions, the plan node to the end; one name more is imported.
     nodes, plans = root / "composition" / "nodes.py", root / "runtime" / "compose" / "plan_nodes.py"
-    start, walkers = "\n\ndef _nodes_in(", nodes.read_text()
-    assert walkers.count(start) == 1
-    nodes.write_text(walkers.replace(start, NODE + start))
+    insert(nodes, NODE.lstrip("\n") + "\n\n", before="def _nodes_in(")
     assert plans.read_text().count(IMPORT) == 1
     plans.write_text(plans.read_text().replace(IMPORT, IMPORT.replace("Fuse, ", "Fuse, Scaled, ")) + PLAN)
-
-    code = f"ROOT = {str(root)!r}\n{USE}"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "drill passed"
+    assert run_with(root, f"ROOT = {str(root)!r}\n{USE}") == "drill passed"
 
 
 def test_a_node_that_does_not_state_its_facts_cannot_be_defined() -> None:

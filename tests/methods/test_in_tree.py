@@ -1,14 +1,12 @@
 """The drill of decision 12: a method of adapterkit itself is two new files and one line in an existing one."""
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import adapterkit as ak
 from adapterkit.methods import METHODS, in_tree
 
-from ..test_architecture import typed_names
+from ..drill import copy_of_package, run_with
+from ..helpers import typed_names
 
 SOURCE = Path(ak.__file__).parent
 
@@ -163,18 +161,13 @@ print(ak.__file__)
 
 
 def test_a_method_is_two_new_files_and_one_line(tmp_path: Path) -> None:
-    package = tmp_path / "src" / "adapterkit"
-    shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    package = copy_of_package(tmp_path / "src")
     (package / "nn" / "loha.py").write_text(MODULE)
     (package / "methods" / "loha.py").write_text(METHOD)
     with (package / "methods" / "in_tree.py").open("a") as file:
         file.write(LINE)
     assert typed_names(package / "__init__.py") == typed_names(SOURCE / "__init__.py") | {"LoHaConfig"}
-    where = f"{package.parent}:{Path(__file__).parents[2]}"
-    command = [sys.executable, "-W", "error", "-c", USE, str(tmp_path / "saved")]
-    done = subprocess.run(command, env={"PYTHONPATH": where}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(package / "__init__.py")
+    assert run_with(package, USE, tmp_path / "saved") == str(package / "__init__.py")
 
 
 def test_each_line_of_the_list_brings_one_method() -> None:

@@ -3,13 +3,9 @@
 A copy of the package gets it as a developer would write it: one new file, and one existing one, the module's.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import adapterkit
+from ..drill import copy_of_package, insert, run_with
 
 KERNEL = '''
 """A bottleneck, the norm behind it and the addition as one operator, which eager and compiled code both take."""
@@ -48,7 +44,8 @@ def _backward(ctx, grad):
 added.register_autograd(_backward, setup_context=_save)
 '''
 
-# In nn/bottleneck.py, at the end of the class.
+# In nn/bottleneck.py: two imports, and at the end of the class the kernel.
+IMPORTS = "from torch.nn import functional as F\nfrom .functional.fused_bottleneck import added\n"
 METHOD = '''
     @property
     def is_fused(self) -> bool:
@@ -110,22 +107,9 @@ print("ran")
 
 
 def test_a_fused_kernel_is_one_new_file_and_one_that_exists(tmp_path: Path) -> None:
-    package = tmp_path / "adapterkit"
-    shutil.copytree(Path(adapterkit.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    package = copy_of_package(tmp_path)
     (package / "nn" / "functional" / "fused_bottleneck.py").write_text(KERNEL)
     file = package / "nn" / "bottleneck.py"
-    text = file.read_text().rstrip()
-    imports = "from .functional.bottleneck import"
-    assert text.count(f"\n{imports}") == 1
-    text = text.replace(
-        f"\n{imports}", f"\nfrom torch.nn import functional as F\nfrom .functional.fused_bottleneck import added\n{imports}"
-    )
-    file.write_text(f"{text}\n{METHOD}")
-    ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert (ran.returncode, ran.stdout) == (0, "ran\n"), ran.stderr
+    insert(file, IMPORTS, before="from .functional.bottleneck import")
+    file.write_text(f"{file.read_text().rstrip()}\n{METHOD}")
+    assert run_with(package, SCRIPT) == "ran"

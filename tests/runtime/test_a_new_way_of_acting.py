@@ -3,13 +3,9 @@
 A copy of the package gets it as a developer would write it: two new files, and a line in each of two that exist.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import adapterkit
+from ..drill import copy_of_package, insert, run_with
 
 WAY = '''
 """Acting around a host's call: enter it with more tokens than the model knows of, and leave it without them."""
@@ -240,21 +236,10 @@ print("ran")
 
 
 def test_a_way_of_acting_is_two_new_files_and_lines_in_two_that_exist(tmp_path: Path) -> None:
-    package = tmp_path / "adapterkit"
-    shutil.copytree(Path(adapterkit.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    package = copy_of_package(tmp_path)
     (package / "runtime" / "around_call.py").write_text(WAY)
     (package / "methods" / "soft_tokens.py").write_text(METHOD)
     for name, lines in LINES.items():
-        text = (package / name).read_text()
         for before, line in lines:
-            assert text.count(f"\n{before}") == 1
-            text = text.replace(f"\n{before}", f"\n{line}{before}")
-        (package / name).write_text(text)
-    ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert (ran.returncode, ran.stdout) == (0, "ran\n"), ran.stderr
+            insert(package / name, line, before=before)
+    assert run_with(package, SCRIPT) == "ran"

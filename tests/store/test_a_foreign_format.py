@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
+
+from ..drill import copy_of_package
 
 READER = '''
 """Reads a folder of LoRA weights as PEFT lays them out."""
@@ -82,8 +83,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def extended(tmp_path: Path) -> Path:
     """A copy of the package with the reader: one new file, and one line changed in one that was there."""
-    there = tmp_path / "src" / "adapterkit"
-    shutil.copytree(Path(ak.__file__).parent, there, ignore=shutil.ignore_patterns("__pycache__"))
+    there = copy_of_package(tmp_path / "src")
     (there / "store" / "peft_folder.py").write_text(READER)
     readers = there / "store" / "readers.py"
     text = readers.read_text()
