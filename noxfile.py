@@ -34,7 +34,7 @@ def madx(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite, in some three minutes on two cores."""
+    """The test suite, in three to nine minutes on two cores, as fast as these are."""
     session.install(
         *CONSTRAINTS, "-e", ".[cli,plot]", "accelerate", "hypothesis", "numpy", "pytest", "pytest-xdist", "transformers"
     )

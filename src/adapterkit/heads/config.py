@@ -60,6 +60,7 @@ class HeadConfig(Settings):
     kind: str
     name: Annotated[str, Field(max_length=1000)] | None = None
 
+    # For type checkers: a subclass hands settings of its own to this, which the one that pydantic makes would not take.
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
 
