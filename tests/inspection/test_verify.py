@@ -23,8 +23,14 @@ def test_what_an_optimizer_lacks_is_one_line_for_each_owner(post_norm: Tiny) -> 
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     kit.add("a", CONFIG)
     kit.activate("a")
+    (alone,) = [text for text in kit.verify(optimizer=other).problems if "optimizer" in text]
+    assert alone.startswith("16 parameters of adapter 'a' train"), "an open base is a problem of its own"
+    base = [parameter for name, parameter in post_norm.named_parameters() if "_adapterkit" not in name]
+    count = len(base)
+    kit.freeze()
+    for parameter in base:
+        parameter.requires_grad_(True)  # behind the kit
     lacking = [text for text in kit.verify(optimizer=other).problems if "optimizer" in text]
-    count = sum("_adapterkit" not in name for name, _ in post_norm.named_parameters())
     assert len(lacking) == 2
     assert re.fullmatch(
         rf"{count} parameters of the base train, but the optimizer holds none of them: '.*', '.*', '.*' and "

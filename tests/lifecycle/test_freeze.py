@@ -392,3 +392,17 @@ def test_unfreezing_gives_scripted_norms_their_own_mode_again() -> None:
     kit.unfreeze()
     assert [layer.training for layer in model] == [True, False, True]
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_freezing_again_leaves_hooks_of_others_behind_ours() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4))
+    kit, ids = ak.wrap(model), torch.tensor([[1, 2]])
+    kit.add("a", "lora", targets=["1"])
+    kit.train_adapter("a")
+    seen = []
+    model[0].register_forward_hook(lambda _module, _args, output: seen.append(output.requires_grad))
+    model(ids)
+    for again in (lambda: kit.train_adapter("a"), kit.freeze):
+        again()
+        model(ids)
+    assert seen == [True, True, True]

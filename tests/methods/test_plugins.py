@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -282,3 +282,12 @@ def test_each_name_is_one_methods_or_presets() -> None:
     assert len({method.name for method in METHODS}) == len(METHODS)
     names = [name for method in METHODS for name in method.presets] + [*UNION_PRESETS]
     assert len(set(names)) == len(names)
+
+
+def test_a_method_whose_configs_name_another_one_is_refused() -> None:
+    class Copied(type(METHODS[0])):  # type: ignore[misc]  # as copied and renamed by half
+        name = "copied"
+        presets: ClassVar[dict[str, Any]] = {"copied": {}}
+
+    with pytest.raises(ak.ConfigError, match=r"brings the method 'copied', whose configs \(\w+\) say method='bitfit'"):
+        register(Copied)

@@ -78,3 +78,10 @@ def test_nearest_means_the_longest_shared_beginning() -> None:
     paths = ["h.0.ln", "h.1.ln", "ln"]
     assert nearest_to("h.1.mlp", paths) == ["h.1.ln"]
     assert nearest_to("top", paths) == paths
+
+
+def test_a_class_is_no_predicate() -> None:
+    with pytest.raises(
+        TargetError, match=r"class Linear is no predicate: write lambda module, path: isinstance\(module, Linear"
+    ):
+        match(nn.Linear(2, 2), [nn.Linear])  # type: ignore[list-item]  # a likely mistake

@@ -171,6 +171,54 @@ def test_weights_under_another_name_are_not_merged_into_either() -> None:
         kit.merge("a")
 
 
+@pytest.mark.parametrize(("factor", "axes"), [(3.0, (1, 0)), (1.0, (0, 1))], ids=["does more", "swapped axes"])
+def test_merging_tries_a_described_layer_and_refuses_where_it_would_change_what_is_computed(
+    factor: float, axes: tuple[int, int]
+) -> None:
+    class Own(nn.Module):
+        """Its weight has the shape (in, out); it is square, so that swapped axes fit as well."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight * factor
+
+    register_host(HostType((Own,), lambda _: HostShape(5, 5), lambda _: Projection("linear", (5, 5), *axes)))
+    model, x = nn.Sequential(Own()), torch.randn(3, 5)
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["0"])
+    for parameter in kit.parameters("a"):
+        nn.init.normal_(parameter)
+    kit.activate("a")
+    expected = model(x)
+    with pytest.raises(ak.CompatibilityError, match="Own does more than multiply by its weight"):
+        kit.merge("a")
+    assert torch.equal(model(x), expected)
+
+
+def test_a_described_layer_that_only_multiplies_is_merged() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    register_host(HostType((Own,), lambda _: HostShape(4, 5), lambda _: Projection("linear", (5, 4), 1, 0)))
+    model, x = nn.Sequential(Own()), torch.randn(3, 5)
+    kit = ak.wrap(model)
+    kit.add("a", "lora", targets=["0"])
+    for parameter in kit.parameters("a"):
+        nn.init.normal_(parameter)
+    kit.activate("a")
+    expected = model(x)
+    kit.merge("a")
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_layer_that_nobody_describes_is_unknown_until_it_is_described() -> None:
     """In one process: what was found before is not remembered after it."""
     kit = ak.wrap(quantised())

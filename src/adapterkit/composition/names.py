@@ -1,10 +1,8 @@
-"""Adapter names and their spelling as module names.
-
-An adapter may be called almost anything; a module name may hold no dot and must not hide an attribute.
-`module_key` and `adapter_name` translate, and undo each other.
-"""
+"""What can name an adapter: almost anything. `runtime.site` spells it as the name of a module."""
 
 from ..errors import AdapterNameError
+
+__all__ = ["MAX_LENGTH", "check_name"]
 
 MAX_LENGTH = 128
 

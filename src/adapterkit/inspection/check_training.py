@@ -63,7 +63,8 @@ def optimizer_problems(
     held = {id(p) for group in groups for p in group["params"]}
     for owner, parameters in _trained_by_owner(model).items():
         lacking = [repr(name) for name, p in parameters if id(p) not in held]
-        if lacking:
+        # An open base is a problem of its own, and adding it to the optimizer would not mend that.
+        if lacking and (owner is not None or state.frozen is not None):
             yield f"{_lacking(owner, len(lacking), len(parameters))}: {in_short(lacking)}"
     if not any(p.requires_grad for p in model.parameters()):
         yield "nothing is to train: call kit.train_adapter"

@@ -1,4 +1,4 @@
-"""Add adapters to a model and remove them: all or nothing."""
+"""Put built modules into a model and take them out again, with their sites and hooks."""
 
 from collections.abc import Container, Sequence
 from typing import Any

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ActivationError
-from ..runtime.hooks import KitHook, has_hook, keep_hook, remove_hooks, require_input_grad, set_hook
+from ..runtime.hooks import KitHook, has_hook, keep_hook, remove_hooks, require_input_grad, update_hook
 from ..runtime.lookup import open_parameters, sites_of
 from ..runtime.originals import base_digests
 from ..runtime.state import STATE, Frozen, ModelState
@@ -121,16 +121,24 @@ def freeze(model: nn.Module, state: ModelState, *, reentrant: bool = True) -> No
     starts = reentrant or any(map(_says_whether_checkpointed, modules.values()))
     for module in modules.values():
         keep_hook(module, FrozenNormHook, state, is_wanted=has_running_statistics(module) and not is_scripted(module))
-        remove_hooks(module, StreamStartHook)
     keep_hook(model, ScriptedNormsHook, state, is_wanted=bool(scripted))
-    remove_hooks(model, RootInputHook)
-    if starts:
-        embeddings = {path: m for path, m in modules.items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        flagged = _saying_whether_checkpointed(modules, embeddings)
-        for module in embeddings.values():
-            set_hook(module, StreamStartHook(flagged), state)
-        set_hook(model, RootInputHook(flagged), state)
+    _start_gradients(model, modules, state, is_wanted=starts)
     forget_compiled()
+
+
+def _start_gradients(model: nn.Module, modules: Mapping[str, nn.Module], state: ModelState, *, is_wanted: bool) -> None:
+    """Register the hooks that make the start of the stream require grad, or remove them.
+
+    Those that are there keep their place in the order: hooks of others, registered since, see what requires grad.
+    """
+    embeddings = {path: m for path, m in modules.items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    flagged = _saying_whether_checkpointed(modules, embeddings)
+    starts = [(model, RootInputHook(flagged)), *((module, StreamStartHook(flagged)) for module in embeddings.values())]
+    for module, hook in starts:
+        if is_wanted:
+            update_hook(module, hook, state)
+        else:
+            remove_hooks(module, type(hook))
 
 
 def unfreeze(model: nn.Module, state: ModelState) -> None:

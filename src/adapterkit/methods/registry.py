@@ -59,7 +59,7 @@ def register(method: M) -> M:
     if before is not None and _class_of(before) != _class_of(made):
         raise ConfigError(f"{_class_of(made)} brings a method {made.name!r}, which {_class_of(before)} has registered")
     others = {name: other for name, other in _registered.items() if name != made.name}
-    _check_free(_class_of(made), made, {**_OURS, **others, **_of_packages()[0]})
+    _check_names(_class_of(made), made, {**_OURS, **others, **_of_packages()[0]})
     _registered[made.name] = made
     return method
 
@@ -159,7 +159,7 @@ def _of_packages() -> tuple[dict[str, Method[Any]], list[str]]:
     for point in points_in(_GROUP):
         try:
             method = _load(point)
-            _check_free(describe(point), method, {**_OURS, **_registered, **found})
+            _check_names(describe(point), method, {**_OURS, **_registered, **found})
         except ConfigError as error:
             problems.append(str(error))
         else:
@@ -167,14 +167,20 @@ def _of_packages() -> tuple[dict[str, Method[Any]], list[str]]:
     return found, problems
 
 
-def _check_free(source: str, method: Method[Any], known: Mapping[str, Method[Any]]) -> None:
-    """Raise ConfigError, naming the source, if the method's name or one of its presets is taken."""
+def _check_names(source: str, method: Method[Any], known: Mapping[str, Method[Any]]) -> None:
+    """Raise ConfigError, naming the source, if a name that a method brings is taken, or its configs say another one."""
     if method.name in known or method.name == "union":
         raise ConfigError(f"{source} brings a method {method.name!r}, which exists")
     names = {name for other in known.values() for name in other.presets} | set(UNION_PRESETS)
     taken = sorted(names & set(method.presets))
     if taken:
         raise ConfigError(f"{source} brings a preset {taken[0]!r}, which exists")
+    named = getattr(method.config_type.model_fields.get("method"), "default", None)
+    if named != method.name:  # `kit.add` finds the method of a config by this name
+        raise ConfigError(
+            f"{source} brings the method {method.name!r}, whose configs ({method.config_type.__name__}) say "
+            f"method={named!r}: the two names must be one"
+        )
 
 
 @cache

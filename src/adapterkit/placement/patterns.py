@@ -31,6 +31,10 @@ def matching(target: str | Predicate, modules: Mapping[str, Any]) -> list[str]:
     """
     if isinstance(target, nn.Module) or not (isinstance(target, str) or callable(target)):
         raise TargetError(f"a module is named by its path, or found by a predicate; found {type(target).__name__}")
+    if isinstance(target, type):  # calling a class would make a module
+        raise TargetError(
+            f"the class {target.__name__} is no predicate: write lambda module, path: isinstance(module, {target.__name__})"
+        )
     if not isinstance(target, str):
         return [path for path, module in modules.items() if target(module, path)]
     whole_path = _compile(target)

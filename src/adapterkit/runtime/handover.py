@@ -57,7 +57,11 @@ class Handover(Generic[T]):
         return value  # type: ignore[no-any-return]  # what was given
 
     def peek(self) -> T | None:
-        """Return the value and leave it there, for a host that runs several times in one call; None if none was left."""
+        """Return the value and leave it there; None if none was left.
+
+        For ways of acting whose hosts may run several times in one call of the model, each time with the same value. A
+        tensor that the model has changed in place since is not noticed, as it is by `take`.
+        """
         return THIS_CALL.handed.get(id(self), (None, None))[0] if self._traced is None else self._traced
 
     def drop(self) -> None:

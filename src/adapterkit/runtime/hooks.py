@@ -1,7 +1,8 @@
 """The hooks that adapterkit registers on modules: instances of `KitHook`, and nothing else.
 
-Each finds what it needs through the module that it is called with, so that copies, replicas and pickles of a model run
-their own adapters. They are told apart from anyone else's hooks by their class.
+Each finds what it needs through the module that it is called with, or is given it when made. Either way it is copied with
+the model, so that copies, replicas and pickles run their own adapters. They are told apart from anyone else's hooks by
+their class.
 """
 
 from typing import Any
@@ -17,15 +18,22 @@ from .state import ModelState
 from .weight_swap import put_weights, take_weights
 
 __all__ = [
+    "PORT",
+    "ClearHook",
+    "EncoderHook",
     "InputHook",
     "KitHook",
     "OutputHook",
+    "StreamHook",
+    "StreamPort",
     "WeightEndHook",
     "WeightHook",
     "has_hook",
     "keep_hook",
     "remove_hooks",
+    "require_input_grad",
     "set_hook",
+    "update_hook",
 ]
 
 # The attribute of a module that holds its StreamPort.
@@ -210,6 +218,16 @@ def set_hook(module: nn.Module, hook: KitHook, state: ModelState) -> None:
         flags: dict[str, bool] = {"with_kwargs": True, "prepend": hook.is_first, "always_call": hook.always}
         handle = module.register_forward_hook(called, **flags)
     state.last_hook_id = handle.id
+
+
+def update_hook(module: nn.Module, hook: KitHook, state: ModelState) -> None:
+    """Register a hook on the module; one of the same class that is there gives it its place in the order."""
+    hooks = module._forward_pre_hooks if hook.is_pre else module._forward_hooks
+    for number, there in hooks.items():
+        if isinstance(there, type(hook)):
+            hooks[number] = hook
+            return
+    set_hook(module, hook, state)
 
 
 def keep_hook(module: nn.Module, kind: type[KitHook], state: ModelState, *, is_wanted: bool) -> None:

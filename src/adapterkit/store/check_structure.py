@@ -29,10 +29,12 @@ def check_structure(model: nn.Module, saved: SavedAdapter) -> None:
     differing = [text for site in sites for text in _site_differences(model, site.spec, site.structure)]
     differing += [text for head in saved.heads for text in _head_differences(model, head)]
     if differing:
+        has_output_heads = any(head.above is not None for head in saved.heads)
+        where = advice(model, sites, has_output_heads=has_output_heads)
         shown = "; ".join(differing[:_SHOWN]) + (f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else "")
         raise CompatibilityError(
             f"the adapter in {str(saved.source)!r} was trained on {saved.base_name!r} and does not fit this "
-            f"{type(model).__name__}: {len(differing)} of its sites and heads differ: {shown}{advice(model, sites)}"
+            f"{type(model).__name__}: {len(differing)} of its sites and heads differ: {shown}{where}"
         )
 
 

@@ -11,13 +11,23 @@ from .saved_adapter import SavedSite
 __all__ = ["advice"]
 
 
-def advice(model: nn.Module, sites: Sequence[SavedSite]) -> str:
-    """Say where the sites of an adapter that does not fit this model would fit; "" if nowhere that can be told."""
+def advice(model: nn.Module, sites: Sequence[SavedSite], *, has_output_heads: bool) -> str:
+    """Say where the sites of an adapter that does not fit this model would fit; "" if nowhere that can be told.
+
+    Args:
+        model: The model.
+        sites: The adapter's sites.
+        has_output_heads: It owns heads on its model's output, which the rest of a larger model could not go on with.
+    """
     if not sites or any(site.structure is None for site in sites):
         return ""
     part = _fitting_part(model, sites)
     if part is not None:
-        return f". It fits the submodule {part!r} of this model: load it with ak.wrap({_as_code('model', part)})"
+        return f". It fits the submodule {part!r} of this model: load it with ak.wrap({_as_code('model', part)})" + (
+            ".load(…, heads=False): with its head, the submodule would return what the rest of the model cannot take"
+            if has_output_heads
+            else ""
+        )
     place = _place_in_whole(model, sites)
     if place is not None:
         return (

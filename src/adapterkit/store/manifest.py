@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..config.settings import describe
 from ..errors import StoreError
@@ -36,7 +36,7 @@ class HostRecord(_Strict):
     structure: Sha256
 
 
-def _known_at(at: str) -> str:
+def _known_at(at: Any) -> Any:
     """Return the name of a way of acting if there is one of this name."""
     known = [acting.at for acting in ACTING]
     if at not in known:
@@ -52,7 +52,7 @@ def _reads_as_now(reads: Any) -> Any:
 class SiteRecord(HostRecord):
     """One site: the fields of `SiteSpec`."""
 
-    at: Annotated[Text, AfterValidator(_known_at)]
+    at: Annotated[Text, BeforeValidator(_known_at)]
     reads: Annotated[Reads, BeforeValidator(_reads_as_now)]
     width: Annotated[int, Field(ge=1, lt=2**31)]
     input_width: Annotated[int, Field(ge=1, lt=2**31)]

@@ -16,6 +16,7 @@ from ...runtime.state import without_adapters
 from ...runtime.steps import Step
 from ...runtime.weight_swap import put_weights, take_weights
 from ...structure import pytree
+from ...structure.hosts import described_projection
 from ...structure.paths import SITE
 from ...structure.tracing.forward import untouched
 
@@ -40,8 +41,9 @@ class _Bare(nn.Module):
 def needs_trial(host: nn.Module, entries: Sequence[SiteEntry]) -> bool:
     """Tell whether merging these must be tried, because the algebra alone does not show that it is right.
 
-    It does for one module beside a layer of torch with torch's own forward. A forward of the user's own may do more than
-    multiply by the weight, and several modules at one host may depend on one another.
+    It does for one module beside a layer of torch with torch's own forward. A forward of the user's own, or of a layer that
+    a package describes, may do more than multiply by the weight, or lay the weight out in another way than the description
+    says. Several modules at one host may depend on one another.
 
     Args:
         host: The host.
@@ -49,7 +51,8 @@ def needs_trial(host: nn.Module, entries: Sequence[SiteEntry]) -> bool:
     """
     beside = [entry for entry in entries if entry.spec.at != "weight"]
     projection = projection_of(host)
-    is_torchs = projection is not None and not projection.has_own_forward and "forward" not in host.__dict__
+    is_known = projection is not None and not projection.has_own_forward and described_projection(host) is None
+    is_torchs = is_known and "forward" not in host.__dict__
     return bool(beside) and (not is_torchs or len(entries) > 1)
 
 
