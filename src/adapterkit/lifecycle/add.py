@@ -84,10 +84,10 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
     check_names([*(head for _, head in there), *(head.spec for head in found)], replaced)
     check_apart([one.path for one in held if isinstance(one.entry, SiteEntry)], replaced)
     config, trains = held[0].entry.config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
-    parts = build_head_modules(model, found)
+    modules = build_head_modules(model, found)
     with ACTIVATION_LOCK:
         try:
-            insert_modules(model, state, name, config, parts, trains=trains)
+            insert_modules(model, state, name, config, modules, trains=trains)
             for composition in state.activation.scheduled:
                 check_plans(model, state, composition)
         except AdapterKitError:  # what is active, now or after a `with` block, cannot choose between heads

@@ -30,7 +30,7 @@ def attach(
     model: nn.Module,
     name: str,
     config: Config | FusionConfig,
-    parts: Sequence[BuiltModule],
+    modules: Sequence[BuiltModule],
     layouts: SeenRows | None = None,
 ) -> None:
     """Put an adapter's (or a fusion's) modules into the model: the last step, after which nothing can fail.
@@ -53,7 +53,7 @@ def attach(
             state.layouts = before
             raise
         model.__dict__[STATE] = state
-        insert_modules(model, state, name, config, parts, trains=state.frozen is None)
+        insert_modules(model, state, name, config, modules, trains=state.frozen is None)
 
 
 def insert_modules(
@@ -61,23 +61,23 @@ def insert_modules(
     state: ModelState,
     name: str,
     config: Config | FusionConfig,
-    parts: Sequence[BuiltModule],
+    modules: Sequence[BuiltModule],
     *,
     trains: bool,
 ) -> None:
     """Put modules of an adapter into the model, after those that it has."""
-    for part in parts:
-        host = model.get_submodule(part.path)
+    for built in modules:
+        host = model.get_submodule(built.path)
         site = host._modules.get(SITE)
         if not isinstance(site, AdapterSite):
-            site = host._modules[SITE] = AdapterSite(state, part.path)
+            site = host._modules[SITE] = AdapterSite(state, built.path)
             site.train(host.training)
-        spec = part.spec
+        spec = built.spec
         reads_more = isinstance(spec, SiteSpec) and (spec.residual is not None or acting_at(spec.at).reads_forward)
         handover = Handover[Any]() if reads_more else None
-        open_parameters(part.module.train(host.training), trains=trains)
-        site.insert(name, part.module, config, spec, handover)
-    state.hosts[name] = (*state.hosts.get(name, ()), *(part.path for part in parts))
+        open_parameters(built.module.train(host.training), trains=trains)
+        site.insert(name, built.module, config, spec, handover)
+    state.hosts[name] = (*state.hosts.get(name, ()), *(built.path for built in modules))
     refresh(model, state)
 
 

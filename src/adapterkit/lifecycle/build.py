@@ -95,25 +95,25 @@ def build_head_modules(model: nn.Module, heads: Sequence[FoundHead], *, meta: bo
         meta: Build what is new without memory or values, for a file to fill.
     """
     dtype = dtype_at(model, "", None)
-    parts = []
+    built = []
     for head, module in zip(heads, build_heads(model, heads, dtype, meta=meta), strict=True):
         if not meta and not isinstance(head.spec.config, OwnHead):
             module.to(device_near(model, head.path))
-        parts.append(BuiltModule(head.path, module, head.spec))
-    return parts
+        built.append(BuiltModule(head.path, module, head.spec))
+    return built
 
 
-def _check_order(parts: Sequence[BuiltModule]) -> None:
+def _check_order(built: Sequence[BuiltModule]) -> None:
     """Raise TargetError where a module that needs what the host itself returned would get what another has changed."""
     hosts: dict[str, SiteSpec] = {}
-    for part in parts:
-        if not isinstance(part.spec, SiteSpec) or part.spec.at != "output":
+    for one in built:
+        if not isinstance(one.spec, SiteSpec) or one.spec.at != "output":
             continue
-        before = hosts.setdefault(part.path, part.spec)
-        if before is not part.spec and reads_bare_output(part.module):
+        before = hosts.setdefault(one.path, one.spec)
+        if before is not one.spec and reads_bare_output(one.module):
             raise TargetError(
-                f"{part.path!r} is adapted by members {before.member} and {part.spec.member} of a union, and the latter "
-                f"({type(part.module).__name__}) must come first there; change their order"
+                f"{one.path!r} is adapted by members {before.member} and {one.spec.member} of a union, and the latter "
+                f"({type(one.module).__name__}) must come first there; change their order"
             )
 
 

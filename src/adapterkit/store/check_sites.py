@@ -13,7 +13,7 @@ from ..placement.spec import SiteSpec
 from ..structure.tracing.forward import ExampleInputs
 from .saved_adapter import SavedAdapter
 
-__all__ = ["SitesNotCheckedWarning", "check_places"]
+__all__ = ["SitesNotCheckedWarning", "check_sites"]
 
 _SHOWN = 3
 
@@ -22,7 +22,7 @@ class SitesNotCheckedWarning(UserWarning):
     """An adapter was loaded whose places depend on the model's structure, and the model could not be traced."""
 
 
-def check_places(model: nn.Module, saved: SavedAdapter, example_inputs: ExampleInputs | None) -> None:
+def check_sites(model: nn.Module, saved: SavedAdapter, example_inputs: ExampleInputs | None) -> None:
     """Raise unless the config, resolved anew, leads to the saved sites. Warn of a model that cannot be traced.
 
     Names and shapes do not tell a pre-norm block from a post-norm one; where an adapter belongs in them does.

@@ -11,7 +11,7 @@ from ..lifecycle.attach import check_free
 from ..structure.tracing.forward import ExampleInputs
 from .check_base import warn_of_other_base
 from .check_heads import check_heads
-from .check_sites import check_places
+from .check_sites import check_sites
 from .check_structure import check_structure
 from .draft import draft_of, with_layouts
 from .fill import fill
@@ -61,7 +61,7 @@ def load_adapter(
     draft = replace(draft, heads=found)
     with refusing(saved.source):
         modules = modules_for(model, draft, meta=True)
-    check_places(model, saved, example_inputs)
+    check_sites(model, saved, example_inputs)
     draft = with_layouts(model, draft, example_inputs)
     fill(model, modules, saved)
     if not any_base:
