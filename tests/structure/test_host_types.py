@@ -196,6 +196,8 @@ def test_merging_tries_a_described_layer_and_refuses_where_it_would_change_what_
     with pytest.raises(ak.CompatibilityError, match="Own does more than multiply by its weight"):
         kit.merge("a")
     assert torch.equal(model(x), expected)
+    with pytest.raises(ak.TargetError, match=r"does more than multiply by its weight .* use LoRA there"):
+        kit.add("b", "dora", targets=["0"])
 
 
 def test_a_described_layer_that_only_multiplies_is_merged() -> None:

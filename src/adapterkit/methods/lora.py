@@ -20,6 +20,7 @@ from ..placement.rule import Placement
 from ..placement.spec import SiteSpec
 from ..placement.weights import projection_at
 from ..runtime.site import AdapterSite
+from ..structure.hosts import described_projection
 from ..structure.paths import SITE
 
 __all__ = ["LoRA", "LoRAConfig", "base_weight", "check_multiplies"]
@@ -144,8 +145,12 @@ def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def check_multiplies(site: SiteSpec, host: nn.Module, projection: Projection) -> None:
-    """Raise TargetError if a host with a forward of its own does more than multiply by its weight and add its bias."""
-    if not projection.has_own_forward or site.parameters or next(host.parameters()).is_meta:
+    """Raise TargetError if a host that is not plainly torch's does more than multiply by its weight and add its bias.
+
+    A layer that a package describes is tried, too: its description may name the axes of the weight the wrong way round.
+    """
+    is_plain = not projection.has_own_forward and described_projection(host) is None
+    if is_plain or site.parameters or next(host.parameters()).is_meta:
         return
     module: Any = host
     z = random_input(projection, module.weight)
