@@ -33,6 +33,8 @@ __all__ = ["AdapterKit", "wrap"]
 
 ConfigLike = Config | Mapping[str, Any] | str | Path
 
+# By `id`: a kit holds its model, so that while the kit lives no other model can have the number. Weak, so that the
+# model goes when nobody uses it; a kit made anew finds everything in the model, but for `example_inputs`.
 _kits: WeakValueDictionary[int, "AdapterKit"] = WeakValueDictionary()
 
 
@@ -62,6 +64,7 @@ def wrap(model: nn.Module, example_inputs: ExampleInputs | None = None) -> "Adap
     if kit is None:
         kit = _kits[id(inner)] = AdapterKit(inner)
     if example_inputs is not None:
+        # Not forgotten by a later `ak.wrap(model)` without any, which only asks for the kit.
         kit.example_inputs = example_inputs
     return kit
 
@@ -214,6 +217,7 @@ class AdapterKit:
     @property
     def adapters(self) -> Mapping[str, Config]:
         """Map the name of each adapter to its config. Fusions are in `fusions`."""
+        # A fusion lies in sites as an adapter does, with a config of its own.
         return {n: c for n, c in adapters_in(self.model).configs.items() if not isinstance(c, FusionConfig)}
 
     def sites(self, config: ConfigLike, **overrides: Any) -> list[SiteSpec]:
@@ -372,6 +376,7 @@ class AdapterKit:
             composition: As for `activate`, which names the errors: for what is no composition they are raised at the call,
                 all others as the block is entered.
         """
+        # Checked at the call, so that the error points at the composition and not at the `with`.
         return activate.activated(self.model, self._state(), activate.check_active(self.model, composition))
 
     def base(self) -> AbstractContextManager[None]:
@@ -474,6 +479,7 @@ class AdapterKit:
         Raises:
             AdapterNameError: There is no such adapter.
         """
+        # A generator expression evaluates its first iterable at once: an unknown name raises here, not in the optimizer.
         return (parameter for _, parameter in self.named_parameters(name, heads=heads))
 
     def named_parameters(self, name: str, *, heads: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
@@ -487,6 +493,7 @@ class AdapterKit:
             AdapterNameError: There is no such adapter.
         """
         activate.check_known(self.model, name)
+        # No `yield from`: it would make this a generator, whose check above waits for the first `next`.
         return named_parameters(self.model, name, heads=heads)
 
     def state_dict(self, name: str, *, heads: bool = False) -> dict[str, Tensor]:
@@ -608,4 +615,5 @@ class AdapterKit:
         return f"AdapterKit({type(self.model).__name__}, {held}, active={active!r})"
 
     def _state(self) -> ModelState:
+        # Looked up each time: the kit keeps nothing, so a copy of the model finds its own.
         return attach.state_of(self.model)

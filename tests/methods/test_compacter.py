@@ -134,7 +134,7 @@ def test_defaults_are_the_papers() -> None:
         ({"phm_rank": 0}, "phm_rank.*found '0'"),
         ({"init": "bert"}, "init.*found 'bert'"),
         ({"method": "bottleneck"}, "method.*found 'bottleneck'"),
-        ({"bottleneck_size": 3, "reduction_factor": 2}, "not both"),
+        ({"bottleneck_size": 3, "reduction_factor": 2}, "not both; found .*bottleneck_size=3"),
         ({"at": "input", "placement": "parallel"}, "found at='input'"),
     ],
 )

@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.command
     try:
         command.run(options)
+        # Here, not when Python ends: a pipe that nobody reads any more shows on writing.
         sys.stdout.flush()
     except AdapterKitError as error:
         sys.stderr.write(f"adapterkit {command.name}: {error}\n")
-        return 2
+        return 2  # as argparse exits for arguments that it cannot use
     except BrokenPipeError:  # `| head`: nobody reads on, nor will what Python flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -42,5 +43,5 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         sub = commands.add_parser(command.name, help=command.summary, description=command.description)
         command.add_arguments(sub)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command)  # `main` reads which command was named off the options
     return parser

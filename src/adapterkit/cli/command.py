@@ -9,6 +9,7 @@ __all__ = ["Command"]
 class Command(Protocol):
     """One command: its name, what it does in a few words and in a few lines, its arguments, and what it runs."""
 
+    # e.g. "inspect"; a few words for the list of commands; a few lines for its own --help
     name: str
     summary: str
     description: str

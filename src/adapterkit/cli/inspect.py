@@ -36,6 +36,7 @@ class Inspect:
         """Build the model, add the adapter, write the tree. Raises: see `load_model` and `AdapterKit.add`."""
         kit = wrap(load_model(options.model))
         if options.adapter is not None:
+            # The tree names the adapter: "pfeiffer" for the preset, "mine" for configs/mine.json.
             kit.add(Path(options.adapter).stem, options.adapter)
         tree = kit.tree(depth=options.depth)
         if options.json:
@@ -45,6 +46,7 @@ class Inspect:
 
 
 def _depth(text: str) -> int:
+    # Not `int(text)` alone, which takes "-1" and "1_0".
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a depth is a whole number, 0 or more; found {text!r}")
     return int(text)

@@ -32,6 +32,7 @@ def load_model(name: str) -> nn.Module:
     """
     if name.startswith("timm:"):
         return _build(name, _timm(name.removeprefix("timm:")))
+    # A folder may have a colon in its path, such as C:\models.
     if ":" in name and not Path(name).is_dir():
         return _import(name)
     return _build(name, _transformers(name))
@@ -42,6 +43,7 @@ def _build(name: str, build: Callable[[], Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             model = build()
+        # A model that cannot be traced on `meta` (it looks at values) still shows its roles with real weights, if they fit.
         if _is_traceable(model) or sum(p.numel() for p in model.parameters()) > _LARGE:
             return _check_is_module(name, model)
     except Exception:  # someone else's code; what is wrong with it, if it is not `meta`, shows below
@@ -63,13 +65,16 @@ def _transformers(name: str) -> Callable[[], Any]:
     """Build a Hugging Face model from its config: of the class that its checkpoint is of, else of its type's base class."""
     transformers = _package("transformers", name)
     try:
+        # To look at a model must not run code that comes with it.
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # whatever a hub, a file or a config class raises
         raise ConfigError(
             f"{name!r} is not a model that transformers can find: {_one_line(error)}\nMODEL is {MODEL}"
         ) from error
+    # e.g. ["BertForMaskedLM"]; None in a config that no checkpoint belongs to
     architecture = next(iter(config.architectures or ()), "")
     kind = getattr(transformers, architecture, None)
+    # `from_config` is of the Auto classes; a model's own class has `_from_config`.
     return lambda: transformers.AutoModel.from_config(config) if kind is None else kind._from_config(config)
 
 
@@ -96,7 +101,7 @@ def _run(name: str, build: Callable[[], Any]) -> nn.Module:
     """Return what `build` makes, after checking that it is a module."""
     try:
         model = build()
-    except AdapterKitError:
+    except AdapterKitError:  # the message is for users already
         raise
     except Exception as error:  # someone else's code
         raise ConfigError(f"{name!r} cannot be built: {_one_line(error)}") from error

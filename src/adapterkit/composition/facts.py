@@ -19,7 +19,7 @@ class CompositionFacts:
     rows are divided.
     """
 
-    composition: Composition | None
+    composition: Composition | None  # a name, a node, or None for the base alone
 
     @cached_property
     def children(self) -> tuple[CompositionFacts, ...]:
@@ -52,6 +52,7 @@ class CompositionFacts:
         """Tell whether it runs all of its adapters one after the other, on every row and token."""
         node = self.composition
         return not isinstance(node, CompositionNode) or (
+            # All the way down: a Stack with an Average in it does not run all of its adapters in turn.
             node.is_in_order and all(child.is_in_order for child in self.children)
         )
 

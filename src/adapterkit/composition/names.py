@@ -18,6 +18,7 @@ def check_name(name: object) -> str:
         raise AdapterNameError(f"an adapter's name is a non-empty string; found {name!r}")
     if len(name) > MAX_LENGTH:
         raise AdapterNameError(f"an adapter's name has at most {MAX_LENGTH} characters; {name[:20]!r}… has {len(name)}")
+    # A name stands in messages and tables, where "a" and "a " would look the same.
     if not name.isprintable() or name != name.strip():
         raise AdapterNameError(f"an adapter's name has printable characters only and no spaces at its ends; found {name!r}")
     return name

@@ -86,7 +86,7 @@ class CompositionNode:
     head_from: ClassVar[Literal["last", "only"]]
     holds: ClassVar[Sequence[str]] = ("everything", "tokens", "rows")
     least: ClassVar[int] = 1
-    most: ClassVar[float] = math.inf
+    most: ClassVar[float] = math.inf  # a float, since infinity is one
     why_no_others: ClassVar[str] = "Parallel multiplies the batch; put it around the others"
     example: ClassVar[str] = 'Stack("a", "b")'
 
@@ -105,6 +105,7 @@ class CompositionNode:
     @classmethod
     def settings_names(cls) -> tuple[str, ...]:
         """Return the names of its settings: all of its fields but the children."""
+        # A new node thus has its arguments, `repr` and JSON form by declaring its fields.
         return tuple(field.name for field in fields(cls) if field.name != "children")
 
     @classmethod
@@ -172,6 +173,7 @@ class CompositionNode:
                 f"{type(self).__name__} takes names and compositions one by one, as in {self.example}{by_keyword}; found "
                 f"{child!r} among them"
             )
+        # A plain string is an adapter's name; whether the model has it is asked when the composition is activated.
         if not isinstance(child, CompositionNode):
             return check_name(child)
         # All that lies below, too: Average("a", Stack(Parallel(...))) multiplies the batch as well.
@@ -228,6 +230,7 @@ class Average(CompositionNode):
     def __init__(self, *children: Composition, weights: Sequence[float] | None = None) -> None:
         if weights is not None:
             weights = tuple(float(weight) for weight in numbers_for(weights, "weights", len(children)))
+            # Weights may be negative, as in (2, -1). They are divided by their sum, which must not be zero.
             if not all(map(math.isfinite, weights)) or sum(weights) == 0:
                 raise ConfigError(f"weights must be finite, and their sum not zero; found {list(weights)}")
         self._set_fields(children, weights=weights)
@@ -327,6 +330,7 @@ class Rows(CompositionNode):
         return (1,) * count
 
     def _checked_child(self, child: Any) -> Any:
+        # The one node that holds None: a row without an adapter.
         return None if child is None else super()._checked_child(child)
 
     def __repr__(self) -> str:
@@ -382,6 +386,7 @@ class Parallel(CompositionNode):
     example = 'Parallel("a", "b")'
 
     def __init__(self, *children: Composition, shared: Sequence[str | int] | None = None) -> None:
+        # A string is a sequence, too: "mask" would be four arguments, m, a, s and k.
         if isinstance(shared, str):
             raise ConfigError(f"shared is a list of arguments; found {shared!r}")
         self._set_fields(children, shared=None if shared is None else tuple(shared))
@@ -415,6 +420,7 @@ class Fuse(CompositionNode):
     @classmethod
     def may_hold(cls, kind: type[CompositionNode]) -> bool:
         """Tell whether it gives all rows and tokens the same adapters, and is no fusion itself."""
+        # A Fuse gives "everything" to its children as a Stack does, so that the rule of the base class would let it in.
         return super().may_hold(kind) and kind is not Fuse
 
     @property
@@ -451,6 +457,7 @@ def names_always(composition: Composition | None) -> frozenset[str]:
     """Return the adapters that act on every row and token, in full: at all of their places."""
     if not isinstance(composition, CompositionNode):
         return frozenset() if composition is None else frozenset({composition})
+    # Under any other node an adapter acts on some rows or tokens, at a weight, or not in all layers.
     if composition.is_in_order and not composition.dropped_layers:
         return frozenset().union(*map(names_always, composition.children))
     return frozenset()
@@ -462,6 +469,7 @@ def names_in(composition: Composition | None) -> Iterator[str]:
         for child in composition.children:
             yield from names_in(child)
         if composition.fusion is not None:
+            # After the children: a fusion weighs what these have added.
             yield composition.fusion
     elif composition is not None:
         yield composition
@@ -481,6 +489,7 @@ def expanded(composition: Composition | None, meant: Mapping[str, Composition]) 
     if not isinstance(composition, CompositionNode):
         return composition if composition is None else meant.get(composition, composition)
     children = tuple(expanded(child, meant) for child in composition.children)
+    # Made by `of`, which checks again: a name may stand for what is not allowed there, such as a fusion inside a Fuse.
     return composition if children == composition.children else type(composition).of(children, composition.settings)
 
 
@@ -488,6 +497,7 @@ def to_json(composition: Composition | None) -> Any:
     """Return the composition in values that JSON has: `{"type": "Stack", "children": ["a", "b"]}`; a name is itself."""
     if not isinstance(composition, CompositionNode):
         return composition
+    # JSON has lists alone; reading one back, the constructors make tuples of them again.
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in composition.settings.items()}
     children = [to_json(child) for child in composition.children]
     return {"type": type(composition).__name__, "children": children, **plain}
@@ -501,6 +511,7 @@ def from_json(value: Any) -> Composition | None:
     """
     if not isinstance(value, Mapping):
         return None if value is None else check_name(value)
+    # The values may come from a file that anybody wrote: nothing of them is trusted.
     settings = {key: item for key, item in value.items() if key not in ("type", "children")}
     kind, children = _NODES.get(str(value.get("type"))), value.get("children")
     if kind is None or not isinstance(children, (list, tuple)) or not _are_settings_of(kind, settings):

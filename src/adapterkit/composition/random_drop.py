@@ -43,6 +43,7 @@ def random_drop(child: Composition, most: int = 11, *, step: int, seed: int = 0)
         raise ConfigError(f"most is the largest number of layers to drop, 0 or more; found {most}")
     # No generator: torch's and Python's give other numbers in other versions, and a global one depends on who drew before.
     digest = hashlib.sha256(f"{seed},{step}".encode()).digest()
+    # Modulo a small number 256 random bits are uniform to any precision that matters.
     depth = int.from_bytes(digest, "big") % (most + 1)
     return Drop(child, layers=range(depth)) if depth else child
 

@@ -18,6 +18,7 @@ def rows_of(composition: Composition | None, count: int) -> tuple[Composition | 
     if not isinstance(composition, CompositionNode) or not divides_rows(composition):
         return (composition,) * count
     if _gives_rows(composition):
+        # e.g. (2, 4) of six rows: the first child gets rows 0 and 1, the second the other four.
         sizes = composition.row_sizes(count)
         parts = (rows_of(child, size) for child, size in zip(composition.children, sizes, strict=True))
         return tuple(row for part in parts for row in part)
@@ -47,6 +48,7 @@ def fixed_rows(composition: Composition | None) -> int | None:
         return None
     if composition.own_rows is not None:
         return composition.own_rows
+    # One child with a fixed number decides; if another disagrees, `rows_of` says so when the rows are dealt.
     fixed = next((rows for child in composition.children if (rows := fixed_rows(child)) is not None), None)
     # Without sizes of its own the node gives equal parts, so that each has as many rows as the one that is fixed.
     return fixed if fixed is None or not _gives_rows(composition) else fixed * len(composition.children)
@@ -56,6 +58,7 @@ def least_rows(composition: Composition | None) -> int:
     """Return the least number of rows that a composition without sizes can divide."""
     if not isinstance(composition, CompositionNode):
         return 1
+    # e.g. children that need multiples of 2 and of 3: each gets 6 rows. A name divides into any number.
     unit = math.lcm(*map(least_rows, composition.children))
     return unit * len(composition.children) if _gives_rows(composition) else unit
 

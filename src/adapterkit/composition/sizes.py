@@ -19,7 +19,7 @@ def numbers_for(values: Any, what: str, count: int) -> Sequence[Any]:
         found = list(values)
         # True and False are numbers to Python; where someone wrote one, they meant something else.
         is_right = len(found) == count and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found)
-    except TypeError:
+    except TypeError:  # `values` is no list at all
         is_right = False
     if not is_right:
         raise ConfigError(f"{what} has one number for each of the {count} children; found {values!r}")
@@ -35,6 +35,7 @@ def as_sizes(sizes: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
     if sizes is None:
         return None
     found = tuple(numbers_for(sizes, "sizes", count))
+    # 0 is allowed: a part may be empty.
     if not all(isinstance(size, int) and size >= 0 for size in found):
         raise ConfigError(f"sizes are whole numbers, none negative; found {list(found)}")
     return found
@@ -46,10 +47,12 @@ def as_layers(layers: Any) -> tuple[int, ...]:
     Raises:
         ConfigError: not a list of whole numbers, or a range.
     """
+    # [None]: fails the check below, which has the message.
     given: list[Any] = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [None]
     # `__index__`, not `int`: whole numbers of numpy and torch are welcome, 1.0 is not.
     if not all(hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in given):
         raise ConfigError(f"layers is a list of whole numbers, or a range; found {layers!r}")
+    # Negative ones stay as they are: how many layers there are is known when the composition is activated.
     return tuple(sorted({operator.index(layer) for layer in given}))
 
 

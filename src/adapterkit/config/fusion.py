@@ -44,6 +44,7 @@ class FusionConfig(Settings):
         "static": {"value": False, "regularization": 0.0},
     }
 
+    # No adapter method: the name tells a fusion's file from an adapter's.
     method: Literal["fusion"] = "fusion"
     query: bool = True
     key: bool = True
@@ -55,8 +56,10 @@ class FusionConfig(Settings):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     temperature_step: Annotated[float, Field(ge=0)] = 0.0
     dropout: Probability = 0.0
+    # As `composition.nodes.to_json` writes them, e.g. ("a", {"type": "Stack", "children": ["b", "c"]}).
     children: tuple[Any, ...] = ()
     seed: Annotated[Int, Field(ge=0, lt=2**63)] | None = None
+    # `torch.float32` is kept as "float32", which JSON has.
     dtype: Annotated[DType | None, BeforeValidator(lambda dtype: None if dtype is None else str(dtype).split(".")[-1])] = (
         None
     )
@@ -64,6 +67,7 @@ class FusionConfig(Settings):
     @model_validator(mode="after")
     def _has_effect(self) -> "FusionConfig":
         """Refuse settings that would do nothing."""
+        # `value_init` has no value that means "none", so what counts is whether it was given.
         if not self.value and (self.regularization or "value_init" in self.model_fields_set):
             raise ValueError(
                 "value=False has no Wv to regularise or initialise: give regularization=0, and no value_init; found "

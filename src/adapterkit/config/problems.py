@@ -79,6 +79,7 @@ def describe(error: ValidationError, model: type[BaseModel] | None = None) -> st
     """
     items = error.errors(include_url=False)
     fields = {} if model is None else model.model_fields
+    # Unknown settings come last in the message, followed by the list of those that there are.
     unknown = [i for i in items if model is not None and i["type"] == "extra_forbidden" and len(i["loc"]) == 1]
     parts: list[str] = []
     # A field that may be one of several things has an item for each of them, side by side.
@@ -88,6 +89,7 @@ def describe(error: ValidationError, model: type[BaseModel] | None = None) -> st
     parts += [no_setting(str(item["loc"][0]), fields) for item in unknown]
     if unknown:
         parts.append(f"the settings are {', '.join(name for name in fields if name not in ('method', 'kind'))}")
+    # "did you mean rank?; the settings are …" reads as two sentences.
     return "; ".join(parts).replace("?; ", "? ")
 
 
@@ -102,9 +104,11 @@ def no_setting(name: str, fields: Iterable[str]) -> str:
     start = f"no setting {name}"
     if name in _ELSEWHERE:
         return f"{start}; {_ELSEWHERE[name]}"
+    # An advice counts only where the config at hand has the setting that it speaks of; "" is in none.
     setting, how = _SAID_BY.get(name, ("", ""))
     if setting in fields:
         return f"{start}; {setting}= {how}"
+    # A name that another library uses beats one that merely looks alike: "r" is near to nothing.
     peer = [_PEERS[name]] if _PEERS.get(name) in fields else difflib.get_close_matches(name, fields, n=1)
     return start + "".join(f"; did you mean {near}?" for near in peer)
 
@@ -116,11 +120,13 @@ def _wrong_field(items: Sequence[Any], may_be: str | None) -> Iterator[str]:
         items: What pydantic has to say of it.
         may_be: What the setting may be, in words, where it may be one of several things.
     """
+    # The shortest way is that of the setting itself; the others lead into a list or map that it might have been.
     first = min(items, key=lambda item: len(item["loc"]))
     if first["type"] == "too_short" and first["loc"] == ("targets",):
         yield "targets: an empty list adapts nothing; name at least 1 module, such as targets=['output.dense']"
     elif may_be is not None and first["type"] != "missing" and not all(item["type"] == "value_error" for item in items):
         # One of several things, and none of them: what each of them lacks would confuse. (A validator of ours does not.)
+        # e.g. ("rank", …, "default") beside ("rank", …): one value of a map is wrong, and the message says rank['default'].
         inner = next((item for item in items if len(item["loc"]) > len(first["loc"])), None)
         within = "" if inner is None else f"[{inner['loc'][len(first['loc'])]!r}]"
         yield f"{first['loc'][0]}{within}: found {_found(inner or first)}; the setting may be {may_be}"
@@ -130,7 +136,7 @@ def _wrong_field(items: Sequence[Any], may_be: str | None) -> Iterator[str]:
 
 def _complaint(item: Any) -> str:
     """Write what pydantic says of a field, with the value that was found."""
-    field = ".".join(map(str, item["loc"])) or "config"
+    field = ".".join(map(str, item["loc"])) or "config"  # a check of several settings together belongs to none of them
     found = "" if item["type"] == "missing" else f" (found {_found(item)})"
     return f"{field}: {item['msg'].removeprefix('Value error, ')}{found}"
 
@@ -138,5 +144,6 @@ def _complaint(item: Any) -> str:
 def _found(item: Any) -> str:
     """Write the value that was found, with its type where that is what is wrong."""
     value = item["input"]
+    # "8" and True would otherwise look like the numbers that were wanted.
     of_type = f", a {type(value).__name__}" if item["type"] == "int_type" and isinstance(value, (str, bool)) else ""
     return f"{str(value)[:80]!r}{of_type}"

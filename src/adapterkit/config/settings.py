@@ -39,6 +39,7 @@ Predicate = Callable[[torch.nn.Module, str], bool]
 S = TypeVar("S", bound="Settings")
 V = TypeVar("V")
 
+# Names, not torch.dtypes: a config is written to JSON.
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
@@ -55,6 +56,7 @@ Target = str | Annotated[Predicate, _PredicateSchema]
 
 def _as_tuple(value: object) -> object:
     """Make a tuple of a list, or of one target without a list around it: a config holds what cannot change."""
+    # First: a string is a sequence as well, of letters.
     if isinstance(value, str) or callable(value):
         return (value,)
     return tuple(value) if isinstance(value, (list, range)) else value
@@ -108,6 +110,7 @@ class Settings(BaseModel):
         """Return the same config with these settings changed, validated anew."""
         if not settings:
             return self
+        # Only what was given: a default that is passed on would count as given from then on (`model_fields_set`).
         kept = {name: getattr(self, name) for name in self.model_fields_set}
         for one, other in self.exclusive:
             for given, dropped in ((one, other), (other, one)):
@@ -116,6 +119,7 @@ class Settings(BaseModel):
         return type(self)(**{**kept, **settings})
 
     def __hash__(self) -> int:
+        # By `repr`: a setting may be a map, such as rank by layer, and a dict has no hash.
         return hash((type(self), repr(self)))
 
 
@@ -138,6 +142,7 @@ class AdapterConfig(Settings):
     at_start: ClassVar[tuple[str, ...]] = ()  # say what a new adapter starts as
     in_training: ClassVar[tuple[str, ...]] = ()  # probabilities of dropping something in training
 
+    # Each config's own is a Literal with a default, and equals the `name` of its method.
     method: str
     targets: Targets = Field(min_length=1)
     exclude: Targets = ()
@@ -177,7 +182,7 @@ class TensorConfig(AdapterConfig):
 def check_map(values: dict[str, V]) -> dict[str, V]:
     """Check that a map by layer or pattern has a "default", and sort it: equal configs have equal hashes."""
     if "default" not in values:
-        raise ValueError("a map by layer or pattern needs a 'default'")
+        raise ValueError(f"a map by layer or pattern needs a 'default'; found {list(values)}")
     return dict(sorted(values.items()))
 
 

@@ -27,9 +27,11 @@ class Union(Settings):
     """
 
     method: Literal["union"] = "union"
+    # SerializeAsAny: pydantic would write the settings of AdapterConfig alone, and lose each method's own.
     configs: tuple[SerializeAsAny[AdapterConfig], ...] = Field(min_length=2)
 
     def __init__(self, *configs: AdapterConfig, **settings: Any) -> None:
+        # Code gives configs by position, a file by the keyword `configs`: () beside it would be a second value for it.
         super().__init__(**({"configs": configs} if configs else {}), **settings)
 
     @field_validator("configs", mode="before")
@@ -54,6 +56,7 @@ class Union(Settings):
                 f"no member of the union of {[c.method for c in self.configs]} has a setting {unknown}: "
                 + "; ".join(no_setting(name, every) for name in unknown).replace("?; ", "? ")
             )
+        # A member without the setting stays as it is: `rank=16` means the LoRA in the union.
         return Union(*(config.override(_settings_of(config, settings)) for config in self.configs))
 
 

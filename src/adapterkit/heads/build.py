@@ -48,13 +48,14 @@ def build_head(config: Any, spec: HeadSpec, vocabulary: int, dtype: torch.dtype)
         vocabulary: Tokens that its logits are of, for a head with a vocabulary.
         dtype: Of its parameters.
     """
+    # What `HeadLayers` and `TokenPredictor` take alike.
     settings = {name: getattr(config, name) for name in ("layers", "non_linearity", "dropout")}
     if config.has_vocabulary:
         return TokenPredictor(
             spec.width,
             vocabulary,
             **settings,
-            is_tied=config.tied is not False,
+            is_tied=config.tied is not False,  # True, or the path of an embedding
             has_bias=config.bias,
             is_causal=isinstance(config, CausalLMHead),
             dtype=dtype,
@@ -81,9 +82,11 @@ class VocabularySize:
         """
         if not isinstance(config, (MaskedLMHead, CausalLMHead)):
             return None, 0
+        # Nothing is read of an embedding, so that the model need not have one.
         if config.tied is False and config.vocab_size is not None:
             return None, config.vocab_size
         path = self.embedding(config.tied if isinstance(config.tied, str) else None)
+        # (vocabulary, width)
         weight: Any = getattr(self.model.get_submodule(path), "weight", None)
         if config.tied is False:
             return None, int(weight.shape[0])
@@ -111,6 +114,7 @@ class VocabularySize:
                 module = model.get_input_embeddings()
             except (AttributeError, NotImplementedError):  # a model of images, say: its embeddings are looked at below
                 module = None
+            # None, where the model names no embedding, is none of its modules: then all embeddings are looked at.
             there = [path for path, other in modules.items() if other is module] or there
         # Several embeddings with one tied weight are one; of several weights (positions, token types) which is not plain.
         weights = {id(getattr(modules[path], "weight", None)): path for path in reversed(there)}
@@ -119,4 +123,4 @@ class VocabularySize:
                 f"a head with a vocabulary reads the weight of an embedding, and {type(self.model).__name__} has "
                 f"{there or 'none'} that may be meant: name it with tied='…', or give vocab_size= and tied=False"
             )
-        return there[0]
+        return there[0]  # the first of its names: of tied ones they lead to one weight

@@ -18,6 +18,7 @@ from ..structure.pytree import Argument
 
 __all__ = ["HeadInputs", "HeadRequest", "Mask", "check_label_names", "labels_of", "masks_of", "take_head_inputs"]
 
+# As Hugging Face's models and Trainer call them.
 LABELS, SPAN = "labels", ("start_positions", "end_positions")
 
 # The names of masks: (name, whether True or 1 marks padding, arguments beside which the model returns another sequence than
@@ -77,10 +78,12 @@ class HeadInputs(NamedTuple):
 
 def masks_of(root: nn.Module) -> tuple[Mask, ...]:
     """Return what may be the mask in calls of a model, the likeliest first, by what its `forward` takes."""
+    # Of `forward`, not of the class's `__call__`, which takes anything.
     parameters = inspect.signature(root.forward).parameters
     names, takes_any = list(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def argument(name: str) -> Argument:
+        # None: taken by **kwargs, so by keyword alone.
         return (names.index(name) if name in names else None), name
 
     known = [(name, is_padding, unless) for name, is_padding, unless in _MASKS if name in names or takes_any]
@@ -95,10 +98,11 @@ def take_head_inputs(wants: HeadRequest, root: nn.Module, args: Any, kwargs: Any
     # Both are taken even where the model's own `forward` knows labels: it would make a loss of its own head's outputs.
     labels = kwargs.get(LABELS)
     if labels is None and SPAN[0] in wants.names:
-        labels = _span(kwargs)
+        labels = _span(kwargs)  # a head for answers takes the two positions as one tensor
     kwargs = {name: value for name, value in kwargs.items() if name not in wants.names}
     if wants.choices is not None:
         args, kwargs = _as_rows(wants.choices, args, kwargs)
+    # After choices are made rows: the mask has them, too.
     return args, kwargs, HeadInputs(root, labels, _mask(wants.masks, (args, kwargs)))
 
 
@@ -114,11 +118,13 @@ def _as_rows(choices: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return inputs (batch, choices, ...) as (batch * choices, ...), if that is what the first of them is."""
     tensors = {**dict(enumerate(args)), **kwargs}
     tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    # Keys are positions for `args` and names for `kwargs`, so that "inputs_embeds" is known below.
     key, first = next(iter(tensors.items()), (None, None))
     if first is None:
         return args, kwargs
     # Token ids are (batch, seq), images (batch, channels, height, width).
     axes = 4 if key == "inputs_embeds" else 5 if first.is_floating_point() else 3
+    # Rows already: an axis of choices is for convenience, not needed.
     if first.dim() != axes or first.shape[1] != choices:
         return args, kwargs
     # Only what begins with these two sizes: a table that all rows share, (choices, ...), stays.
@@ -135,6 +141,7 @@ def _mask(masks: tuple[Mask, ...], call: Any) -> Tensor | None:
     for mask in masks:
         found = _argument(call, mask.argument)
         if isinstance(found, Tensor) and all(_argument(call, other) is None for other in mask.unless):
+            # Of transformers: 1 where a position is real. Of torch (`src_key_padding_mask`): True where it is padding.
             if not mask.is_padding:
                 return found
             return ~found if found.dtype is torch.bool else found == 0

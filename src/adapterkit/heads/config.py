@@ -27,6 +27,7 @@ def _as_path(value: object) -> object:
     return (value,) if isinstance(value, (str, int)) and not isinstance(value, bool) else _as_tuple(value)
 
 
+# Bounds: names come from files, too.
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Labels = Annotated[
     Annotated[tuple[Text, ...], Field(min_length=1, max_length=1_000_000)] | None,
@@ -67,6 +68,7 @@ class HeadConfig(Settings):
     @field_validator("labels", check_fields=False)
     @classmethod
     def _are_distinct(cls, labels: Sequence[str] | None) -> Sequence[str] | None:
+        # `labels or ()`: None where a head has a number of labels and no names.
         twice = {label for label in labels or () if (labels or ()).count(label) > 1}
         if twice:
             raise ValueError(f"each label once; found {sorted(twice)} several times")
@@ -166,6 +168,7 @@ class _WithLabels(OutputHead):
 
     @model_validator(mode="after")
     def _know_how_many(self) -> "_WithLabels":
+        # After both are validated: a bad type of one is reported as such, not as a wrong number.
         given, named = self.num_labels, self.labels
         if given is None and named is None:
             raise ValueError("how many labels? Give labels=('neg', 'pos'), or num_labels=2")
@@ -342,6 +345,7 @@ def head_from(settings: Mapping[str, Any]) -> HeadConfig:
     Raises:
         ConfigError: no such kind, or bad settings.
     """
+    # e.g. {"own": OwnHead, "classification": ClassificationHead, …}
     kinds = {head.model_fields["kind"].default: head for head in HEADS}
     kind = settings.get("kind")
     if not isinstance(kind, str) or kind not in kinds:

@@ -79,6 +79,7 @@ def find_heads(model: nn.Module, heads: Heads, example_inputs: ExampleInputs | N
 
 def _check_that_they_run(model: nn.Module, paths: Sequence[str], example_inputs: ExampleInputs) -> None:
     """Raise TargetError if a module that a head replaces is not called: a hook on it would never run the copy."""
+    # Nothing is kept of the calls: whether there were any is asked.
     calls = observe(model, example_inputs, paths, lambda *_: None)
     silent = [path for path, seen in calls.items() if not seen]
     if silent:
@@ -100,6 +101,7 @@ def check_names(heads: Sequence[HeadSpec], in_place: Sequence[str]) -> None:
         heads: All heads of the adapter.
         in_place: The paths of the modules that they replace.
     """
+    # Names tell heads apart in `HeadOutput.heads`, in labels by head, and in files.
     names = [head.config.name for head in heads]
     twice = sorted({str(name) for name in names if names.count(name) > 1})
     if twice:
@@ -141,6 +143,7 @@ def build_heads(model: nn.Module, heads: Sequence[FoundHead], dtype: torch.dtype
 def copy_heads(heads: list[nn.Module]) -> list[nn.Module]:
     """Return copies of heads without what adapterkit put there; weights that they share, their copies share."""
     copies = copy.deepcopy(heads)
+    # A set: a module that two heads share is visited once.
     for module in {module for head in copies for module in head.modules()}:
         if SITE in module._modules:  # TorchScript's have no pop
             del module._modules[SITE]
@@ -154,6 +157,7 @@ def output_host(model: nn.Module) -> tuple[str, int]:
     That module is the model itself, with none around it. Of an `nn.Sequential` it is the last layer: it would run a site as
     one of its layers. Raises TargetError: see `resolve_host`.
     """
+    # "" is the model itself.
     path = resolve_host("", modules_by_path(model), at_input=False)
     return path, len(ancestors(path)) - 1
 
@@ -192,6 +196,7 @@ def _find_own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
     """
     modules = modules_by_path(model)
     paths = [inner for path in match(model, [head.target]) for inner in _parametrised(path, modules)]
+    # A pattern may match an nn.Sequential and a layer of it: each host once, in the model's order.
     paths = list(dict.fromkeys(resolve_host(path, modules, at_input=False) for path in paths))
     _check_own(head, paths)
     found = []
@@ -200,6 +205,7 @@ def _find_own(model: nn.Module, head: OwnHead) -> list[FoundHead]:
         widths = {shape.width for module in modules[path].modules() if (shape := known_shape(module)) is not None}
         is_last = path == paths[-1]
         given = head.labels if is_last else None
+        # `widths` is empty for layers of unknown types: then the labels are believed.
         if given is not None and widths and len(given) not in widths:
             raise ConfigError(
                 f"labels names {len(given)}, and the head {path!r} has {sorted(widths)} outputs; for another number, use "
@@ -215,6 +221,7 @@ def _check_own(head: OwnHead, paths: Sequence[str]) -> None:
     """Raise TargetError unless a pattern led to modules that can each be copied: some, and none inside another."""
     if not paths:
         raise TargetError(f"heads={[head.target]} have no parameters of their own to train")
+    # `ancestors` begins with the path itself, which is no place inside it.
     inside = [path for path in paths if {*ancestors(path)[1:]} & {*paths}]
     if inside:
         outside = next(path for path in ancestors(inside[0])[1:] if path in paths)
@@ -246,6 +253,7 @@ def _find_custom(model: nn.Module, head: CustomHead, width: Callable[[OutputHead
     module = head.module
     if module is None:
         raise ConfigError("CustomHead needs its module: ak.CustomHead(module)")
+    # The adapter would train, move and save a Parameter of the base.
     theirs = {id(p) for p in module.parameters()} & {id(p) for p in model.parameters()}
     if theirs or any(module is other for other in model.modules()):
         raise ConfigError(
@@ -254,6 +262,7 @@ def _find_custom(model: nn.Module, head: CustomHead, width: Callable[[OutputHead
         )
     if head.target is not None:
         path = _one_host(model, head.target)
+        # Without the module: the config is saved, and compared, as one of a file is.
         config = CustomHead(target=path, name=head.name or path, labels=head.labels)
         return FoundHead(path, HeadSpec(config), module)
     path, above = output_host(model)
@@ -297,6 +306,7 @@ class _HiddenWidth:
     def __call__(self, head: OutputHead | CustomHead) -> int:
         """Return the features that a head reads. Raises TargetError: they are not known, or no such tensor is there."""
         known = known_shape(self.model.get_submodule(output_host(self.model)[0]))
+        # The type of the last layer tells enough, and no inputs have to be made up. A run tells more where there are some.
         if self.example_inputs is None and known is not None and known.axis == -1 and head.output is None:
             return known.width
         if self.output is None:
@@ -314,6 +324,7 @@ class _HiddenWidth:
 
     def _output_of_a_run(self) -> Any:
         """Return what the base returns for the example inputs, or for tiny ones. Raises TargetError: none are known."""
+        # The width of the base's output is asked: an active adapter's head would return a HeadOutput.
         with ACTIVATION_LOCK, without_adapters():
             if self.example_inputs is not None:
                 return forward(self.model, self.example_inputs)
@@ -334,9 +345,11 @@ def _way_to(output: Sequence[int | str] | None) -> str:
 
 def _warn_of_logits(model: nn.Module, output: Any, hidden: Tensor) -> None:
     """Warn where a head reads the scores of another: the logits that a model of transformers makes by a head of its own."""
+    # In transformers `base_model` is the model without its head, e.g. `.bert` of BertForSequenceClassification.
     inner = getattr(model, "base_model", None)
     if not isinstance(inner, nn.Module) or inner is model or not isinstance(output, Mapping):
         return
+    # Only where what the new head reads is what the model's own head made.
     if output.get("logits") is not hidden:
         return
     children = {name: child for name, child in model.named_children() if name != SITE}

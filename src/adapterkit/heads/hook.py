@@ -27,6 +27,7 @@ class LabelsHook(KitHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the arguments that are left, or None for no change. Shape: as given; choices are made rows."""
         is_changed = False
+        # `wanted` is None while no adapter with such a head is active: the call then goes on as it came.
         for handover in module.__dict__[_HANDOVERS]:
             if handover.wanted is not None:
                 args, kwargs, call = take_head_inputs(handover.wanted, module, args, kwargs)
@@ -42,6 +43,7 @@ def sync_labels_hooks(model: nn.Module, state: ModelState) -> None:
     for path, _, site in sites_of(model):
         entries = [entry for entries in site.entries.values() for entry in entries]
         on_output = [entry for entry in entries if isinstance(entry, HeadEntry) and entry.spec.above is not None]
+        # Several heads at one host may be of different models: of a Sequential, and of its last layer by itself.
         for root in {root_of(path, entry) for entry in on_output}:
             handovers[root].append(site.call)
     for path, module in model.named_modules():

@@ -23,12 +23,14 @@ def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each position's logits with the next label. Shape: logits (batch, seq, classes)."""
+    # The scores at position i are of token i + 1; the last position has no next one to compare with.
     return class_loss(logits[:, :-1], _with_shape(labels, logits.shape[:-1])[:, 1:])
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the binary cross-entropy. Labels of -100 do not count. Shape: logits and labels (batch, labels)."""
-    labels = _with_shape(labels, logits.shape).float()
+    labels = _with_shape(labels, logits.shape).float()  # 0 or 1, and -100 where nothing counts
+    # Weights of 0 take the -100s out; so what they are in the formula does not matter.
     counts = (labels != IGNORED).float()
     total = F.binary_cross_entropy_with_logits(logits.float(), labels, weight=counts, reduction="sum")
     return total / counts.sum().clamp(min=1)
@@ -49,6 +51,7 @@ def span_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     labels, length = _as_long(_with_shape(labels, (logits.shape[0], 2))), logits.shape[1]
     inside = torch.where((labels >= 0) & (labels < length), labels, IGNORED)
+    # (batch, 2, seq): positions are the classes, start and end are two questions
     return class_loss(logits.transpose(1, 2), inside)
 
 

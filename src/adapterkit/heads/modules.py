@@ -19,7 +19,7 @@ from .pooling import Pooling, pooled
 
 __all__ = ["ChoiceScorer", "HeadLayers", "InvertibleModule", "Loss", "RowScorer", "TokenPredictor", "TokenScorer"]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, labels) -> a scalar: see `losses`
 
 
 class HeadLayers(nn.Module):
@@ -225,11 +225,16 @@ class TokenPredictor(nn.Module):
         for layer, norm in zip(self.inner, self.norms, strict=True):
             hidden = norm(self._activation(layer(F.dropout(hidden, self.dropout, self.training))))
         hidden = F.dropout(hidden, self.dropout, self.training)
+        # Last, right before the embedding's weight: the layers above saw the hidden states as the model makes them.
         for adapter in undoing:
             hidden = adapter.undone(hidden)
+        # An own weight goes first: `forward` is given one only where the head is tied.
         weight = weight if self.weight is None else self.weight
         if weight is None:
-            raise CompatibilityError("the weight of the vocabulary is tied to an embedding, and none was given")
+            raise CompatibilityError(
+                f"the weight of the vocabulary is tied to an embedding, and none was given: call the head with weight=, of "
+                f"shape ({self.vocabulary}, {hidden.shape[-1]})"
+            )
         # In the dtype of the weight, which is large: a cast of it would cost more than all the rest.
         logits = F.linear(hidden.to(weight.dtype), weight).to(hidden.dtype)
         return logits if self.bias is None else logits + self.bias
@@ -241,6 +246,7 @@ class TokenPredictor(nn.Module):
 
 def _check_sequence(hidden: Tensor) -> None:
     """Raise CompatibilityError for what is pooled already."""
+    # (batch, hidden) has no positions to score; a `pooler_output` is of that shape.
     if hidden.dim() != 3:
         raise CompatibilityError(
             f"a head with scores for each position reads (batch, seq, hidden), and was given {tuple(hidden.shape)}: "

@@ -37,6 +37,7 @@ def head_owner(composition: Composition | None, owners: Collection[str]) -> str 
     if composition.fusion in owners:
         return composition.fusion
     found = [owner for child in composition.children if (owner := head_owner(child, owners)) is not None]
+    # Several children with heads of one owner are no question: it is the same head.
     if composition.head_from == "last" or len({*found}) < 2:
         return found[-1] if found else None
     raise CompatibilityError(
@@ -98,7 +99,9 @@ def _steps_in_place(host: _Host, entries: Mapping[str, HeadEntry]) -> Iterator[S
     """Yield the step that runs heads in the place of the host, if any row has one. `entries` has one for each adapter."""
     if not entries:
         return
+    # One for each kind of row.
     keys = tuple(None if owner is None else entries[owner].key for owner in host.owners(entries))
+    # All rows with one head need no dealing of rows; rows without any keep what the host made.
     if len({*keys}) > 1:
         yield UseHeads(keys, host.kinds, host.facts.composition, host.row_axis, host.path)
     elif keys[0] is not None:
@@ -157,6 +160,7 @@ def _ways_undone(kind: CompositionFacts, root: str, modules: Mapping[str, nn.Mod
     """
     ways: dict[str, Way] = {}
     for path, _, site in sites_among(modules):
+        # Only below the model that the head reads: an adapter outside of it did not change its embeddings.
         if root in ancestors(path):
             for name, key in _undone_at(site, kind.names):
                 # The first of an adapter: where several say so, they are one and the same change.

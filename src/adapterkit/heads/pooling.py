@@ -37,9 +37,10 @@ def pooled(hidden: Tensor, mask: Tensor | None, how: Pooling) -> Tensor:
             f"pooling={how!r} needs a mask of shape (batch, seq), here {tuple(hidden.shape[:2])}; found "
             f"{tuple(mask.shape)}. Give the model such a mask, or use pooling='first'"
         )
+    # Masks are booleans, integers or floats, and may lie on another device than the last layer.
     is_real = mask.to(hidden.device) != 0
     if how == "mean":
-        weights = is_real.to(hidden.dtype)
+        weights = is_real.to(hidden.dtype)  # (batch, seq)
         return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
     # Not the number of real positions less one: padding may be on the left. A row of padding alone gives its first one.
     positions = torch.arange(hidden.shape[1], device=hidden.device)

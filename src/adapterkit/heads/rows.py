@@ -64,6 +64,7 @@ def in_row_order(pieces: Sequence[Piece], absent: Sequence[int]) -> Logits:
     if not absent and len({(p.logits.shape[1:], p.logits.dtype, p.logits.device) for p in pieces}) == 1:
         order = _order([row for piece in pieces for row in piece.rows])
         return some_rows(torch.cat([piece.logits for piece in pieces]), order)
+    # Map row → its logits, e.g. {0: (2,), 1: None, 2: (5,)} in shapes.
     each: dict[int, Tensor | None] = dict.fromkeys(absent)
     each |= {row: piece.logits[i] for piece in pieces for i, row in enumerate(piece.rows)}
     return tuple(each[row] for row in sorted(each))
@@ -85,6 +86,7 @@ def join_rows(outputs: Sequence[tuple[Any, Sequence[int]]], axis: int, what: str
     # Rows come grouped by head; `order` takes them back into the order of the batch.
     first, order = outputs[0][0], _order([row for _, rows in outputs for row in rows])
     found = [{path: t for path, t in pytree.tensors(output) if t.dim() > axis} for output, _ in outputs]
+    # All but the axis of rows, of which each has its own number.
     shapes = [{path: (*t.shape[:axis], *t.shape[axis + 1 :]) for path, t in tensors.items()} for tensors in found]
     if any(other != shapes[0] for other in shapes[1:]):
         listed = "; ".join(str([tuple(t.shape) for t in tensors.values()]) for tensors in found)

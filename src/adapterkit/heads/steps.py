@@ -64,6 +64,7 @@ class UseHeads(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the rows in their order. Shape: as the host's, or as all heads have it."""
         call = (args, kwargs)
+        # What the host takes tells how many rows there are: a head in its place may return other shapes than it.
         count = next((t.shape[self.axis] for _, t in pytree.tensors(call) if t.dim() > self.axis), 0)
         by_key: dict[str | None, list[int]] = {}
         for row, kind in enumerate(_kinds_of_rows(self.adapter, self.kinds, count, f"at {self.path!r}")):
@@ -162,11 +163,13 @@ class RunHeads(Step):
         heads, logits = self._by_name(pieces, every)
         losses = {} if call.labels is None else self._losses(site, call.labels, pieces, every)
         each = list(losses.values())
+        # The sum of the adapters' losses, not their mean: how much one learns must not depend on how many share its batch.
         loss = None if not each else each[0] if len(each) == 1 else torch.stack(each).sum()
         return HeadOutput(loss, logits, losses, heads, value)
 
     def _refuse_generation(self) -> None:
         """Raise CompatibilityError inside `generate`, which takes any logits for those of the next token."""
+        # Only the first head of each adapter: it is what `HeadOutput.logits` is of, and `generate` reads those.
         heads = [head for held in self.owned if held is not None for head in held.heads[:1]]
         if any(head.undoes is None for head in heads) and is_generating():
             raise CompatibilityError(
@@ -194,6 +197,7 @@ class RunHeads(Step):
                     hidden = some_rows(hidden, rows)
                     mask = some_rows(mask, rows) if mask is not None and mask.shape[0] == count else mask
                 logits = head.run(site._modules[head.key], call.root, hidden, mask)
+                # e.g. 8 rows of 4 choices each give 2 rows of logits: each = 4, and they are of rows 0 and 4.
                 each = len(rows) // logits.shape[0] if rows else 1  # rows that one of logits is of
                 pieces.append(Piece(held.adapter, head.name, logits, rows[::each]))
         return pieces, headless
@@ -242,6 +246,7 @@ class RunHeads(Step):
                 f"the head {head.name!r} reads {head.width} features, (batch, seq, {head.width}) or (batch, {head.width}), "
                 f"and found {found} in what the model returned; name the tensor with output="
             )
+        # A model with batch_first=False returns (seq, batch, hidden); heads read rows first.
         return hidden.transpose(0, 1) if self.axis == 1 and hidden.dim() == 3 else hidden
 
     def _repeated(self, tensor: Tensor, rows: int) -> Tensor:
@@ -255,6 +260,7 @@ class RunHeads(Step):
         self, site: AdapterSite, labels: Any, pieces: Sequence[Piece], every: Sequence[int] | None
     ) -> dict[str, Tensor]:
         """Return the loss of each adapter that has labels: the sum of those of its heads. Raises CompatibilityError."""
+        # One entry for each adapter, though its heads may run for several kinds of rows.
         owners = {held.adapter: held.heads for held in self.owned if held is not None}
         check_label_names(labels, tuple(owners), tuple(dict.fromkeys(h.name for heads in owners.values() for h in heads)))
         losses: dict[str, Tensor] = {}
@@ -262,6 +268,7 @@ class RunHeads(Step):
             for head in heads:
                 own = [piece for piece in pieces if (piece.owner, piece.head) == (owner, head.name)]
                 meant, is_shared = labels_of(labels, owner, head.name, is_alone=len(heads) == 1, owners=tuple(owners))
+                # Nobody gave labels for it, or none of its rows are in this batch.
                 if meant is None or not own:
                     continue
                 # One loss over all rows of a head, not one for each piece: a mean of means would weigh rows unequally.
@@ -289,11 +296,12 @@ class RunHeads(Step):
             every: All rows of the batch.
             is_shared: They are for all adapters, so for the whole batch.
         """
+        # Labels under an adapter's own name may be for its rows alone: they are if there are as many as those rows.
         meant = sorted(rows) if not is_shared and labels.dim() and labels.shape[0] == len(rows) else every
         labels = labels if meant is not every else self._repeated(labels, len(every))
         if not labels.dim() or labels.shape[0] != len(meant):
             return labels
-        rank = {row: index for index, row in enumerate(meant)}
+        rank = {row: index for index, row in enumerate(meant)}  # row of the batch → row of the labels
         return some_rows(labels, [rank[row] for row in rows])
 
 
@@ -331,6 +339,7 @@ def hidden_in(value: Any, path: Path | None) -> Tensor | None:
     if not isinstance(found, Tensor) or found.dim() < 2:
         return None
     if found.dim() > 3:
+        # A pooled image of a CNN, (batch, hidden, 1, 1), is a vector; a feature map is none.
         return found.flatten(1) if found[0, 0].numel() == 1 else None
     return found
 

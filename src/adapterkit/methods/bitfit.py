@@ -40,7 +40,7 @@ class BitFit:
     name = "bitfit"
     config_type = BitFitConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"bitfit": {}}
-    neutral = 0.0
+    neutral = 0.0  # a change of zero leaves a bias as it is: see `LinearInParameters`
 
     def placements(self, config: BitFitConfig) -> tuple[Placement, ...]:
         """Place modules at the targets' biases."""
@@ -53,4 +53,5 @@ class BitFit:
 
 def is_bias(_owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Tell whether a Parameter is a bias: a vector called one."""
+    # A table such as Swin's `relative_position_bias_table` is called a bias, too; it has two axes.
     return parameter.dim() == 1 and _BIAS.fullmatch(name) is not None

@@ -34,6 +34,7 @@ class AnyBottleneckConfig(TensorConfig):
     by_row: ClassVar[tuple[str, ...]] = ("gating", "stochastic_depth")
     at_start: ClassVar[tuple[str, ...]] = ("init",)
     in_training: ClassVar[tuple[str, ...]] = ("dropout", "stochastic_depth")
+    # Not the field's default: None tells that none was given, so that `bottleneck_size` alone is no contradiction.
     default_reduction_factor: ClassVar[float] = 16.0
 
     reduction_factor: Annotated[
@@ -62,7 +63,10 @@ class AnyBottleneckConfig(TensorConfig):
     @model_validator(mode="after")
     def _check_one_size(self) -> "AnyBottleneckConfig":
         if self.reduction_factor is not None and self.bottleneck_size is not None:
-            raise ValueError("give reduction_factor or bottleneck_size, not both")
+            raise ValueError(
+                f"give reduction_factor or bottleneck_size, not both; found reduction_factor={self.reduction_factor} and "
+                f"bottleneck_size={self.bottleneck_size}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -71,15 +75,21 @@ class AnyBottleneckConfig(TensorConfig):
         if self.at != "output" and (self.placement == "parallel" or self.residual is not None):
             raise ValueError(f"placement='parallel' and residual= need at='output'; found at={self.at!r}")
         if self.input is not None and self.at == "output" and (self.placement == "sequential" or self.residual is not None):
-            raise ValueError("input= names what the adapter reads at its host's input; here it reads something else")
+            raise ValueError(
+                f"input={self.input!r} names what the adapter reads at its host's input; with at={self.at!r}, "
+                f"placement={self.placement!r} and residual={self.residual!r} it reads something else: leave input= out"
+            )
         if self.output is not None and self.at != "output":
-            raise ValueError(f"output= names a tensor that the host returns; with at={self.at!r} none is adapted")
+            raise ValueError(
+                f"output={self.output!r} names a tensor that the host returns; with at={self.at!r} none is adapted: leave "
+                "output= out"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_norm(self) -> "AnyBottleneckConfig":
         if self.residual_before_layer_norm and not self.layer_norm_after:
-            raise ValueError("residual_before_layer_norm needs layer_norm_after=True")
+            raise ValueError("residual_before_layer_norm=True needs layer_norm_after=True; found layer_norm_after=False")
         return self
 
 
@@ -128,7 +138,9 @@ class BottleneckConfig(AnyBottleneckConfig):
     init: BottleneckInit = "lora"
 
 
+# One adapter in each block, after its last sub-layer: on the sum with the residual stream.
 _PFEIFFER = {"targets": ("@block.last",), "at": "sum"}
+# Two adapters in each block, one after each sub-layer: on the branch, before the residual addition.
 _HOULSBY = {"targets": ("@sublayer.out",), "non_linearity": "swish"}
 # He et al. 2022; reads the residual stream, as the adapters library does.
 _BESIDE = {"targets": ("@block.last",), "placement": "parallel", "residual": "@stream"}
@@ -141,6 +153,7 @@ class Bottleneck:
     name = "bottleneck"
     config_type = BottleneckConfig
 
+    # Each under its name in the papers and under that of the adapters library ("seq_bn": a sequential bottleneck).
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "pfeiffer": _PFEIFFER,
         "seq_bn": _PFEIFFER,
@@ -182,6 +195,7 @@ def bottleneck_size(config: AnyBottleneckConfig, site: SiteSpec) -> int:
         raise ConfigError(
             f"reduction_factor={factor} makes a bottleneck of {site.width / factor:.3g} features at {site.path!r}"
         )
+    # e.g. 768 features by a factor of 16: 48. A factor above the width still leaves one feature.
     return max(1, int(site.width // factor))
 
 
@@ -197,6 +211,7 @@ def bottleneck_options(config: AnyBottleneckConfig, site: SiteSpec) -> Bottlenec
         "gating": config.gating,
         "dropout": config.dropout,
         "stochastic_depth": config.stochastic_depth,
+        # Not given means 0: `placement.resolve` has refused it where rows may lie on another axis.
         "batch_axis": config.batch_axis or 0,
     }
 

@@ -70,6 +70,7 @@ class Compacter:
         """Build the rule, the factors, or both; None where each site has its own."""
         if not (config.shared_rule or config.shared_factors):
             return None
+        # The rule is (phm_dim, phm_dim, phm_dim) whatever a site's widths are; factors are as large as the site.
         return SharedFactors(
             config.phm_dim,
             rule=config.shared_rule,
@@ -96,6 +97,7 @@ class Compacter:
 
 def _common_sizes(config: CompacterConfig, sites: Sequence[SiteSpec]) -> tuple[int, int, int]:
     """Return (input, bottleneck, output) of every site. Raise ConfigError unless they are the same."""
+    # Widths are the keys, so that equal sites fall together; of each the last path stays, to be named in the message.
     found = {(site.input_width, bottleneck_size(config, site), site.width): site.path for site in sites}
     if len(found) > 1:
         listed = ", ".join(f"{' -> '.join(map(str, sizes))} at {path!r}" for sizes, path in list(found.items())[:3])

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config.settings import AdapterConfig, Targets
 from ..errors import TargetError
-from ..nn import ia3
+from ..nn import ia3  # the module: its class is called IA3, as the method is
 from ..placement.rule import Placement
 from ..placement.spec import SiteSpec
 from ..placement.weights import projection_at
@@ -55,7 +55,7 @@ class IA3:
     name = "ia3"
     config_type = IA3Config
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ia3": {}}
-    neutral = 1.0
+    neutral = 1.0  # a scale of one leaves an activation as it is: see `LinearInParameters`
 
     def placements(self, config: IA3Config) -> tuple[Placement, ...]:
         """Place modules on the output of targets, and on the input of feed-forward targets."""
@@ -68,10 +68,12 @@ class IA3:
             is_optional=config.names_targets_alone,
             tag="input",
         )
+        # An empty list of targets makes no placement: a tuple times False is ().
         return (outputs,) * bool(config.targets) + (inputs,) * bool(config.feedforward_targets)
 
     def build(self, config: IA3Config, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> ia3.IA3:
         """Build a vector of the site's width, or of that of its slices."""
+        # e.g. `in_proj_weight` of an nn.MultiheadAttention: its keys and values are never the output of a module.
         if site.parameters:
             raise TargetError(
                 f"IA3 scales what {site.path!r} computes from {site.parameters[0]!r} and a bias inside itself, where "

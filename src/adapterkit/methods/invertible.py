@@ -84,5 +84,7 @@ class Invertible:
 
     def build(self, config: InvertibleConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> InvertibleAdapter:
         """Build the module that runs the coupling, in the site's direction."""
+        # The tags that `placements` gave.
         direction: Literal["forward", "inverse"] = "inverse" if site.tag == "inverse" else "forward"
+        # A head with a vocabulary undoes the coupling as well, unless the config says that nothing does.
         return InvertibleAdapter(direction, is_undone=bool(config.output_targets))

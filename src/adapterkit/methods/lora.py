@@ -99,6 +99,7 @@ class LoRA:
     def build(self, config: LoRAConfig, site: SiteSpec, *, host: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Build a pair of factors for the host's weight, and with DoRA its magnitudes."""
         projection, rank = projection_at(site, host), setting_at(config.rank, site)
+        # What LoRA and DoRA take alike.
         both: dict[str, Any] = {
             "scaling": setting_at(config.alpha, site) / (math.sqrt(rank) if config.use_rslora else rank),
             "dropout": config.dropout,
@@ -122,8 +123,10 @@ def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
     Raises:
         TargetError: it has no length to measure: quantised, or computed in a way that looking at it would move.
     """
+    # A site at a Parameter names it, e.g. ("self_attn.in_proj_weight",); at a layer the weight is meant.
     name = site.parameters[0] if site.parameters else "weight"
     held = host._modules.get(SITE)
+    # Another adapter may be merged into the weight: what the site keeps for `unmerge` is the base's own.
     if isinstance(held, AdapterSite) and name in held.originals:
         return held.originals[name].value
     way, _, leaf = name.rpartition(".")
@@ -138,6 +141,7 @@ def base_weight(site: SiteSpec, host: nn.Module) -> Tensor:
             "(spectral norm) or does not show (legacy weight norm, pruning): it has no length to train from; use LoRA there"
         )
     weight: Tensor = getattr(owner, leaf)
+    # Integers that a layer multiplies by scales of its own have no length.
     if not weight.is_floating_point():
         raise TargetError(f"the {leaf} of {site.path!r} is {weight.dtype}, quantised: it has no length; use LoRA there")
     return weight.detach()
@@ -149,6 +153,7 @@ def check_multiplies(site: SiteSpec, host: nn.Module, projection: Projection) ->
 
     A layer that a package describes is tried, too: its description may name the axes of the weight the wrong way round.
     """
+    # A `forward` that is torch's own is known to multiply and add, and a Parameter is changed itself: nothing to try.
     is_plain = not projection.has_own_forward and described_projection(host) is None
     if is_plain or site.parameters or next(host.parameters()).is_meta:
         return

@@ -12,6 +12,7 @@ from ..placement.spec import SiteSpec
 
 __all__ = ["AdaptsParameter", "LinearInParameters", "Mergeable", "Method", "SharesTensors"]
 
+# A method handles the configs of its own class alone.
 C = TypeVar("C", bound=AdapterConfig)
 
 

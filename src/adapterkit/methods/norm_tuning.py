@@ -37,7 +37,7 @@ class NormTuning:
     name = "norm_tuning"
     config_type = NormTuningConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"norm_tuning": {}}
-    neutral = 0.0
+    neutral = 0.0  # a change of zero leaves a norm as it is: see `LinearInParameters`
 
     def placements(self, config: NormTuningConfig) -> tuple[Placement, ...]:
         """Place modules at the Parameters of the targets that are norms."""
@@ -50,4 +50,5 @@ class NormTuning:
 
 def is_norm_parameter(owner: nn.Module, _name: str, _parameter: nn.Parameter) -> bool:
     """Tell whether a Parameter is a norm's."""
+    # Whose it is decides, not its name: the weight of a norm is called `weight`, as any other.
     return is_norm(owner)

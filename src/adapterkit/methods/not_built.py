@@ -9,12 +9,15 @@ _NAMES = """
     fourierft waveft delora vblora pvera xlora mtl_lora dvora poly trainable_tokens road tinylora
 """
 _NOT_BUILT = frozenset(_NAMES.split())
+# Unions in their papers: a part of each is here, the prefixes are not.
 _WITH_PREFIXES = frozenset({"mam", "unipelt"})
+# Other libraries' names of what is here under another one.
 _HERE = {"ln_tuning": "norm_tuning", "pfeiffer+inv": "madx", "adapterplus": "adapter_plus"}
 
 
 def why_not_built(name: object) -> str | None:
     """Say that a method of this name is known and not built, or what it is called here; None if the name is unknown."""
+    # peft and adapters spell "prefix-tuning", "PREFIX_TUNING" and "prefix_tuning".
     known = str(name).lower().replace("-", "_")
     if known in _HERE:
         return f"{name!r} is called {_HERE[known]!r} here"

@@ -29,6 +29,7 @@ __all__ = [
 M = TypeVar("M")  # a method, or a class of methods
 
 _GROUP = "adapterkit.methods"
+# What `Method` declares, by name, so that a message can say which one is missing.
 _NEEDED = ("name", "config_type", "presets", "placements", "build")
 
 # Presets that are several presets at once.
@@ -58,7 +59,9 @@ def register(method: M) -> M:
     before = _registered.get(made.name)
     if before is not None and _class_of(before) != _class_of(made):
         raise ConfigError(f"{_class_of(made)} brings a method {made.name!r}, which {_class_of(before)} has registered")
+    # Without what the same cell registered before: that is replaced, and no clash.
     others = {name: other for name, other in _registered.items() if name != made.name}
+    # Packages that cannot be loaded are left out (`[0]`): they are in nobody's way until they are asked for by name.
     _check_names(_class_of(made), made, {**_OURS, **others, **_of_packages()[0]})
     _registered[made.name] = made
     return method
@@ -96,6 +99,7 @@ def method_named(name: object) -> Method[Any]:
     of_packages, problems = _of_packages()
     if isinstance(name, str) and name in of_packages:
         return of_packages[name]
+    # A union is no method, though its configs say `method="union"`: see `spellings.config_from`.
     names = sorted([*_OURS, *_registered, *of_packages, "union"])
     known = [reason] if (reason := why_not_built(name)) else []
     raise ConfigError("; ".join([f"'method' must be one of {names}; found {name!r}", *known, *problems]))
@@ -115,6 +119,7 @@ def check_methods_of(settings: Mapping[str, Any]) -> None:
     name = settings.get("method")
     if name == "union":
         members = settings.get("configs")
+        # Settings of a file, not yet checked: anything may stand where configs should; building them says so.
         for member in members if isinstance(members, (list, tuple)) else ():
             if isinstance(member, Mapping):
                 check_methods_of(member)
@@ -159,6 +164,7 @@ def _of_packages() -> tuple[dict[str, Method[Any]], list[str]]:
     for point in points_in(_GROUP):
         try:
             method = _load(point)
+            # Against those found before it, too: of two packages that bring one name the second is refused.
             _check_names(describe(point), method, {**_OURS, **_registered, **found})
         except ConfigError as error:
             problems.append(str(error))
@@ -194,6 +200,7 @@ def _as_method(found: Any, source: str) -> Method[Any]:
     try:
         method: Method[Any] = found() if isinstance(found, type) else found
         missing = [name for name in _NEEDED if not hasattr(method, name)]
+        # Somebody else's class: what its presets are is found out here, where the message names the source.
         _ = missing or dict(method.presets)
     except Exception as error:
         raise ConfigError(f"{source} cannot be loaded: {error!r}") from error
@@ -204,6 +211,7 @@ def _as_method(found: Any, source: str) -> Method[Any]:
 
 def _class_of(method: Method[Any]) -> str:
     """Name a method's class. A cell that is run again makes another class of the same name: that is the same method."""
+    # By name, not by identity: of the two classes neither is the other.
     kind = type(method)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -213,9 +221,11 @@ def _methods_in_tree() -> Iterator[Method[Any]]:
     for name, config_type in vars(in_tree).items():
         if name.endswith("Config"):
             classes = vars(sys.modules[config_type.__module__]).values()
+            # Exactly one: a config without a method in its file, or with two, fails when the package is imported.
             (method,) = (kind for kind in classes if getattr(kind, "config_type", None) is config_type)
             yield method()
 
 
+# At the end of the file: it calls what stands above.
 METHODS: tuple[Method[Any], ...] = tuple(_methods_in_tree())
 _OURS: Mapping[str, Method[Any]] = {method.name: method for method in METHODS}

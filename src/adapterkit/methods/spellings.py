@@ -21,6 +21,7 @@ def config_from(settings: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: no such method, or bad settings.
     """
+    # `**settings` would raise a TypeError that names no setting.
     wrong = [key for key in settings if not isinstance(key, str)]
     if wrong:
         raise ConfigError(f"settings are named by strings; found {wrong}")
@@ -43,6 +44,7 @@ def as_config(config: Settings | Mapping[str, Any] | str | Path, overrides: Mapp
         return config_from(config).override(overrides)
     # A string is a preset's name before it is a path: a file called "lora" has to be written "./lora".
     if isinstance(config, str) and config in UNION_PRESETS:
+        # `filter` is for type checkers: the presets of a union are this package's, and there.
         return Union(*filter(None, map(_preset, UNION_PRESETS[config]))).override(overrides)
     preset = _preset(config) if isinstance(config, str) else None
     return (config_from(_settings_in(config)) if preset is None else preset).override(overrides)
@@ -63,6 +65,7 @@ def _union_from(settings: Mapping[str, Any]) -> Union:
     given = settings.get("configs")  # checked here, since pydantic cannot tell a config from its mapping
     if not isinstance(given, (list, tuple)):
         raise ConfigError(f"a union has a list of 'configs'; found {given!r}")
+    # A file has mappings here, code may have configs or "lora".
     configs = [as_config(member, {}) for member in given]
     return Union(**{**settings, "configs": configs})
 
@@ -95,13 +98,14 @@ def read_json(config: object) -> Mapping[str, Any] | None:
     try:
         path = Path(config)  # type: ignore[arg-type]  # what is no path raises TypeError
         is_file = path.is_file()
+    # A long text, such as JSON itself, is no path to the file system (OSError), nor is one with a null byte (ValueError).
     except (TypeError, ValueError, OSError):
         is_file = False
     if not is_file:
         return None
     try:
         settings = json.loads(path.read_bytes())
-    except ValueError as error:
+    except ValueError as error:  # bad JSON, or bytes that are no text
         raise ConfigError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{str(path)!r} holds a JSON {type(settings).__name__}, not an object with settings")
