@@ -22,6 +22,7 @@ def missing_hooks(model: nn.Module, hosts: Hosts) -> Iterator[str]:
         for name, entries in site.entries.items():
             if not all(_has_hooks(host, entry) for entry in entries):
                 yield f"the hook of adapter {name!r} on {path!r} is gone: someone removed it"
+            # A head on the output takes its labels off the call of the model that it belongs to: a hook there does that.
             heads = [entry for entry in entries if isinstance(entry, HeadEntry) and entry.spec.above is not None]
             roots = {root_of(path, entry) for entry in heads}
             if not all(has_hook(model.get_submodule(root), LabelsHook) for root in roots):
@@ -49,9 +50,11 @@ def on_other_devices(hosts: Hosts) -> Iterator[str]:
     for path, (host, site) in hosts.items():
         if hasattr(host, "_hf_hook"):  # accelerate moves the host's parameters while it runs
             continue
+        # The site is a child of the host: without the test, the adapter's own device would count as the host's.
         devices = {p.device for name, p in host.named_parameters() if SITE not in name.split(".") and not p.is_meta}
         for name in site.entries:
             own = {p.device for _, module in site.modules_of(name) for p in module.parameters()}
+            # A host without parameters, or split over several devices, does not say on which one its adapter should be.
             wrong = own - devices if len(devices) == 1 else set()
             if wrong:
                 yield f"adapter {name!r} at {path!r} is on {wrong.pop()}, its host on {next(iter(devices))}"

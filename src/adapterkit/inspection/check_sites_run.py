@@ -31,6 +31,7 @@ def in_other_places(model: nn.Module, name: str, inputs: ExampleInputs) -> Itera
     That is so if the model computes otherwise than when the adapter was added.
     """
     config = adapters_in(model).configs.get(name)
+    # A fusion is wherever its adapters are. Sites found by name alone stay right, whatever the model computes.
     if not isinstance(config, AdapterConfig | Union) or not needs_structure(config):
         return
     try:
@@ -38,6 +39,7 @@ def in_other_places(model: nn.Module, name: str, inputs: ExampleInputs) -> Itera
     except TargetError as error:
         yield f"the places that adapter {name!r} was added at are not found any more: {error}"
         return
+    # `model` may be a piece of the model that the adapter was added to: its paths are shorter then.
     there = {_same_as(located(entry.spec, held.path)) for held, entry in adapters_in(model).sites(name)}
     changed = sorted({path for path, _ in wanted ^ there})
     if changed:
@@ -56,6 +58,7 @@ def _same_as(spec: SiteSpec) -> tuple[str, object]:
 
 def without_gradients(model: nn.Module, state: ModelState, name: str, inputs: ExampleInputs) -> list[str]:
     """Return a sentence if no gradient reaches some of an adapter's parameters, or if none can be computed."""
+    # No gradient is meant to reach what a Drop leaves out. (Without a Drop this is (), with which no key starts.)
     dropped = tuple(_dropped(model, state, name))
     try:
         dead = [key for key in dead_parameters(model, name, inputs) if not key.startswith(dropped)]
@@ -68,9 +71,11 @@ def _dropped(model: nn.Module, state: ModelState, name: str) -> Iterator[str]:
     """Yield how the names of an adapter's parameters begin in the layers where an active Drop leaves it out."""
     layers = [layer for drop in drops_in(state.activation.active) for layer in drop.dropped_layers]
     for path, _, site in sites_of(model):
+        # The steps are what runs: an adapter may stand in the composition twice, inside of a Drop and outside.
         acting = {key for steps in site.steps.values() for step in steps for key in step.module_keys}
         for entry in site.entries.get(name, ()):
             if isinstance(entry, SiteEntry) and in_layers(entry.spec.layer, layers) and entry.key not in acting:
+                # The last dot: one key may be the beginning of another ("a" of "ab").
                 yield f"{path}.{SITE}.{entry.key}.".lstrip(".")
 
 
@@ -93,6 +98,7 @@ def site_problems(
             f"{path!r} never ran on the example inputs (skipped, or its weights are read around it); adapt "
             f"{repr(around) if around else 'the model itself'}, which does"
         )
+    # A site that never ran has been named above; it has no training run or ε-test to speak of.
     for proof in (proof for proof in sites if proof.fired_in_eval):
         if not proof.fired_in_training:
             why = proof.training_error or "does the model run in it on these inputs?"
@@ -108,6 +114,7 @@ def _idle(
 
     A tied Parameter is adapted wherever it is read: one host of it that ran is enough.
     """
+    # None for a site at no Parameter: it is not in `read`, so only its own host counts.
     held = [
         parameter_at(model.get_submodule(path), spec.parameters[0]) if spec.parameters else None for path, spec in specs
     ]
@@ -127,6 +134,7 @@ def _idle_parameters(model: nn.Module, idle: Sequence[tuple[str, SiteSpec]], inp
         for (path, spec), (owner, leaf) in zip(idle, owners, strict=True)
         if owner is not None
     ]
+    # Adapters compute with their hosts' Parameters, and that would count as a read.
     with without_adapters():
         reads = reads_around(model, [holder for _, _, holder in held], inputs) if held else []
     for (path, name, _), stacks in zip(held, reads, strict=True):

@@ -29,6 +29,7 @@ def inactive_problem(model: nn.Module, state: ModelState, names: Sequence[str]) 
     """
     base = [p for _, p in base_parameters(model)]
     trained = sum(p.numel() for p in base if p.requires_grad)
+    # With a closed base, `backward` raises by itself. An open one would train, and nobody would notice.
     if state.frozen is not None or not trained:
         return "no adapter is active, so that none could be proven: call kit.activate or kit.train_adapter"
     there = f"adapter {names[0]!r} is" if len(names) == 1 else f"adapters {in_short([repr(name) for name in names])} are"
@@ -89,6 +90,7 @@ def _trained_by_owner(model: nn.Module) -> dict[str | None, list[tuple[str, nn.P
     for name in adapters.names:
         owners |= {id(p): name for held in adapters.modules(name) for p in held.module.parameters()}
     found: dict[str | None, list[tuple[str, nn.Parameter]]] = {}
+    # Each Parameter once, so a tied one is counted once. What no adapter owns is the base's.
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             found.setdefault(owners.get(id(parameter)), []).append((key, parameter))

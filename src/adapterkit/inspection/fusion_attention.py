@@ -44,6 +44,7 @@ class FusionAttention:
 
     def __repr__(self) -> str:
         forwards = sorted({len(tensors) for tensors in self.weights.values()})
+        # e.g. "2", or "1-2" where some sites ran more often than others.
         ran = "-".join(str(count) for count in dict.fromkeys((forwards[0], forwards[-1]))) if forwards else "0"
         return (
             f"FusionAttention({self.fusion!r}, {len(self.children)} children at {len(self.weights)} sites, {ran} forwards)"
@@ -78,12 +79,14 @@ class FusionAttention:
 
     def _mean_at(self, tensors: Sequence[Tensor], masks: Sequence[Tensor] | None) -> Tensor:
         if masks is not None:
+            # Not strict: there may be too few masks, which the next line finds, with the shapes of those there are.
             shapes = [(tuple(mask.shape), tuple(t.shape[:-1])) for mask, t in zip(masks, tensors, strict=False)]
             if len(masks) != len(tensors) or any(mask != tokens for mask, tokens in shapes):
                 raise ConfigError(
                     f"masks are one for each of the {len(tensors)} forwards, and of its tokens; found {shapes}"
                 )
-            tensors = [t[mask.bool()] for mask, t in zip(masks, tensors, strict=True)]
+            tensors = [t[mask.bool()] for mask, t in zip(masks, tensors, strict=True)]  # (tokens, children)
+        # Tokens of all forwards count alike, so a longer batch weighs more. Shape: (children,)
         return torch.cat([t.reshape(-1, t.shape[-1]) for t in tensors]).mean(0)
 
     def most_used(self, count: int, masks: Sequence[Tensor] | None = None) -> list[Composition]:
@@ -100,6 +103,7 @@ class FusionAttention:
         """
         if not 1 <= count <= len(self.children):
             raise ConfigError(f"the fusion {self.fusion!r} weighs {len(self.children)} children; found count={count}")
+        # (sites, children) -> (children,): every site counts alike.
         kept = self.mean(masks).mean(0).topk(count).indices.tolist()
         return [child for index, child in enumerate(self.children) if index in kept]
 
@@ -136,7 +140,7 @@ def draw_attention(
         raise ConfigError(f"one drawing is of fusions over the same children and sites; found {list(tasks)}")
     means = torch.stack([s.mean((masks or {}).get(task)) for task, s in tasks.items()], dim=1)  # (sites, tasks, children)
     across = min(4, len(means))
-    down = -(-len(means) // across)
+    down = -(-len(means) // across)  # rounded up
     figure = _figure(across * (1.4 + 0.6 * len(seen[0].children)), down * (1.5 + 0.35 * len(seen)))
     for index, (site, values) in enumerate(zip(seen[0].weights, means, strict=True)):
         axes = figure.add_subplot(down, across, index + 1)
@@ -147,6 +151,7 @@ def draw_attention(
 @contextmanager
 def watched(model: nn.Module, state: ModelState, name: str | None) -> Iterator[FusionAttention]:
     """Keep the attention of an active fusion within the block. Raises ActivationError: it, or no one fusion, is active."""
+    # A set: one fusion may stand in a composition several times.
     active = {fuse for fuse in fusions_in(state.activation.active) if name in (None, fuse.fusion)}
     if len(active) != 1:
         raise ActivationError(
@@ -159,6 +164,7 @@ def watched(model: nn.Module, state: ModelState, name: str | None) -> Iterator[F
     weights: dict[str, list[Tensor]] = {}
     handles = []
     for path, at, module in found:
+        # A fusion has two modules at a host where its adapters change both the input and the output there.
         kept = weights[path if paths.count(path) == 1 else f"{path} ({at})"] = []
         handles.append(module.register_forward_hook(_Keep(kept)))
     forget_compiled()
@@ -177,7 +183,13 @@ class _Keep:
         self._kept = kept
 
     def __call__(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        """Keep the attention of one forward of a fusion.
+
+        Shape: output is what the fusion adds (..., hidden), and its attention (..., children).
+        """
+        # The id of the backward that runs, -1 outside of one. Checkpointing runs a forward again within its backward.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+            # Detached: the graph of every forward that is watched would stay in memory.
             self._kept.append(output[1].detach())
 
 
@@ -186,8 +198,9 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
     except ImportError as error:
         raise MissingExtraError(
-            'drawing needs matplotlib: python -m pip install "adapterkit[plot]", or matplotlib itself'
+            f'drawing needs matplotlib ({error}): python -m pip install "adapterkit[plot]", or matplotlib itself'
         ) from error
+    # Not pyplot, which keeps every figure that it makes, and may want a display.
     return Figure(figsize=(width, height), layout="constrained")
 
 

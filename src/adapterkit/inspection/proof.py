@@ -60,12 +60,14 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
         CompatibilityError: the model does not run on the inputs.
     """
     specs = [(held.path, entry.spec) for held, entry in adapters_in(model).sites(name)]
+    # One spec for each host: of several sites there, the first (a later pair wins in a dict, so they are turned round).
     first = dict(reversed(specs))
 
     def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[tuple[int, ...], torch.dtype]:
         tensor = _tensor_at(first[path], (args, kwargs), output)
         return tuple(tensor.shape), tensor.dtype
 
+    # The adapted model runs here: what fires is what would fire for the user. The structure below is that of the base.
     in_eval = observe(model, inputs, first, look)
     in_training, error = _fired_in_training(model, inputs, first)
     anatomy, moved = _structure(model, inputs)
@@ -75,7 +77,9 @@ def prove_sites(model: nn.Module, name: str, inputs: ExampleInputs) -> list[Site
         place, sublayer, yields = _role_of_site(spec, path, anatomy, modules)
         branch = moved.get(sublayer.out.path) if sublayer and sublayer.out else None
         shape, dtype = in_eval[path][0] if in_eval[path] else (None, None)
+        # A factor of 0 (a gate or LayerScale at zero) proves nothing: the sum takes no number of the branch.
         proven = sublayer is not None and branch is not None and branch.agrees(sublayer) and branch.factor != (0.0, 0.0)
+        # For a norm or a sum the ε-test is shown, but not judged: it is that of the branch, which is another module's.
         agrees = proven or not yields
         proofs.append(SiteProof(path, place, len(in_eval[path]), in_training[path], shape, dtype, branch, agrees, error))
     return proofs
@@ -90,6 +94,7 @@ def _fired_in_training(model: nn.Module, inputs: ExampleInputs, paths: Iterable[
                 calls = observe(model, inputs, fired, lambda *_: None, training=True)
             except CompatibilityError as error:  # it may ask for labels then
                 return fired, str(error)
+            # Over all tries: a block that layer drop skipped in one of them may run in another.
             fired = {path: max(count, len(calls[path])) for path, count in fired.items()}
     return fired, None
 
@@ -106,8 +111,10 @@ def dead_parameters(model: nn.Module, name: str, inputs: ExampleInputs) -> list[
     wanted = [p for _, p in trained]
     # Hooks on gradients may train (an optimizer in the backward): then a look must not run them.
     may_run_backward = not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    # `untouched` switches gradients off, and here they are what is looked for.
     with untouched(model), torch.enable_grad():
         gradients = _gradients(model, inputs, wanted, refusal_is_said=not may_run_backward)
+        # `autograd.grad` went first, since it writes no `grad`. A backward is for what it does not reach, or is refused.
         if may_run_backward and any(g is None for g in gradients):
             gradients = _by_backward(model, inputs, wanted)
     return [key for (key, _), gradient in zip(trained, gradients, strict=True) if gradient is None]
@@ -126,6 +133,7 @@ def _gradients(
     if not loss.requires_grad or not wanted:
         return [None for _ in wanted]
     try:
+        # `allow_unused` gives None for a parameter that nothing reaches. A gradient of zeros counts as reached.
         return torch.autograd.grad(loss, wanted, allow_unused=True)
     except RuntimeError:
         if refusal_is_said:
@@ -137,6 +145,7 @@ def _by_backward(model: nn.Module, inputs: ExampleInputs, wanted: list[nn.Parame
     """Return the gradients as training computes them: checkpointing and reversible layers may know no other way."""
     held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     try:
+        # The user's gradients are put aside: what is None after the backward was not reached by it.
         for parameter, _ in held:
             parameter.grad = None
         loss = _loss(model, inputs)
@@ -157,6 +166,7 @@ def _loss(model: nn.Module, inputs: ExampleInputs) -> Tensor:
 
 def _structure(model: nn.Module, inputs: ExampleInputs) -> tuple[Anatomy, dict[str, Moved]]:
     """Return the anatomy of the base, and map the path of each branch to the ε-test of its sub-layer."""
+    # In a trace of the adapted model, the additions of the adapters would look like residual ones.
     with without_adapters():
         anatomy, _ = discover(model, inputs)
         return anatomy, epsilon_test(model, inputs, anatomy)
@@ -181,6 +191,7 @@ def _role_of_site(
     """Return what a site is in the model, the sub-layer that it belongs to, and whether it yields that one's branch."""
     for sublayer in (*anatomy.sublayers, *anatomy.others):
         for what, host in _hosts(sublayer, modules):
+            # A post-norm is adapted at its input or at its output. A branch or a sum is what a module returns.
             if host == path and (what == "norm after" or spec.at == "output"):
                 yields = what == ""
                 return (f"{sublayer.kind} branch" if yields else f"{what} {sublayer.kind}"), sublayer, yields

@@ -87,7 +87,7 @@ def summarise(model: nn.Module, state: ModelState) -> Summary:
                 parameters=_numbers(own),
                 head_parameters=_numbers(heads),
                 size_bytes=_bytes(own + heads),
-                percent=100 * _numbers(own) / max(1, total),
+                percent=100 * _numbers(own) / max(1, total),  # a base may have no parameters
                 is_active=name in active,
                 is_training=any(p.requires_grad for p in own),
                 is_merged=name in state.merged,

@@ -83,7 +83,9 @@ def verify(
     is_active = state.activation.active is not None
     lost = list(lost_hosts(model, state, hosts))
     problems = [*missing_hooks(model, hosts), *lost, *on_other_devices(hosts)]
+    # Where nothing is active nothing is to be proven, so no inputs are made, which would cost runs of the model.
     inputs, note = (example_inputs, None) if example_inputs is not None or not is_active else _inputs(model)
+    # None: there is nothing to run it on. (): there is, but nothing is active whose sites could be seen.
     sites: tuple[SiteProof, ...] | None = None if inputs is None else ()
     if is_active and inputs is not None:
         sites, found = _run(model, state, inputs, hosts_are_lost=bool(lost))
@@ -130,6 +132,7 @@ def moved_tensors(model: nn.Module, state: ModelState) -> list[str] | None:
     if state.frozen is None:
         return None
     now, then = base_digests(model), state.frozen.digests
+    # The names of both: for a tensor that is gone, or new, one side gives None.
     return [name for name in then | now if now.get(name) != then.get(name)]
 
 
@@ -145,6 +148,7 @@ def _inputs(model: nn.Module) -> tuple[ExampleInputs | None, str | None]:
 def _cells(proof: SiteProof) -> tuple[str, ...]:
     """Return the texts of a line of the report."""
     moved = proof.moved
+    # e.g. "exact", "times 0.1 to 0.1" (LayerScale), "inexact"; "" where no branch is moved.
     factor = "" if moved is None else "inexact"
     if moved is not None and moved.factor is not None:
         factor = "exact" if moved.is_exact else f"times {moved.factor[0]:.4g} to {moved.factor[1]:.4g}"

@@ -71,7 +71,9 @@ def _computed_in(module: nn.Module) -> Iterator[_Computed]:
     """Yield the tensors that a module computes before it runs."""
     parametrised: Any = module.parametrizations if is_parametrized(module) else {}
     for leaf, steps in parametrised.items():
+        # The classes of torch are private: "_WeightNorm", "_SpectralNorm". One may take what another returns.
         by = " and ".join(type(step).__name__.lstrip("_") for step in steps)
+        # No sources: a parametrisation reads them when the forward asks for the weight, which is after our hooks.
         yield _Computed(leaf, (), by, "parametrize.remove_parametrizations")
     for hook in module._forward_pre_hooks.values():
         for kind, suffixes, ended_by in _HOOKS:

@@ -68,6 +68,7 @@ def nothing_matches(
 
 def _nearest(target: str, modules: Mapping[str, nn.Module], parameters: Sequence[str]) -> str:
     """Name the suffixes of paths, of one to three components, that are spelt most like the target."""
+    # A whole path is too long to come near a short target: its last components are compared. (A dict keeps their order.)
     tails = {".".join(path.split(".")[-n:]): None for path in (*modules, *parameters) if path for n in (1, 2, 3)}
     near = difflib.get_close_matches(target, list(tails), n=3, cutoff=0.4)
     return (f"Nearest: {', '.join(map(repr, near))}. " if near else "") + _LOOK
@@ -89,7 +90,7 @@ def _every_linear(target: str, modules: Mapping[str, nn.Module]) -> str:
 
 def _called_here(target: str, modules: Mapping[str, nn.Module], discovery: Discovery | None) -> str:
     """Tell what this model calls the projections that another family has this name for; "" if there is nothing to tell."""
-    asked = target.rpartition(".")[2].strip("*")
+    asked = target.rpartition(".")[2].strip("*")  # "layers.*.self_attn.q_proj" asks for "q_proj"
     kinds = [kind for kind, names in _FAMILY_NAMES.items() if asked in names]
     if not kinds or discovery is None:
         return ""
@@ -110,6 +111,7 @@ def _names_with_roles(sublayers: Sequence[Sublayer], kind: str, modules: Mapping
     roles_of: dict[str, list[str]] = {}
     for letter, paths_of in _PROJECTIONS[kind].items():
         names = _short_names([path for sublayer in sublayers for path in paths_of(sublayer)], modules)
+        # One example where there are many names: the role beside it stands for all of them.
         for name in names if len(names) <= _MOST_NAMES else names[:1]:
             roles_of.setdefault(name, []).append(f"'@{kind}.{letter}'")
     return [f"{name!r} (role{'s' * (len(roles) > 1)} {', '.join(roles)})" for name, roles in roles_of.items()]
@@ -122,6 +124,7 @@ def _short_names(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list
     for path in paths:
         if path in covered:
             continue
+        # "layer.0.output.dense" -> "layer.*.output.dense": one pattern for all blocks.
         components = ["*" if component.isdecimal() else component for component in path.split(".")]
         shortest = (".".join(components[-n:]) for n in range(1, len(components) + 1))
         name = next((suffix for suffix in shortest if {*matching(suffix, modules)} <= {*paths}), path)

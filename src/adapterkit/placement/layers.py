@@ -39,9 +39,11 @@ def stack_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, int, int
     parts = path.split(".")
     # Lists first: a Sequential inside a block is no stack of blocks, and one around the list may be the whole model.
     for kind in (nn.ModuleList, nn.Sequential):
+        # From the outside in. The module itself is left out: a container is not in itself.
         for n in range(len(parts)):
             stack = ".".join(parts[:n])
             if isinstance(modules[stack], kind):
+                # Its position, for the name need not be a number: blocks may have been named, or taken out.
                 return stack, list(modules[stack]._modules).index(parts[n]), len(modules[stack]._modules)
     return None
 
@@ -65,6 +67,7 @@ def check_layers(layers: Iterable[Layer | None], wanted: Sequence[int] | None) -
 
 def check_dropped(layers: Collection[Layer | None], dropped: Sequence[int]) -> None:
     """Raise TargetError where a layer to drop is none of the blocks around the sites of the adapters."""
+    # Several stacks may be of different heights, as an encoder and a decoder: an index need exist in one of them.
     counts = {layer[1] for layer in layers if layer}
     missing = [index for index in dropped if not any(-count <= index < count for count in counts)]
     if not missing:
@@ -87,6 +90,7 @@ def setting_at(value: Any, site: SiteSpec) -> Any:
     """
     if not isinstance(value, Mapping):
         return value
+    # The longest key is the most specific: "encoder.layer.0.output" goes before "output". A map always has a "default".
     fitting = [key for key in value if key != "default" and _fits(key, site)]
     return value[max(fitting, key=len, default="default")]
 
@@ -117,6 +121,7 @@ def settings_site(config: AdapterConfig, sites: Sequence[SiteSpec]) -> SiteSpec:
     maps = _maps_in(config).values()
     keys = [key for value in maps for key in _patterns_in(value)]
     named = [site for site in sites if any(_fits(key, site) for key in keys)]
+    # Where no pattern names any, `named` is empty, and `named[0]` is never reached.
     if any(setting_at(value, site) != setting_at(value, named[0]) for site in named for value in maps):
         raise TargetError(
             f"{[site.path for site in named]} hold one Parameter, which has one change, but settings differ between them; "
@@ -140,6 +145,7 @@ def _fits(key: str, site: SiteSpec) -> bool:
     """Tell whether a layer index is the site's, or a pattern matches its host or the Parameter there."""
     if key.isdecimal():
         return site.layer is not None and int(key) == site.layer[0]
+    # A pattern may speak of the Parameter: "in_proj_weight" fits a site whose host is the attention.
     names = [site.path, *(f"{site.path}.{parameter}".lstrip(".") for parameter in site.parameters)]
     return bool(matching(key, dict.fromkeys(names)))
 

@@ -32,6 +32,7 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), *, discover
     first = first_names(modules)
 
     def found_by(target: str | Predicate, setting: str) -> set[str]:
+        # Under one name, so that a module which is excluded by its second name is found among those wanted by its first.
         found = {first[id(modules[path])] for path in named_by(target, modules, discovery)}
         if not found:
             raise TargetError(setting + nothing_matches(target, model, modules, discovery=discovery))

@@ -11,7 +11,7 @@ from ..errors import TargetError
 
 __all__ = ["is_role", "matching"]
 
-_GLOB = re.compile(r"\*\*|\*|\?|\[[^\]]+\]")
+_GLOB = re.compile(r"\*\*|\*|\?|\[[^\]]+\]")  # "**" first: else it would be read as two "*"
 _GLOB_MEANS = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
 
 
@@ -29,6 +29,7 @@ def matching(target: str | Predicate, modules: Mapping[str, Any]) -> list[str]:
     Raises:
         TargetError: the target is neither pattern nor predicate, or no regular expression.
     """
+    # A module is callable, too, and would run as a predicate.
     if isinstance(target, nn.Module) or not (isinstance(target, str) or callable(target)):
         raise TargetError(f"a module is named by its path, or found by a predicate; found {type(target).__name__}")
     if isinstance(target, type):  # calling a class would make a module
@@ -55,6 +56,8 @@ def _translate(target: str) -> str:
         return ""
     pieces, end = [], 0
     for glob in _GLOB.finditer(target):
+        # A set such as "[0-3]" means the same in both languages, and stays.
         pieces += [re.escape(target[end : glob.start()]), _GLOB_MEANS.get(glob[0], glob[0])]
         end = glob.end()
+    # "output.dense" -> r"(?:.*\.)?output\.dense": anything may stand before it, up to a dot.
     return r"(?:.*\.)?" + "".join(pieces) + re.escape(target[end:])

@@ -30,6 +30,7 @@ def at_running_hosts(
     Raises:
         TargetError: a projection never runs, or a Parameter that targets name is never read, on the inputs.
     """
+    # Nothing is looked at but how often each host runs: a list with one None for each call.
     calls = observe(model, inputs, dict.fromkeys(site.path for site in sites), lambda *_: None)
     readers = _readers(model, sites, inputs)
     running = {site for site in sites if calls[site.path] or readers[site]}
@@ -49,6 +50,7 @@ def _one_for_each_host(model: nn.Module, sites: Sequence[SiteSpec]) -> list[Site
     """Join sites that have come to the same host at the same Parameter: one site there, under all of its names."""
     kept: dict[object, SiteSpec] = {}
     for site in sites:
+        # e.g. an attention that reads one tied Parameter as "a.weight" and as "b.weight": one change, under both names.
         key = (site.path, id(_parameter_of(model, site))) if site.parameters else site
         there = kept.get(key)
         kept[key] = replace(there, parameters=there.parameters + site.parameters) if there else site
@@ -94,8 +96,11 @@ def _with_reader_as_host(site: SiteSpec, readers: Sequence[CallStack], model: nn
     Args:
         readers: What ran at each of these reads, from the outside in.
     """
+    # By `id`, for a module may run under another of its paths than the one that its name here has.
     running = set.intersection(*({id(module) for _, module in stack} for stack in readers))
+    # Innermost first. The model itself ("") always runs.
     host = next((path for path in ancestors(site.path) if id(model.get_submodule(path)) in running), "")
+    # The names are from the host on, and the host has moved outwards: "weight" at "decoder" becomes "decoder.weight" at "".
     below = site.path.removeprefix(host).lstrip(".")
     names = tuple(f"{below}.{name}".lstrip(".") for name in site.parameters)
     return replace(site, path=host, host=host_type(model.get_submodule(host)), parameters=names)

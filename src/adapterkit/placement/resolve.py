@@ -53,6 +53,7 @@ def resolve(
         CompatibilityError: a role is named, and the model does not run on inputs made for it.
     """
     modules = modules_by_path(model)
+    # Traces when something first asks for the anatomy: targets that are names need no forward.
     discovery = Discovery(model, example_inputs)
     sites: list[SiteSpec] = []
     for member, (config, placements) in enumerate(members):
@@ -83,6 +84,7 @@ def _sites_at(
         raise TypeError(f"the method {config.method!r} adapts tensors; its config must derive from TensorConfig")
     at_hosts = find_locations(model, modules, config, placement, discovery)
     layers = {path: layer_of(path, modules) for path in at_hosts}
+    # Before sites are left out, so that the message can say in which layers they lie.
     check_layers(layers.values(), config.layers)
     at_hosts = {path: found for path, found in at_hosts.items() if in_layers(layers[path], config.layers)}
     seen = _trace(model, at_hosts, discovery.inputs if discovery.was_needed else example_inputs)
@@ -150,6 +152,7 @@ def _trace(model: nn.Module, at_hosts: dict[str, Found], example_inputs: Example
         return {}
 
     def look(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> _Seen:
+        # None for a module that is no host: one whose input is read beside a host.
         found = at_hosts.get(path)
         try:
             return _tensors_seen(path, None if found is None else found.location, (args, kwargs), output)
@@ -165,6 +168,7 @@ def _trace(model: nn.Module, at_hosts: dict[str, Found], example_inputs: Example
             f"{never} never ran on the example inputs (skipped, or their weights are read around them), so an adapter "
             f"there would do nothing. Exclude them, or target what runs around them: {instead}."
         )
+    # The first call: a module that runs several times (ALBERT's blocks) takes and returns the same widths each time.
     return {path: seen[0] for path, seen in calls.items()}
 
 
@@ -258,6 +262,7 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
     taken = seen[path].input if path in seen else None
     if taken is not None and -len(taken) <= site.axis < len(taken):
         return taken[site.axis]
+    # Only of a module that the trace did not see: what was seen has no such axis, whatever its type says.
     if path not in seen and known is not None and known.input_width:
         return known.input_width
     raise TargetError(
@@ -280,9 +285,11 @@ def check_row_axes(
         config, seen = configs[site.member], layout_of(layouts.get(site.path, {}), site)
         by_row = [name for name in config.by_row if getattr(config, name)]
         # Where nothing was seen, the model's modules with batch_first=False decide; None: they leave it open.
+        # A tensor that is one for all rows has no axis of rows (None), so there is none to mistake: it passes as 0.
         axis = axes.at(site.path) if seen is None else seen.axis or 0
         if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
             found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
+            # Axis 1 was seen, or is said; else the reason why nothing was seen is worth telling.
             why = "" if axis else layouts.note(site.path)
             raise TargetError(
                 f"{site.path!r} {found} its batch on axis 1{why}; {' and '.join(by_row)} must "

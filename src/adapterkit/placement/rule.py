@@ -64,6 +64,7 @@ class Placement:
             return self.level != "tensor" and (site.at, site.reads) == ("weight", "weight") and bool(site.parameters)
         if self.level == "projection":
             return (site.at, site.reads, site.residual) == (self.at, self.reads, None)
+        # These two become another `at` in each model, so a site never says them.
         if self.at in ("sum", "normalised"):
             return _can_be_a_sum(site)
         # An adapter that reads its target's own input finds it as any other stream: at the module that takes it.

@@ -84,8 +84,10 @@ class SiteSpec:
 def layout_of(layouts: Layouts, spec: SiteSpec) -> RowLayout | None:
     """Return the row layout observed for the tensor that `spec` adapts, or None."""
     if spec.at == "output":
+        # e.g. ("output", 0) for the first tensor of a tuple; ("output",) is the first floating-point one.
         ways: list[Path] = [("output", *(spec.output or ()))]
     else:
+        # A call is (args, kwargs): 1 leads to keywords, 0 to positions. ("input", 1, "hidden_states"), ("input", 0, 0)
         position, keyword = spec.input or (None, None)
         ways = [("input", side, key) for side, key in ((1, keyword), (0, position)) if key is not None] or [("input",)]
     return next((layouts[way] for way in ways if way in layouts), None)
@@ -104,7 +106,9 @@ def located(spec: SiteSpec, path: str) -> SiteSpec:
         return spec
     residual = spec.residual
     if residual is not None and spec.path.endswith(f".{path}" if path else ""):
+        # From the whole into a part: "bert.layer.0" is "layer.0" here, so "bert." goes from the residual's path, too.
         residual = residual.removeprefix(spec.path[: len(spec.path) - len(path)])
     elif residual is not None and path.endswith(f".{spec.path}" if spec.path else ""):
+        # From a part into the whole: the residual's path gets the same beginning. Of "", the part itself, a dot is left.
         residual = f"{path[: len(path) - len(spec.path)]}{residual}".rstrip(".")
     return replace(spec, path=path, residual=residual)

@@ -70,6 +70,7 @@ def find_locations(
     excluded = set(match(model, config.exclude, discovery=discovery)) if config.exclude else set()
     outputs = _role_outputs(search, excluded)
     at_hosts: dict[str, Found] = {}
+    # Two targets may lead to one host: a Sequential and its last layer do. That is fine if they mean the same there.
     for path in matched:
         here = _location(path, outputs.get(path), search)
         host = here.location.path
@@ -117,6 +118,7 @@ def _location(path: str, role_output: ModuleOutput | None, search: _Search) -> F
     # What the config says comes before what the role says; () is the whole output.
     output = _as_path(search.config.output) or (role_output.output if role_output else ()) or None
     here = _at_module(path, output, search)
+    # The trace knows the axis of the tensor that has the role. The config may name another tensor of the same module.
     is_as_traced = role_output is not None and output == (role_output.output or None)
     if role_output is not None and is_as_traced and here.location.at == "output":
         return here._replace(axis=role_output.axis)
@@ -153,10 +155,12 @@ def _at_sum(sublayer: Sublayer, search: _Search) -> Found:
     """
     norm, total = sublayer.post_norm, sublayer.sum
     _check_norm_can_run_again(sublayer)
+    # LN(s) + f(LN(s))
     if norm is not None and search.placement.at == "normalised":
         return Found(Location(norm.path, "output", "site", norm.output or None, None, None), norm.axis)
     if norm is not None:
         return Found(Location(norm.path, "input", "norm", None, None, None))
+    # s + f(s), where a module returns s.
     if total is not None:
         host = resolve_host(total.path, search.modules, at_input=False)
         return Found(Location(host, "output", "site", total.output or None, None, None), total.axis)
@@ -164,6 +168,7 @@ def _at_sum(sublayer: Sublayer, search: _Search) -> Found:
     out, stream = sublayer.out, sublayer.stream
     if out is None or stream is None or sublayer.scales or sublayer.is_parallel:
         raise TargetError(_no_place_for_sum(sublayer))
+    # x + f(x + r) + r: what is added to the branch reaches the sum.
     host = resolve_host(out.path, search.modules, at_input=False)
     return Found(Location(host, "output", "sum", out.output or None, stream.argument, stream.path), out.axis)
 
@@ -214,6 +219,7 @@ def _sublayer_of(path: str, search: _Search) -> Sublayer:
 
 def _nearest(path: str, pattern: str, search: _Search) -> str:
     """Return the module that a pattern names nearest to the host at `path`."""
+    # e.g. "norm" matches one module in each block: the one in the block of this host is meant.
     near = nearest_to(path, match(search.model, [pattern]))
     if len(near) != 1:
         raise TargetError(f"residual={pattern!r} names {near} for the site {path!r}; make it name one near that site")
@@ -229,6 +235,7 @@ def argument_of(host: nn.Module, which: int | str | None) -> Argument | None:
     if which is None:
         return None
     try:
+        # Of the bound method, so without `self`: position 0 is the first argument.
         names = list(inspect.signature(host.forward).parameters)
     except ValueError:  # built in, without a signature: the position, or the keyword, has to do
         names = []

@@ -42,9 +42,11 @@ class Wanted:
         """Name a module. Where no hook sees its product, its Parameters are named in its place."""
         if isinstance(module, nn.MultiheadAttention):
             # It multiplies by these itself, that of its layer `out_proj` among them, which is never called.
+            # With keys or values of other widths (`kdim`, `vdim`) there is no `in_proj_weight`, but one weight for each.
             inner = ["in_proj_weight"] if module.in_proj_weight is not None else [f"{p}_proj_weight" for p in "qkv"]
             for name in (*inner, "out_proj.weight"):
                 self.add_parameter(f"{path}.{name}".lstrip("."), "")
+        # That `out_proj`, where it is targeted by itself.
         elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             self.add_parameter(f"{path}.weight", "")
         else:
@@ -120,6 +122,7 @@ def wanted_by(targets: Sequence[str | Predicate], scope: Scope) -> Wanted:
 def _add_module(wanted: Wanted, path: str, letter: str, scope: Scope) -> None:
     """Name a module or, where a role's query, key or value is a product inside it, the Parameters of that product."""
     module = scope.modules[path]
+    # A layer that projects is adapted beside itself; a role's other modules may project inside by a Parameter.
     is_inside = letter and not projection_of(module)
     inside = _weights_inside(path, letter, scope.discovery.anatomy) if is_inside else []
     for name in inside:
@@ -176,7 +179,7 @@ def _nothing(target: str | Predicate, scope: Scope) -> str:
 def _none_of_kind(target: str | Predicate, scope: Scope) -> str:
     """Write the message for a target that names no Parameter of the kind that the method trains (biases, say)."""
     accepted = [name for name in scope.owners if scope.accepts(name)]
-    kind = scope.placement.accepts.__name__.removeprefix("is_").replace("_", " ")
+    kind = scope.placement.accepts.__name__.removeprefix("is_").replace("_", " ")  # `is_bias` accepts a "bias"
     return (
         f"{target!r} names no {kind} of {type(scope.model).__name__}, which has {len(scope.owners)} Parameters and "
         f"{len(accepted)} of that kind{f', such as {accepted[:4]}' if accepted else ''}; name others, or choose another "

@@ -43,6 +43,7 @@ def weight_sites(
     """
     scope = Scope(model, modules, placement, discovery)
     try:
+        # `targets=()` is for the message of an exclude that finds nothing: it then proposes no `targets=…`.
         excluded = wanted_by(config.exclude, replace(scope, placement=replace(placement, targets=())))
     except TargetError as error:
         raise TargetError(f"exclude: {error}") from None
@@ -86,6 +87,7 @@ def projection_at(site: SiteSpec, host: nn.Module) -> Projection:
 def _projection_sites(wanted: Wanted, excluded: Wanted, scope: Scope) -> Iterator[SiteSpec]:
     """Make the sites at modules that apply a weight."""
     placement = scope.placement
+    # Over the modules, not the targets: sites are in the model's order, whatever the order of the targets.
     for path, module in scope.modules.items():
         if path not in wanted.modules or path in excluded.modules:
             continue
@@ -106,6 +108,7 @@ def _projection_sites(wanted: Wanted, excluded: Wanted, scope: Scope) -> Iterato
             input_width=projection.in_features if placement.reads == "own_input" else width,
             axis=projection.channel_axis,
             layer=layer_of(path, scope.modules),
+            # A layer multiplies its first argument. With its keyword, a call by keyword is found, too.
             input=argument_of(module, 0),
             slices=_slices_of(letters, slices, projection.out_features),
         )
@@ -120,6 +123,7 @@ def _slices_of(letters: set[str], slices: Slices, width: int) -> Slices:
         width: Features of the projection's output.
     """
     chosen = tuple((letter, ranges) for letter, ranges in slices if letter in letters)
+    # Chosen, e.g. of GPT-2's c_attn: (("q", ((0, 768),)), ("v", ((1536, 2304),))).
     is_whole = len(chosen) == 1 and sum(stop - start for start, stop in chosen[0][1]) == width
     return () if is_whole else chosen
 
@@ -144,6 +148,7 @@ def _parameter_sites(wanted: Wanted, excluded: Wanted, scope: Scope) -> Iterator
         if name not in scope.owners:  # a weight of an nn.MultiheadAttention that is computed from other Parameters
             raise TargetError(no_parameter(scope.modules)[name])
         parameter, owner = scope.parameter(name), scope.owners[name]
+        # One tied Parameter is one change, under whichever of its names a target came first.
         if id(parameter) in done or name in excluded.parameters or owner in excluded.modules:
             continue
         done.add(id(parameter))
@@ -170,7 +175,7 @@ def _sites_of_parameter(name: str, names: Iterable[str], rows: Slices, scope: Sc
             host=host_type(scope.modules[host]),
             at="weight",
             reads="weight",
-            width=parameter.shape[0] if parameter.dim() else 1,
+            width=parameter.shape[0] if parameter.dim() else 1,  # a Parameter may be a single number
             input_width=parameter.shape[-1] if parameter.dim() else 1,
             axis=0,
             layer=layer,
@@ -209,6 +214,7 @@ def _rows(name: str, letters: set[str], size: int, scope: Scope) -> Slices:
         size: Rows of the Parameter.
     """
     anatomy = scope.discovery.anatomy
+    # The module that projects need not hold the Parameter itself: attention reads the weight of its `out_proj`.
     for path in ancestors(scope.owners[name]):
         weight = name.removeprefix(f"{path}.") if path else name
         for fused in fused_at(path, anatomy):

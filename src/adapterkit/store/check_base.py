@@ -16,6 +16,7 @@ class BaseMismatchWarning(UserWarning):
 
 def warn_of_other_base(model: nn.Module, saved: SavedAdapter) -> None:
     """Warn if the model's weights are not those that the adapter was trained on, as far as its format knows them."""
+    # None: the format does not say what the base was.
     if saved.base is None or fingerprint(model) == saved.base.fingerprint:
         return
     # Only one digest over all tensors is stored: which of them differ cannot be told.
@@ -23,5 +24,5 @@ def warn_of_other_base(model: nn.Module, saved: SavedAdapter) -> None:
         f"adapter {saved.name!r} was trained on {saved.base_name!r} with other weights (or another dtype) than this "
         f"{type(model).__name__} has: expect other outputs. Pass any_base=True if that is meant.",
         BaseMismatchWarning,
-        stacklevel=4,
+        stacklevel=4,  # the line that calls kit.load
     )

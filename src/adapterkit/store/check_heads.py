@@ -25,6 +25,7 @@ def check_heads(model: nn.Module, saved: SavedAdapter, given: Mapping[str, nn.Mo
     source = str(saved.source)
     found = [_found(head, given, source) for head in saved.heads]
     _check_given(model, [str(head.spec.config.name) for head in found if _is_custom(head)], given, source)
+    # Two heads on the output may live at one host, each under its name; in a module's place there is room for one.
     replaced = [head.path for head in found if head.is_in_place]
     if len(set(replaced)) < len(replaced):
         raise StoreError(f"the adapter in {source!r} names a head twice: {sorted(replaced)}")
@@ -66,6 +67,7 @@ def _check_given(model: nn.Module, custom: Sequence[str], given: Mapping[str, nn
         )
     if unknown:
         raise StoreError(f"heads={unknown}: the adapter in {source!r} takes modules for {sorted(custom) or 'none'}")
+    # A given module is filled in place: one that is already in the model would be written over.
     theirs = {id(p) for p in model.parameters()}
     for name, module in given.items():
         if not isinstance(module, nn.Module) or any(id(p) in theirs for p in module.parameters()):

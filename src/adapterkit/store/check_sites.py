@@ -41,7 +41,7 @@ def check_sites(model: nn.Module, saved: SavedAdapter, example_inputs: ExampleIn
             f"the places of the adapter in {str(saved.source)!r} could not be checked against this {type(model).__name__}, "
             f"which tracing cannot run; if it is built otherwise than the saved one, they are wrong. {error}",
             SitesNotCheckedWarning,
-            stacklevel=4,
+            stacklevel=4,  # the line that calls kit.load
         )
         return
     except TargetError as error:
@@ -60,6 +60,7 @@ def _differences(found: Sequence[SiteSpec], saved: Sequence[SiteSpec]) -> list[s
     here, there = ({_which(site): site for site in sites} for sites in (found, saved))
     return [
         f"{key[0]!r}: saved {_text(there.get(key))}; here {_text(here.get(key))}"
+        # A dict of both: a site that only one of them has is None in the other, and so differs.
         for key in there | here
         if _same_as(here.get(key)) != _same_as(there.get(key))
     ]

@@ -41,6 +41,7 @@ def check_structure(model: nn.Module, saved: SavedAdapter) -> None:
 def _site_differences(model: nn.Module, spec: SiteSpec, structure: str | None) -> Iterator[str]:
     """Yield what is wrong with the host of a site, if anything is."""
     modules = modules_by_path(model)
+    # Without a residual the host stands in for it, so that the set holds it alone.
     if not {spec.path, spec.residual or spec.path} <= modules.keys():
         yield f"{spec.path!r} ({spec.host}) does not exist"
     elif structure is not None and structure_of(model, spec.path) != structure:
@@ -106,6 +107,7 @@ def _output_differences(model: nn.Module, head: SavedHead) -> Iterator[str]:
         yield f"reads {head.width} features, and this one returns {known.width}"
     if head.embedding is not None:
         path = ".".join(filter(None, [ancestors(head.path)[head.above or 0], head.embedding]))
+        # `above` counts the modules around the host up to the model of this head, from which the embedding's path is given.
         weight: Any = getattr(modules_by_path(model).get(path), "weight", None)
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         if shape != (head.vocabulary, head.width):
@@ -117,6 +119,7 @@ def _is_last(model: nn.Module, head: SavedHead) -> bool:
     around: Sequence[str] = ancestors(head.path)
     above = head.above or 0
     try:
+        # `ancestors` begins with the host itself: above=1 is the module around it.
         return above < len(around) and resolve_host(around[above], modules_by_path(model), at_input=False) == head.path
     except TargetError:  # that part is never called: nothing yields its output
         return False

@@ -25,5 +25,6 @@ def check_same(found: Mapping[str, object], wanted: Mapping[str, object], what: 
         for key in found.keys() & wanted.keys()
         if found[key] != wanted[key]
     ]
+    # Sorted, for sets have no order: the same file gives the same message each time.
     if problems:
         raise StoreError(f"{what} does not match {against}: {'; '.join(sorted(problems)[:_SHOWN])}")

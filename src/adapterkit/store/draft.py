@@ -61,6 +61,7 @@ def with_layouts(model: nn.Module, draft: AdapterDraft, example_inputs: ExampleI
 
 def _fusion_draft(model: nn.Module, saved: SavedAdapter, saved_config: FusionConfig, name: str, fuse: Fuse) -> AdapterDraft:
     """Return a fusion's draft; its sites follow from those of its adapters, and must be those of the file."""
+    # The children by the names that they have in this model, which may be others than in the file.
     config = saved_config.override({"children": tuple(map(to_json, fuse.children))})
     sites = fusion_sites(model, fuse, config)
     here = {(site.path, site.at, site.width, site.input_width) for site in sites}
@@ -87,8 +88,10 @@ def _check_sites(model: nn.Module, config: Config, sites: Sequence[SiteSpec]) ->
     modules = modules_by_path(model)
     placements = [method_of(member).placements(member) for member in members(config)]
     for site in sites:
+        # A file is not to be trusted: its sites must be ones that its own config could have led to.
         if site.member >= len(placements) or not any(placement.allows(site) for placement in placements[site.member]):
             raise StoreError(f"site {site.path!r} says at={site.at!r}, reads={site.reads!r}; its config says otherwise")
+        # Our own files name no container: for a Sequential, a site is at its last child before anything is saved.
         if site.at != "weight" and resolve_host(site.path, modules, at_input=site.at == "input") != site.path:
             raise StoreError(f"site {site.path!r} is a container, which cannot hold an adapter")
     # Two sites whose tensors have the same names in the file could not both be filled.

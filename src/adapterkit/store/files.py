@@ -45,6 +45,7 @@ def replace_adapter(directory: Path, manifest: bytes, tensors: bytes, card: byte
             for leftover in directory.glob(".adapter-*.tmp"):  # of saves that were killed
                 leftover.unlink(missing_ok=True)
             pending = directory / _pending_name(hashlib.sha256(tensors).hexdigest())
+            # The order matters (see above): a kill after any of these lines leaves the old adapter or the new one.
             _write(pending, tensors)
             _write(directory / MANIFEST, manifest)
             os.replace(pending, directory / TENSORS)
@@ -73,6 +74,7 @@ def _only_saver(directory: Path) -> Iterator[None]:
 
     handle = os.open(directory, os.O_RDONLY)
     try:
+        # It waits for the other saver. Closing the handle lets go of the lock, as does a kill.
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -123,6 +125,7 @@ def read_tensors_bytes(directory: Path, sha256: str, size_bytes: int) -> bytes:
         StoreError: missing, or its size or hash is not the manifest's: damaged, or not the file that was saved.
     """
     found = []
+    # The size first: it costs no read, and tells most wrong files.
     for path in (directory / TENSORS, directory / _pending_name(sha256)):
         if not path.exists():
             continue
@@ -130,6 +133,7 @@ def read_tensors_bytes(directory: Path, sha256: str, size_bytes: int) -> bytes:
         if size != size_bytes:
             found.append(f"{path.name} has {size:,} bytes, not {size_bytes:,}")
             continue
+        # These very bytes are hashed and returned, so that nobody can exchange the file in between.
         content = _read(path)
         actual = hashlib.sha256(content).hexdigest()
         if actual == sha256:
@@ -161,10 +165,11 @@ def _write(path: Path, content: bytes) -> None:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
+            # On disk before it gets its name: after a power cut the name may be there, and the content not.
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_directory(path.parent)
-    except BaseException:
+    except BaseException:  # a KeyboardInterrupt, too
         temporary.unlink(missing_ok=True)
         raise
 
@@ -181,12 +186,14 @@ def _sync_directory(directory: Path) -> None:
 
 def _check_inside(path: Path, directory: Path) -> int:
     """Return the size in bytes of a file that must lie in the directory, or in the blobs of its Hugging Face cache."""
+    # Both resolved: the folder itself may be reached through a link, which is the user's own doing.
     real, home = path.resolve(), directory.resolve()
     # A snapshot in that cache is a folder of links into "blobs", beside the folder "snapshots".
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if home not in real.parents and blobs not in real.parents:
         raise StoreError(f"{str(path)!r} is a link to {str(real)!r}, outside the adapter's directory; it is not followed")
     status = real.stat()
+    # A pipe or a device would block a read, or never end it.
     if not stat.S_ISREG(status.st_mode):
         raise StoreError(f"{str(path)!r} is not a regular file")
     return status.st_size

@@ -79,6 +79,7 @@ def _put(model: nn.Module, built: BuiltModule, state: Mapping[str, Tensor]) -> N
     """Give a module its tensors, and move it to where its host computes."""
     module, spec = built.module, built.spec
     if isinstance(spec, SiteSpec) or any(parameter.is_meta for parameter in module.parameters()):
+        # `assign`: the module is on the meta device, so there is no memory to copy into; the file's dtype stays.
         module.load_state_dict(state, assign=True)
         module.to(device_near(model, built.path))
         return

@@ -19,6 +19,7 @@ def advice(model: nn.Module, sites: Sequence[SavedSite], *, has_output_heads: bo
         sites: The adapter's sites.
         has_output_heads: It owns heads on its model's output, which the rest of a larger model could not go on with.
     """
+    # Without structures, any submodule with the right names would seem to fit.
     if not sites or any(site.structure is None for site in sites):
         return ""
     part = _fitting_part(model, sites)
@@ -41,12 +42,14 @@ def _fitting_part(model: nn.Module, sites: Sequence[SavedSite]) -> str | None:
     """Return the path of the first submodule that has all of the sites, or None."""
     first = sites[0].spec.path
     modules = modules_by_path(model)
+    # The first site sorts most submodules out, before `_has_all` computes hashes for each site.
     parts = [path for path in modules if path and (f"{path}.{first}" if first else path) in modules]
     return next((part for part in parts if _has_all(modules[part], sites)), None)
 
 
 def _place_in_whole(model: nn.Module, sites: Sequence[SavedSite]) -> str | None:
     """Return the path that this model would have in one that has all of the sites, or None."""
+    # e.g. a site at "bert.encoder.layer.0" may be this model's "encoder.layer.0" (then it is "bert" in the whole).
     names = sites[0].spec.path.split(".")
     prefixes = (".".join(names[:count]) for count in range(1, len(names)))
     return next((prefix for prefix in prefixes if _has_all(model, sites, prefix=f"{prefix}.")), None)
@@ -58,6 +61,7 @@ def _has_all(module: nn.Module, sites: Sequence[SavedSite], *, prefix: str = "")
     for site in sites:
         saved = site.spec.path
         path = saved.removeprefix(prefix)
+        # The hash holds the path under which it was saved, so that path goes into the one computed here.
         if not saved.startswith(prefix) or path not in paths or structure_of(module, path, named=saved) != site.structure:
             return False
     return True

@@ -18,6 +18,7 @@ __all__ = ["children_of", "fuse_from"]
 def children_of(model: nn.Module, name: str) -> tuple[ChildRecord, ...]:
     """Return the adapters that a fusion of this name weighs, each with the digest of its tensors; none for an adapter."""
     fuse = fusions_of(model).get(name)
+    # `names_in` counts the fusion itself, and an adapter as often as it stands there.
     names = [child for child in dict.fromkeys(names_in(fuse)) if child != name]
     return tuple(ChildRecord(name=child, digest=digest_of(model, child)) for child in names)
 
@@ -54,12 +55,14 @@ def fuse_from(model: nn.Module, saved: SavedAdapter, config: FusionConfig, name:
 def _names_here(model: nn.Module, saved: SavedAdapter, *, any_base: bool) -> dict[str, str]:
     """Map what each adapter of a saved fusion was called to what it is called in this model."""
     fusions = fusions_of(model)
+    # A fusion weighs no fusions, so these need no digest.
     digests = {other: digest_of(model, other) for other in adapter_names(model) if other not in fusions}
     names: dict[str, str] = {}
     missing = []
     for child in saved.children:
         same = [other for other, digest in digests.items() if digest == child.digest]
         if same:
+            # Several may hold the same tensors (one adapter loaded twice): then the one of the saved name.
             names[child.name] = child.name if child.name in same else same[0]
         elif any_base and child.name in digests:
             names[child.name] = child.name

@@ -32,6 +32,7 @@ def shapes_around(model: nn.Module, path: str) -> list[str]:
     Of one without parameters they are those of the innermost module around it that has some.
     """
     for around in ancestors(path):
+        # Of the base alone: other adapters at the host are no part of its structure. Nor are buffers, whose shapes change.
         shapes = [f"{name} {tuple(p.shape)}" for name, p in base_parameters(model.get_submodule(around))]
         if shapes:
             return shapes
@@ -52,6 +53,7 @@ def base_identity(model: nn.Module, structures: Iterable[str], metadata: Metadat
         metadata: Of the adapter; an id and a revision in it go before those of the model.
     """
     config = getattr(model, "config", None)
+    # e.g. "bert-base-uncased"; "" for a model that was built from a config.
     hub_id = getattr(config, "_name_or_path", None) or None
     # `from_pretrained` of a folder leaves the folder's path: it tells nobody else anything, and may tell too much.
     if hub_id and (Path(hub_id).exists() or Path(hub_id).is_absolute()):

@@ -51,6 +51,7 @@ def load_adapter(
     """
     saved = read_adapter(Path(directory))
     name = saved.name if name is None else name
+    # Cheap, so it comes before all that looks at the model.
     check_free(model, name)
     if heads is False:
         saved = saved.without_heads()
@@ -60,10 +61,13 @@ def load_adapter(
     draft = draft_of(model, saved, name, any_base=any_base, example_inputs=example_inputs)
     draft = replace(draft, heads=found)
     with refusing(saved.source):
+        # On the meta device: whatever sizes a hostile config asks for, no memory is taken. `fill` compares the shapes.
         modules = modules_for(model, draft, meta=True)
+    # This may trace the model, which costs forwards: after all that names and types can refuse.
     check_sites(model, saved, example_inputs)
     draft = with_layouts(model, draft, example_inputs)
     fill(model, modules, saved)
+    # Before the model is touched: a filter may turn the warning into an error.
     if not any_base:
         warn_of_other_base(model, saved)
     admit(model, draft, modules)

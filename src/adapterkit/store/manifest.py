@@ -61,6 +61,7 @@ class SiteRecord(HostRecord):
     output: tuple[int | str, ...] | None
     input: tuple[int | None, str | None] | None
     residual: Text | None
+    # Fields with a default came later than the first files, which lack them.
     norm: Norm | None = None
     parameters: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
     slices: Annotated[
@@ -177,6 +178,7 @@ def parse_manifest(text: bytes, source: str) -> Manifest:
         StoreError: not JSON, unknown or missing fields, wrong types, or a newer format version.
     """
     try:
+        # The version by itself first: of a newer file, "upgrade" says more than a list of fields that are unknown here.
         version = _VersionOnly.model_validate_json(text).format_version
     except ValidationError as error:
         raise StoreError(f"{source} is not an adapter manifest: {describe(error)}") from error
@@ -191,5 +193,6 @@ def parse_manifest(text: bytes, source: str) -> Manifest:
         raise StoreError(f"{source} is not a valid manifest: {describe(error)}") from error
 
 
+# Not `_Strict`: every other field is ignored.
 class _VersionOnly(BaseModel):
     format_version: int

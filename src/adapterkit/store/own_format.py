@@ -47,6 +47,7 @@ class OwnFormat:
             name=manifest.name,
             config=config,
             source=directory,
+            # Apart, so that `without_heads` can leave them out. Names: see `tensors.tensor_key`.
             tensors={key: tensor for key, tensor in tensors.items() if not key.startswith("heads/")},
             sites=tuple(map(_site, manifest.sites)),
             heads=tuple(map(_head, manifest.heads)),
@@ -64,6 +65,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 def _read_pair(directory: Path) -> tuple[Manifest, bytes]:
     """Read the manifest and the bytes of its tensors file, anew if someone saved in between."""
     while True:
+        # A round is repeated only where the manifest has changed meanwhile.
         text = read_manifest_bytes(directory)
         manifest = parse_manifest(text, str(directory))
         _check_size(directory, manifest)
@@ -80,6 +82,7 @@ def _check_size(directory: Path, manifest: Manifest) -> None:
 
     This comes before the file is read, so that a manifest cannot make us take more memory than its tensors need.
     """
+    # The header has an entry for each tensor, beside metadata: 1 MiB is ample for those.
     limit = 2**20 + _HEADER_BYTES_PER_TENSOR * len(manifest.tensors)
     for key, record in manifest.tensors.items():
         if record.dtype not in _ITEM_BYTES:
@@ -114,6 +117,7 @@ def _tensors_of(manifest: Manifest, content: bytes, source: Path) -> dict[str, T
 
 
 def _site(record: SiteRecord) -> SavedSite:
+    # The fields are those of `SiteSpec`, and `structure` beside them: a new field needs no line here.
     return SavedSite(SiteSpec(**record.model_dump(exclude={"structure"})), record.structure)
 
 

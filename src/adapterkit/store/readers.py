@@ -37,6 +37,7 @@ def read_adapter(directory: Path) -> SavedAdapter:
 def _found_in(directory: Path) -> str:
     """Return the first names in a folder, for a message."""
     try:
+        # `iterdir` has no order. At most `_LISTED` are read: a mistaken path may be a folder with millions of files.
         names = sorted(path.name for path in islice(directory.iterdir(), _LISTED))
     except OSError as error:
         return f"nothing that can be read ({error})"

@@ -57,6 +57,7 @@ def save_adapter(
     adapters = adapters_in(model)
     held = adapters.modules(name) if heads else [held for held, _ in adapters.sites(name)]
     tensors = tensors_of(held)
+    # "pt" is how the files of PyTorch name their framework.
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     site_records, head_records = _records(model, held)
     structures = [r.structure for r in site_records] + [r.structure for r in head_records]
@@ -105,6 +106,7 @@ def _records(model: nn.Module, held: list[HeldModule]) -> tuple[list[SiteRecord]
 
 def _head_record(model: nn.Module, path: str, host: nn.Module, head: HeadSpec, module: nn.Module) -> HeadRecord:
     """Return the manifest's entry for a head."""
+    # A head in a module's place names that module; in a piece of the model its path is shorter than when it was made.
     config = head.config.model_dump(mode="json") | ({"target": path} if head.above is None else {})
     return HeadRecord(
         path=path,

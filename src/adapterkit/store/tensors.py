@@ -23,6 +23,7 @@ def tensors_of(held: Sequence[HeldModule]) -> dict[str, Tensor]:
     tensors = {}
     saved: set[int] = set()
     for path, _, _, entry, module in held:
+        # Further sites of a tied Parameter hold a stand-in without Parameters: what it stands for is saved.
         source = trained(module)
         if id(source) in saved:
             continue
@@ -56,6 +57,7 @@ def digest_of(model: nn.Module, name: str) -> str:
 
     It is the same in every file of the adapter, whatever the adapter is called.
     """
+    # No name of the adapter is among the keys, so the digest is the same whatever it is called.
     content = safetensors.torch.save(tensors_of([held for held, _ in adapters_in(model).sites(name)]))
     return hashlib.sha256(content).hexdigest()
 
@@ -69,6 +71,7 @@ def tensor_key(spec: SiteSpec | HeadSpec, path: str, tensor: str) -> str:
     if isinstance(spec, HeadSpec):
         # Module paths hold no "@": the name of a head on the output is never taken for a path.
         return f"heads/{path if spec.above is None else f'@{spec.config.name}'}/{tensor}"
+    # e.g. "sites/h.0/down_weight", "sites/h.0.attn.c_proj/weight/lora_A" (of a Parameter), "sites/h.0.mlp/1/up_bias".
     which = [str(spec.member) if spec.member else "", *spec.parameters[:1], spec.tag]
     return "/".join(["sites", path, *(part for part in which if part), tensor])
 

@@ -47,6 +47,7 @@ def size(count: int) -> str:
 
 def _scaled(count: int, step: int, units: Sequence[str]) -> str:
     scaled, unit = float(count), 0
+    # Rounded first, as it will be printed: 999,960 is "1.0M", and not "1000.0K".
     while round(scaled, 1) >= step and unit + 1 < len(units):
         scaled, unit = scaled / step, unit + 1
     return f"{scaled:.1f}{units[unit]}" if unit else f"{count}{units[0]}"
@@ -81,6 +82,7 @@ def _rows(root: TreeNode) -> Iterator[_Row]:
             yield f"… {node.hidden} more"
 
     def rows(node: TreeNode, above: str, guide: str, below: str) -> Iterator[_Row]:
+        # The first node of each build is drawn in full, and `like` is its path. A single child is as short as a reference.
         like = shown.setdefault(without_place(node), node.paths[0]) if len(node.children) > 1 else node.paths[0]
         yield _Row(node, above + guide, tuple(asides(node, like)))
         for child in node.children if like == node.paths[0] else ():
@@ -93,6 +95,7 @@ def _rows(root: TreeNode) -> Iterator[_Row]:
 def _short(path: str, paths: Sequence[str]) -> str:
     """Return the end of a path that tells it from all others. It begins with a name: a number alone tells little."""
     parts = path.split(".")
+    # Shortest first: "0.attention" begins with a number and is passed over, "layer.0.attention" is tried.
     ends = (".".join(parts[-n:]) for n in range(1, len(parts)) if not parts[-n].isdecimal())
     return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in paths) == 1), path)
 
@@ -132,14 +135,18 @@ def _telling(node: TreeNode) -> Iterator[str]:
         kind, _, part = role.partition(".")
         parts.setdefault(kind, []).append(part)
     for kind, names in parts.items():
+        # Queries, keys and values are made by first projections. Where a last projection itself returns the branch, "out"
+        # says more than "last".
         implied = {"first"} if {"q", "k", "v"} & {*names} else set()
         implied |= {"last"} if "out" in names else set()
         kept = [name for name in names if name not in implied]
         if kind != "@block" or not any(note.endswith("block") for note in node.notes):
+            # e.g. "@attention.q/k/v" of a fused projection. "@embedding" has nothing behind a dot, which is then stripped.
             yield f"{kind}.{'/'.join(kept)}".rstrip(".")
 
 
 def _is_implied(note: str, node: TreeNode) -> bool:
+    # A post-norm that ends its block returns what the block does.
     return note == "post-norm" and "@block.out" in node.roles
 
 

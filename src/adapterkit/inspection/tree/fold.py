@@ -11,7 +11,7 @@ from .nodes import Mark, TreeNode
 
 __all__ = ["cut", "folded", "numbers_as_text", "without_place"]
 
-_NUMBERED = re.compile(r"(.*?)(\d+)")
+_NUMBERED = re.compile(r"(.*?)(\d+)")  # "layer.11" is ("layer.", "11"): the first group is lazy
 _RANGES = 3  # that a label spells out
 
 
@@ -23,6 +23,7 @@ def folded(siblings: Iterable[TreeNode]) -> tuple[TreeNode, ...]:
     groups: dict[object, list[TreeNode]] = {}
     for node in siblings:
         match = _NUMBERED.fullmatch(node.label)
+        # A name without a number is never folded: paths are unique, so its group is itself.
         key = (match[1], without_place(node)) if match else node.paths
         groups.setdefault(key, []).append(node)
     return tuple(_merged(_together(nodes)) for nodes in groups.values())
@@ -40,6 +41,7 @@ def cut(node: TreeNode, depth: int | None) -> TreeNode:
 def numbers_as_text(numbers: Sequence[int]) -> str:
     """Write rising numbers in short: "0-11", "0, 2, …, 10", "0-2, 4-6, 8-10, …"."""
     steps = {after - before for before, after in pairwise(numbers)}
+    # Evenly spaced, such as every second block. A step of 1 is a range, which is written below.
     if len(steps) == 1 and steps != {1} and len(numbers) > 3:
         return f"{numbers[0]}, {numbers[1]}, …, {numbers[-1]}"
     ranges: list[list[int]] = []
@@ -49,6 +51,7 @@ def numbers_as_text(numbers: Sequence[int]) -> str:
         else:
             ranges.append([number])
     texts = ["-".join(map(str, ends)) for ends in ranges]
+    # One more than `_RANGES` is written out: with the last range at the end, "…" would stand for nothing.
     return ", ".join(texts if len(texts) <= _RANGES + 1 else [*texts[:_RANGES], f"…, {texts[-1]}"])
 
 
@@ -64,6 +67,7 @@ def _together(nodes: list[TreeNode]) -> TreeNode:
 
 def _merged(node: TreeNode) -> TreeNode:
     """Return a node about which there is nothing to say and its only child as one; any other node as it is."""
+    # The chained comparison: one line cannot say that 12 modules hold 4 others each.
     if not node.is_plain or len(node.children) != 1 or node.count > 1 < node.children[0].count:
         return node
     child = node.children[0]
@@ -77,7 +81,9 @@ def without_place(node: TreeNode, around: str | None = None) -> TreeNode:
     return replace(
         node,
         label="" if around is None else node.label,
+        # Empty, but as many: a run of 3 blocks is not of the same build as a run of 4.
         paths=("",) * node.count,
+        # From the root on: a tie within each block is the same in all of them.
         tied_to=node.tied_to.removeprefix(f"{root}.") if node.tied_to else None,
         children=tuple(without_place(child, root) for child in node.children),
     )

@@ -59,6 +59,7 @@ def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
     """Trace the model without its adapters, and return what it showed, or why it cannot be traced."""
     discovery = Discovery(model, example_inputs)
     try:
+        # The tree is of the base: adapters would change what the trace sees. The lock keeps activation as it is meanwhile.
         with ACTIVATION_LOCK, without_adapters():
             found = meanings(discovery.anatomy)
             widths = _widths(model, discovery.inputs)
@@ -74,6 +75,7 @@ def _widths(model: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[int | No
         return _features(module, (args, kwargs)), _features(module, output)
 
     paths = [path for path, module in model.named_modules() if SITE not in path.split(".")]
+    # The first call speaks for all.
     return {path: calls[0] for path, calls in observe(model, inputs, paths, look).items() if calls}
 
 
@@ -97,6 +99,7 @@ class _Grower:
 
     def __init__(self, model: nn.Module, look: _Look) -> None:
         self.model, self.look = model, look
+        # A tied Parameter is named once here, by its first name: its first holder owns it.
         self.owners = {id(parameter): name for name, parameter in base_parameters(model)}
         self.modules = modules_by_path(model)
         self.first: dict[int, str] = {}
@@ -114,6 +117,7 @@ class _Grower:
         own = list(self._own_parameters(module))
         counted = self._counted(path, own)
         # A module under a second name: what is in it was shown, and counted, under the first.
+        # One without Parameters, such as a shared activation, is not called tied: that would earn it a line of its own.
         is_again = self.first[id(module)] != path and any(True for _ in module.parameters())
         children = () if is_again else folded(self._children(path, module))
         meaning = self.look.meanings.get(path, Meaning())
@@ -127,6 +131,7 @@ class _Grower:
             width=width,
             input_width=input_width,
             shapes=tuple((name, _shape(p), str(p.dtype).removeprefix("torch.")) for name, p in own),
+            # A child may stand for several modules (`count`), and its numbers are those of one.
             parameters=sum(p.numel() for p in counted) + sum(c.count * c.parameters for c in children),
             size_bytes=sum(p.numel() * p.element_size() for p in counted) + sum(c.count * c.size_bytes for c in children),
             trainable=sum(p.numel() for p in counted if p.requires_grad) + sum(c.count * c.trainable for c in children),
@@ -144,6 +149,7 @@ class _Grower:
         """Yield the nodes in a module that are worth a line; in place of a list of modules, which never runs, its own."""
         for name, child in module._modules.items():
             inner = f"{path}.{name}".lstrip(".")
+            # What adapters and parametrisations hold are no modules of the user's. None is a child that was assigned None.
             if child is None or name in (SITE, _PARAMETRISED):
                 continue
             is_list = not is_called(child) and not child._parameters  # one with Parameters of its own is worth a line
@@ -162,8 +168,10 @@ class _Grower:
 
     def _owner(self, path: str, own: Iterable[nn.Parameter]) -> str | None:
         """Return the path of the module that owns the largest of a module's parameters; None if it does so itself."""
+        # The largest speaks for all: an output embedding with a tied weight and a bias of its own is tied.
         largest = max((p for p in own if not is_lazy(p)), key=lambda p: p.numel(), default=None)
         owner = path if largest is None else self.owners.get(id(largest), path).rpartition(".")[0]
+        # torch keeps the Parameters of a parametrised weight in a child module, which gets no node.
         inside = owner == path or owner.startswith(f"{path}.{_PARAMETRISED}".lstrip("."))
         return None if largest is None or inside else owner
 

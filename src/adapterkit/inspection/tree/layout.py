@@ -43,10 +43,12 @@ def _widths(table: Sequence[Cells], names: Iterable[str], width: int | None) -> 
     widths = {name: max(_length(row[name]) for row in table) for name in names}
     if width is None:
         return widths
+    # One after the other, and only as long as the lines are too wide.
     for name in _DROPPED_FIRST:
         if _total(widths) > width:
             widths.pop(name, None)
     if "role" in widths:
+        # What is still missing is taken from the roles. Below `_ROLE` whole lines are cut instead.
         widths["role"] = max(_ROLE, widths["role"] - max(0, _total(widths) - width))
     return widths
 
@@ -77,6 +79,7 @@ def _cut(cells: Iterable[Cell], width: int | None) -> Iterator[Cell]:
     left = length if width is None else width
     is_long = length > left
     for cell in kept:
+        # A cell that ends exactly at the edge is marked with "…", too: there is more behind it.
         text = cell.text if len(cell.text) < left or not is_long else f"{cell.text[: left - 1]}…"
         yield Cell(text, cell.style)
         left -= len(text)

@@ -62,6 +62,7 @@ def _notes(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
     for path, sublayers in blocks.items():
         yield path, _block(sublayers)
     for s in (*anatomy.sublayers, *anatomy.others):
+        # Where functions compute the end of a branch, no module returns it: its last projection is the nearest to point at.
         for branch in [s.out.path] if s.out else s.last[:1]:
             yield from ((branch, note) for note in _branch(s))
         if s.post_norm is not None:

@@ -78,4 +78,5 @@ class Tree:
 
 
 def _plain(node: TreeNode) -> dict[str, Any]:
+    # `asdict` leaves out properties, `count` among them, and goes into children by itself: those are made anew here.
     return {**asdict(node), "count": node.count, "children": [_plain(child) for child in node.children]}
