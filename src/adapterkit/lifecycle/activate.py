@@ -88,6 +88,7 @@ def activated(model: nn.Module, state: ModelState, composition: Composition | No
     finally:
         with ACTIVATION_LOCK:
             state.activation.leave()
+            # Compiled anew, not put back: adapters may have been added or removed within the block.
             apply(model, state)
 
 
@@ -114,8 +115,10 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
     fusions = fusions_of(model)
     if not isinstance(composition, CompositionNode):
         check_known(model, composition)
+        # The name of a fusion stands for what it weighs: "f" for Fuse("a", "b", name="f").
         return fusions.get(composition, composition)
     facts = facts_of(composition)
+    # Before the names, among which fusions are, too: this message says how to make one.
     for fuse in facts.fusions:
         if fuse.fusion not in fusions:
             raise AdapterNameError(

@@ -42,6 +42,7 @@ def add(
 ) -> None:
     """Add a new adapter, or raise and leave the model as it was. Raises: see `AdapterKit.add`."""
     check_free(model, name)
+    # From here on the model may be run. Nothing is put into it before `admit`.
     sites = find_sites(model, config, example_inputs)
     found = find_heads(model, heads, example_inputs)
     replaced = [head.path for head in found if head.is_in_place]
@@ -67,6 +68,7 @@ def remove(model: nn.Module, name: str) -> None:
         )
     with ACTIVATION_LOCK:
         if name in state.merged:
+            # `detach` asks this as well, but only after the weights have changed.
             state.activation.check_forgettable(name)
             unmerge(model, state, name)
         detach(model, name)
@@ -83,6 +85,7 @@ def add_heads(model: nn.Module, name: str, heads: Heads, example_inputs: Example
     replaced = [path for path, head in there if head.above is None] + [head.path for head in found if head.is_in_place]
     check_names([*(head for _, head in there), *(head.spec for head in found)], replaced)
     check_apart([one.path for one in held if isinstance(one.entry, SiteEntry)], replaced)
+    # Each entry has the whole config of the adapter. New heads train if any of its parameters does.
     config, trains = held[0].entry.config, any(p.requires_grad for _, p in named_parameters(model, name, heads=True))
     modules = build_head_modules(model, found)
     with ACTIVATION_LOCK:
@@ -117,6 +120,7 @@ def remove_head(model: nn.Module, name: str, head: str) -> None:
         raise ActivationError(f"adapter {name!r} is merged into the weights; call kit.unmerge({name!r}) first")
     with ACTIVATION_LOCK:
         drop_modules(model, name, path, {heads[head].entry.key})
+        # A host is listed once for each of its modules: one of these goes, the others stay.
         hosts = list(state.hosts[name])
         hosts.remove(path)
         state.hosts[name] = tuple(hosts)
@@ -141,6 +145,7 @@ def _outside_heads(model: nn.Module, sites: Sequence[SiteSpec], config: Config, 
 def find_sites(model: nn.Module, config: Config, example_inputs: ExampleInputs | None) -> list[SiteSpec]:
     """Find the sites that a config would adapt. Raises: see `placement.resolve`."""
     with ACTIVATION_LOCK, without_adapters():
+        # As the base alone: what is found must not depend on the adapters that are there already.
         sites = resolve(model, [(m, method_of(m).placements(m)) for m in members(config)], example_inputs)
     for index, member in enumerate(members(config)):
         check_maps(member, [site for site in sites if site.member == index])
@@ -170,6 +175,7 @@ def seen_layouts(
             found = discover_rows(model, example_inputs)
         # What was seen before stays; but why nothing is known of the new sites is told by the run that failed.
         layouts = found or SeenRows(layouts, why_unknown=found.why_unknown)
+    # Settings by row, such as gating, take one axis for that of the rows: a wrong one would be no error, but wrong numbers.
     check_row_axes(model, sites, members(config), layouts)
     return layouts
 
@@ -184,6 +190,7 @@ def _with_paths(model: nn.Module, config: Config) -> Config:
 def _member_with_paths(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """Return one config of a union as `_with_paths` does."""
 
+    # As patterns that match one path alone: "layer.1" as a plain name would match "encoder.layer.1", too.
     def paths(targets: Sequence[Any]) -> list[str]:
         return [
             path

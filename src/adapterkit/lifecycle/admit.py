@@ -57,6 +57,7 @@ def modules_for(model: nn.Module, draft: AdapterDraft, *, meta: bool = False) ->
         modules = build_fusion_modules(model, draft.config, draft.sites, meta=meta)
     else:
         modules = build_modules(model, draft.config, draft.sites, meta=meta)
+    # Sites first, in the draft's order: `combine` pairs them with their tensors by position.
     return modules + build_head_modules(model, draft.heads, meta=meta)
 
 
@@ -73,8 +74,9 @@ def admit(model: nn.Module, draft: AdapterDraft, modules: Sequence[BuiltModule] 
     """
     attach(model, draft.name, draft.config, modules_for(model, draft) if modules is None else modules, draft.layouts)
     if isinstance(draft.config, FusionConfig):
+        # Not before: a plan of the fusion needs its modules, which must be in the sites.
         try:
             check_plans(model, state_of(model), fusions_of(model)[draft.name])
-        except BaseException:
+        except BaseException:  # an interrupt must not leave the fusion there either
             detach(model, draft.name)
             raise

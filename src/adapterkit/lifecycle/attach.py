@@ -47,12 +47,15 @@ def attach(
     with ACTIVATION_LOCK:
         before, state.layouts = state.layouts, state.layouts if layouts is None else layouts
         try:
+            # What is active was checked against what was seen before; its rows may turn out to lie elsewhere.
             for composition in state.activation.scheduled if state.layouts is not before else ():
                 check_plans(model, state, composition)
         except AdapterKitError:
             state.layouts = before
             raise
+        # Only now: where `add` fails, a model that was never wrapped keeps no trace of it.
         model.__dict__[STATE] = state
+        # On a frozen base only what the user opens trains: a new adapter must not join the one in training.
         insert_modules(model, state, name, config, modules, trains=state.frozen is None)
 
 
@@ -71,12 +74,13 @@ def insert_modules(
         site = host._modules.get(SITE)
         if not isinstance(site, AdapterSite):
             site = host._modules[SITE] = AdapterSite(state, built.path)
-            site.train(host.training)
+            site.train(host.training)  # a new module is in training mode, whatever its host is in
         spec = built.spec
         reads_more = isinstance(spec, SiteSpec) and (spec.residual is not None or acting_at(spec.at).reads_forward)
         handover = Handover[Any]() if reads_more else None
         open_parameters(built.module.train(host.training), trains=trains)
         site.insert(name, built.module, config, spec, handover)
+    # A path for each module, so that a host with two of them is there twice.
     state.hosts[name] = (*state.hosts.get(name, ()), *(built.path for built in modules))
     refresh(model, state)
 
@@ -88,6 +92,7 @@ def drop_modules(model: nn.Module, name: str, path: str, keys: Container[str] | 
     if name in site.entries:
         site.discard(name, keys)
     if not site.entries:
+        # Here, since `sync_site_hooks` goes from site to site, and would not come by this host again.
         for kind in (kind for acting in ACTING for kind in (acting.before, acting.after) if kind is not None):
             remove_hooks(host, kind)
         del host._modules[SITE]
@@ -101,7 +106,7 @@ def detach(model: nn.Module, name: str) -> None:
     """
     state = state_of(model)
     with ACTIVATION_LOCK:
-        state.activation.forget(name)
+        state.activation.forget(name)  # first: it raises where another thread runs the adapter
         state.hosts.pop(name, None)
         for path, _, _ in list(sites_of(model)):
             drop_modules(model, name, path)
@@ -123,6 +128,7 @@ def state_of(model: nn.Module) -> ModelState:
     """
     state, modules = find_state(model) or ModelState(), dict(model.named_modules())
     apart = [path for path, _, site in sites_among(modules) if site.state is not state]
+    # A state belongs on the root, whose path is "". One further down is of a part that was wrapped alone.
     apart += [path for path, module in modules.items() if path and STATE in module.__dict__]
     if apart:
         raise CompatibilityError(
@@ -148,6 +154,7 @@ def check_unsharded(model: nn.Module) -> None:
     """
     kinds = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
     for path, module in model.named_modules():
+        # All bases: `fully_shard` gives a module a new class of its own, with FSDPModule among its bases.
         found = kinds & {base.__name__ for base in type(module).__mro__}
         if found:
             raise ConfigError(

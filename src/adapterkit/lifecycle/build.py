@@ -55,6 +55,7 @@ def build_modules(model: nn.Module, config: Config, sites: Sequence[SiteSpec], *
     """
     built = []
     for index, member in enumerate(members(config)):
+        # Each member apart: one with a seed starts the same, whatever other members a union has.
         with seeded(member.seed, meta=meta):
             built += _build(model, member, [site for site in sites if site.member == index])
     _check_order(built)
@@ -81,6 +82,7 @@ def build_fusion_modules(
 def _near_hosts(model: nn.Module, built: list[BuiltModule]) -> list[BuiltModule]:
     """Move each module to where its host computes."""
     for one in built:
+        # Moved, not made there: a seed gives the same values on every device, since all are drawn on the CPU.
         one.module.to(device_near(model, one.path))
     return built
 
@@ -124,6 +126,7 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
     sites of a file are in the model's order; those of a config need not be.
     """
     method = method_of(config)
+    # By every path of a shared module: a site may go by any of them.
     order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     dtypes = {site.path: dtype_at(model, site.path, config.dtype) for site in sites}
     # First, so that a seed gives the same shared tensors however many sites there are.
@@ -137,6 +140,7 @@ def _build(model: nn.Module, config: AdapterConfig, sites: Sequence[SiteSpec]) -
         built |= {id(site): module if site is first else TiedModule(module) for site in tied}
     modules = [BuiltModule(site.path, built[id(site)], site) for site in sites]
     if shared is not None:
+        # A TiedModule has no tensors, and calls the module that it stands for: it needs to borrow nothing.
         holding = [one for one in modules if not isinstance(one.module, TiedModule)]
         owner = min(holding, key=lambda one: order[one.path]).module
         share(shared, [one.module for one in holding], owner=owner)
@@ -185,6 +189,8 @@ def tied_groups(model: nn.Module, sites: Sequence[SiteSpec]) -> list[list[SiteSp
     groups: dict[object, list[SiteSpec]] = {}
     for site in sites:
         parameter = parameter_at(model.get_submodule(site.path), site.parameters[0]) if site.parameters else None
+        # A tied weight is one Parameter under two names, so its `id` groups them. Tag and slices tell several modules at
+        # one Parameter apart: each has its own counterpart under the other name.
         groups.setdefault(site if parameter is None else (id(parameter), site.tag, site.slices), []).append(site)
     return list(groups.values())
 
@@ -195,15 +201,16 @@ def parameter_near(model: nn.Module, path: str) -> torch.Tensor:
         for _, tensor in base_tensors(model.get_submodule(around)):
             if tensor.is_floating_point():
                 return tensor
-    return torch.empty(0)
+    return torch.empty(0)  # a model without tensors: torch's default device and dtype
 
 
 def device_near(model: nn.Module, path: str) -> torch.device:
     """Return the device on which the host computes: that of its parameters, or where accelerate moves them to."""
     for around in ancestors(path):
+        # accelerate may keep weights on the meta device, and bring them to this one for each forward.
         device = getattr(getattr(model.get_submodule(around), "_hf_hook", None), "execution_device", None)
         if device is not None:
-            return torch.empty(0, device=device).device
+            return torch.empty(0, device=device).device  # it may be an index, such as 0
     return parameter_near(model, path).device
 
 

@@ -32,7 +32,7 @@ class FrozenNormHook(KitHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Switch this norm, and no other module, to eval mode, if `model.train()` switched it on. Shape: any."""
         if module.training:
-            module.training = False
+            module.training = False  # not `eval()`, which would reach its children as well
 
 
 class ScriptedNormsHook(KitHook):
@@ -60,6 +60,7 @@ class CheckpointAware(KitHook):
 
     def is_idle(self) -> bool:
         """Tell whether nothing needs this hook now."""
+        # A compiler cannot trace `requires_grad_`.
         if torch.compiler.is_compiling():
             return True
         return bool(self.flagged) and not any(module.gradient_checkpointing for module in self.flagged)
@@ -102,11 +103,13 @@ def freeze(model: nn.Module, state: ModelState, *, reentrant: bool = True) -> No
             in requires one. It is asked of models alone that do not say so themselves.
     """
     modules = modules_by_path(model)
+    # A model may be frozen before it has an adapter: then its state is not on it yet.
     model.__dict__[STATE] = state
     if state.frozen is None:
+        # Once: a second call would find the flags that the first one set, and `unfreeze` would restore those.
         state.frozen = Frozen(
             requires_grad={name: p.requires_grad for name, p in base_parameters(model)},
-            digests=base_digests(model),
+            digests=base_digests(model),  # by these `kit.verify` proves that θ did not move
             own_mode={
                 path: module.training
                 for path, module in modules.items()
@@ -118,6 +121,7 @@ def freeze(model: nn.Module, state: ModelState, *, reentrant: bool = True) -> No
     scripted = scripted_norms(model)
     for norm in scripted:
         norm.training = False  # at once, for what does not run through the model's own forward
+    # Models that say so themselves are asked in each forward (`is_idle`), whatever the user says: decision 0005.
     starts = reentrant or any(map(_says_whether_checkpointed, modules.values()))
     for module in modules.values():
         keep_hook(module, FrozenNormHook, state, is_wanted=has_running_statistics(module) and not is_scripted(module))
@@ -146,10 +150,12 @@ def unfreeze(model: nn.Module, state: ModelState) -> None:
     if state.frozen is None:
         return
     for name, parameter in base_parameters(model):
+        # One that came after `freeze` has no flag to go back to, and stays as it is.
         parameter.requires_grad_(state.frozen.requires_grad.get(name, parameter.requires_grad))
     modules = modules_by_path(model)
     for path, module in modules.items():
         if has_hook(module, FrozenNormHook) or (is_scripted(module) and has_running_statistics(module)):
+            # The hook has put it in eval mode. `own_mode` has it only if it differed from the module around it before.
             around = _mode_around(path, modules)
             module.training = state.frozen.own_mode.get(path, module.training if around is None else around)
         for kind in (FrozenNormHook, ScriptedNormsHook, StreamStartHook, RootInputHook):
@@ -200,6 +206,7 @@ def set_training(model: nn.Module, state: ModelState, name: str, *, trains: bool
 
 def has_running_statistics(module: nn.Module) -> bool:
     """Tell whether the module normalises with running statistics (BatchNorm, InstanceNorm and their like)."""
+    # With track_running_stats=False the two are registered, as None.
     held = {name for name, buffer in module._buffers.items() if buffer is not None}
     return {"running_mean", "running_var"} <= held
 

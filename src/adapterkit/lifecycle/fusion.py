@@ -68,9 +68,11 @@ def add_fusion(
     if not isinstance(fuse, Fuse):
         raise ConfigError(f"add_fusion takes an ak.Fuse('a', 'b'); found {fuse!r}")
     check_free(model, fuse.fusion)
+    # `names_in` names the fusion as well, which there is not yet.
     for name in [name for name in names_in(fuse) if name != fuse.fusion]:
         check_known(model, name)
     expanded(fuse, fusions_of(model))  # refuses a fusion among the children
+    # In the config, so that a file of the fusion says what it weighs.
     config = config.override({"children": tuple(map(to_json, fuse.children))})
     sites = fusion_sites(model, fuse, config)
     admit(model, AdapterDraft(fuse.fusion, config, sites, find_heads(model, heads, example_inputs)))
@@ -94,6 +96,7 @@ def _sites(model: nn.Module, fuse: Fuse, config: FusionConfig) -> Iterator[SiteS
     """Yield each tensor that children change, as a site of the fusion."""
     for path, _, site in sites_of(model):
         specs = [located(entry.spec, path) for name in names_in(fuse) for entry, _ in site.adapting(name)]
+        # One site for each way of acting. Reversed, so that of several the first child's spec is the one that stays.
         for spec in {spec.at: spec for spec in reversed(specs)}.values():
             if acting_at(spec.at).is_shared:
                 changed = f"the Parameter {spec.parameters[0]!r}" if spec.parameters else f"the host's {spec.at}"
@@ -150,6 +153,7 @@ def anneal(model: nn.Module, name: str) -> None:
     for _, _, site in sites_of(model):
         for _, module in site.modules_of(name):
             if isinstance(module, Fusion) and module.temperature > 1:
+                # In place: a compiled graph goes on reading this buffer, and need not be made anew.
                 module.temperature.sub_(_config(site, name).temperature_step).clamp_(min=1)
 
 
@@ -160,6 +164,7 @@ def prune(model: nn.Module, state: ModelState, name: str, keep: Sequence[Composi
     if unknown:
         raise ConfigError(f"the fusion {name!r} weighs {list(fuse.children)}; it cannot keep {unknown}")
     kept = [child for child in fuse.children if child in keep]
+    # The modules stay as they are: no parameter of a fusion depends on how many children it weighs.
     pruned = Fuse(*kept, name=name)
     if any(name in names_in(held) for held in state.activation.scheduled):
         raise CompatibilityError(

@@ -24,6 +24,7 @@ def unwrap(model: nn.Module, state: ModelState) -> None:
     """
     for name in adapter_names(model):
         state.activation.check_forgettable(name)  # first: what raises here leaves all as it was
+    # While the sites are there: they hold the original weights.
     unmerge_all(model, state)
     activate(model, state, None)
     unfreeze(model, state)

@@ -189,6 +189,7 @@ class BottleneckAdapter(AnyBottleneck):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype))
 
+        # As nn.Linear has them: weights are (out, in).
         self.down_weight, self.down_bias = parameter(bottleneck_size, self.input_size), parameter(bottleneck_size)
         self.up_weight, self.up_bias = parameter(output_size, bottleneck_size), parameter(output_size)
         self._add_options(dtype)
@@ -202,11 +203,11 @@ class BottleneckAdapter(AnyBottleneck):
         if self.init == "bert":
             nn.init.normal_(weight, std=0.02)
         elif self.init == "houlsby":
-            nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
+            nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)  # cut off at two standard deviations
         elif name == "up_weight":
             nn.init.zeros_(weight)
         else:
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear: within 1 / sqrt(fan_in)
 
     @property
     def compute_dtype(self) -> torch.dtype:

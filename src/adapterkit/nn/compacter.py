@@ -113,7 +113,7 @@ class CompacterAdapter(AnyBottleneck):
     ) -> None:
         if phm_dim < 1 or (rank is not None and rank < 1):
             raise ConfigError(f"phm_dim and rank must be positive; found phm_dim={phm_dim}, rank={rank}")
-        super().__init__(output_size, phm_dim * -(-bottleneck_size // phm_dim), **options)
+        super().__init__(output_size, phm_dim * -(-bottleneck_size // phm_dim), **options)  # rounded up: -(-10 // 4) is 3
         self.phm_dim, self.rank, self.init = phm_dim, rank, init
         self.shared_rule, self.shared_factors = shared_rule, shared_factors
         rules = {} if shared_rule else {"down_rule": (phm_dim,) * 3, "up_rule": (phm_dim,) * 3}
@@ -138,11 +138,12 @@ class CompacterAdapter(AnyBottleneck):
         return self._project(z) if self._is_plain else self._full_forward(z, x)
 
     def _project(self, h: Tensor) -> Tensor:
-        return self._phm(self._activation(self._phm(h, "down")), "up")
+        return self._phm(self._activation(self._phm(h, "down")), "up")  # (..., input) -> (..., bottleneck) -> (..., output)
 
     def _phm(self, h: Tensor, which: Literal["down", "up"]) -> Tensor:
         """Apply the down- or the up-projection. Shape: (..., input) to (..., output), of the projection."""
         own = own_tensors(self)
+        # Where nothing is shared, nobody sets `self.shared`.
         shared = own_tensors(self.shared) if self.shared_rule or self.shared_factors else own
         factors = shared if self.shared_factors else own
         rule = shared["rule"] if self.shared_rule else own[f"{which}_rule"]

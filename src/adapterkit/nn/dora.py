@@ -67,6 +67,7 @@ class DoRA(nn.Module):
         self.scaling, self.dropout, self.init = scaling, dropout, init
         self.lora_A = nn.Parameter(torch.empty(self.low_rank.a_shape, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.low_rank.b_shape, dtype=dtype))
+        # That of B without its rank and kernel: (covered,), after the leading axes of a Parameter.
         shape = self.low_rank.b_shape[: -1 - len(projection.kernel)]
         if magnitude is not None and magnitude.shape != shape:
             raise ConfigError(f"magnitude has shape {tuple(magnitude.shape)}, and there are {shape} output features")
@@ -90,13 +91,15 @@ class DoRA(nn.Module):
         low_rank, dtype = self.low_rank, self.compute_dtype
         weight: Tensor = host.weight  # type: ignore[assignment]  # a projection has one
         bias: Tensor | None = getattr(host, "bias", None)
-        factor = self._factor(weight)
+        factor = self._factor(weight)  # (covered,)
         # A host may compute in a narrower dtype than it stores, under autocast: x decides.
-        product = x.to(dtype)
+        product = x.to(dtype)  # W z, once the bias is taken off
         if bias is not None:
             product = product - low_rank.over_channels(bias.to(x.dtype).to(dtype))
         h = low_rank.down(z, self.lora_A, dropout=self.dropout if self.training else 0.0)
+        # g scales the rows of B, which is much smaller than the output.
         b = self.lora_B * (factor * self.scaling).view(-1, *[1] * (self.lora_B.dim() - 1))
+        # `spread` fills with zeros, so g - 1 is spread: features outside the slices have a g of 1.
         return low_rank.over_channels(low_rank.layout.spread(factor - 1)) * product + low_rank.up(h, b)
 
     def weight_delta(self) -> Tensor:

@@ -93,9 +93,11 @@ class Fusion(nn.Module):
         weights = F.dropout(attention, self.dropout, self.training)
         mixed = (weights.unsqueeze(-2) @ deltas).squeeze(-2)  # (..., hidden)
         if self.residual_before:
+            # Each child is weighed with x added to it, so x has the sum of the weights: 1, but for dropout.
             mixed = mixed + weights.sum(-1, keepdim=True) * x
         if self.value_weight is not None:
             mixed = F.linear(mixed, self.value_weight)
+        # The site adds x to what is returned, and here it is in already.
         return (mixed - x if self.residual_before else mixed), attention
 
     def distance_to_identity(self) -> Tensor:

@@ -60,6 +60,7 @@ class IA3(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the delta for the site. Shape: z, x and result (..., width)."""
+        # `spread` fills with zeros: outside the slices a factor of 1 is a difference of 0.
         return x * self.layout.spread(self.ia3_l - 1)
 
     def adapted(self, weight: Tensor) -> Tensor:
@@ -74,7 +75,10 @@ class IA3(nn.Module):
         """
         projection, weight = self.projection, tensors["weight"]
         if projection is None:
-            raise CompatibilityError("IA3 at a module that is no projection has no weight to be merged into")
+            raise CompatibilityError(
+                f"IA3 at a module that is no projection has no weight to be merged into: it scales {self.layout.width} "
+                f"features of the module's {self.scales}. Activate it beside the module instead"
+            )
         if projection.max_norm is not None:
             raise CompatibilityError(f"an embedding with max_norm={projection.max_norm} would shorten the scaled rows")
         factors = 1 + self.layout.spread(self.ia3_l - 1)  # (width,)
@@ -83,6 +87,7 @@ class IA3(nn.Module):
         shape = [1] * weight.dim()
         shape[projection.out_axis] = -1
         merged = {"weight": weight * factors.view(shape)}
+        # The bias is part of the output that l scales.
         return {**merged, "bias": tensors["bias"] * factors} if "bias" in tensors else merged
 
     @staticmethod
@@ -94,7 +99,7 @@ class IA3(nn.Module):
             return factors.view(shape)
         # The outputs of one group see the inputs of that group only.
         each = factors.view(projection.groups, -1).repeat_interleave(projection.out_features // projection.groups, 0)
-        return each.view(*each.shape, *(1 for _ in projection.kernel))
+        return each.view(*each.shape, *(1 for _ in projection.kernel))  # (out, in / groups, 1, ...)
 
     def extra_repr(self) -> str:
         """Return the sizes, for `print(model)`."""
@@ -104,7 +109,10 @@ class IA3(nn.Module):
 def _check(projection: Projection, width: int, scales: Literal["output", "input"]) -> None:
     """Refuse what the projection's tensor cannot be."""
     if scales == "input" and projection.kind == "embedding":
-        raise ConfigError("the input of an embedding is ids, which cannot be scaled; scale its output")
+        raise ConfigError(
+            f"the input of an embedding is ids, which cannot be scaled; found scales={scales!r} for an embedding of "
+            f"{projection.in_features} ids. Scale its output"
+        )
     expected = projection.out_features if scales == "output" else projection.in_features
     if width != expected:
         raise ConfigError(f"the {scales} of this {projection.kind} has {expected} features; found width={width}")

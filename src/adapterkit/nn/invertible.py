@@ -66,6 +66,7 @@ class Coupling(nn.Module):
         first, second = width // 2, width - width // 2
         inner = max(1, int(first // reduction_factor))
         outputs = 2 if block == "glow" else 1  # s and t, or t alone
+        # F reads the second half to change the first. G reads the first to change the second.
         for name, read, written in (("f", second, first), ("g", first, second)):
             for layer, shape in (("down", (inner, read)), ("up", (outputs * written, inner))):
                 self.register_parameter(f"{name}_{layer}_weight", nn.Parameter(torch.empty(shape, dtype=dtype)))
@@ -162,6 +163,7 @@ class InvertibleAdapter(nn.Module):
 
 def _do(half: Tensor, log_scale: Tensor | None, shift: Tensor) -> Tensor:
     """Return what half * exp(log_scale) + shift adds to half. Shape: (..., half)."""
+    # expm1, since exp(s) - 1 would lose its digits where s is near 0, as it is in a new adapter.
     return shift if log_scale is None else half * torch.expm1(log_scale) + shift
 
 

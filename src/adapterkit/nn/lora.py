@@ -111,7 +111,8 @@ class LoRA(nn.Module):
             gate = F.embedding(z, self.gate_weight.t()) + self.gate_bias  # (..., 1)
         else:
             gate = F.linear(z.movedim(axis, -1), self.gate_weight, self.gate_bias).movedim(-1, axis)
-        gate = torch.sigmoid(gate)
+        gate = torch.sigmoid(gate)  # of size 1 on the axis of features
+        # All axes but those of the rows and the features: tokens, or what is spatial.
         tokens = [n for n in range(gate.dim()) if n not in (self.batch_axis % gate.dim(), axis % gate.dim())]
         return gate.mean(dim=tokens, keepdim=True) if tokens else gate
 
@@ -146,11 +147,17 @@ class LoRA(nn.Module):
             CompatibilityError: the adapter is gated, or has a bias where the host has none.
         """
         if "gate_weight" in self._parameters:
-            raise CompatibilityError("a gated LoRA cannot be merged: its gate depends on the input")
+            raise CompatibilityError(
+                f"a gated LoRA cannot be merged: its gate depends on the input, of {self.low_rank.projection.in_features} "
+                "features. Activate it beside the layer instead"
+            )
         merged = {"weight": self.adapted(tensors["weight"])}
         if "lora_bias" in self._parameters:
             if "bias" not in tensors:
-                raise CompatibilityError("this LoRA has a trained bias and the host has none to merge it into")
+                raise CompatibilityError(
+                    f"this LoRA has a trained bias of {len(self.lora_bias)} features and the host has none to merge it "
+                    "into. Activate it beside the layer instead, or train one with bias=False"
+                )
             merged["bias"] = tensors["bias"] + self._bias_delta()
         return merged
 
@@ -170,6 +177,7 @@ def reset_pair(low_rank: LowRank, a: Tensor, b: Tensor, init: LoRAInit) -> None:
         nn.init.normal_(b)
     else:
         # In one bound for all leading axes of a Parameter: each of its matrices is a projection of its own.
+        # 1 / sqrt(fan_in) is the bound of kaiming_uniform_ with a = sqrt(5), which nn.Linear has.
         fan_in = a.shape[-1] if low_rank.projection.kind == "parameter" else a[0].numel()
         nn.init.uniform_(a, -(fan_in**-0.5), fan_in**-0.5)
         nn.init.zeros_(b)

@@ -20,7 +20,7 @@ class TiedModule(nn.Module):
 
     def __init__(self, trained: nn.Module) -> None:
         super().__init__()
-        self.__dict__["trained"] = trained
+        self.__dict__["trained"] = trained  # past nn.Module.__setattr__, which would make it a child
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -115,7 +115,7 @@ class VeRA(nn.Module):
         """Return the delta for the host's output. Shape: as x."""
         if self.dropout and self.training:
             z = F.dropout(z, self.dropout)
-        h = F.linear(z, self._a())
+        h = F.linear(z, self._a())  # (..., rank)
         h = (h.unsqueeze(-2) * self.lambda_d).flatten(-2)  # (..., slices * rank)
         return F.linear(h, self._b())
 
@@ -139,6 +139,7 @@ class VeRA(nn.Module):
 
     def _a(self) -> Tensor:
         """Return A of this site. Shape: (rank, in)."""
+        # The bases lie where the first site does, in its dtype; this one may be on another device.
         return self.shared.vera_A[:, : self.projection.in_features].to(self.lambda_d)
 
     def _b(self) -> Tensor:
@@ -148,6 +149,7 @@ class VeRA(nn.Module):
     def _rows(self) -> Tensor:
         """Return B of the features that the slices cover, scaled by `lambda_b`. Shape: (covered, rank)."""
         b = self.shared.vera_B.to(self.lambda_b)
+        # Every slice starts at the first row of B, as a layer of its own would: q and v of 64 features both take b[:64].
         rows = self.layout.gather([b[:size] for size in self.layout.sizes()])
         return rows * self.lambda_b.unsqueeze(-1)
 

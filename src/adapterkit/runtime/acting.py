@@ -54,6 +54,7 @@ class Acting:
 
 def _adapt_weight(entry: SiteEntry, active: Composition, _module: nn.Module) -> Step:
     """Make the step that changes a Parameter."""
+    # e.g. ("attn.in_proj_weight",) becomes ((("attn",), "in_proj_weight"),)
     owners = [name.split(".") for name in entry.spec.parameters]
     return AdaptWeight(entry.key, active, tuple((tuple(way), leaf) for *way, leaf in owners))
 

@@ -30,6 +30,7 @@ class LoadLog:
     @classmethod
     def of(cls, missing: list[str]) -> LoadLog:
         """Return the log of the `load_state_dict` call that collects these missing keys."""
+        # torch hands one list through a whole call: another list means another call.
         log = THIS_CALL.loading
         if not isinstance(log, cls) or log.missing is not missing:
             log = THIS_CALL.loading = cls(missing)
@@ -37,6 +38,7 @@ class LoadLog:
 
     def settle(self) -> None:
         """Take the absent adapters' keys out of the missing ones; put them back if the adapter turned up after all."""
+        # After each site, in turn: a later one may have tensors of an adapter that the earlier ones missed.
         for name, starts in self.absent.items():
             if name in self.present:
                 self.missing.extend(self.forgiven.pop(name, []))
@@ -54,11 +56,13 @@ def warn_if_saved_as_base(destination: Mapping[str, Any]) -> None:
     Args:
         destination: What the call of `state_dict` has collected so far. Only the first site that it meets warns.
     """
+    # e.g. "encoder._adapterkit.sst2.down_weight": a site came before this one, and has warned.
     if any(SITE in key.split(".") for key in destination):
         return
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_name != "save_pretrained":
         frame = frame.f_back
+    # What calls `save_pretrained`: `_save` is the Trainer's.
     if frame.f_back is not None and frame.f_back.f_code.co_name != "_save":
         warnings.warn(
             "save_pretrained is writing adapters into the base model's file, where from_pretrained will not find them. "

@@ -76,6 +76,7 @@ class ForwardHook(KitHook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Leave the call for the sites. Shape: any."""
+        # More arguments than names are those of a *args: they have no name.
         call = ForwardCall({**dict(zip(self.names, args, strict=False)), **kwargs})
         for handover in self.handovers:
             if handover.wanted:

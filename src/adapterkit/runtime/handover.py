@@ -52,7 +52,8 @@ class Handover(Generic[T]):
         value, version = THIS_CALL.handed.pop(id(self), (None, None))
         if version is not None and value._version != version:
             raise CompatibilityError(
-                "the model changes its residual stream in place before the adapter reads it; adapt another site"
+                f"the model changes its residual stream in place before the adapter reads it: a tensor of shape "
+                f"{tuple(value.shape)}, changed {value._version - version} times; adapt another site"
             )
         return value  # type: ignore[no-any-return]  # what was given
 

@@ -106,10 +106,12 @@ class WeightHook(KitHook):
         steps = site.steps.get("weight")
         if not steps or not site.state.activation.check(steps[0].adapter):
             return
+        # Map the module that holds a Parameter, and its name there, to the tensor that the host is to read.
         changed: dict[tuple[nn.Module, str], Tensor] = {}
         for step in steps:
             changed = step(site, module, args, kwargs, changed)
         if torch.compiler.is_compiling():
+            # A compiler can trace neither locks nor thread-locals. It sees the attribute set and removed in one graph.
             for (owner, leaf), tensor in changed.items():
                 owner.__dict__[leaf] = tensor
         else:
@@ -132,7 +134,7 @@ class WeightEndHook(KitHook):
             return
         site: Any = module._modules[SITE]
         for step in site.steps.get("weight", ()):
-            for owner, leaf in step.places(module):
+            for owner, leaf in step.places(module):  # as `WeightHook` put them: without `put_weights`
                 owner.__dict__.pop(leaf, None)
 
 
@@ -197,6 +199,7 @@ def require_input_grad(value: Any, path: pytree.Path | None = None) -> Any:
     if path is None or not torch.is_grad_enabled():
         return None
     tensor: Tensor = pytree.get(value, path)
+    # torch.func refuses `requires_grad_` on the tensors that it transforms.
     if tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     # A clone: the model may go on to change the tensor in place, which a leaf that requires grad forbids.
@@ -217,7 +220,7 @@ def set_hook(module: nn.Module, hook: KitHook, state: ModelState) -> None:
     else:
         flags: dict[str, bool] = {"with_kwargs": True, "prepend": hook.is_first, "always_call": hook.always}
         handle = module.register_forward_hook(called, **flags)
-    state.last_hook_id = handle.id
+    state.last_hook_id = handle.id  # see `ModelState.__setstate__`
 
 
 def update_hook(module: nn.Module, hook: KitHook, state: ModelState) -> None:
@@ -250,5 +253,5 @@ def remove_hooks(module: nn.Module, kind: type[KitHook] = KitHook) -> None:
     )
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
-            for held in (hooks, *flags):
+            for held in (hooks, *flags):  # torch keeps a hook's flags by its number, apart from it
                 held.pop(number, None)

@@ -88,7 +88,7 @@ class Adapters:
     @property
     def configs(self) -> dict[str, Config | FusionConfig]:
         """Map the name of each adapter to its config, and of each fusion."""
-        return {name: held[0].entry.config for name, held in self._held.items()}
+        return {name: held[0].entry.config for name, held in self._held.items()}  # every entry has the whole config
 
     def modules(self, name: str) -> list[HeldModule]:
         """Return the modules of one adapter, heads too, in the model's order."""
@@ -120,6 +120,7 @@ def fusions_of(model: nn.Module) -> dict[str, Fuse]:
     for name, config in configs.items():
         if isinstance(config, FusionConfig):
             unnamed = Fuse(*(from_json(child) for child in config.children))  # type: ignore[arg-type]  # no None
+            # A Fuse without a name is called "a,b" after its children. Naming it so would make it another value.
             found[name] = unnamed if unnamed.fusion == name else Fuse(*unnamed.children, name=name)
     return found
 

@@ -28,6 +28,7 @@ def fingerprint(model: nn.Module) -> str:
 def originals_of(model: nn.Module) -> dict[int, Tensor]:
     """Map the `id` of each Parameter into which adapters are merged to the tensor that it was before."""
     return {
+        # By the `id`: one site has the original of a tied Parameter, and it counts under all of its names.
         id(parameter_at(host, name)): original.value
         for _, host, site in sites_of(model)
         for name, original in site.originals.items()

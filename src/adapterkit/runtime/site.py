@@ -120,6 +120,7 @@ class AdapterSite(nn.Module):
         """Hold a module of an adapter for this host, after those that it has here already."""
         there = self.entries.get(name, ())
         taken = {entry.key for entry in there}
+        # e.g. "sst2", then "sst2%+1". The first that is free, since an earlier module (a head) may have been removed.
         key = next(key for index in range(len(there) + 1) if (key := site_key(name, index)) not in taken)
         if isinstance(spec, SiteSpec):
             entry: Entry = SiteEntry(key, config, spec, handover)
@@ -178,7 +179,7 @@ class AdapterSite(nn.Module):
     ) -> None:
         log = LoadLog.of(missing_keys)
         for name, entry in ((name, entry) for name, entries in self.entries.items() for entry in entries):
-            start = f"{prefix}{entry.key}."
+            start = f"{prefix}{entry.key}."  # e.g. "encoder._adapterkit.sst2."
             if any(key.startswith(start) for key in state_dict):
                 log.present.add(name)
             else:
@@ -186,6 +187,7 @@ class AdapterSite(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
+# Attributes that `__init__` sets are not in the `dir` of the class.
 _RESERVED = frozenset(dir(AdapterSite)) | {
     "state", "entries", "steps", "originals", "host_path", "training", "call",
 }  # fmt: skip
@@ -203,9 +205,9 @@ def module_key(name: str, reserved: Container[str] = ()) -> str:
         name: The adapter's name.
         reserved: Attribute names that a child module must not take.
     """
-    key = name.replace("%", "%25").replace(".", "%2E")
+    key = name.replace("%", "%25").replace(".", "%2E")  # "%" first: else that of "%2E" is spelled, too
     if key in reserved or key.startswith("_"):
-        key = "".join(f"%{byte:02X}" for byte in key[0].encode()) + key[1:]
+        key = "".join(f"%{byte:02X}" for byte in key[0].encode()) + key[1:]  # "state": "%73tate"
     return key
 
 

@@ -49,6 +49,7 @@ class Activation:
         self.active = active
         self._default = active  # what is active outside of every scope
         self._scopes: list[tuple[threading.Thread, Composition | None]] = []
+        # Weak keys: a thread that has ended expects nothing any more.
         self._expected: WeakKeyDictionary[threading.Thread, Composition | None] = WeakKeyDictionary()
         self._crowded = False  # more than one thread has asked for an adapter
         self._weights = 0  # how often adapters were merged into the weights, or taken out of them
@@ -110,8 +111,10 @@ class Activation:
         Threads inside other scopes keep their adapter; this one then may not run the model meanwhile.
         """
         me = threading.current_thread()
+        # Not the last of all: other threads may have opened scopes since.
         del self._scopes[max(i for i, (thread, _) in enumerate(self._scopes) if thread is me)]
         mine = next((name for thread, name in reversed(self._scopes) if thread is me), self._default)
+        # While another thread is in a scope, what is active and what this thread expects may differ: then `check` raises.
         self._set(self._scopes[-1][1] if self._scopes else self._default, expected=mine)
 
     @property
@@ -148,8 +151,10 @@ class Activation:
             return True
         if THIS_CALL.without_adapters:
             return False
-        THIS_CALL.ran = id(self), (running, self._weights)
+        THIS_CALL.ran = id(self), (running, self._weights)  # for `_check_recomputation`
+        # With one thread nothing can overtake it, and each hook is spared the look-up.
         if self._crowded:
+            # A thread that never activated anything takes what is active.
             expected = self._expected.get(threading.current_thread(), self.active)
             if not expected == self.active == running:
                 raise ActivationError(
@@ -177,6 +182,7 @@ class Activation:
     def _change(self, name: Composition | None, weights: int) -> None:
         """Write a change into the history, which a backward looks back on, and make it."""
         if not self._history:
+            # What was active until now, for forwards that ran before this first change: no node has a number below 0.
             self._history.append((-1, THIS_CALL.thread_key, (self.active, self._weights)))
         self._history.append((_sequence_number(), THIS_CALL.thread_key, (name, weights)))
         self.active, self._weights = name, weights
@@ -194,6 +200,7 @@ class Activation:
         me = THIS_CALL.thread_key
         started_by_python = not isinstance(threading.current_thread(), threading._DummyThread)
         changes = [(n, state) for n, thread, state in self._history if thread is me or not started_by_python]
+        # The last of these was active when the forward made its node.
         then = [state for number, state in changes if number <= node._sequence_nr()]
         now = self.active, self._weights
         if not changes:  # only other threads have changed it: compare with what this one ran last
@@ -201,8 +208,8 @@ class Activation:
             then = [ran if whose == id(self) else now]
         if then and then[-1][0] == self.active and then[-1] != now:
             raise ActivationError(
-                "an adapter was merged or unmerged between forward and backward: a checkpointed forward would be "
-                "recomputed with other weights. Call backward first."
+                f"an adapter was merged or unmerged between forward and backward: a checkpointed forward of {now[0]!r} "
+                "would be recomputed with other weights. Call backward first."
             )
         if not then or then[-1] != now:
             was = repr(then[-1][0]) if then else "another adapter"
@@ -261,7 +268,7 @@ class ModelState:
         self.merged: dict[str, tuple[bool, ...]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, omit_adapters=False)
+        self.__dict__.update(state, omit_adapters=False)  # a copy made in `base_checkpoint()` is not in that block
         # Hook ids are pickled as they are, but a new process counts from 0 again: without this, the next hook that
         # anyone registers would take the place of one of ours.
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.last_hook_id + 1)

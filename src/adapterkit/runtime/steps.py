@@ -62,6 +62,7 @@ class View(NamedTuple):
         where = torch.tensor(rows, device=self.x.device)
         if self.per_row == 1:
             return where
+        # Rows [0, 2] of 3 indices each lie at [0, 1, 2, 6, 7, 8].
         within = torch.arange(self.per_row, device=self.x.device)
         return (where[:, None] * self.per_row + within).flatten()
 
@@ -99,6 +100,7 @@ class Step:
 
 def plus(x: Tensor, delta: Tensor) -> Tensor:
     """Return x + delta, in x's dtype. Shape: both the same."""
+    # Out of place: the host may have saved x for its backward, or hand it to others.
     return x + (delta if delta.dtype is x.dtype else delta.to(x.dtype))
 
 
@@ -148,6 +150,7 @@ class AddDelta(Step):
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return the output (or the arguments) with its tensor x, shape (..., width), replaced by x + delta."""
+        # The usual output is a tensor alone, and is spared the search in containers.
         if isinstance(value, Tensor) and self.spec.output is None:
             return self._adapt(site, host, value)
         path = self.locate(value, in_call=self.spec.at == "input")
@@ -220,6 +223,7 @@ class AddDelta(Step):
                 path = spec.output or pytree.find(value)
             if path is not None and isinstance(pytree.get(value, path), Tensor):
                 return path
+        # The message below says more: what was found in the place of a tensor.
         except LookupError:
             pass
         found = [type(item).__name__ for item in value[0]] if in_call else type(value).__name__
@@ -307,7 +311,7 @@ class AddProjected(Step):
         """Return what is added to x. Shape: z as the host takes, x as it returns."""
         dtype = module.compute_dtype
         self._check_width(x)
-        if z.dtype is not dtype and z.is_floating_point():
+        if z.dtype is not dtype and z.is_floating_point():  # the ids of an embedding stay integers
             z = z.to(dtype)
         run = module if _has_hooks(module) else module.forward
         delta: Tensor = run(z, x, host)
@@ -343,12 +347,16 @@ class AdaptWeight(Step):
         return (self.key,)
 
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
-        """Add to `value`, which maps (owner, name) to a tensor, the changed Parameter that the host is to read."""
+        """Add to `value`, which maps (owner, name) to a tensor, the changed Parameter that the host is to read.
+
+        Shape: as the Parameter.
+        """
         module: Any = site._modules[self.key]
         before: Any = None
         for owner, leaf in self.places(host):
             weight: Any = value.get((owner, leaf))
             if weight is None:  # not by getattr, which may find what another thread runs with
+                # Replicas of nn.DataParallel hold tensors among their attributes.
                 weight = owner._parameters[leaf] if leaf in owner._parameters else owner.__dict__[leaf]
             if weight is not before:  # under another name it is the same one
                 before, changed = weight, module.adapted(weight)

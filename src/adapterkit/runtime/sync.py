@@ -32,7 +32,7 @@ __all__ = ["forget_compiled", "sync_site_hooks"]
 
 def forget_compiled() -> None:
     """Make torch.compile trace anew: a graph that it made before hooks were added would run without them."""
-    if "torch._dynamo" in sys.modules:
+    if "torch._dynamo" in sys.modules:  # what never compiled has nothing to forget, and importing it is slow
         torch._dynamo.reset()
 
 
@@ -46,7 +46,7 @@ def sync_site_hooks(model: nn.Module, state: ModelState) -> None:
         _open_ports(path, site, modules, ports)
         encoders |= {above for above in ancestors(path) if isinstance(modules.get(above), nn.TransformerEncoder)}
     for path, module in modules.items():
-        port = ports.get(path, StreamPort())
+        port = ports.get(path, StreamPort())  # `get`, since `[]` would make an entry
         _keep_pre_hook(module, StreamHook, state, is_wanted=bool(port.gives))
         keep_hook(module, ClearHook, state, is_wanted=bool(port.clears))
         keep_hook(module, EncoderHook, state, is_wanted=path in encoders)
@@ -88,9 +88,10 @@ def _open_ports(path: str, site: AdapterSite, modules: dict[str, nn.Module], por
     for entry in (entry for entry in entries if isinstance(entry, SiteEntry)):
         spec = located(entry.spec, path)
         if entry.handover and acting_at(spec.at).reads_forward:
-            ports[""].clears.append(entry.handover)
+            ports[""].clears.append(entry.handover)  # "" is the model: the call is of use until it ends
         elif entry.handover and spec.residual is not None:
             ports[spec.residual].gives.append((entry.handover, spec.input))
+            # Once the module around both has ended, the site cannot run on this stream any more.
             ports[_called_around(spec.residual, path, modules)].clears.append(entry.handover)
     heads = [entry for entry in entries if isinstance(entry, HeadEntry) and entry.spec.above is not None]
     for root in {root_of(path, entry) for entry in heads}:

@@ -24,7 +24,7 @@ def put_weights(host: nn.Module, changed: Mapping[tuple[nn.Module, str], Tensor]
         host: The module that is about to run.
         changed: Map (module, name of its Parameter) to the tensor that it is to read.
     """
-    with _gates_lock:
+    with _gates_lock:  # two threads must not make a gate each
         gate = _gates.setdefault(host, threading.RLock())
     gate.acquire()
     THIS_CALL.swapped.append((host, {(owner, leaf): owner.__dict__.get(leaf, _NOTHING) for owner, leaf in changed}))
@@ -37,6 +37,7 @@ def put_weights(host: nn.Module, changed: Mapping[tuple[nn.Module, str], Tensor]
 
 def take_weights(host: nn.Module) -> None:
     """Undo the last `put_weights` of this thread, if it was for this host."""
+    # The hook that calls this runs after every call of the host, also where no step was active.
     if not THIS_CALL.swapped or THIS_CALL.swapped[-1][0] is not host:
         return
     for (owner, leaf), before in THIS_CALL.swapped.pop()[1].items():

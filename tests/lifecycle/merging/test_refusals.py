@@ -39,7 +39,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "bias of none": (
         lambda: nn.Sequential(nn.Linear(6, 4, bias=False)),
         LAYER.override({"bias": True}),
-        "trained bias and the host has none",
+        "trained bias of 4 features and the host has none",
     ),
     "tied": (lambda: Bound("Parameter"), ak.LoRAConfig(targets=["one"]), "'one'.*weight is shared with 'two.weight'"),
     "same memory": (lambda: Bound("memory"), ak.LoRAConfig(targets=["one"]), "weight is shared with 'two.weight'"),

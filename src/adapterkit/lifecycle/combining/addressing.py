@@ -44,7 +44,7 @@ def check_same_sites(sources: Sequence[Source]) -> None:
     """Raise TargetError unless all sources adapt the same tensors, and the same slices of them."""
     first, *others = sources
     for other in others:
-        differing = coverage(first.sites.values()) ^ coverage(other.sites.values())
+        differing = coverage(first.sites.values()) ^ coverage(other.sites.values())  # what one of the two covers alone
         if differing:
             paths = sorted({key.path for key, _ in differing})
             raise TargetError(

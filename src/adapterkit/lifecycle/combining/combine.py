@@ -80,6 +80,7 @@ def _is_number(weight: object) -> bool:
 def _copy(source: Source) -> Combined:
     """Return one adapter, or a member of it, as it is."""
     states = {key: module.state_dict() for key, module in source.modules.items()}
+    # Cloned: `_filled_modules` assigns these tensors, and training the copy must leave the original as it is.
     copies = {key: {name: tensor.detach().clone() for name, tensor in state.items()} for key, state in states.items()}
     return Combined(source.config, list(source.sites.values()), copies)
 
@@ -142,6 +143,6 @@ def _filled_modules(model: nn.Module, draft: AdapterDraft, combined: Sequence[Co
     modules = modules_for(model, draft, meta=True)
     for built, (key, one) in zip(modules, keys, strict=False):  # in the draft's order; the heads come last
         check_finite("the sum", {key: one.states[key]})
-        built.module.load_state_dict(one.states[key], assign=True)
+        built.module.load_state_dict(one.states[key], assign=True)  # there is no memory to copy into
         built.module.to(device_near(model, built.path))
     return modules

@@ -60,6 +60,7 @@ def _add_task_vectors(model: nn.Module, key: HeadKey, head: nn.Module, owners: S
     _check_labels(key, owners)
     originals = originals_of(model)  # the model's own is what it is without adapters merged into it
     models_own = model.get_submodule(key.path)
+    # With duplicates: a tied tensor has several names, and the head's state dict has it under each.
     held = chain(models_own.named_parameters(remove_duplicate=False), models_own.named_buffers(remove_duplicate=False))
     own = {name: originals.get(id(tensor), tensor) for name, tensor in held}
     terms = [(adapter.weight, adapter.heads[key][1].state_dict(keep_vars=True)) for adapter in owners]

@@ -126,6 +126,7 @@ def _term(source: Source, key: SiteKey, geometry: LowRank) -> _Term:
     """Return what a source adds at a site, as a pair for the slices that the result covers there."""
     held = source.modules[key]
     shared = borrowed(held)  # of all sites: not to be copied for each
+    # A copy, since `cpu` and `double` change a module in place: the source is in use.
     module: Any = copy.deepcopy(held, {id(shared): shared} if shared is not None else None).cpu().double()
     own = LowRank(geometry.projection, 1, source.sites[key].slices)
     # A VeRA of rank 4 becomes a LoRA of rank 4: its scales are multiplied into its frozen factors.

@@ -60,6 +60,7 @@ def averaged(sources: Sequence[Source]) -> Combined:
 
 def _transient(source: Source) -> set[str]:
     """Name the settings that matter while an adapter is made or trained, not for what it computes."""
+    # Of a LoRA these are {"seed", "dtype", "init", "dropout"}.
     return {"seed", "dtype", *source.config.at_start, *source.config.in_training}
 
 
@@ -106,7 +107,7 @@ def _weighted_sum(key: SiteKey, site: SiteSpec, sources: Sequence[Source], neutr
     state = {}
     for name, first in held[0].items():
         if name not in trained:
-            state[name] = first.detach().clone()
+            state[name] = first.detach().clone()  # frozen, such as the bases of a VeRA
             continue
         tensors = [own[name] for own in held]
         terms = [

@@ -83,6 +83,7 @@ def merged_weights(model: nn.Module, names: Sequence[str]) -> list[Change]:
     for path, host, site in sites_of(model):
         modules = [_Merged(name, entry, trained(held)) for name in names for entry, held in site.adapting(name)]
         if modules:
+            # A stable sort: adapters that act in one way stay in the order of `names`.
             modules.sort(key=lambda one: _merge_rank(path, one.adapter, one.entry.spec.at))
             changes += _HostWeights(path, host, site, ties, originals, changed_alike).changes_by(modules)
     _check_agree(changes, names)

@@ -78,7 +78,7 @@ def difference(
     # In double precision a small change stands out, whatever the host's own dtype is.
     dtype = torch.float32 if before["weight"].device.type == "mps" else torch.float64
     with untouched(host), without_adapters():
-        host.eval()
+        host.eval()  # dropout would make the runs differ; `untouched` restores the mode
         rest = {name: tensor.to(dtype) for name, tensor in _own_tensors(host) if tensor.is_floating_point()}
         before, after = ({**rest, **{n: t.to(dtype) for n, t in tensors.items()}} for tensors in (before, after))
         z = _some_input(projection, before["weight"], after["weight"])

@@ -75,7 +75,7 @@ def full_bottleneck(
     if dropout:
         branch = F.dropout(branch, dropout, training)
     if gate is not None:
-        branch = branch * row_gate(z, gate, batch_axis)
+        branch = branch * row_gate(z, gate, batch_axis)  # it reads z itself, before the norm
     if norm_after is None:
         return branch
     if residual_before_norm:
@@ -86,7 +86,7 @@ def full_bottleneck(
 def drop_rows(branch: Tensor, probability: float, batch_axis: int) -> Tensor:
     """Drop the branch of some rows, and scale the others up so that the mean stays. Shape: any, both the same."""
     keep = 1.0 - probability
-    shape = [size if axis == batch_axis else 1 for axis, size in enumerate(branch.shape)]
+    shape = [size if axis == batch_axis else 1 for axis, size in enumerate(branch.shape)]  # (batch, 1, ...): one draw a row
     kept = torch.rand(shape, device=branch.device) < keep
     return branch * kept / keep
 

@@ -67,7 +67,7 @@ class LowRank:
         """
         p = self.projection
         if p.kind == "embedding":
-            h = F.embedding(z, a.t(), p.padding_idx, scale_grad_by_freq=p.scale_grad_by_freq)
+            h = F.embedding(z, a.t(), p.padding_idx, scale_grad_by_freq=p.scale_grad_by_freq)  # (..., slices * rank)
             # Ids are one-hot rows, each with a single feature to drop.
             return h * F.dropout(torch.ones_like(h[..., :1]), dropout) if dropout else h
         if dropout:
@@ -83,6 +83,7 @@ class LowRank:
         p = self.projection
         if p.kind != "conv":
             return F.linear(h, self.layout.blocks(b))
+        # B's kernel is 1 on every axis: flat it is a matrix, (covered, rank).
         return pointwise(h, self.layout.blocks(b.flatten(1)), spatial=len(p.kernel), groups=p.groups)
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def factored(low_rank: LowRank, delta: Tensor) -> Pair:
     """
     p = low_rank.projection
     if p.groups > 1:
-        matrices = [torch.unflatten(delta.flatten(1), 0, (p.groups, -1))]
+        matrices = [torch.unflatten(delta.flatten(1), 0, (p.groups, -1))]  # (groups, out / groups, in / groups * kernel)
     else:
         rows = delta.t() if p.kind != "parameter" and p.out_axis == 1 else delta
         rows = rows.flatten(1) if p.kind == "conv" else rows
@@ -82,9 +82,11 @@ def refitted(low_rank: LowRank, wanted: LowRank, a: Tensor, b: Tensor) -> Pair:
         return a, b
     axis = b.dim() - 2 - len(low_rank.projection.kernel)  # of B's rows, and of A's
     if new.is_whole:
+        # The whole is one slice, of the rank of all: A keeps its rows, and B gets columns for each of them.
         return a, torch.unflatten(old.blocks(b.flatten(axis + 1)), -1, (-1, *b.shape[axis + 2 :]))
     rows = torch.unflatten(a, axis, (old.count, -1)).unbind(axis)
     of_slice = dict(zip([name for name, _ in old.slices], rows, strict=True))
+    # A slice that the pair did not have gets zeros in A and in B.
     grown = [of_slice.get(name, torch.zeros_like(rows[0])) for name, _ in new.slices]
     return torch.cat(grown, axis), new.pick(old.spread(b, axis), axis)
 
@@ -103,6 +105,7 @@ def _norm(low_rank: LowRank, a: Tensor, b: Tensor) -> float:
     """Return the Frobenius norm of a pair's delta. Shape: a and b at any rank."""
     squares = 0.0
     for rows, columns in _matrices(low_rank, a, b):
+        # With B = Q S and A^T = P T, |B A| = |S T^T|: multiplying by Q or P changes no length.
         s, t = (torch.linalg.qr(matrix, mode="r")[1] for matrix in (columns, rows.mT))
         squares += float((s @ t.mT).square().sum())
     return math.sqrt(squares)
@@ -133,6 +136,7 @@ def _joined(low_rank: LowRank, pairs: Sequence[Pair]) -> Pair:
 def _truncated(matrix: Tensor, rank: int) -> Pair:
     """Find the nearest product B A of this rank. Shape: matrix (..., out, in), A (..., rank, in), B (..., out, rank)."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    # Half of each singular value to each side, so that A and B are of about one size.
     root = s[..., :rank].sqrt()
     a, b = root.unsqueeze(-1) * vh[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
     missing = rank - root.shape[-1]

@@ -14,6 +14,7 @@ def phm_weight(rule: Tensor, left: Tensor, right: Tensor | None = None) -> Tenso
     """
     blocks = left if right is None else left @ right  # (n, a, b)
     n, a, b = blocks.shape
+    # k is the term of the sum. (i, a) together index the input features, (j, b) the output features.
     return torch.einsum("kij,kab->jbia", rule, blocks).reshape(n * b, n * a)
 
 
@@ -36,11 +37,11 @@ def phm_linear(z: Tensor, rule: Tensor, left: Tensor, right: Tensor | None = Non
     if right is None or rank * (max(a, b) + n * min(a, b)) >= a * b:
         return F.linear(z, phm_weight(rule, left, right)[:outputs, :inputs], bias)
     if a >= b:
-        ruled = torch.einsum("kij,krb->jbikr", rule, right).reshape(n * b, n * n * rank)[:outputs]
+        ruled = torch.einsum("kij,krb->jbikr", rule, right).reshape(n * b, n * n * rank)[:outputs]  # (output, n n rank)
         z = z if inputs == n * a else F.pad(z, (0, n * a - inputs))
         inner = F.linear(z.reshape(*z.shape[:-1], n, a), left.transpose(1, 2).reshape(n * rank, a))  # (..., n, n rank)
         return F.linear(inner.flatten(-2), ruled, bias)
-    ruled = torch.einsum("kij,kar->jkria", rule, left).reshape(n * n * rank, n * a)[:, :inputs]
-    inner = F.linear(z, ruled).reshape(*z.shape[:-1], n, n * rank)
+    ruled = torch.einsum("kij,kar->jkria", rule, left).reshape(n * n * rank, n * a)[:, :inputs]  # (n n rank, input)
+    inner = F.linear(z, ruled).reshape(*z.shape[:-1], n, n * rank)  # (..., n, n rank)
     outer: Tensor = (inner @ right.reshape(n * rank, b)).flatten(-2)  # (..., n b)
     return outer[..., :outputs] + bias.to(outer.dtype)

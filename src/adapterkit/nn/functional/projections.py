@@ -71,6 +71,7 @@ class Projection:
     @property
     def in_features(self) -> int:
         """Return the features or channels of the input, or the size of the vocabulary."""
+        # A grouped conv's weight is (out, in / groups, *kernel).
         return self.shape[self.in_axis] * self.groups
 
     @property
@@ -89,6 +90,7 @@ class Projection:
         if self.padding == "valid":
             return [0, 0] * len(self.kernel)
         if self.padding == "same":
+            # Of an odd total torch pads one more after than before.
             totals = [step * (size - 1) for step, size in zip(self.dilation, self.kernel, strict=True)]
             return [pad for total in reversed(totals) for pad in (total // 2, total - total // 2)]
         return [int(pad) for pad in reversed(self.padding) for _ in range(2)]
@@ -111,7 +113,7 @@ def projection_of(module: nn.Module) -> Projection | None:
         return _conv(module, conv)
     if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
         weight: Any = module.weight
-        return Projection("linear", tuple(weight.shape), 1, 0)
+        return Projection("linear", tuple(weight.shape), 1, 0)  # (in, out)
     return None
 
 
@@ -182,6 +184,7 @@ def project(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | No
         return convolve(projection, z, weight, bias)
     if projection.kind == "embedding":
         return F.embedding(z, weight)
+    # -2 is the out axis of a Parameter. 1 is that of transformers' Conv1D, whose weight is (in, out).
     return F.linear(z, weight if projection.out_axis in (0, -2) else weight.t(), bias)
 
 
@@ -214,7 +217,7 @@ def convolve(projection: Projection, z: Tensor, weight: Tensor, bias: Tensor | N
 def pointwise(h: Tensor, weight: Tensor, *, spatial: int, groups: int) -> Tensor:
     """Run a convolution with a kernel of 1. Shape: h (batch, rank, *spatial), weight (out, rank / groups)."""
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-    result: Tensor = function(h, weight[(...,) + (None,) * spatial], groups=groups)
+    result: Tensor = function(h, weight[(...,) + (None,) * spatial], groups=groups)  # (out, rank / groups, 1, ...)
     return result
 
 

@@ -11,6 +11,7 @@ from ...errors import ConfigError
 
 __all__ = ["SliceLayout", "Slices"]
 
+# e.g. (("q", ((0, 64),)), ("v", ((128, 192),))), or with the ranges of two heads (("q", ((0, 8), (24, 32))), …).
 Slices = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 """(name, ranges) of each slice; a range is (start, stop). Empty: one slice, which is everything."""
 
@@ -33,6 +34,7 @@ class SliceLayout:
     def __init__(self, width: int, slices: Slices = ()) -> None:
         self.width, self.slices, self.count = width, slices, max(1, len(slices))
         self.is_whole = not slices
+        # e.g. [0, 0, -1, -1, 1, 1] for q (0, 2) and v (4, 6) of 6 features; as runs [(0, 2), (-1, 2), (1, 2)].
         owners = _owners(width, slices)
         self.covered = sum(owner >= 0 for owner in owners)
         # Heads that repeat: one slice has as many ranges as there are heads. True of all features, or it is one period.
@@ -56,6 +58,7 @@ class SliceLayout:
             return values
         axis %= values.dim()
         view = torch.unflatten(values, axis, (self._repeats, -1))
+        # accumulate gives one start too many, the end: strict=False drops it.
         starts = accumulate((size for _, size in self._runs), initial=0)
         own = [(start, size) for start, (owner, size) in zip(starts, self._runs, strict=False) if owner >= 0]
         return torch.cat([view.narrow(axis + 1, *run) for run in own], axis + 1).flatten(axis, axis + 1)
@@ -80,6 +83,7 @@ class SliceLayout:
             return values
         rank, axis = values.shape[-1], values.dim() - 2
         pieces = [
+            # Zeros for the columns of the slices before and after. What no slice has is all zeros, in whichever columns.
             F.pad(piece, (max(owner, 0) * rank, (self.count - 1 - max(owner, 0)) * rank))
             for owner, piece in self._pieces(values, axis)
         ]
@@ -92,7 +96,7 @@ class SliceLayout:
         """
         if self.is_whole:
             return values[0]
-        views = [torch.unflatten(value, 0, (self._repeats, -1)) for value in values]
+        views = [torch.unflatten(value, 0, (self._repeats, -1)) for value in values]  # (repeats, size / repeats, ...), each
         taken, pieces = [0] * self.count, []
         for owner, size in self._runs:
             if owner >= 0:
@@ -119,6 +123,7 @@ class SliceLayout:
                 shape = (*view.shape[: axis + 1], size, *view.shape[axis + 2 :])
                 yield owner, view.new_zeros(shape)
             else:
+                # `values` has no features for runs of no slice, so only these move the start.
                 yield owner, view.narrow(axis + 1, start, size)
                 start += size
 

@@ -77,6 +77,7 @@ class BatchHook(KitHook):
         first = first_with_rows(call, self.axis)
         rows = None if first is None else first.shape[self.axis]
         tokens = frozenset[int]() if rows is None else tokens_in(call, rows, self.axis)
+        # Not inside of `without_adapters`, which runs the batch as it is.
         is_repeated = self.parallel is not None and state.activation.check(state.activation.active)
         if self.parallel is not None and is_repeated:
             _refuse_generation(self.parallel)
@@ -102,7 +103,7 @@ class BatchEndHook(KitHook):
             return
         calls = THIS_CALL.batches.get(id(module.__dict__[STATE]), [])
         if calls:
-            calls.pop()
+            calls.pop()  # a model may run within its own call: the innermost ends first
         if not calls:
             THIS_CALL.batches.pop(id(module.__dict__[STATE]), None)
 

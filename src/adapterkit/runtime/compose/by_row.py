@@ -40,9 +40,11 @@ class ByRow(PlanGroup):
         """Return every row, changed by its node. Shape: as `view.x`."""
         rows = self._rows_seen(site, view)
         used = sorted(set(rows))
+        # One node for the whole batch: no rows need be gathered and put back.
         if len(used) == 1:
             node = self.nodes[used[0]]
             return node.run(site, host, view) if node.leaves else view.x
+        # All chains first, together. What is left, such as a mean or a fusion, cannot be stacked, and runs node by node.
         view = self._run_chains(site, host, view, rows)
         for i in used:
             if not _is_chain(self.nodes[i]):

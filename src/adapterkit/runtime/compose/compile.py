@@ -152,6 +152,7 @@ def _leaf(context: SiteContext, entry: SiteEntry, whole: Composition) -> Leaf:
     if not isinstance(step, AddsToTensor):
         raise CompatibilityError(f"{whole!r} cannot act on {context.path!r} with {type(step).__name__}")
     key = stacking_key(step, module)
+    # A new kind gets the next number: 0, 1, 2, …
     return Leaf(step, context.kinds.setdefault(key, len(context.kinds)), context.undoes(entry))
 
 

@@ -43,6 +43,7 @@ class ComposeStep(Step):
     def __call__(self, site: AdapterSite, host: nn.Module, args: Any, kwargs: Any, value: Any) -> Any:
         """Return `value` with that tensor replaced. Shape: as it was."""
         steps: Sequence[Any] = self.node.readers
+        # The first speaks for all: `_check_one_tensor` refused modules that change different tensors.
         path = steps[0].locate(value, in_call=steps[0].spec.at == "input")
         x: Tensor = pytree.get(value, path)
         if x.is_nested:
@@ -68,6 +69,7 @@ class ComposeStep(Step):
             return self.layout.axis
         spec, rows = self.node.readers[0].spec, fixed_rows(self.adapter)
         features = spec.axis % max(1, x.dim())
+        # Rows are on one of the first two axes, whatever batch_first says.
         found = [axis for axis, size in enumerate(x.shape[:2]) if size == rows and axis != features]
         if len(found) == 1:
             return found[0]

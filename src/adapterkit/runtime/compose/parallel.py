@@ -115,6 +115,7 @@ class RepeatRowsHook(KitHook):
         path = pytree.find((args, kwargs))
         if not is_trimmed or path is None:
             return None
+        # torch gives this hook the arguments as `FirstRowsHook` left them: with the first child's rows.
         rows = pytree.get((args, kwargs), path).shape[self.axis]
         for where, tensor in list(pytree.tensors(output)):
             axis = rows_at(tensor, rows, self.axis)

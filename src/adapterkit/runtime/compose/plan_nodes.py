@@ -67,6 +67,7 @@ class Leaf(PlanNode):
     undoes: bool = False
 
     def __post_init__(self) -> None:
+        # Past the frozen dataclass: these follow from its fields, and are set once.
         object.__setattr__(self, "leaves", (self,))
         object.__setattr__(self, "readers", (self.step,))
 
@@ -215,6 +216,7 @@ class Fused(PlanGroup):
         def as_last(tensor: Tensor) -> Tensor:
             return tensor.to(dtype).movedim(axis, -1)
 
+        # A child without a module here adds 0, and has its place in the attention all the same.
         added = [node.delta(site, host, view) if node.leaves else torch.zeros_like(view.x) for node in self.nodes]
         deltas = torch.stack([as_last(delta) for delta in added], dim=-2)  # (..., children, hidden)
         # Straight to forward where nobody's hook listens, as `AddDelta` does: it spares the cost of a small kernel.

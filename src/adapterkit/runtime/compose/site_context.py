@@ -42,7 +42,7 @@ class SiteContext:
 
     def entries(self, name: str) -> list[SiteEntry]:
         """Return the modules of an adapter that act here."""
-        held = self.site.entries.get(name, ()) if name not in self.merged else ()
+        held = self.site.entries.get(name, ()) if name not in self.merged else ()  # merged, it is in the weights
         return [
             entry
             for entry in held
