@@ -19,10 +19,11 @@ from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights, resolve_host
 from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
 from ..tracing.graph import ADDITIONS, ModuleCall
-from .additions import Addition, addends, residual_additions, side_branches
+from .additions import Addition, addends
 from .description import Kind
 from .feature_axes import FeatureAxes
 from .kinds import branch_kind
+from .residual import residual_additions, side_branches
 
 __all__ = ["Branch", "BranchReader"]
 
