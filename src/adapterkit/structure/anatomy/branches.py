@@ -19,10 +19,11 @@ from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights, resolve_host
 from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
 from ..tracing.graph import ADDITIONS, ModuleCall
-from .additions import Addition, addends, residual_additions
+from .additions import Addition, addends
 from .description import Kind
 from .feature_axes import FeatureAxes
 from .kinds import branch_kind
+from .residual import residual_additions, side_branches
 
 __all__ = ["Branch", "BranchReader"]
 
@@ -61,12 +62,14 @@ class BranchReader:
 
     Attributes:
         additions: The steps of residual streams; `every_addition`: with those that only look like one.
+        aside: The set of nodes in low-rank branches beside single layers.
         repeats: Counts how often a module ran, by (path, `id` of the call that it was made in).
     """
 
     def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
         self.flow, self.modules, self.axes = flow, modules, FeatureAxes(flow)
         self.additions, self.every_addition = residual_additions(flow)
+        self.aside = side_branches(flow, self.additions, self.every_addition)
         self.repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
 
     def branches(self, addition: Addition) -> Iterator[Branch]:
@@ -151,7 +154,7 @@ class BranchReader:
             if node.op not in VIEWS | SCALES | set(ADDITIONS) or not is_one:
                 return
             # Of value * gate, both computed from the stream, go on with the value: the gate is smaller, or between bounds.
-            size = math.prod(node.shape)
+            size = max(math.prod(self.flow.nodes[i].shape) for i in before)
             gates = {i for i in before if math.prod(flow.nodes[i].shape) != size or self._is_bounded(i)}
             end = max(set(before) - gates or before)
 

@@ -83,10 +83,11 @@ class _Dissection:
     def _sublayer(self, branch: Branch, branches: list[Branch]) -> Sublayer:
         """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
-        attended = list(projected(flow, branch.inside))
-        projections = branch.inside & flow.projections
+        inside = branch.inside & ~self.reader.aside
+        attended = list(projected(flow, branch.inside, self.reader.aside))
+        projections = inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
-        last = flow.nearest(branch.end, projections, branch.inside)
+        last = flow.nearest(branch.end, projections, inside)
         post = self._post_norm(branch)
         node_call = addition.node.call
 
@@ -140,8 +141,8 @@ class _Dissection:
 
     def _has_sibling(self, branch: Branch) -> bool:
         """Tell whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
-        source = self.flow.source(branch.addition.skip)
-        return source != branch.addition.stream and any(other.node.index == source for other in self.additions)
+        source, stream = self.flow.source(branch.addition.skip), branch.addition.stream
+        return source != stream and any(a.node.index == source and a.stream == stream for a in self.additions)
 
     def _modules_of(self, nodes: Iterable[int]) -> tuple[str, ...]:
         """Return the paths of the innermost modules that ran these nodes, each once."""

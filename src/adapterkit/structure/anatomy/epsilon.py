@@ -168,7 +168,7 @@ def _factor(addition: Operation, operand: int, tensor: Tensor) -> tuple[float, f
     ours, theirs = tensor.flatten().sort()[0], taken.flatten().sort()[0]
     if torch.equal(ours, theirs) or (theirs.numel() < ours.numel() and torch.isin(theirs, ours).all()):
         return 1.0, 1.0  # the same numbers in another order, or a slice of them
-    if taken.numel() != tensor.numel():
+    if taken.numel() % max(1, tensor.numel()):
         return None
     # y = factor * x (+ constant), with a factor for each index of one axis, or for each index of all others.
     tolerance = 16 * torch.finfo(taken.dtype).eps
@@ -183,8 +183,12 @@ def _factor(addition: Operation, operand: int, tensor: Tensor) -> tuple[float, f
 
 
 def _arranged(tensor: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """Yield the tensor in this shape, with its axes in their order, then in every other."""
-    return (tensor.permute(order).reshape(shape) for order in permutations(range(tensor.dim())))
+    """Yield the tensor in this shape, with its axes in their order, then in every other; also repeated along one axis."""
+    if math.prod(shape) == tensor.numel():
+        yield from (tensor.permute(order).reshape(shape) for order in permutations(range(tensor.dim())))
+    for axis in range(len(shape)):  # handed to several streams: (batch, seq, hidden) to (batch, seq, streams, hidden)
+        if (*shape[:axis], *shape[axis + 1 :]) == tuple(tensor.shape):
+            yield tensor.unsqueeze(axis).expand(shape)
 
 
 def _fitted(x: Tensor, y: Tensor, along: list[int], tolerance: float, *, centre: bool) -> tuple[float, float] | None:

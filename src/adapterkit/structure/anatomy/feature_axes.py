@@ -74,14 +74,27 @@ class FeatureAxes:
         return found[0] if len(found) == 1 else None
 
     def _deciding(self, index: int) -> list[int]:
-        """List the inputs whose axis decides: none for a projection, which makes features of its own."""
-        return [] if self.flow.projections >> index & 1 else self.flow.activations(self.flow.nodes[index])
+        """List the inputs whose axis decides."""
+        return self.flow.activations(self.flow.nodes[index])
+
+    def _projected(self, node: Operation) -> int | None:
+        """Return the axis of a projection's features: its own, unless it mixes tokens, for then the features stay in place.
+
+        MLP-Mixer runs a pointwise convolution, or a Linear on a transposed tensor, over the axis of tokens.
+        """
+        taken = self.flow.activations(node)
+        if len(taken) != 1:
+            return 1 if node.op in _CONVOLUTIONS else len(node.shape) - 1
+        if node.op in _CONVOLUTIONS:
+            axis = self._found[taken[0]]
+            return axis if axis is not None and len(self.flow.nodes[taken[0]].shape) == len(node.shape) else 1
+        return None if self.is_last(taken[0]) is False else len(node.shape) - 1
 
     def _axis(self, node: Operation) -> int | None:
         """Return the axis of a node's features, given those of its inputs."""
         rank = len(node.shape)
         if self.flow.projections >> node.index & 1:
-            return 1 if node.op in _CONVOLUTIONS else rank - 1
+            return self._projected(node)
         if node.op == "embedding" or "layer_norm" in node.op or "rms_norm" in node.op:
             return rank - 1
         if any(name in node.op for name in _CHANNEL_NORMS):

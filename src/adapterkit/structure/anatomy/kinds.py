@@ -76,13 +76,17 @@ class Projected:
     reader: tuple[int, int]
 
 
-def projected(flow: Flow, inside: int) -> Iterator[Projected]:
-    """Yield the last projections before the products of the attentions among these nodes."""
+def projected(flow: Flow, inside: int, aside: int) -> Iterator[Projected]:
+    """Yield the last projections before the products of the attentions among these nodes.
+
+    Args:
+        aside: Nodes that are passed over: branches beside single layers.
+    """
     for core in bits(inside & flow.attentions):
         for part, reader in zip("qkv", _operands(flow, core), strict=True):
             if reader is not None:
                 operand = flow.nodes[reader[0]].inputs[reader[1]]
-                before = flow.ancestors[operand] | 1 << operand
+                before = (flow.ancestors[operand] | 1 << operand) & ~aside
                 found = flow.nearest(operand, flow.projections, before)
                 # The angles of rotary positions may be a product with frequencies, which are constant, as weights are.
                 for i in bits(found & flow.features or found):

@@ -18,6 +18,7 @@ from functools import cached_property
 from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights
 from .graph import Graph, ModuleCall, Operation
+from .parts import piece_of
 
 __all__ = ["Flow", "bits"]
 
@@ -32,14 +33,14 @@ def _ops(names: str) -> frozenset[str]:
 # They hand one tensor's values on: as another view, copy or type.
 VIEWS = _ops(
     "view _unsafe_view reshape _reshape_alias t transpose permute movedim expand squeeze unsqueeze flatten unflatten "
-    "alias detach clone _to_copy to contiguous native_dropout dropout slice select lift_fresh as_strided"
+    "alias detach clone _to_copy to contiguous native_dropout dropout slice select lift_fresh as_strided "
+    "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unbind item"
 )
 # They may stand between a branch's last projection and its residual addition: they change values (LayerScale, a gate, a
 # drop path, windows put back in order), but mix no other tokens or features in.
 SCALES = _ops(
     "mul mul_ div div_ neg rsub tanh sigmoid clamp clip nan_to_num sum mean where masked_fill roll pad constant_pad_nd "
-    "cat stack split split_with_sizes chunk unbind index gather scatter index_put_ copy_ im2col col2im squeeze_ "
-    "unsafe_split index_select unfold"
+    "cat stack index gather scatter index_put_ copy_ im2col col2im squeeze_ index_select unfold"
 )
 # Of these, or of one of these and a constant, a stream stays the same stream: sqrt(2) * x.
 CONSTANT_STEPS = _ops("mul mul_ div div_ add add_ sub sub_")
@@ -149,9 +150,13 @@ class Flow:
         """Return the node whose values this one hands on.
 
         It is looked for back through views, or through the operations given, as long as they have one floating input: of
-        `x.view(…).transpose(…)` it is x.
+        `x.view(…).transpose(…)` it is x, and of `cat([a, b]).chunk(2)[0]` it is a.
         """
         while self.nodes[index].op in through:
+            piece = piece_of(self.nodes, index)
+            if piece is not None:
+                index = piece
+                continue
             inputs = [i for i in self.activations(self.nodes[index]) if self.nodes[i].is_floating]  # not masks, indices
             if len(inputs) != 1:
                 break
@@ -164,6 +169,14 @@ class Flow:
         while self.nodes[index].op in CONSTANT_STEPS and len(self.activations(self.nodes[index])) == 1:
             index = self.source(self.activations(self.nodes[index])[0])
         return index
+
+    def readers_through_views(self, index: int) -> Iterator[int]:
+        """Yield the nodes that read this one's values, as they are or as a view of them."""
+        for i in self.readers[index]:
+            if self.nodes[i].op in VIEWS:
+                yield from self.readers_through_views(i)
+            else:
+                yield i
 
     def stacked(self, index: int) -> tuple[int, ...]:
         """Return the addends of `torch.stack([a, b]).sum(0)`, or of the stack; empty if the node is neither."""

@@ -11,7 +11,7 @@ reads has a smaller number than the node itself, so going through the numbers is
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,8 @@ class Operation:
     """One tensor operation, or a tensor that came from outside (`op` is "parameter" or "input").
 
     Attributes:
-        op: Its name without namespace, such as "addmm"; "linear" for every product that a package's `HostType` names.
+        op: Its name without namespace, such as "addmm"; "linear" for every product that a package's `HostType` names;
+            "item" for one of the tensors that an operation returned as a list (`chunk`), its place in `numbers`.
         inputs: The nodes that it reads, in the order of its arguments; after them, nodes that have since written in place
             into memory that an argument shares (`x[:, 0] = y` changes x, which later operations read as the same tensor).
         numbers: The integers among its arguments, such as the axes of a permutation.
@@ -151,8 +152,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         node = self._reading(func, args, kwargs)
         out = func(*args, **kwargs)
         self._add(node, *(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
+        if isinstance(out, (list, tuple)) and _returns_list(func):
+            self._add_items(node, out)
         self._note_writes(node, func, args)
         return out
+
+    def _add_items(self, node: Operation, tensors: Sequence[Tensor]) -> None:
+        """Append a node for each tensor of a list: the halves of a `chunk` may be two streams."""
+        for at, tensor in enumerate(tensors):
+            self._add(Operation(len(self.graph.nodes), "item", (node.index,), numbers=(at,), call=node.call), tensor)
 
     def _reading(self, func: Any, args: Any, kwargs: Any) -> Operation:
         """Return the node of an operation that is about to run, with all that it reads."""
@@ -206,7 +214,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def _add(self, node: Operation, *tensors: Tensor) -> None:
         """Append a node that made these tensors. An operation without any (a check, say) has a node, too."""
         if tensors:
-            # Of several tensors (split, unbind) the first stands for all: they have one shape, but for a remainder.
+            # Of several tensors the first stands for all: the others are means, indices and the like. Lists have items.
             node.shape, node.is_floating = tuple(tensors[0].shape), tensors[0].is_floating_point()
         node.made = tensors
         self.graph.nodes.append(node)
@@ -230,6 +238,12 @@ def _name_of(func: Any) -> str:
     # One name for all products: what asks for matrix products further on need not know whose they are.
     is_product = namespace not in _TORCHS and func._schema.name in product_names()
     return "linear" if is_product else str(name)
+
+
+def _returns_list(func: Any) -> bool:
+    """Tell whether an operator returns one list of tensors, as `split` does, and not several values of their own kinds."""
+    returns = func._schema.returns
+    return len(returns) == 1 and str(returns[0].type) == "List[Tensor]"
 
 
 def _makes_like(op: str) -> bool:

@@ -1,0 +1,231 @@
+"""Find the residual additions of a recorded forward.
+
+Not every sum of something and what was computed from it is residual, so what only looks like one is taken out again: scores
++ position bias, gates of recurrent cells, steps inside another branch, the long skips of a U-Net, sums of trends.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ..tracing.flow import BOUNDED, CONSTANT_STEPS, MATMULS, SOFTMAX, VIEWS, Flow, bits
+from ..tracing.graph import Operation
+from .additions import Addition, block_of, follows
+from .skips import skip_and_branch
+
+__all__ = ["residual_additions", "side_branches"]
+
+# What scores go through before their softmax.
+_MASKING = CONSTANT_STEPS | {"masked_fill", "masked_fill_", "where", "clamp"}
+
+
+def residual_additions(flow: Flow) -> tuple[list[Addition], list[Addition]]:
+    """Return the steps of residual streams, in order, and all additions that look like one.
+
+    No step is an addition inside another's branch in the same block, nor a long skip.
+    """
+    found: dict[int, Addition] = {}
+    for node in flow.nodes:
+        addition = _residual(flow, node, found)
+        if addition is not None:
+            found[node.index] = addition
+    every = list(found.values())
+    streams = {addition.stream for addition in every}  # adding to one a second time is no step along another
+    steps = _outermost(flow, [a for a in every if flow.source(a.branch) not in streams])
+    return [_from_nearest(flow, step, steps) for step in steps], every
+
+
+def _residual(flow: Flow, node: Operation, found: dict[int, Addition]) -> Addition | None:
+    """Return the node as a residual addition; None if it is none.
+
+    Args:
+        found: The additions before it, by their nodes.
+    """
+    split = skip_and_branch(flow, node, found)
+    if split is None:
+        return None
+    skip, branch, stream, is_projected = split
+    if _is_straight_through(flow, stream, branch) or _is_inside_a_cell(flow, node):
+        return None
+    if flow.nodes[skip].shape != node.shape or _is_taken_off(flow, skip, branch) or _is_scores(flow, node):
+        return None
+    computes = flow.between(stream, branch) & flow.endings
+    is_residual = computes and _ends(flow, branch, stream, found)
+    return Addition(node, stream, skip, branch, is_projected) if is_residual else None
+
+
+def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> bool:
+    """Tell whether a branch ends in a projection, or in an addition to one.
+
+    What has a projection only further back is something else: scores + position bias; or the sum of a block, to which an
+    embedding of positions is added once more.
+    """
+    # Back from the end, what comes first of: where a branch may end, a product of activations, another sum.
+    inside, sums = flow.between(stream, branch), sum(1 << i for i in found)
+    last = flow.nearest(branch, flow.endings | flow.products | sums, inside)
+    if any(flow.nodes[i].op in MATMULS for i in bits(last & flow.products & ~flow.endings)):
+        return False  # a product without a weight, and no attention: scores
+    # Behind sums, look once more, from the skip of each: the branch may end in W x + f(x), which starts with a projection.
+    starts = [_first_skip(flow, i, found) for i in bits(last & sums)]
+    deeper = [flow.nearest(i, flow.endings, inside, stop=flow.products) for i in starts]
+    return bool(last & flow.endings) or any(deeper)
+
+
+def _first_skip(flow: Flow, index: int, found: dict[int, Addition]) -> int:
+    """Return what a sum starts from: of (x + f(x)) + g(…) it is x."""
+    while index in found:
+        index = flow.source(found[index].skip)
+    return index
+
+
+def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
+    """Tell whether a branch is something less the stream itself: x + (quantised - x), whose value is `quantised`."""
+    node = flow.nodes[flow.source(branch)]
+    return node.op in ("sub", "rsub") and any(flow.source(i) == stream for i in node.inputs)
+
+
+def _is_inside_a_cell(flow: Flow, node: Operation) -> bool:
+    """Tell whether a sum is a gate of a recurrent cell: all that reads it is a sigmoid or tanh."""
+    readers = [j for i in flow.readers[node.index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
+    return bool(readers) and all(flow.nodes[i].op in BOUNDED for i in readers)
+
+
+def _is_taken_off(flow: Flow, skip: int, branch: int) -> bool:
+    """Tell whether a skip is what was computed from a stream and then taken off it, so that it is no stream itself.
+
+    Autoformer takes a moving average off: `trend = average(s)`, `x = s - trend`. Trends are summed up beside the stream.
+    """
+    source = flow.source(skip)
+    return any(
+        flow.nodes[i].op in ("sub", "sub_", "rsub")
+        and (i == branch or flow.leads_to(i, branch))
+        and any(flow.leads_to(j, source) for j in flow.activations(flow.nodes[i]))
+        for i in flow.readers_through_views(source)
+    )
+
+
+def _is_scores(flow: Flow, node: Operation) -> bool:
+    """Tell whether a sum is an attention's scores: a softmax takes it as it is, masked or scaled."""
+    todo = [node.index]
+    while todo:
+        for i in flow.readers_through_views(todo.pop()):
+            if flow.nodes[i].op in SOFTMAX:
+                return True
+            # A mask or a bias of positions may be added first; something computed may not, for then this is a stream.
+            others = flow.activations(flow.nodes[i])
+            if flow.nodes[i].op in _MASKING and len(others) == 1:
+                todo.append(i)
+    return False
+
+
+def _from_nearest(flow: Flow, step: Addition, steps: list[Addition]) -> Addition:
+    """Return a step with the stream that its branch truly reads: in y2 = x2 + g(x1 + f(x2)) that is the sum x1 + f(x2).
+
+    Reversible blocks add to one stream what they compute from the other.
+    """
+    inside = flow.between(step.stream, step.branch)
+    sums = [a.node.index for a in steps if inside >> a.node.index & 1]
+    for i in reversed(sums):
+        rest = inside & flow.descendants[i]
+        # What operations read, not what is put together with it on the way: one half of a tensor is not the other.
+        computing = [k for k in bits(rest | 1 << step.branch) if flow.nodes[k].op not in VIEWS | {"cat", "stack"}]
+        read = {flow.source(j) for k in computing for j in flow.activations(flow.nodes[k])} - {i}
+        if rest & flow.endings and not any(j == step.stream or (inside & ~rest) >> j & 1 for j in read):
+            return replace(step, stream=i)
+    return step
+
+
+def side_branches(flow: Flow, steps: list[Addition], every: list[Addition]) -> int:
+    """Return the set of nodes in low-rank branches beside single layers: `b(a(x))` of W x + b(a(x)), a LoRA built in.
+
+    What such a layer computes is the layer's; roles name W, the layer itself, and not what someone added to it.
+    """
+    found, lasting = 0, {step.node.index for step in steps}
+    for addition in every:
+        inside = flow.between(addition.stream, addition.branch)
+        narrow = [i for i in bits(inside & flow.projections) if _size(flow, i) < _size(flow, addition.node.index)]
+        if addition.is_projected and addition.node.index not in lasting and narrow:
+            found |= inside
+    return found
+
+
+def _size(flow: Flow, index: int) -> int:
+    """Return how many numbers a node's tensor has."""
+    return math.prod(flow.nodes[index].shape)
+
+
+def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
+    """Return the additions without those inside a branch of another in their block, and without long skips."""
+    blocks = {addition.node.index: block_of(addition.node.call) for addition in additions}
+    inner: dict[int, list[Addition]] = {}
+    for addition in additions:
+        inside = flow.between(addition.stream, addition.branch)
+        inner[addition.node.index] = [other for other in additions if inside >> other.node.index & 1]
+    # A skip is long if additions of several blocks lie in its branch, as in a U-Net, or a stream with layers of its own.
+    is_long = {
+        outer.node.index: len({blocks[o.node.index] for o in inner[outer.node.index]} - {None}) > 1
+        or _holds_a_stream(flow, outer, inner[outer.node.index])
+        for outer in additions
+    }
+    return [
+        addition
+        for addition in additions
+        if not is_long[addition.node.index]
+        and not any(
+            not is_long[outer.node.index]
+            and blocks[outer.node.index] == blocks[addition.node.index]
+            and _is_nested(flow, addition, outer, inner[outer.node.index], additions)
+            for outer in additions
+        )
+    ]
+
+
+def _holds_a_stream(flow: Flow, outer: Addition, inside: list[Addition]) -> bool:
+    """Tell whether a branch is a transformer behind a projection: x + proj_out(layers(proj_in(x))), as in diffusion U-Nets.
+
+    Its layers are what is adapted, and the skip around them is long, however few they are. A chain of two additions with
+    an attention among them is a layer; one alone, or one of convolutions, belongs to the branch.
+
+    Args:
+        inside: The additions in the branch of `outer`.
+    """
+    for addition in inside:
+        is_behind = flow.between(outer.stream, addition.stream) & flow.projections
+        following = [after for after in inside if after is not addition and follows(flow, addition, after.stream)]
+        computed = [flow.between(a.stream, a.branch) for a in (addition, *following)]
+        if is_behind and following and any(nodes & (flow.products | flow.attentions) for nodes in computed):
+            return True
+    return False
+
+
+def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Addition], every: list[Addition]) -> bool:
+    """Tell whether an addition in a branch belongs to it, and not to another stream that the branch looks at.
+
+    Args:
+        inside: The additions in the branch of `outer`.
+        every: All additions.
+
+    Example: in x + f(y + g(y)), where the branch makes y of x, y + g(y) belongs to the branch. A decoder that looks at the
+    memory of an encoder has all additions of the encoder in its branch, and they belong to the encoder's stream.
+    """
+    if addition not in inside:
+        return False
+    if addition.is_projected and not outer.is_projected:  # a layer with a side branch: W x + b(a(x)), a LoRA built in
+        return addition.stream == outer.stream or flow.leads_to(outer.stream, addition.stream)
+    start = addition.stream
+    while True:  # back along its stream, from one addition to the one before
+        before = [a for a in inside if follows(flow, a, start)]
+        if not before and start == outer.stream:  # x + f(x + g(x)): a step of its own if something is added to it in turn
+            is_last = not flow.between(addition.node.index, outer.branch) & flow.endings
+            has_steps = start != addition.stream or any(follows(flow, addition, a.stream) for a in every)
+            return is_last or not (has_steps or _escapes(flow, addition, outer))
+        if not before:
+            return flow.leads_to(outer.stream, start)
+        start = before[-1].stream
+
+
+def _escapes(flow: Flow, addition: Addition, outer: Addition) -> bool:
+    """Tell whether a sum in a branch is read outside of it, too: in reversible blocks it is a stream of its own."""
+    branch = flow.between(outer.stream, outer.branch) | 1 << outer.node.index
+    return any(not branch >> i & 1 for i in flow.readers_through_views(addition.node.index))
