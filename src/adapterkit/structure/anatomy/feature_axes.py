@@ -79,7 +79,9 @@ class FeatureAxes:
 
     def _axis(self, node: Operation) -> int | None:
         """Return the axis of a node's features, given those of its inputs."""
-        rank = len(node.shape)
+        rank, shown = len(node.shape), self.flow.evidence.get(node.index)
+        if shown is not None and shown.kind == "projection":
+            return rank + shown.axis
         if self.flow.projections >> node.index & 1:
             return 1 if node.op in _CONVOLUTIONS else rank - 1
         if node.op == "embedding" or "layer_norm" in node.op or "rms_norm" in node.op:

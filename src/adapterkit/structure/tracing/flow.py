@@ -17,6 +17,7 @@ from functools import cached_property
 
 from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights
+from .evidence import ask
 from .graph import Graph, ModuleCall, Operation
 
 __all__ = ["Flow", "bits"]
@@ -81,6 +82,8 @@ class Flow:
         products: The set of products of two activations, and of softmaxes.
         attentions: The set of attentions' last products: softmax(Q @ K) @ V.
         endings: The set of nodes in which a branch may end.
+        evidence: For each operation that no name tells of, what numbers show that it does.
+        unknown: The set of those of which they show nothing.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -88,12 +91,18 @@ class Flow:
         self.is_constant = self._from_parameters()
         self.ancestors, self.descendants = self._reach()
         self.from_inputs = self._from_inputs()
-        self.projections = self._mask(lambda node: node.op in MATMULS and self._reads_a_weight(node))
+        self.evidence = ask(graph, self.is_constant, self.ancestors)
+        asked = self._by_evidence
+        self.projections = asked("projection") | self._mask(lambda n: n.op in MATMULS and self._reads_a_weight(n))
         # Products of activations, and softmax: what comes before them is not what a branch ends in.
         self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self._has_two(node)))
-        self.attentions = self._mask(lambda node: _is_attention(node.op) or self.weights_of(node.index) is not None)
-        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling.
-        self.endings = self.projections | self.attentions | self._mask(lambda node: _is_mixing(node.op))
+        self.attentions = asked("attention") | self._mask(
+            lambda node: _is_attention(node.op) or self.weights_of(node.index) is not None
+        )
+        self.unknown = asked("unknown")
+        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling; and in what is not
+        # understood, so that what it computes is not overlooked.
+        self.endings = self.projections | self.attentions | self.unknown | self._mask(lambda n: _is_mixing(n.op))
 
     @cached_property
     def readers(self) -> list[list[int]]:
@@ -116,8 +125,13 @@ class Flow:
     @cached_property
     def norm_calls(self) -> list[ModuleCall]:
         """List the calls of modules that normalise and do nothing else."""
-        with_norm = {id(call) for node in self.nodes if node.op in NORMS and node.call for call in [node.call]}
-        return [call for call in self.calls if id(call) in with_norm and call.end is not None and _is_small(call)]
+        norms = self._by_evidence("norm") | self._mask(lambda node: node.op in NORMS)
+        with_norm = {id(self.nodes[i].call) for i in bits(norms)}
+        return [call for call in self.calls if id(call) in with_norm and call.end is not None and self._is_small(call)]
+
+    def is_norm(self, index: int) -> bool:
+        """Tell whether one operation is a whole norm."""
+        return self.nodes[index].op in WHOLE_NORMS or bool(self._by_evidence("norm") >> index & 1)
 
     @cached_property
     def features(self) -> int:
@@ -193,6 +207,10 @@ class Flow:
                 todo.extend(self.nodes[i].inputs)
         return found
 
+    def _by_evidence(self, kind: str) -> int:
+        """Return the set of nodes that do this, as numbers show."""
+        return sum(1 << i for i, found in self.evidence.items() if found.kind == kind)
+
     def _mask(self, test: Callable[[Operation], bool]) -> int:
         """Return the set of nodes for which `test` holds."""
         return sum(1 << node.index for node in self.nodes if test(node))
@@ -230,6 +248,14 @@ class Flow:
                 descendants[i] |= descendants[node.index] | 1 << node.index
         return ancestors, descendants
 
+    def _is_small(self, call: ModuleCall) -> bool:
+        """Tell whether a call does nothing but normalise: no product inside, and vectors alone as its weights."""
+        # Layers that nobody describes may hold their matrices where no Parameter shows them; what they did shows it.
+        inside = (1 << (call.end or call.start)) - (1 << call.start)
+        vectors_alone = all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))
+        is_more = inside & (self.endings | self.products) or holds_described_weights(call.module)
+        return vectors_alone and not is_more
+
     def _reads_a_weight(self, node: Operation) -> bool:
         """Tell whether a node takes an activation and something that comes of parameters alone."""
         return not self.is_constant[node.index] and any(self.is_constant[i] for i in node.inputs)
@@ -263,15 +289,9 @@ class Flow:
 
 def _is_attention(op: str) -> bool:
     """Tell whether an operation is a whole attention, whichever kernel runs it."""
-    return "scaled_dot_product" in op and not op.endswith("backward")
+    return "scaled_dot_product" in op and "::" not in op and not op.endswith("backward")
 
 
 def _is_mixing(op: str) -> bool:
     """Tell whether an operation mixes tokens without a weight: a Fourier transform (FNet), a pooling (PoolFormer)."""
-    return op.startswith("_fft") or "pool" in op
-
-
-def _is_small(call: ModuleCall) -> bool:
-    """Tell whether a module, with its children, holds vectors alone and no matrices: a norm, whatever its name."""
-    vectors_alone = all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))
-    return vectors_alone and not holds_described_weights(call.module)
+    return op.startswith("_fft") or ("pool" in op and "::" not in op)
