@@ -22,7 +22,6 @@ from .blocks import find_blocks, template_of, within
 from .branches import Branch, BranchReader
 from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
 from .fused import fused_projections
-from .kinds import projected
 from .unknown import unknown_operations
 from .vocabulary import output_calls
 
@@ -85,7 +84,7 @@ class _Dissection:
     def _sublayer(self, branch: Branch, branches: list[Branch]) -> Sublayer:
         """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
-        attended = list(projected(flow, branch.inside))
+        attended = list(self.reader.attentions.projected(branch.inside))
         projections = branch.inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
         last = flow.nearest(branch.end, projections, branch.inside)

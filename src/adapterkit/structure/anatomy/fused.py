@@ -18,9 +18,9 @@ from ...errors import TargetError
 from ..tracing.flow import Flow
 from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays, along
+from .attention_operands import Projected
 from .description import Anatomy, FusedProjection, Slices
 from .feature_axes import FeatureAxes
-from .kinds import Projected
 
 __all__ = ["fused_projections", "fused_slices"]
 

@@ -17,50 +17,14 @@ from functools import cached_property
 
 from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights
+from .attentions import find_attentions
 from .evidence import ask
 from .graph import Graph, ModuleCall, Operation
+from .operations import BOUNDED, CONSTANT_STEPS, LOOKUPS, MATMULS, NORMS, SCALES, SOFTMAX, VIEWS, WHOLE_NORMS
 
-__all__ = ["Flow", "bits"]
-
-
-def _ops(names: str) -> frozenset[str]:
-    """Return the names in a text."""
-    return frozenset(names.split())
-
-
-# Names of operations, as torch dispatches them. Where the model is not torch's alone, a name is added by a `HostType`.
-
-# They hand one tensor's values on: as another view, copy or type.
-VIEWS = _ops(
-    "view _unsafe_view reshape _reshape_alias t transpose permute movedim expand squeeze unsqueeze flatten unflatten "
-    "alias detach clone _to_copy to contiguous native_dropout dropout slice select lift_fresh as_strided"
-)
-# They may stand between a branch's last projection and its residual addition: they change values (LayerScale, a gate, a
-# drop path, windows put back in order), but mix no other tokens or features in.
-SCALES = _ops(
-    "mul mul_ div div_ neg rsub tanh sigmoid clamp clip nan_to_num sum mean where masked_fill roll pad constant_pad_nd "
-    "cat stack split split_with_sizes chunk unbind index gather scatter index_put_ copy_ im2col col2im squeeze_ "
-    "unsafe_split index_select unfold"
-)
-# Of these, or of one of these and a constant, a stream stays the same stream: sqrt(2) * x.
-CONSTANT_STEPS = _ops("mul mul_ div div_ add add_ sub sub_")
-# Their results are numbers between bounds: a gate, for what it is multiplied with.
-BOUNDED = _ops("sigmoid sigmoid_ tanh tanh_")
-# Products. One with a weight is a projection; one of two activations is attention's, or a gate between tokens.
-MATMULS = _ops(
-    "mm addmm bmm baddbmm addbmm mv dot linear matmul einsum mkldnn_linear _grouped_mm "
-    "convolution _convolution convolution_overrideable mkldnn_convolution"
-)
-LOOKUPS = _ops("embedding embedding_bag _embedding_bag index index_select gather")
-SOFTMAX = _ops("_softmax _safe_softmax softmax")
-# Norms that are one operation, and then those and what norms written by hand are made of.
-WHOLE_NORMS = _ops("native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm")
-NORMS = WHOLE_NORMS | _ops(
-    "rsqrt linalg_vector_norm batch_norm "
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
-    "cudnn_batch_norm "
-    "sqrt std std_mean var var_mean"  # norms written by hand
-)
+__all__ = [
+    "BOUNDED", "CONSTANT_STEPS", "LOOKUPS", "MATMULS", "NORMS", "SCALES", "SOFTMAX", "VIEWS", "WHOLE_NORMS", "Flow", "bits",
+]  # fmt: skip
 
 
 def bits(mask: int) -> Iterator[int]:
@@ -81,6 +45,7 @@ class Flow:
         projections: The set of products of an activation and a weight.
         products: The set of products of two activations, and of softmaxes.
         attentions: The set of attentions' last products: softmax(Q @ K) @ V.
+        attending: For each of these that is no whole operation, its product of queries and keys.
         endings: The set of nodes in which a branch may end.
         evidence: For each operation that no name tells of, what numbers show that it does.
         unknown: The set of those of which they show nothing.
@@ -95,13 +60,12 @@ class Flow:
         asked = self._by_evidence
         self.projections = asked("projection") | self._mask(lambda n: n.op in MATMULS and self._reads_a_weight(n))
         # Products of activations, and softmax: what comes before them is not what a branch ends in.
-        self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self._has_two(node)))
-        self.attentions = asked("attention") | self._mask(
-            lambda node: _is_attention(node.op) or self.weights_of(node.index) is not None
-        )
+        self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self.has_two(node)))
+        self.attending = find_attentions(self)
+        self.attentions = asked("attention") | self._mask(lambda n: _is_attention(n.op) or n.index in self.attending)
         self.unknown = asked("unknown")
-        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling; and in what is not
-        # understood, so that what it computes is not overlooked.
+        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling; and in what is
+        # not understood, so that what it computes is not overlooked.
         self.endings = self.projections | self.attentions | self.unknown | self._mask(lambda n: _is_mixing(n.op))
 
     @cached_property
@@ -260,31 +224,9 @@ class Flow:
         """Tell whether a node takes an activation and something that comes of parameters alone."""
         return not self.is_constant[node.index] and any(self.is_constant[i] for i in node.inputs)
 
-    def _has_two(self, node: Operation) -> bool:
+    def has_two(self, node: Operation) -> bool:
         """Tell whether a node takes two activations and no weight."""
         return not self._reads_a_weight(node) and len(self.activations(node)) > 1
-
-    def weights_of(self, index: int) -> int | None:
-        """Return the node of Q @ K, if this one is an attention's last product, softmax(Q @ K) @ V; else None.
-
-        A router weighs experts by a softmax, too, but of a projection: then there is no product of activations behind it.
-        """
-        node = self.nodes[index]
-        if node.op not in MATMULS or not self._has_two(node):
-            return None
-        for i in node.inputs:
-            softmax = self.source(i, VIEWS | SCALES)
-            if self.nodes[softmax].op in SOFTMAX:
-                back = self.ancestors[softmax] | 1 << softmax
-                scores = self.nearest(softmax, self.products & ~(1 << softmax), back, stop=self.projections)
-                if scores:
-                    # A bias by position may be a product as well, and be added to that of queries and keys.
-                    return next(filter(self._compares_inputs, bits(scores)), next(bits(scores)))
-        return None
-
-    def _compares_inputs(self, index: int) -> bool:
-        """Tell whether both factors of a product come of the model's inputs: one of positions alone is a bias."""
-        return all(self.from_inputs >> i & 1 for i in self.activations(self.nodes[index])[-2:])
 
 
 def _is_attention(op: str) -> bool:

@@ -65,8 +65,8 @@ class Operation:
     """One tensor operation, or a tensor that came from outside (`op` is "parameter" or "input").
 
     Attributes:
-        op: Its name, such as "addmm"; with its namespace if it is not torch's ("mylib::gelu"), but "linear" for every product
-            that a package's `HostType` names.
+        op: Its name, such as "addmm"; with its namespace if it is not torch's ("mylib::gelu"), but "linear" for every
+            product that a package's `HostType` names.
         inputs: The nodes that it reads, in the order of its arguments; after them, nodes that have since written in place
             into memory that an argument shares (`x[:, 0] = y` changes x, which later operations read as the same tensor).
         numbers: The integers among its arguments, such as the axes of a permutation.

@@ -87,7 +87,7 @@ class Piece:
             known.update((id(then), now) for then, now in zip(step.made, made, strict=True))
 
     def _constant(self, tensor: Tensor) -> Tensor:
-        """Return a tensor from outside as it was; a weight of nothing but zeros, which would hide all, as random numbers."""
+        """Return a tensor from outside as it was; but random numbers for a weight of zeros, which would hide all."""
         if tensor.is_floating_point() and any(tensor is c for c in self.constants) and not tensor.any():
             return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
         return tensor.detach().clone()
