@@ -117,5 +117,7 @@ def _regrouped(old: Sequence[int], new: Sequence[int], axis: int) -> int | None:
 
     Example: axis 2 of (2, 3, 8) is axis 1 of (6, 8), and none of (2, 3, 2, 4).
     """
+    if tuple(old) == tuple(new):
+        return axis
     before = math.prod(old[:axis])
     return next((a for a, size in enumerate(new) if size == old[axis] and math.prod(new[:a]) == before), None)

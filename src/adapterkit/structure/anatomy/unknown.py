@@ -54,6 +54,6 @@ def check_known(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None:
         where = f"set exclude=[{one.path!r}] to go without it, " if one.path else ""
         raise TargetError(
             f"{role!r}: {one.path!r} runs {one.operation!r}, which is not understood ({one.reason}), so that it may be any "
-            f"part of a block. Name modules by pattern, {where}or, if it multiplies an input by a weight, describe its module "
-            f"by a HostType with products=({one.operation!r},)"
+            f"part of a block. Name modules by pattern, {where}or, if it multiplies an input by a weight, describe its "
+            f"module by a HostType with products=({one.operation!r},)"
         )

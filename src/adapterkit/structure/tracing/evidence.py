@@ -116,11 +116,11 @@ class _Questions:
             return Evidence("unknown", reason="it makes several tensors of several, and which of which is not known")
         if not any(self.mixing):
             return Evidence("pointwise")
-        if any(len(axes) > 1 for axes in self.mixing):
-            return Evidence("unknown", reason="it moves something between tokens, and is no attention of three tensors")
         linear = all(self._is_affine(at) for at in range(len(self.base)))
-        if linear and len(self.base) == 1 and self.piece.has_weights:
+        if linear and len(self.mixing[0]) == len(self.base) == 1 and self.piece.has_weights:
             return self._projection()
+        if any(axes not in ([], [source.dim() - 1]) for axes, source in zip(self.mixing, self.base, strict=True)):
+            return Evidence("unknown", reason="it moves something between tokens, and is no attention of three tensors")
         if linear and not self.piece.has_weights:
             return Evidence("map")
         if len(self.base) == 1 and not self.piece.has_weights and _differ(self._twice(), self._run()) < _TOLERANCE:
