@@ -51,6 +51,7 @@ class _Finder:
         self.by_hand = sum(1 << node.index for node in flow.nodes if self._is_summed_product(node))
         self.softmaxes = sum(1 << node.index for node in flow.nodes if self._is_softmax(node))
         self.mixers = 0  # projections of scores or weights over heads
+        self.cores = 0  # attentions' last products
 
     def find(self) -> dict[int, Attending]:
         """Return the attentions."""
@@ -61,6 +62,7 @@ class _Finder:
                 attending = self._attending(node)
                 if attending is not None:
                     self.found[node.index] = attending
+                    self.cores |= 1 << node.index
         return self.found
 
     # --- what a node is -----------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ class _Finder:
 
     def _products(self) -> int:
         """Return the set of products of two activations that are no attention's last."""
-        return (self.flow.products | self.by_hand) & ~self.softmaxes & ~sum(1 << i for i in self.found)
+        return (self.flow.products | self.by_hand) & ~self.softmaxes & ~self.cores
 
     # --- the way back -------------------------------------------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class _Finder:
         wanted = (flow.products | self.by_hand) & ~(1 << last)
         # Not past a projection, unless it mixes heads: behind that of a router lies another layer's attention.
         met = flow.nearest(last, wanted, back, stop=flow.projections & ~self.mixers) & self._products()
-        products = [i for i in range(last) if met >> i & 1]
+        products = [i for i in range(met.bit_length()) if met >> i & 1]
         # A bias by position may be a product as well, and be added to that of queries and keys; and so may be the scores of
         # the layer before, which an earlier attention has used.
         used = {attending.scores for attending in self.found.values()}
