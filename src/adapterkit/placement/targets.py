@@ -14,6 +14,7 @@ from ..errors import TargetError
 from ..structure.anatomy.description import ModuleOutput, Sublayer
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.roles import check_whole, role_places
+from ..structure.anatomy.unknown import check_known
 from ..structure.hosts import resolve_host
 from ..structure.paths import nearest_to
 from ..structure.pytree import Argument, Path
@@ -66,8 +67,10 @@ def find_locations(
         TargetError: a target matches nothing, or what it matches cannot be adapted as the placement says.
     """
     search = _Search(model, modules, config, placement, discovery)
-    matched = match(model, config.targets, config.exclude, discovery=discovery)
     excluded = set(match(model, config.exclude, discovery=discovery)) if config.exclude else set()
+    for role in filter(is_role, config.targets):
+        check_known(role, discovery.anatomy, excluded)
+    matched = match(model, config.targets, config.exclude, discovery=discovery)
     outputs = _role_outputs(search, excluded)
     at_hosts: dict[str, Found] = {}
     # Two targets may lead to one host: a Sequential and its last layer do. That is fine if they mean the same there.

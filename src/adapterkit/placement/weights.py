@@ -13,11 +13,13 @@ from ..nn.functional.projections import Projection, parameter_projection
 from ..nn.functional.slices import Slices
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
+from ..structure.anatomy.unknown import check_known
 from ..structure.hosts import host_type, is_called, note_of_unread_packages
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from .computed_weights import no_parameter, why_no_effect
 from .layers import check_layers, in_layers, layer_of
+from .patterns import is_role
 from .projections import projection_of
 from .readers import at_running_hosts
 from .rule import Placement
@@ -47,6 +49,8 @@ def weight_sites(
         excluded = wanted_by(config.exclude, replace(scope, placement=replace(placement, targets=())))
     except TargetError as error:
         raise TargetError(f"exclude: {error}") from None
+    for role in filter(is_role, config.targets):
+        check_known(role, discovery.anatomy, excluded.modules)
     wanted = wanted_by(config.targets, scope)
     sites = [*_projection_sites(wanted, excluded, scope), *_parameter_sites(wanted, excluded, scope)]
     if not sites:

@@ -43,16 +43,17 @@ def tree_of(model: nn.Module, example_inputs: ExampleInputs | None = None, *, de
     root = _Grower(model, look).root()
     state = find_state(model)
     rows = summarise(model, state).adapters if state is not None else ()
-    return Tree(cut(root, depth), rows, look.note)
+    return Tree(cut(root, depth), rows, look.note, look.unknown)
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What a trace showed: what modules are, their (input, output) widths, and what went wrong."""
+    """What a trace showed: what modules are, their (input, output) widths, what went wrong, what is not understood."""
 
     meanings: dict[str, Meaning]
     widths: dict[str, tuple[int | None, int | None]]
     note: str | None
+    unknown: tuple[str, ...] = ()
 
 
 def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
@@ -65,7 +66,9 @@ def _look(model: nn.Module, example_inputs: ExampleInputs | None) -> _Look:
             widths = _widths(model, discovery.inputs)
     except CompatibilityError as error:
         return _Look({}, {}, f"roles unknown: {' '.join(str(error).split())}")
-    return _Look(found, widths, None if found else "no roles: a trace shows no sub-layers that are added to a stream")
+    note = None if found else "no roles: a trace shows no sub-layers that are added to a stream"
+    unknown = tuple(f"{one.path} runs {one.operation}: {one.reason}" for one in discovery.anatomy.unknown)
+    return _Look(found, widths, note, unknown)
 
 
 def _widths(model: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[int | None, int | None]]:

@@ -29,11 +29,13 @@ class Tree:
         root: The model, without what adapterkit added.
         adapters: Those in it, as in `kit.summary()`.
         note: Why roles are missing; None if they are not.
+        unknown: Operations that are not understood: the module, the operation, and why.
     """
 
     root: TreeNode
     adapters: tuple[AdapterRow, ...] = ()
     note: str | None = None
+    unknown: tuple[str, ...] = ()
 
     def text(self, width: int | None = None) -> str:
         """Return the tree as plain text.
@@ -46,7 +48,8 @@ class Tree:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the tree as plain values, for JSON."""
-        return {"tree": _plain(self.root), "adapters": [asdict(line) for line in self.adapters], "note": self.note}
+        adapters = [asdict(line) for line in self.adapters]
+        return {"tree": _plain(self.root), "adapters": adapters, "note": self.note, "unknown": list(self.unknown)}
 
     def __str__(self) -> str:
         return self.text()
@@ -73,6 +76,8 @@ class Tree:
             weights = "open" if row.is_training else "frozen"
             text = f": {row.method} at {row.sites} sites, {numbers}, {state}, {weights}"
             yield Cell(f"{mark} {row.name}", "bold green" if row.is_active else "green"), Cell(text)
+        for one in self.unknown:
+            yield (Cell(f"unknown: {one}", "yellow"),)
         if self.note:
             yield (Cell(shorten(self.note, _NOTE, placeholder=" …"), "yellow"),)
 

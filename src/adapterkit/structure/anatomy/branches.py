@@ -20,6 +20,7 @@ from ..hosts import holds_described_weights, resolve_host
 from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
 from ..tracing.graph import ADDITIONS, ModuleCall
 from .additions import Addition, addends
+from .attention_operands import Attentions
 from .description import Kind
 from .feature_axes import FeatureAxes
 from .kinds import branch_kind
@@ -63,6 +64,7 @@ class BranchReader:
     Attributes:
         additions: The steps of residual streams; `every_addition`: with those that only look like one.
         aside: The set of nodes in low-rank branches beside single layers.
+        attentions: Tells of the attentions among the branches what makes their queries, keys and values.
         repeats: Counts how often a module ran, by (path, `id` of the call that it was made in).
     """
 
@@ -70,6 +72,7 @@ class BranchReader:
         self.flow, self.modules, self.axes = flow, modules, FeatureAxes(flow)
         self.additions, self.every_addition = residual_additions(flow)
         self.aside = side_branches(flow, self.additions, self.every_addition)
+        self.attentions = Attentions(flow, self.axes, self.aside)
         self.repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
 
     def branches(self, addition: Addition) -> Iterator[Branch]:
@@ -82,7 +85,7 @@ class BranchReader:
         for end in ends:
             inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
-            kind, is_moe = branch_kind(self.flow, self.axes, addition.stream, inside)
+            kind, is_moe = branch_kind(self.attentions, addition.stream, inside)
             # addcmul and the like scale as they add.
             added = () if addition.node.op.startswith("add") and "mul" not in addition.node.op else (addition.node.op,)
             yield Branch(addition, end, inside, len(ends) > 1, kind, is_moe, call, (*scales, *shared_scales, *added))

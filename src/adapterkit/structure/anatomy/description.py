@@ -16,7 +16,7 @@ from typing import Literal
 
 from ..pytree import Argument, Path
 
-__all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Slices", "Sublayer"]
+__all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Slices", "Sublayer", "Unknown"]
 
 Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
@@ -119,6 +119,23 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
+class Unknown:
+    """An operation of which neither its name nor numbers tell what it does.
+
+    Attributes:
+        path: The innermost module that runs it.
+        operation: Its name, with its namespace.
+        reason: What is known of it, or why it could not be asked.
+        is_aside: Whether no block depends on it and no step of a stream comes after it: it runs in a stem or a head.
+    """
+
+    path: str
+    operation: str
+    reason: str
+    is_aside: bool = False
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The structure of a model.
 
@@ -130,6 +147,7 @@ class Anatomy:
         blocks: What each repeated block returns as its stream.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
         idle: Modules that are built as the blocks beside them, but did not run.
+        unknown: What is not understood: roles and presets do not rest on it, and say so.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -139,6 +157,7 @@ class Anatomy:
     blocks: tuple[ModuleOutput, ...]
     unexplained: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()
+    unknown: tuple[Unknown, ...] = ()
 
     @property
     def transformer_blocks(self) -> frozenset[str | None]:

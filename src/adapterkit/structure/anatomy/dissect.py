@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import pytree
 from ..paths import ancestors
-from ..tracing.flow import SCALES, VIEWS, WHOLE_NORMS, Flow, bits
+from ..tracing.flow import SCALES, VIEWS, Flow, bits
 from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays
 from .additions import follows
@@ -22,7 +22,7 @@ from .blocks import find_blocks, template_of, within
 from .branches import Branch, BranchReader
 from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
 from .fused import fused_projections
-from .kinds import projected
+from .unknown import unknown_operations
 from .vocabulary import output_calls
 
 __all__ = ["dissect"]
@@ -47,6 +47,7 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         output_embeddings=tuple(dissection.output_embeddings(branches)),
         blocks=tuple(dissection.blocks(inside)),
         unexplained=tuple(dissection.unexplained(branches)),
+        unknown=tuple(unknown_operations(flow, branches)),
         idle=tuple(dissection.idle(inside)),
     )
 
@@ -84,7 +85,7 @@ class _Dissection:
         """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
         inside = branch.inside & ~self.reader.aside
-        attended = list(projected(flow, branch.inside, self.reader.aside))
+        attended = list(self.reader.attentions.projected(branch.inside))
         projections = inside & flow.projections
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
         last = flow.nearest(branch.end, projections, inside)
@@ -206,7 +207,7 @@ class _Dissection:
     def _is_normalised_by_a_function(self, branch: Branch) -> bool:
         """Tell whether a norm that is no module's makes the stream of the sum: `F.layer_norm(x + branch, …)`."""
         flow, node = self.flow, branch.addition.node.index
-        norms = [i for i in self._readers(node) if flow.nodes[i].op in WHOLE_NORMS]
+        norms = [i for i in self._readers(node) if flow.is_norm(i)]
         return not self._is_stream(node) and any(self._is_stream(i) for i in norms)
 
     def _runs_again(self, path: str, branch: Branch) -> bool:

@@ -92,7 +92,9 @@ class FeatureAxes:
 
     def _axis(self, node: Operation) -> int | None:
         """Return the axis of a node's features, given those of its inputs."""
-        rank = len(node.shape)
+        rank, shown = len(node.shape), self.flow.evidence.get(node.index)
+        if shown is not None and shown.kind == "projection":
+            return rank + shown.axis
         if self.flow.projections >> node.index & 1:
             return self._projected(node)
         if node.op == "embedding" or "layer_norm" in node.op or "rms_norm" in node.op:
@@ -128,5 +130,7 @@ def _regrouped(old: Sequence[int], new: Sequence[int], axis: int) -> int | None:
 
     Example: axis 2 of (2, 3, 8) is axis 1 of (6, 8), and none of (2, 3, 2, 4).
     """
+    if tuple(old) == tuple(new):
+        return axis
     before = math.prod(old[:axis])
     return next((a for a, size in enumerate(new) if size == old[axis] and math.prod(new[:a]) == before), None)

@@ -18,9 +18,9 @@ from ...errors import TargetError
 from ..tracing.flow import Flow
 from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays, along
+from .attention_operands import Projected
 from .description import Anatomy, FusedProjection, Slices
 from .feature_axes import FeatureAxes
-from .kinds import Projected
 
 __all__ = ["fused_projections", "fused_slices"]
 
@@ -149,6 +149,8 @@ def _parameter(flow: Flow, axes: FeatureAxes, one: Projected, call: ModuleCall) 
     node = flow.nodes[one.node]
     # Back from the operand that is a weight, through casts and transposes, to the parameter itself.
     taken = [i for i in node.inputs[: len(node.taken)] if flow.is_constant[i] and len(flow.nodes[i].shape) > 1]
+    if not taken:
+        raise ValueError(f"it projects inside with {node.op!r}, and which Parameter that multiplies by is not known")
     origin = taken[-1]
     while flow.nodes[origin].op != "parameter" and len(flow.nodes[origin].inputs) == 1:
         (origin,) = flow.nodes[origin].inputs

@@ -55,10 +55,12 @@ def _linear(flow: Flow) -> Iterator[int]:
     """Yield the projections that are all that a module does: it takes hidden states and returns their product."""
     for i in bits(flow.projections):
         node = flow.nodes[i]
+        is_asked = i in flow.evidence  # its weight need not be a tensor
         matrix = [j for j in node.inputs if flow.is_constant[j] and len(flow.nodes[j].shape) == 2]
-        taken = {flow.source(j) for j in flow.activations(node)}
+        operands = [flow.nodes[reader].inputs[at] for reader, at in flow.evidence[i].operands] if is_asked else ()
+        taken = {flow.source(j) for j in operands or flow.activations(node)}
         call = node.call
-        if not matrix or call is None or "convolution" in node.op:
+        if not (matrix or is_asked) or call is None or "convolution" in node.op:
             continue
         # The module takes what is projected, and returns it, whatever it casts or scales on the way.
         takes = any(flow.nodes[j].is_floating and flow.source(j) in taken for _, j in call.inputs)

@@ -17,50 +17,15 @@ from functools import cached_property
 
 from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights
+from .attentions import find_attentions
+from .evidence import ask
 from .graph import Graph, ModuleCall, Operation
+from .operations import BOUNDED, CONSTANT_STEPS, LOOKUPS, MATMULS, NORMS, SCALES, SOFTMAX, VIEWS, WHOLE_NORMS
 from .parts import piece_of
 
-__all__ = ["Flow", "bits"]
-
-
-def _ops(names: str) -> frozenset[str]:
-    """Return the names in a text."""
-    return frozenset(names.split())
-
-
-# Names of operations, as torch dispatches them. Where the model is not torch's alone, a name is added by a `HostType`.
-
-# They hand one tensor's values on: as another view, copy or type.
-VIEWS = _ops(
-    "view _unsafe_view reshape _reshape_alias t transpose permute movedim expand squeeze unsqueeze flatten unflatten "
-    "alias detach clone _to_copy to contiguous native_dropout dropout slice select lift_fresh as_strided "
-    "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unbind item"
-)
-# They may stand between a branch's last projection and its residual addition: they change values (LayerScale, a gate, a
-# drop path, windows put back in order), but mix no other tokens or features in.
-SCALES = _ops(
-    "mul mul_ div div_ neg rsub tanh sigmoid clamp clip nan_to_num sum mean where masked_fill roll pad constant_pad_nd "
-    "cat stack index gather scatter index_put_ copy_ im2col col2im squeeze_ index_select unfold"
-)
-# Of these, or of one of these and a constant, a stream stays the same stream: sqrt(2) * x.
-CONSTANT_STEPS = _ops("mul mul_ div div_ add add_ sub sub_")
-# Their results are numbers between bounds: a gate, for what it is multiplied with.
-BOUNDED = _ops("sigmoid sigmoid_ tanh tanh_")
-# Products. One with a weight is a projection; one of two activations is attention's, or a gate between tokens.
-MATMULS = _ops(
-    "mm addmm bmm baddbmm addbmm mv dot linear matmul einsum mkldnn_linear _grouped_mm "
-    "convolution _convolution convolution_overrideable mkldnn_convolution"
-)
-LOOKUPS = _ops("embedding embedding_bag _embedding_bag index index_select gather")
-SOFTMAX = _ops("_softmax _safe_softmax softmax")
-# Norms that are one operation, and then those and what norms written by hand are made of.
-WHOLE_NORMS = _ops("native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm")
-NORMS = WHOLE_NORMS | _ops(
-    "rsqrt linalg_vector_norm batch_norm "
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
-    "cudnn_batch_norm "
-    "sqrt std std_mean var var_mean"  # norms written by hand
-)
+__all__ = [
+    "BOUNDED", "CONSTANT_STEPS", "LOOKUPS", "MATMULS", "NORMS", "SCALES", "SOFTMAX", "VIEWS", "WHOLE_NORMS", "Flow", "bits",
+]  # fmt: skip
 
 
 def bits(mask: int) -> Iterator[int]:
@@ -81,7 +46,10 @@ class Flow:
         projections: The set of products of an activation and a weight.
         products: The set of products of two activations, and of softmaxes.
         attentions: The set of attentions' last products: softmax(Q @ K) @ V.
+        attending: For each of these that is no whole operation, its product of queries and keys.
         endings: The set of nodes in which a branch may end.
+        evidence: For each operation that no name tells of, what numbers show that it does.
+        unknown: The set of those of which they show nothing.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -89,12 +57,17 @@ class Flow:
         self.is_constant = self._from_parameters()
         self.ancestors, self.descendants = self._reach()
         self.from_inputs = self._from_inputs()
-        self.projections = self._mask(lambda node: node.op in MATMULS and self._reads_a_weight(node))
+        self.evidence = ask(graph, self.is_constant, self.ancestors)
+        asked = self._by_evidence
+        self.projections = asked("projection") | self._mask(lambda n: n.op in MATMULS and self._reads_a_weight(n))
         # Products of activations, and softmax: what comes before them is not what a branch ends in.
-        self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self._has_two(node)))
-        self.attentions = self._mask(lambda node: _is_attention(node.op) or self.weights_of(node.index) is not None)
-        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling.
-        self.endings = self.projections | self.attentions | self._mask(lambda node: _is_mixing(node.op))
+        self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self.has_two(node)))
+        self.attending = find_attentions(self)
+        self.attentions = asked("attention") | self._mask(lambda n: _is_attention(n.op) or n.index in self.attending)
+        self.unknown = asked("unknown")
+        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling; and in what is
+        # not understood, so that what it computes is not overlooked.
+        self.endings = self.projections | self.attentions | self.unknown | self._mask(lambda n: _is_mixing(n.op))
 
     @cached_property
     def readers(self) -> list[list[int]]:
@@ -117,8 +90,13 @@ class Flow:
     @cached_property
     def norm_calls(self) -> list[ModuleCall]:
         """List the calls of modules that normalise and do nothing else."""
-        with_norm = {id(call) for node in self.nodes if node.op in NORMS and node.call for call in [node.call]}
-        return [call for call in self.calls if id(call) in with_norm and call.end is not None and _is_small(call)]
+        norms = self._by_evidence("norm") | self._mask(lambda node: node.op in NORMS)
+        with_norm = {id(self.nodes[i].call) for i in bits(norms)}
+        return [call for call in self.calls if id(call) in with_norm and call.end is not None and self._is_small(call)]
+
+    def is_norm(self, index: int) -> bool:
+        """Tell whether one operation is a whole norm."""
+        return self.nodes[index].op in WHOLE_NORMS or bool(self._by_evidence("norm") >> index & 1)
 
     @cached_property
     def features(self) -> int:
@@ -206,6 +184,10 @@ class Flow:
                 todo.extend(self.nodes[i].inputs)
         return found
 
+    def _by_evidence(self, kind: str) -> int:
+        """Return the set of nodes that do this, as numbers show."""
+        return sum(1 << i for i, found in self.evidence.items() if found.kind == kind)
+
     def _mask(self, test: Callable[[Operation], bool]) -> int:
         """Return the set of nodes for which `test` holds."""
         return sum(1 << node.index for node in self.nodes if test(node))
@@ -243,48 +225,28 @@ class Flow:
                 descendants[i] |= descendants[node.index] | 1 << node.index
         return ancestors, descendants
 
+    def _is_small(self, call: ModuleCall) -> bool:
+        """Tell whether a call does nothing but normalise: no product inside, and vectors alone as its weights."""
+        # Layers that nobody describes may hold their matrices where no Parameter shows them; what they did shows it.
+        inside = (1 << (call.end or call.start)) - (1 << call.start)
+        vectors_alone = all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))
+        is_more = inside & (self.endings | self.products) or holds_described_weights(call.module)
+        return vectors_alone and not is_more
+
     def _reads_a_weight(self, node: Operation) -> bool:
         """Tell whether a node takes an activation and something that comes of parameters alone."""
         return not self.is_constant[node.index] and any(self.is_constant[i] for i in node.inputs)
 
-    def _has_two(self, node: Operation) -> bool:
+    def has_two(self, node: Operation) -> bool:
         """Tell whether a node takes two activations and no weight."""
         return not self._reads_a_weight(node) and len(self.activations(node)) > 1
-
-    def weights_of(self, index: int) -> int | None:
-        """Return the node of Q @ K, if this one is an attention's last product, softmax(Q @ K) @ V; else None.
-
-        A router weighs experts by a softmax, too, but of a projection: then there is no product of activations behind it.
-        """
-        node = self.nodes[index]
-        if node.op not in MATMULS or not self._has_two(node):
-            return None
-        for i in node.inputs:
-            softmax = self.source(i, VIEWS | SCALES)
-            if self.nodes[softmax].op in SOFTMAX:
-                back = self.ancestors[softmax] | 1 << softmax
-                scores = self.nearest(softmax, self.products & ~(1 << softmax), back, stop=self.projections)
-                if scores:
-                    # A bias by position may be a product as well, and be added to that of queries and keys.
-                    return next(filter(self._compares_inputs, bits(scores)), next(bits(scores)))
-        return None
-
-    def _compares_inputs(self, index: int) -> bool:
-        """Tell whether both factors of a product come of the model's inputs: one of positions alone is a bias."""
-        return all(self.from_inputs >> i & 1 for i in self.activations(self.nodes[index])[-2:])
 
 
 def _is_attention(op: str) -> bool:
     """Tell whether an operation is a whole attention, whichever kernel runs it."""
-    return "scaled_dot_product" in op and not op.endswith("backward")
+    return "scaled_dot_product" in op and "::" not in op and not op.endswith("backward")
 
 
 def _is_mixing(op: str) -> bool:
     """Tell whether an operation mixes tokens without a weight: a Fourier transform (FNet), a pooling (PoolFormer)."""
-    return op.startswith("_fft") or "pool" in op
-
-
-def _is_small(call: ModuleCall) -> bool:
-    """Tell whether a module, with its children, holds vectors alone and no matrices: a norm, whatever its name."""
-    vectors_alone = all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))
-    return vectors_alone and not holds_described_weights(call.module)
+    return op.startswith("_fft") or ("pool" in op and "::" not in op)

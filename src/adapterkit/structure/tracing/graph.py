@@ -65,8 +65,9 @@ class Operation:
     """One tensor operation, or a tensor that came from outside (`op` is "parameter" or "input").
 
     Attributes:
-        op: Its name without namespace, such as "addmm"; "linear" for every product that a package's `HostType` names;
-            "item" for one of the tensors that an operation returned as a list (`chunk`), its place in `numbers`.
+        op: Its name, such as "addmm"; with its namespace if it is not torch's ("mylib::gelu"), but "linear" for every
+            product that a package's `HostType` names; "item" for one of the tensors that an operation returned as a list
+            (`chunk`), its place in `numbers`.
         inputs: The nodes that it reads, in the order of its arguments; after them, nodes that have since written in place
             into memory that an argument shares (`x[:, 0] = y` changes x, which later operations read as the same tensor).
         numbers: The integers among its arguments, such as the axes of a permutation.
@@ -88,6 +89,11 @@ class Operation:
     taken: tuple[Tensor, ...] = ()
     made: tuple[Tensor, ...] = ()
     addends: tuple[Tensor, ...] = ()
+
+    @property
+    def is_torchs(self) -> bool:
+        """Tell whether torch itself, or the `HostType` of a package, says what it does."""
+        return "::" not in self.op
 
 
 class Graph:
@@ -182,11 +188,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         )
 
     def _note_writes(self, node: Operation, func: Any, args: Any) -> None:
-        """Have the arguments that an operation changed in place stand for its node from now on, and their memory, too."""
+        """Have the arguments that an operation changed in place stand for its node from now on, and their memory, too.
+
+        One that returns nothing (`silu_and_mul(out, x)`) made what it wrote.
+        """
         for argument, schema in zip(args, func._schema.arguments, strict=False):
             if isinstance(argument, Tensor) and schema.alias_info is not None and schema.alias_info.is_write:
                 self._written[_storage(argument)] = node.index
                 self._point(argument, node.index)
+                if not func._schema.returns:
+                    node.made = (*node.made, argument)
+                    node.shape, node.is_floating = tuple(node.made[0].shape), node.made[0].is_floating_point()
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module is called."""
@@ -233,11 +245,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
 
 def _name_of(func: Any) -> str:
-    """Return the name of an operator; "linear" if a package says that it multiplies an input by a weight."""
-    namespace, _, name = func._schema.name.partition("::")
-    # One name for all products: what asks for matrix products further on need not know whose they are.
-    is_product = namespace not in _TORCHS and func._schema.name in product_names()
-    return "linear" if is_product else str(name)
+    """Return the name of an operator: torch's without namespace, "linear" if a package says that it is such a product."""
+    full = str(func._schema.name)
+    namespace, _, name = full.partition("::")
+    if namespace in _TORCHS:
+        return name
+    # One name for all products: what asks for matrix products further on need not know whose they are. Any other keeps its
+    # namespace, for another package's `silu` need not do what torch's does.
+    return "linear" if full in product_names() else full
 
 
 def _returns_list(func: Any) -> bool:
