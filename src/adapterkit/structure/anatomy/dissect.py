@@ -232,7 +232,10 @@ class _Dissection:
         """
         flow = self.flow
         made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
-        root, shape, axis = flow.source(branch.addition.stream), flow.nodes[made].shape, self.axes.of(made)
+        root, shape = flow.source(branch.addition.stream), flow.nodes[made].shape
+        # Experts gather tokens and scatter them again, behind which features are lost from sight: the addition knows best.
+        axis = self.axes.on_the_way(made, branch.end, self.axes.of(branch.addition.skip))
+        axis = self.axes.of(made) if axis is None else axis
         taker = None
         for call in flow.calls:
             if call.path is None or not self._may_take_the_stream(call, branch, made):
