@@ -23,6 +23,7 @@ from .additions import Addition, addends, residual_additions
 from .description import Kind
 from .feature_axes import FeatureAxes
 from .kinds import branch_kind
+from .routers import routers, weighs_by_softmax
 
 __all__ = ["Branch", "BranchReader"]
 
@@ -39,6 +40,7 @@ class Branch:
         inside: The set of nodes between the stream and the end.
         is_parallel: Whether the addition adds several branches at once.
         kind: What it does.
+        routers: The set of its projections that only choose and weigh what others make.
         is_moe: Whether it routes tokens to experts.
         call: The module call that yields it, and where in its output it lies; None if no module does.
         scales: Operations between that and the addition that change values.
@@ -50,6 +52,7 @@ class Branch:
     inside: int
     is_parallel: bool
     kind: Kind
+    routers: int
     is_moe: bool
     call: tuple[ModuleCall, pytree.Path] | None
     scales: tuple[str, ...]
@@ -80,9 +83,12 @@ class BranchReader:
             inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
             kind, is_moe = branch_kind(self.flow, self.axes, addition.stream, inside)
+            weighing = routers(self.flow, inside, end) if kind == "feedforward" else 0
+            is_moe = is_moe or weighs_by_softmax(self.flow, weighing, inside)
             # addcmul and the like scale as they add.
             added = () if addition.node.op.startswith("add") and "mul" not in addition.node.op else (addition.node.op,)
-            yield Branch(addition, end, inside, len(ends) > 1, kind, is_moe, call, (*scales, *shared_scales, *added))
+            scaled = (*scales, *shared_scales, *added)
+            yield Branch(addition, end, inside, len(ends) > 1, kind, weighing, is_moe, call, scaled)
 
     def _inside(self, addition: Addition, end: int) -> int:
         """Return the set of nodes between the stream and the end, without those of steps before it in the same block.

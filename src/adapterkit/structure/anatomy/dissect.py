@@ -84,9 +84,9 @@ class _Dissection:
         """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
         attended = list(projected(flow, branch.inside))
-        projections = branch.inside & flow.projections
+        projections = branch.inside & flow.projections & ~branch.routers
         first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
-        last = flow.nearest(branch.end, projections, branch.inside)
+        last = flow.nearest(branch.end, projections, branch.inside, stop=branch.routers)
         post = self._post_norm(branch)
         node_call = addition.node.call
 
