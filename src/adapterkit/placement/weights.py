@@ -13,11 +13,13 @@ from ..nn.functional.projections import Projection, parameter_projection
 from ..nn.functional.slices import Slices
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
+from ..structure.anatomy.roles import check_whole
 from ..structure.hosts import host_type, is_called, note_of_unread_packages
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from .computed_weights import no_parameter, why_no_effect
 from .layers import check_layers, in_layers, layer_of
+from .patterns import is_role
 from .projections import projection_of
 from .readers import at_running_hosts
 from .rule import Placement
@@ -47,6 +49,9 @@ def weight_sites(
     except TargetError as error:
         raise TargetError(f"exclude: {error}") from None
     wanted = wanted_by(config.targets, scope)
+    if config.layers is None:  # who names layers leaves out others on purpose
+        for role in filter(is_role, config.targets):
+            check_whole(role, discovery.anatomy, {*excluded.modules})
     sites = [*_projection_sites(wanted, excluded, scope), *_parameter_sites(wanted, excluded, scope)]
     if not sites:
         raise TargetError(
@@ -56,7 +61,8 @@ def weight_sites(
     kept = [site for site in sites if in_layers(site.layer, config.layers)]
     # Tracing has made inputs that the model runs on: what runs can be seen with them, too.
     inputs = discovery.inputs if discovery.was_needed else example_inputs
-    return kept if inputs is None else at_running_hosts(model, kept, config, inputs)
+    resting = discovery.anatomy.resting if discovery.was_needed else frozenset()
+    return kept if inputs is None else at_running_hosts(model, kept, config, inputs, resting)
 
 
 def projection_at(site: SiteSpec, host: nn.Module) -> Projection:

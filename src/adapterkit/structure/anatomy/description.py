@@ -16,7 +16,7 @@ from typing import Literal
 
 from ..pytree import Argument, Path
 
-__all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Slices", "Sublayer"]
+__all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Product", "Slices", "Sublayer"]
 
 Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
@@ -68,6 +68,23 @@ class FusedProjection:
     axis: int
     slices: Slices
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a block multiplies by: a linear layer, or a Parameter that a module multiplies by itself.
+
+    Attributes:
+        path: The innermost module that multiplies.
+        weight: The Parameter's name in the model; None where the weight is none (quantised), or is computed.
+        parts: What it is in its branch: "first", "last", both or neither.
+        is_output: Whether the module returns the product.
+    """
+
+    path: str
+    weight: str | None
+    parts: tuple[str, ...]
+    is_output: bool
 
 
 @dataclass(frozen=True)
@@ -130,6 +147,9 @@ class Anatomy:
         blocks: What each repeated block returns as its stream.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
         idle: Modules that are built as the blocks beside them, but did not run.
+        products: What the transformer blocks multiply by, but for routers and convolutions.
+        resting: Modules of experts that no token of the traced forward chose.
+        unread: Linear layers of the blocks that did not run, and whose weight nothing read.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -139,6 +159,9 @@ class Anatomy:
     blocks: tuple[ModuleOutput, ...]
     unexplained: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()
+    products: tuple[Product, ...] = ()
+    resting: frozenset[str] = frozenset()
+    unread: tuple[str, ...] = ()
 
     @property
     def transformer_blocks(self) -> frozenset[str | None]:

@@ -23,6 +23,7 @@ from .branches import Branch, BranchReader
 from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
 from .fused import fused_projections
 from .kinds import projected
+from .products import first_of, last_of, products, resting, unread
 from .vocabulary import output_calls
 
 __all__ = ["dissect"]
@@ -37,9 +38,11 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
     reader = BranchReader(flow, modules)
     branches = [branch for addition in reader.additions for branch in reader.branches(addition)]
     find_blocks(flow, modules, branches)
-    dissection = _Dissection(reader)
+    idle_experts = resting(flow, modules, branches)
+    dissection = _Dissection(reader, idle_experts)
     sublayers = dissection.sublayers(branches)
     inside = tuple(s for s in sublayers if s.block is not None)
+    multiplied = products(flow, modules, branches, idle_experts)
     return Anatomy(
         sublayers=inside,
         others=tuple(s for s in sublayers if s.block is None),
@@ -48,15 +51,18 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         blocks=tuple(dissection.blocks(inside)),
         unexplained=tuple(dissection.unexplained(branches)),
         idle=tuple(dissection.idle(inside)),
+        products=tuple(multiplied),
+        resting=frozenset(path for paths in idle_experts.values() for path in paths),
+        unread=tuple(unread(flow, modules, branches, multiplied)),
     )
 
 
 class _Dissection:
     """Puts branches together with the norms and streams around them."""
 
-    def __init__(self, reader: BranchReader) -> None:
+    def __init__(self, reader: BranchReader, resting: dict[str, tuple[str, ...]]) -> None:
         self.reader, self.flow, self.axes, self.additions = reader, reader.flow, reader.axes, reader.additions
-        self.replays = Replays(reader.flow)
+        self.replays, self.resting = Replays(reader.flow), resting
 
     # --- sub-layers ---------------------------------------------------------------------------------------------------
 
@@ -84,9 +90,6 @@ class _Dissection:
         """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
         attended = list(projected(flow, branch.inside))
-        projections = branch.inside & flow.projections & ~branch.routers
-        first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
-        last = flow.nearest(branch.end, projections, branch.inside, stop=branch.routers)
         post = self._post_norm(branch)
         node_call = addition.node.call
 
@@ -97,8 +100,8 @@ class _Dissection:
             kind=branch.kind,
             block=branch.block,
             out=self._yielded(branch),
-            first=self._modules_of(first),
-            last=self._modules_of(bits(last)),
+            first=self._with_resting(self._modules_of(bits(first_of(flow, branch)))),
+            last=self._with_resting(self._modules_of(bits(last_of(flow, branch)))),
             query=making("q"),
             key=making("k"),
             value=making("v"),
@@ -147,6 +150,10 @@ class _Dissection:
         """Return the paths of the innermost modules that ran these nodes, each once."""
         calls = [self.flow.nodes[i].call for i in nodes]
         return tuple(dict.fromkeys(call.path for call in calls if call is not None and call.path is not None))
+
+    def _with_resting(self, paths: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the paths, with those of the same layers in experts that did not run."""
+        return tuple(dict.fromkeys((*paths, *(other for path in paths for other in self.resting.get(path, ())))))
 
     # --- norms and streams --------------------------------------------------------------------------------------------
 
