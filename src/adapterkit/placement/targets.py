@@ -196,10 +196,11 @@ def _check_norm_can_run_again(sublayer: Sublayer) -> None:
             f"the norm {norm.path!r} after the {sublayer.kind} runs on other tensors of its block, too, and an adapter "
             "there would change them all; use at='output' on a branch (such as '@feedforward.out'), or target '@block.out'"
         )
-    if norm is None and sublayer.norm == "post":
+    if norm is None and sublayer.is_normalised_by_hand:
         raise TargetError(
-            f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is a function, not a module, so that no hook "
-            "can run it again or adapt what it returns; use at='output' on a branch (such as '@feedforward.out')"
+            f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is no module, but a function or written by "
+            "hand, so that no hook can run it again or adapt what it returns; use at='output' on a branch (such as "
+            "'@feedforward.out')"
         )
 
 

@@ -82,8 +82,9 @@ class BranchReader:
         for end in ends:
             inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
-            kind, is_moe = branch_kind(self.flow, self.axes, addition.stream, inside)
-            weighing = routers(self.flow, inside, end) if kind == "feedforward" else 0
+            weighing = 0 if inside & self.flow.attentions else routers(self.flow, inside, end)
+            kind, is_moe = branch_kind(self.flow, self.axes, addition.stream, inside, weighing)
+            weighing *= kind == "feedforward"
             is_moe = is_moe or weighs_by_softmax(self.flow, weighing, inside)
             # addcmul and the like scale as they add.
             added = () if addition.node.op.startswith("add") and "mul" not in addition.node.op else (addition.node.op,)

@@ -112,8 +112,10 @@ def _is_no_layers(flow: Flow, branch: Branch, node: int, call: ModuleCall) -> bo
     """Tell whether a product chooses experts, or makes an attention's scores with a Parameter (a table of positions)."""
     if not branch.inside >> node & 1:
         return False
-    is_table = branch.kind.endswith("attention") and not _is_output(flow, node, call)
-    return (branch.is_moe or is_table) and only_weighs(flow, node, branch.inside, branch.end)
+    if branch.is_moe:
+        return bool(branch.routers >> node & 1)
+    is_inside = branch.kind.endswith("attention") and not _is_output(flow, node, call)
+    return is_inside and only_weighs(flow, node, branch.inside, branch.end)
 
 
 def _is_output(flow: Flow, node: int, call: ModuleCall) -> bool:

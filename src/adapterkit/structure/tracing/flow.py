@@ -19,7 +19,7 @@ from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights
 from .graph import Graph, ModuleCall, Operation
 
-__all__ = ["Flow", "bits"]
+__all__ = ["Flow", "bits", "is_small"]
 
 
 def _ops(names: str) -> frozenset[str]:
@@ -52,9 +52,9 @@ MATMULS = _ops(
 )
 LOOKUPS = _ops("embedding embedding_bag _embedding_bag index index_select gather")
 SOFTMAX = _ops("_softmax _safe_softmax softmax")
-# Norms that are one operation, and then those and what norms written by hand are made of.
-WHOLE_NORMS = _ops("native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm")
-NORMS = WHOLE_NORMS | _ops(
+# What norms are made of.
+NORMS = _ops(
+    "native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm "  # whole ones
     "rsqrt linalg_vector_norm batch_norm "
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
     "cudnn_batch_norm "
@@ -92,8 +92,11 @@ class Flow:
         # Products of activations, and softmax: what comes before them is not what a branch ends in.
         self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self._has_two(node)))
         self.attentions = self._mask(lambda node: _is_attention(node.op) or self.weights_of(node.index) is not None)
-        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling.
+        # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling; in a weighted
+        # sum of what experts computed.
         self.endings = self.projections | self.attentions | self._mask(lambda node: _is_mixing(node.op))
+        weights = self._mask(lambda node: node.op in SOFTMAX | BOUNDED)
+        self.endings |= self._mask(lambda node: node.op in MATMULS and self._has_two(node) and self._weighs(node, weights))
 
     @cached_property
     def readers(self) -> list[list[int]]:
@@ -117,7 +120,7 @@ class Flow:
     def norm_calls(self) -> list[ModuleCall]:
         """List the calls of modules that normalise and do nothing else."""
         with_norm = {id(call) for node in self.nodes if node.op in NORMS and node.call for call in [node.call]}
-        return [call for call in self.calls if id(call) in with_norm and call.end is not None and _is_small(call)]
+        return [call for call in self.calls if id(call) in with_norm and call.end is not None and is_small(call)]
 
     @cached_property
     def features(self) -> int:
@@ -238,6 +241,27 @@ class Flow:
         """Tell whether a node takes two activations and no weight."""
         return not self._reads_a_weight(node) and len(self.activations(node)) > 1
 
+    def _weighs(self, node: Operation, weights: int) -> bool:
+        """Tell whether a factor of a product is made of softmaxes alone (or gates), whatever was chosen of them."""
+        return any(self._is_made_of(i, weights) for i in self.activations(node))
+
+    def _is_made_of(self, index: int, wanted: int) -> bool:
+        """Tell whether every way back from a node meets one that is wanted before a projection or product."""
+        seen, todo = 0, [index]
+        while todo:
+            i = todo.pop()
+            node, is_seen = self.nodes[i], seen >> i & 1
+            seen |= 1 << i
+            if is_seen or wanted >> i & 1:
+                continue
+            # Numbers alone, no indices: `topk` is one node with both.
+            before = [j for j, t in zip(node.inputs, node.taken, strict=False) if t.is_floating_point()]
+            before = [j for j in before if not self.is_constant[j]]
+            if not before or (self.projections | self.products) >> i & 1:
+                return not before and node.op not in ("input", "parameter")  # zeros that weights are scattered into
+            todo += before
+        return bool(seen & wanted)
+
     def weights_of(self, index: int) -> int | None:
         """Return the node of Q @ K, if this one is an attention's last product, softmax(Q @ K) @ V; else None.
 
@@ -271,7 +295,7 @@ def _is_mixing(op: str) -> bool:
     return op.startswith("_fft") or "pool" in op
 
 
-def _is_small(call: ModuleCall) -> bool:
+def is_small(call: ModuleCall) -> bool:
     """Tell whether a module, with its children, holds vectors alone and no matrices: a norm, whatever its name."""
     vectors_alone = all(p.dim() <= 1 or p.numel() == max(p.shape) for _, p in base_parameters(call.module))
     return vectors_alone and not holds_described_weights(call.module)
