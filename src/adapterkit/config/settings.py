@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -62,6 +63,11 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, (list, range)) else value
 
 
+def _in_our_spelling(targets: Sequence[str | Predicate]) -> tuple[str | Predicate, ...]:
+    """Return the targets, with the role that stands for what peft calls "all-linear"."""
+    return tuple("@linear" if target == "all-linear" else target for target in targets)
+
+
 def _list_to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -82,6 +88,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 # The description of a field that may be one of several things is what an error says of it.
 Targets = Annotated[
     Sequence[Target],
+    AfterValidator(_in_our_spelling),
     BeforeValidator(_as_tuple),
     Field(description="a list of names (patterns), roles such as '@attention.q', and predicates (module, path) -> bool"),
 ]

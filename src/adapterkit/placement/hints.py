@@ -10,7 +10,6 @@ from ..errors import CompatibilityError
 from ..structure.anatomy.description import Sublayer
 from ..structure.anatomy.discover import Discovery
 from .patterns import is_role, matching
-from .projections import projection_of
 
 __all__ = ["nothing_matches"]
 
@@ -62,7 +61,7 @@ def nothing_matches(
     if not isinstance(target, str):
         return f"the predicate {getattr(target, '__name__', target)!r} is true for no module of {name}. {_LOOK}"
     there = " and ".join([_count(modules, "module"), *([_count(parameters, "Parameter")] if parameters else [])])
-    instead = _every_linear(target, modules) or _called_here(target, modules, discovery)
+    instead = _every_linear(target) or _called_here(target, modules, discovery)
     return f"{target!r} matches no module of {name}, which has {there}. {instead or _nearest(target, modules, parameters)}"
 
 
@@ -74,18 +73,10 @@ def _nearest(target: str, modules: Mapping[str, nn.Module], parameters: Sequence
     return (f"Nearest: {', '.join(map(repr, near))}. " if near else "") + _LOOK
 
 
-def _every_linear(target: str, modules: Mapping[str, nn.Module]) -> str:
-    """Tell who writes "all-linear", as peft has it, how to name every linear layer of this model."""
-    if target.lower().replace("_", "-") != "all-linear":
-        return ""
-    # Also the Conv1D of transformers (GPT-2), which is a linear layer and no nn.Linear: so the types are told by name.
-    kinds = {type(m).__name__ for m in modules.values() if (found := projection_of(m)) and found.kind == "linear"}
-    if not kinds:
-        return f"It has no linear layers. {_LOOK}"
-    return (
-        f"Every linear layer is named by a predicate: targets=[lambda module, path: type(module).__name__ in "
-        f"{sorted(kinds)}]; exclude= leaves some out, such as the output embedding"
-    )
+def _every_linear(target: str) -> str:
+    """Tell who writes "all_linear" what names every linear layer of the blocks."""
+    is_meant = target.lower().replace("_", "-") == "all-linear"
+    return "Every linear layer of the blocks is named by the role '@linear', which may be written 'all-linear'" * is_meant
 
 
 def _called_here(target: str, modules: Mapping[str, nn.Module], discovery: Discovery | None) -> str:

@@ -1,6 +1,6 @@
 """Sites at modules that run: a Parameter that is read around the module that holds it has the reader for its host."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -18,7 +18,11 @@ __all__ = ["at_running_hosts"]
 
 
 def at_running_hosts(
-    model: nn.Module, sites: Sequence[SiteSpec], config: AdapterConfig, inputs: ExampleInputs
+    model: nn.Module,
+    sites: Sequence[SiteSpec],
+    config: AdapterConfig,
+    inputs: ExampleInputs,
+    resting: Collection[str] = (),
 ) -> list[SiteSpec]:
     """Return the sites, each at a host that runs: where a Parameter is read around its host, the reader becomes the host.
 
@@ -26,6 +30,7 @@ def at_running_hosts(
         sites: At projections and Parameters.
         config: Where its targets are a method's own default, Parameters that are never read are left as they are.
         inputs: Inputs that the model runs on.
+        resting: Modules that are known to run on other inputs: experts that no token chose.
 
     Raises:
         TargetError: a projection never runs, or a Parameter that targets name is never read, on the inputs.
@@ -39,7 +44,7 @@ def at_running_hosts(
     names_parameters = "targets" in config.model_fields_set
     for site in sites:
         is_idle = site not in running and id(_parameter_of(model, site)) not in read
-        if is_idle and (not site.parameters or names_parameters):
+        if is_idle and site.path not in resting and (not site.parameters or names_parameters):
             raise TargetError(_never_ran(site, model, inputs))
     return _one_for_each_host(
         model, [_with_reader_as_host(site, readers[site], model) if readers[site] else site for site in sites]

@@ -13,13 +13,14 @@ from ..config.settings import AdapterConfig, TensorConfig
 from ..errors import TargetError
 from ..structure.anatomy.description import ModuleOutput, Sublayer
 from ..structure.anatomy.discover import Discovery
-from ..structure.anatomy.roles import check_whole, role_places
+from ..structure.anatomy.roles import check_whole, role_places, role_products
 from ..structure.anatomy.unknown import check_known
 from ..structure.hosts import resolve_host
 from ..structure.paths import nearest_to
 from ..structure.pytree import Argument, Path
 from .match import match
 from .patterns import is_role
+from .projections import projection_of
 from .rule import STREAM, Placement
 from .spec import Location
 
@@ -67,7 +68,10 @@ def find_locations(
         TargetError: a target matches nothing, or what it matches cannot be adapted as the placement says.
     """
     search = _Search(model, modules, config, placement, discovery)
-    excluded = set(match(model, config.exclude, discovery=discovery)) if config.exclude else set()
+    try:
+        excluded = set(match(model, config.exclude, discovery=discovery)) if config.exclude else set()
+    except TargetError as error:
+        raise TargetError(f"exclude: {error}") from None
     for role in filter(is_role, config.targets):
         check_known(role, discovery.anatomy, excluded)
     matched = match(model, config.targets, config.exclude, discovery=discovery)
@@ -98,7 +102,8 @@ def _role_outputs(search: _Search, excluded: Collection[str]) -> dict[str, Modul
     outputs: dict[str, ModuleOutput] = {}
     for role in filter(is_role, search.config.targets):
         if search.config.layers is None:  # who names layers leaves out others on purpose
-            check_whole(role, search.discovery.anatomy, excluded)
+            check_whole(role, search.discovery.anatomy, {*excluded})
+        _check_layers(role, search, excluded)
         for found in role_places(role, search.discovery.anatomy):
             before = outputs.setdefault(found.path, found)
             if before.output != found.output and search.config.output is None:
@@ -107,6 +112,24 @@ def _role_outputs(search: _Search, excluded: Collection[str]) -> dict[str, Modul
                     f"an adapter can sit at one: set output={list(before.output)} for that one, or exclude={[found.path]}"
                 )
     return outputs
+
+
+def _check_layers(role: str, search: _Search, excluded: Collection[str]) -> None:
+    """Raise TargetError where a role speaks of a product that no module returns, so that a hook there sees another tensor.
+
+    Example: experts whose weights are one Parameter of three axes, which the module around them multiplies by.
+    """
+    inside = [
+        product.weight or product.path
+        for product in role_products(role, search.discovery.anatomy)
+        if not product.is_output and projection_of(search.modules[product.path]) is None and product.path not in excluded
+    ]
+    if inside:
+        raise TargetError(
+            f"{role!r}: {inside[:4]} have no layer of their own: a module around them multiplies by these inside itself, "
+            "where no hook sees the product. A method that changes weights can adapt them (such as 'lora'); else target "
+            "the branch ('@feedforward.out'), or exclude the modules that hold them"
+        )
 
 
 def _location(path: str, role_output: ModuleOutput | None, search: _Search) -> Found:
@@ -184,10 +207,11 @@ def _check_norm_can_run_again(sublayer: Sublayer) -> None:
             f"the norm {norm.path!r} after the {sublayer.kind} runs on other tensors of its block, too, and an adapter "
             "there would change them all; use at='output' on a branch (such as '@feedforward.out'), or target '@block.out'"
         )
-    if norm is None and sublayer.norm == "post":
+    if norm is None and sublayer.is_normalised_by_hand:
         raise TargetError(
-            f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is a function, not a module, so that no hook "
-            "can run it again or adapt what it returns; use at='output' on a branch (such as '@feedforward.out')"
+            f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is no module, but a function or written by "
+            "hand, so that no hook can run it again or adapt what it returns; use at='output' on a branch (such as "
+            "'@feedforward.out')"
         )
 
 

@@ -12,6 +12,7 @@ from ..config.settings import Predicate
 from ..errors import TargetError
 from ..structure.anatomy.description import Anatomy, FusedProjection
 from ..structure.anatomy.discover import Discovery
+from ..structure.anatomy.roles import LINEAR, role_products
 from .computed_weights import no_parameter
 from .hints import nothing_matches
 from .match import first_names, named_by
@@ -112,23 +113,27 @@ def wanted_by(targets: Sequence[str | Predicate], scope: Scope) -> Wanted:
         if not paths and not names:
             raise TargetError(_nothing(target, scope))
         for path in paths:
-            _add_module(wanted, path, _letter(target), scope)
+            _add_module(wanted, path, target, scope)
         if not paths:  # modules come before Parameters of the same name
             for name in names:
                 wanted.add_parameter(name, "")
     return wanted
 
 
-def _add_module(wanted: Wanted, path: str, letter: str, scope: Scope) -> None:
-    """Name a module or, where a role's query, key or value is a product inside it, the Parameters of that product."""
-    module = scope.modules[path]
+def _add_module(wanted: Wanted, path: str, target: str | Predicate, scope: Scope) -> None:
+    """Name a module that a target matches or, where a role's product is made inside it, the Parameters of that product."""
+    module, letter = scope.modules[path], _letter(target)
+    projection = projection_of(module)
+    if target == LINEAR and projection is not None and projection.kind != "linear":
+        return
     # A layer that projects is adapted beside itself; a role's other modules may project inside by a Parameter.
-    is_inside = letter and not projection_of(module)
-    inside = _weights_inside(path, letter, scope.discovery.anatomy) if is_inside else []
+    inside = [] if projection or not is_role(target) else _weights_inside(path, target, letter, scope.discovery.anatomy)
     for name in inside:
         wanted.add_parameter(name, letter)
-    if not inside:
+    if not inside and target != LINEAR:
         wanted.add_module(scope.first_names[id(module)], module, letter)
+    if target == LINEAR and projection:
+        wanted.add_module(scope.first_names[id(module)], module, "")
 
 
 def _letter(target: str | Predicate) -> str:
@@ -136,11 +141,16 @@ def _letter(target: str | Predicate) -> str:
     return target[-1] if is_role(target) and target.endswith((".q", ".k", ".v")) else ""
 
 
-def _weights_inside(path: str, letter: str, anatomy: Anatomy) -> list[str]:
-    """List the Parameters that a module makes queries ("q"), keys or values with, without a layer of their own.
+def _weights_inside(path: str, role: str, letter: str, anatomy: Anatomy) -> list[str]:
+    """List the Parameters that a module makes what a role speaks of with, without a layer of their own.
 
     One whose slices cannot be told apart is listed, too: the error that says why comes where its slices are needed.
+
+    Args:
+        letter: Of a role such as "@attention.q", what it makes.
     """
+    if not letter:
+        return [product.weight for product in role_products(role, anatomy) if product.path == path and product.weight]
     fused = [f for f in fused_at(path, anatomy) if f.weight and (f.problem or letter in dict(f.slices))]
     return list(dict.fromkeys(f"{path}.{f.weight}".lstrip(".") for f in fused))
 

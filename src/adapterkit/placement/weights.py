@@ -13,6 +13,7 @@ from ..nn.functional.projections import Projection, parameter_projection
 from ..nn.functional.slices import Slices
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
+from ..structure.anatomy.roles import check_whole
 from ..structure.anatomy.unknown import check_known
 from ..structure.hosts import host_type, is_called, note_of_unread_packages
 from ..structure.paths import ancestors
@@ -52,6 +53,9 @@ def weight_sites(
     for role in filter(is_role, config.targets):
         check_known(role, discovery.anatomy, excluded.modules)
     wanted = wanted_by(config.targets, scope)
+    if config.layers is None:  # who names layers leaves out others on purpose
+        for role in filter(is_role, config.targets):
+            check_whole(role, discovery.anatomy, {*excluded.modules})
     sites = [*_projection_sites(wanted, excluded, scope), *_parameter_sites(wanted, excluded, scope)]
     if not sites:
         raise TargetError(
@@ -61,7 +65,8 @@ def weight_sites(
     kept = [site for site in sites if in_layers(site.layer, config.layers)]
     # Tracing has made inputs that the model runs on: what runs can be seen with them, too.
     inputs = discovery.inputs if discovery.was_needed else example_inputs
-    return kept if inputs is None else at_running_hosts(model, kept, config, inputs)
+    resting = discovery.anatomy.resting if discovery.was_needed else frozenset()
+    return kept if inputs is None else at_running_hosts(model, kept, config, inputs, resting)
 
 
 def projection_at(site: SiteSpec, host: nn.Module) -> Projection:

@@ -25,6 +25,7 @@ from .description import Kind
 from .feature_axes import FeatureAxes
 from .kinds import branch_kind
 from .residual import residual_additions, side_branches
+from .routers import routers, weighs_by_softmax
 
 __all__ = ["Branch", "BranchReader"]
 
@@ -41,6 +42,8 @@ class Branch:
         inside: The set of nodes between the stream and the end.
         is_parallel: Whether the addition adds several branches at once.
         kind: What it does.
+        routers: The set of its projections that only choose and weigh what others make.
+        aside: The set of nodes in low-rank branches beside single layers.
         is_moe: Whether it routes tokens to experts.
         call: The module call that yields it, and where in its output it lies; None if no module does.
         scales: Operations between that and the addition that change values.
@@ -52,6 +55,8 @@ class Branch:
     inside: int
     is_parallel: bool
     kind: Kind
+    routers: int
+    aside: int
     is_moe: bool
     call: tuple[ModuleCall, pytree.Path] | None
     scales: tuple[str, ...]
@@ -85,10 +90,14 @@ class BranchReader:
         for end in ends:
             inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
-            kind, is_moe = branch_kind(self.attentions, addition.stream, inside)
+            weighing = 0 if inside & self.flow.attentions else routers(self.flow, inside, end)
+            kind, is_moe = branch_kind(self.attentions, addition.stream, inside, weighing)
+            weighing *= kind == "feedforward"
+            is_moe = is_moe or weighs_by_softmax(self.flow, weighing, inside)
             # addcmul and the like scale as they add.
             added = () if addition.node.op.startswith("add") and "mul" not in addition.node.op else (addition.node.op,)
-            yield Branch(addition, end, inside, len(ends) > 1, kind, is_moe, call, (*scales, *shared_scales, *added))
+            scaled = (*scales, *shared_scales, *added)
+            yield Branch(addition, end, inside, len(ends) > 1, kind, weighing, self.aside, is_moe, call, scaled)
 
     def _inside(self, addition: Addition, end: int) -> int:
         """Return the set of nodes between the stream and the end, without those of steps before it in the same block.

@@ -16,7 +16,9 @@ from typing import Literal
 
 from ..pytree import Argument, Path
 
-__all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Slices", "Sublayer", "Unknown"]
+__all__ = [
+    "Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Product", "Slices", "Sublayer", "Unknown",
+]  # fmt: skip
 
 Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
@@ -71,6 +73,23 @@ class FusedProjection:
 
 
 @dataclass(frozen=True)
+class Product:
+    """What a block multiplies by: a linear layer, or a Parameter that a module multiplies by itself.
+
+    Attributes:
+        path: The innermost module that multiplies.
+        weight: The Parameter's name in the model; None where the weight is none (quantised), or is computed.
+        parts: What it is in its branch: "first", "last", both or neither.
+        is_output: Whether the module returns the product.
+    """
+
+    path: str
+    weight: str | None
+    parts: tuple[str, ...]
+    is_output: bool
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """A branch of the network that is added to the residual stream.
 
@@ -94,6 +113,7 @@ class Sublayer:
         sum: A module of the block that returns the sum, before anything of the block reads it.
         post_norm: The norm that takes the sum, in a post-norm block, as the module and its place.
         shares_norm: Whether that norm runs on other tensors, too, in one call of the block.
+        is_normalised_by_hand: Whether a function or a few operations, and no module, normalise the sum.
         addition: Where it is added: the module around the addition, and its node in the trace.
     """
 
@@ -115,6 +135,7 @@ class Sublayer:
     sum: ModuleOutput | None
     post_norm: ModuleOutput | None
     shares_norm: bool
+    is_normalised_by_hand: bool
     addition: tuple[str, int]
 
 
@@ -148,6 +169,9 @@ class Anatomy:
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
         idle: Modules that are built as the blocks beside them, but did not run.
         unknown: What is not understood: roles and presets do not rest on it, and say so.
+        products: What the transformer blocks multiply by, but for routers and convolutions.
+        resting: Modules of experts that no token of the traced forward chose.
+        unread: Linear layers of the blocks that did not run, and whose weight nothing read.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -158,6 +182,9 @@ class Anatomy:
     unexplained: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()
     unknown: tuple[Unknown, ...] = ()
+    products: tuple[Product, ...] = ()
+    resting: frozenset[str] = frozenset()
+    unread: tuple[str, ...] = ()
 
     @property
     def transformer_blocks(self) -> frozenset[str | None]:

@@ -6,7 +6,6 @@ times (ALBERT runs one block twelve times) has one sub-layer, which holds what a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from .. import pytree
 from ..paths import ancestors
-from ..tracing.flow import SCALES, VIEWS, Flow, bits
+from ..tracing.flow import VIEWS, Flow, bits
 from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays
 from .additions import follows
@@ -22,6 +21,8 @@ from .blocks import find_blocks, template_of, within
 from .branches import Branch, BranchReader
 from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
 from .fused import fused_projections
+from .norms import Norms, readers_of
+from .products import first_of, last_of, products, resting, unread
 from .unknown import unknown_operations
 from .vocabulary import output_calls
 
@@ -37,9 +38,11 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
     reader = BranchReader(flow, modules)
     branches = [branch for addition in reader.additions for branch in reader.branches(addition)]
     find_blocks(flow, modules, branches)
-    dissection = _Dissection(reader)
+    idle_experts = resting(flow, modules, branches)
+    dissection = _Dissection(reader, idle_experts)
     sublayers = dissection.sublayers(branches)
     inside = tuple(s for s in sublayers if s.block is not None)
+    multiplied = products(flow, modules, branches, idle_experts)
     return Anatomy(
         sublayers=inside,
         others=tuple(s for s in sublayers if s.block is None),
@@ -49,15 +52,19 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         unexplained=tuple(dissection.unexplained(branches)),
         unknown=tuple(unknown_operations(flow, branches)),
         idle=tuple(dissection.idle(inside)),
+        products=tuple(multiplied),
+        resting=frozenset(path for paths in idle_experts.values() for path in paths),
+        unread=tuple(unread(flow, modules, branches, multiplied)),
     )
 
 
 class _Dissection:
     """Puts branches together with the norms and streams around them."""
 
-    def __init__(self, reader: BranchReader) -> None:
+    def __init__(self, reader: BranchReader, resting: dict[str, tuple[str, ...]]) -> None:
         self.reader, self.flow, self.axes, self.additions = reader, reader.flow, reader.axes, reader.additions
-        self.replays = Replays(reader.flow)
+        self.replays, self.resting = Replays(reader.flow), resting
+        self.norms = Norms(self.flow, self.additions, self.replays)
 
     # --- sub-layers ---------------------------------------------------------------------------------------------------
 
@@ -78,18 +85,20 @@ class _Dissection:
             )
         for group in groups.values():
             if any(s.post_norm is None for s in group):
-                merged = [_without_post(s) if s in group else s for s in merged]
+                # Nothing may follow the last block that would show its norm: what the others do, it does.
+                is_by_hand = any(s.is_normalised_by_hand for s in group)
+                is_sum = any(self.norms.is_stream(s.addition[1]) for s in group)
+                change = _with_post_by_hand if is_by_hand and not is_sum else _without_post
+                merged = [change(s) if s in group else s for s in merged]
         return merged
 
     def _sublayer(self, branch: Branch, branches: list[Branch]) -> Sublayer:
         """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
-        inside = branch.inside & ~self.reader.aside
         attended = list(self.reader.attentions.projected(branch.inside))
-        projections = inside & flow.projections
-        first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
-        last = flow.nearest(branch.end, projections, inside)
-        post = self._post_norm(branch)
+        call = self.norms.after(branch)
+        post = self._output_of(call, call.outputs[0][0]) if call else None
+        is_by_hand = call is None and self.norms.is_after_by_hand(branch)
         node_call = addition.node.call
 
         def making(part: str) -> tuple[str, ...]:
@@ -99,8 +108,8 @@ class _Dissection:
             kind=branch.kind,
             block=branch.block,
             out=self._yielded(branch),
-            first=self._modules_of(first),
-            last=self._modules_of(bits(last)),
+            first=self._with_resting(self._modules_of(bits(first_of(flow, branch)))),
+            last=self._with_resting(self._modules_of(bits(last_of(flow, branch)))),
             query=making("q"),
             key=making("k"),
             value=making("v"),
@@ -109,11 +118,12 @@ class _Dissection:
             is_parallel=branch.is_parallel or self._has_sibling(branch),
             is_moe=branch.is_moe,
             is_last=self._is_last(branch, branches),
-            norm=self._norm(branch, post),
+            norm=self.norms.kind(branch, is_after=post is not None or is_by_hand),
             stream=self._stream_taker(branch),
             sum=self._sum(branch),
             post_norm=post,
-            shares_norm=post is not None and self._runs_again(post.path, branch),
+            shares_norm=post is not None and self.norms.runs_again(post.path, branch),
+            is_normalised_by_hand=is_by_hand,
             addition=((node_call.path if node_call else None) or "", addition.node.index),
         )
 
@@ -150,82 +160,11 @@ class _Dissection:
         calls = [self.flow.nodes[i].call for i in nodes]
         return tuple(dict.fromkeys(call.path for call in calls if call is not None and call.path is not None))
 
+    def _with_resting(self, paths: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the paths, with those of the same layers in experts that did not run."""
+        return tuple(dict.fromkeys((*paths, *(other for path in paths for other in self.resting.get(path, ())))))
+
     # --- norms and streams --------------------------------------------------------------------------------------------
-
-    def _norm(self, branch: Branch, post: ModuleOutput | None) -> Norm:
-        """Tell where the block normalises around a branch.
-
-        Args:
-            post: The norm after the addition, if a module is one.
-        """
-        # Last things first: (before the branch, at its end) decide, and a norm after the addition counts without either.
-        end = self.flow.source(branch.end, VIEWS | SCALES)
-        at_end = any(i in (end, branch.end) for call in self.flow.norm_calls for _, i in call.outputs)
-        if any(self._is_before(call, branch) for call in self.flow.norm_calls):
-            return "sandwich" if at_end else "pre"
-        if at_end:
-            return "end"
-        return "post" if post is not None or self._is_normalised_by_a_function(branch) else "none"
-
-    def _is_before(self, call: ModuleCall, branch: Branch) -> bool:
-        """Tell whether a norm takes the stream, and the branch computes from what it returns."""
-        root = self.flow.source(branch.addition.stream)
-        takes = any(self.flow.source(i) == root for _, i in call.inputs)
-        return takes and any(branch.inside >> i & 1 for _, i in call.outputs)
-
-    def _post_norm(self, branch: Branch) -> ModuleOutput | None:
-        """Return the norm, in the block or beside it, that takes the sum and makes the stream of it; None if none does."""
-        flow, node = self.flow, branch.addition.node.index
-        if self._is_stream(node):  # the next branch is added to the sum itself: this is no post-norm block
-            return None
-        readers = self._readers(node)
-        for call in flow.norm_calls:
-            takes = any(flow.source(i) == flow.source(node) for _, i in call.inputs)
-            if not takes or call.path is None or not call.outputs:
-                continue
-            if within(call.path, branch.block) or self._is_beside(call, branch, readers):
-                return self._output_of(call, call.outputs[0][0])
-        return None
-
-    def _is_beside(self, call: ModuleCall, branch: Branch, readers: list[int]) -> bool:
-        """Tell whether a norm outside of the block, called by what adds, is the block's: a model may hold its norms itself.
-
-        It is if nothing else reads the sum, or if something is added to what it returns.
-
-        Args:
-            readers: What reads the sum.
-        """
-        if call.parent is not branch.addition.node.call:
-            return False
-        is_alone = bool(readers) and all(call.start <= i < (call.end or 0) for i in readers)
-        return is_alone or self._is_stream(call.outputs[0][1])
-
-    def _is_stream(self, node: int) -> bool:
-        """Tell whether something is added to a node in turn."""
-        return any(node in (a.stream, self.flow.source(a.skip)) for a in self.additions)
-
-    def _is_normalised_by_a_function(self, branch: Branch) -> bool:
-        """Tell whether a norm that is no module's makes the stream of the sum: `F.layer_norm(x + branch, …)`."""
-        flow, node = self.flow, branch.addition.node.index
-        norms = [i for i in self._readers(node) if flow.is_norm(i)]
-        return not self._is_stream(node) and any(self._is_stream(i) for i in norms)
-
-    def _runs_again(self, path: str, branch: Branch) -> bool:
-        """Tell whether a module runs more than once in one call of the block, so that a hook sees other tensors as well."""
-
-        def around(call: ModuleCall) -> ModuleCall | None:
-            # One that runs beside the block is counted in what calls it.
-            return next((outer for outer in call.around() if outer.path == branch.block), call.parent)
-
-        runs = Counter(around(call) for call in self.flow.calls if call.path == path)
-        return max(runs.values()) > 1
-
-    def _readers(self, node: int) -> list[int]:
-        """List what reads a node, through views."""
-        found = []
-        for i in self.flow.readers[node]:
-            found += self._readers(i) if self.flow.nodes[i].op in VIEWS else [i]
-        return found
 
     def _stream_taker(self, branch: Branch) -> ModuleInput | None:
         """Return the last module, in the block or beside it, that takes the stream before the branch's output is made.
@@ -234,7 +173,10 @@ class _Dissection:
         """
         flow = self.flow
         made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
-        root, shape, axis = flow.source(branch.addition.stream), flow.nodes[made].shape, self.axes.of(made)
+        root, shape = flow.source(branch.addition.stream), flow.nodes[made].shape
+        # Experts gather tokens and scatter them again, behind which features are lost from sight: the addition knows best.
+        axis = self.axes.on_the_way(made, branch.end, self.axes.of(branch.addition.skip))
+        axis = self.axes.of(made) if axis is None else axis
         taker = None
         for call in flow.calls:
             if call.path is None or not self._may_take_the_stream(call, branch, made):
@@ -260,7 +202,7 @@ class _Dissection:
     def _sum(self, branch: Branch) -> ModuleOutput | None:
         """Return the outermost module of the block that returns the sum, which nothing reads before that."""
         flow, node = self.flow, branch.addition.node.index
-        first_reader = min(self._readers(node), default=len(flow.nodes))  # nothing reads it: the model returns it
+        first_reader = min(readers_of(flow, node), default=len(flow.nodes))  # nothing reads it: the model returns it
         found = [
             (call, path)
             for call in flow.calls
@@ -393,9 +335,14 @@ def _agreed(calls: list[Sublayer]) -> Sublayer:
 
 def _without_post(sublayer: Sublayer) -> Sublayer:
     """Return the sub-layer without the norm after its addition."""
-    if sublayer.post_norm is None:
-        return sublayer
-    return replace(sublayer, post_norm=None, norm="none" if sublayer.norm == "post" else sublayer.norm)
+    norm: Norm = "none" if sublayer.norm == "post" else sublayer.norm
+    return replace(sublayer, post_norm=None, is_normalised_by_hand=False, norm=norm)
+
+
+def _with_post_by_hand(sublayer: Sublayer) -> Sublayer:
+    """Return the sub-layer with a norm after its addition that is no module's."""
+    norm: Norm = "post" if sublayer.norm == "none" else sublayer.norm
+    return replace(sublayer, post_norm=None, is_normalised_by_hand=True, norm=norm)
 
 
 def _argument(path: pytree.Path) -> pytree.Argument:

@@ -22,20 +22,24 @@ _ROUTING = frozenset(("topk", "argmax", "one_hot", "_grouped_mm", "histc"))
 _MIXING = frozenset(("cumsum", "cumprod", "flip", "logcumsumexp", "roll", "scan", "lstm", "gru", "mkldnn_rnn_layer"))
 
 
-def branch_kind(attentions: Attentions, stream: int, inside: int) -> tuple[Kind, bool]:
+def branch_kind(attentions: Attentions, stream: int, inside: int, weighing: int = 0) -> tuple[Kind, bool]:
     """Return what the branch of these nodes does, and whether it routes tokens to experts.
+
+    Args:
+        weighing: The set of its projections that only choose or weigh what others make.
 
     The order of the questions matters: an attention has products that mix tokens, and a mixture of experts may sort them.
     """
     flow, axes = attentions.flow, attentions.axes
     nodes = [flow.nodes[i] for i in bits(inside)]
     routes = any(node.op in _ROUTING for node in nodes)
+    unweighed = [node for node in nodes if not flow.ancestors[node.index] & weighing]
     cores = list(bits(inside & flow.attentions))
     if cores:
         return "crossattention" if all(attentions.is_cross(core, stream, inside) for core in cores) else "attention", False
     if routes:
         return "feedforward", True
-    if any(_mixes_tokens(flow, axes, node) for node in nodes) or _is_recurrent(nodes):
+    if any(_mixes_tokens(flow, axes, node) for node in nodes) or _is_recurrent(unweighed):
         return "mixer", False
     if any(_is_wide_convolution(flow, node) for node in nodes):  # some pool besides, to gate channels
         return "convolution", False

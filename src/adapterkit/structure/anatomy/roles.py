@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from ...errors import TargetError
-from .description import Anatomy, ModuleOutput, Sublayer
+from ..paths import ancestors
+from .description import Anatomy, ModuleOutput, Product, Sublayer
 
-__all__ = ["ROLES", "check_whole", "role_paths", "role_places"]
+__all__ = ["LINEAR", "ROLES", "check_whole", "role_paths", "role_places", "role_products"]
 
 _KINDS = ("attention", "crossattention", "feedforward", "convolution", "mixer")
 # The second word of a role: maps it to the modules of a sub-layer that it names.
@@ -20,12 +21,15 @@ _MODULES: dict[str, Callable[[Sublayer], Iterable[str]]] = {
     "v": lambda s: s.value,
 }
 
+# Every linear layer of the blocks, whatever it is for.
+LINEAR = "@linear"
 _OUTPUTS = ("@sublayer.out", *(f"@{kind}.out" for kind in _KINDS))
 ROLES = (
     *(f"@{kind}.{word}" for kind in _KINDS for word in _MODULES if word not in "qkv" or kind.endswith("attention")),
     "@sublayer.out",
     "@block.last",
     "@block.out",
+    LINEAR,
     "@embedding",
     "@output_embedding",
 )
@@ -46,6 +50,8 @@ def role_paths(role: str, anatomy: Anatomy) -> list[str]:
     if role in _OF_MODEL:
         return list(dict.fromkeys(output.path for output in _OF_MODEL[role](anatomy)))
     sublayers, word = _sublayers(role, anatomy), role.partition(".")[2]
+    if role == LINEAR:
+        return list(dict.fromkeys(product.path for product in role_products(role, anatomy)))
     if role in (*_OUTPUTS, "@block.last"):
         _check_found(role, sublayers)
         word = "out"  # "@block.last" is the output of the last sub-layer, where "@attention.last" is a projection
@@ -59,6 +65,21 @@ def role_places(role: str, anatomy: Anatomy) -> tuple[ModuleOutput, ...]:
     if role in (*_OUTPUTS, "@block.last"):
         return tuple(s.out for s in _sublayers(role, anatomy) if s.out is not None)
     return ()
+
+
+def role_products(role: str, anatomy: Anatomy) -> list[Product]:
+    """List what the blocks multiply by that a role speaks of; empty for a role that is no projection's.
+
+    Raises:
+        TargetError: there is no such role.
+    """
+    if role == LINEAR:
+        return list(anatomy.products)
+    part = role.partition(".")[2]
+    if part not in ("first", "last") or role == "@block.last":
+        return []
+    paths = role_paths(role, anatomy)
+    return [product for product in anatomy.products if product.path in paths and part in product.parts]
 
 
 def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
@@ -120,22 +141,38 @@ def _is_end(sublayer: Sublayer) -> bool:
     return sublayer.kind == "feedforward"
 
 
-def check_whole(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None:
-    """Raise TargetError where a role that speaks of every block would leave out something in silence."""
-    if role not in ("@sublayer.out", "@block.last"):
-        return
+def check_whole(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
+    """Raise TargetError where a role that speaks of every block would leave out something in silence.
+
+    Args:
+        excluded: The modules that the config leaves out.
+    """
+    if role in ("@sublayer.out", "@block.last"):
+        _check_explained(role, anatomy, excluded)
+    if role == LINEAR:
+        _check_idle(role, [path for path in anatomy.unread if excluded.isdisjoint(ancestors(path))])
+    if role in ("@sublayer.out", "@block.last", LINEAR):
+        _check_idle(role, sorted({*anatomy.idle} - excluded))
+
+
+def _check_explained(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
+    """Raise TargetError where a block computes something that is not understood after its last sub-layer."""
     for block, path in anatomy.unexplained:
-        if block in anatomy.transformer_blocks and not {block, path} & {*excluded}:
+        if block in anatomy.transformer_blocks and not {block, path} & excluded:
             raise TargetError(
                 f"{role!r}: {path!r} comes after all that tracing understands of the block {block!r}, and what it computes "
                 "is not added to the stream in a way that it knows, so that the block's last sub-layer is not known. Name "
                 f"modules by pattern, or set exclude=[{path!r}] to go without it"
             )
-    missing = sorted({*anatomy.idle} - {*excluded})
-    if missing:
+
+
+def _check_idle(role: str, idle: list[str]) -> None:
+    """Raise TargetError if there are modules that the role speaks of, and that did not run."""
+    if idle:
+        what = "are linear layers of the blocks" if role == LINEAR else "are built as the blocks beside them"
         raise TargetError(
-            f"{role!r}: {missing} are built as the blocks beside them, but did not run on the example inputs. Wrap the "
-            f"model with inputs on which they run, or set exclude={missing}"
+            f"{role!r}: {idle} {what}, but did not run on the example inputs. Wrap the model with inputs on which they "
+            f"run, or set exclude={idle}"
         )
 
 

@@ -66,8 +66,10 @@ class Flow:
         self.attentions = asked("attention") | self._mask(lambda n: _is_attention(n.op) or n.index in self.attending)
         self.unknown = asked("unknown")
         # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling; and in what is
-        # not understood, so that what it computes is not overlooked.
+        # not understood, so that what it computes is not overlooked; in a weighted sum of what experts computed.
         self.endings = self.projections | self.attentions | self.unknown | self._mask(lambda n: _is_mixing(n.op))
+        weights = self._mask(lambda node: node.op in SOFTMAX | BOUNDED)
+        self.endings |= self._mask(lambda node: node.op in MATMULS and self.has_two(node) and self._weighs(node, weights))
 
     @cached_property
     def readers(self) -> list[list[int]]:
@@ -92,11 +94,7 @@ class Flow:
         """List the calls of modules that normalise and do nothing else."""
         norms = self._by_evidence("norm") | self._mask(lambda node: node.op in NORMS)
         with_norm = {id(self.nodes[i].call) for i in bits(norms)}
-        return [call for call in self.calls if id(call) in with_norm and call.end is not None and self._is_small(call)]
-
-    def is_norm(self, index: int) -> bool:
-        """Tell whether one operation is a whole norm."""
-        return self.nodes[index].op in WHOLE_NORMS or bool(self._by_evidence("norm") >> index & 1)
+        return [call for call in self.calls if id(call) in with_norm and call.end is not None and self.is_small(call)]
 
     @cached_property
     def features(self) -> int:
@@ -225,7 +223,7 @@ class Flow:
                 descendants[i] |= descendants[node.index] | 1 << node.index
         return ancestors, descendants
 
-    def _is_small(self, call: ModuleCall) -> bool:
+    def is_small(self, call: ModuleCall) -> bool:
         """Tell whether a call does nothing but normalise: no product inside, and vectors alone as its weights."""
         # Layers that nobody describes may hold their matrices where no Parameter shows them; what they did shows it.
         inside = (1 << (call.end or call.start)) - (1 << call.start)
@@ -240,6 +238,27 @@ class Flow:
     def has_two(self, node: Operation) -> bool:
         """Tell whether a node takes two activations and no weight."""
         return not self._reads_a_weight(node) and len(self.activations(node)) > 1
+
+    def _weighs(self, node: Operation, weights: int) -> bool:
+        """Tell whether a factor of a product is made of softmaxes alone (or gates), whatever was chosen of them."""
+        return any(self._is_made_of(i, weights) for i in self.activations(node))
+
+    def _is_made_of(self, index: int, wanted: int) -> bool:
+        """Tell whether every way back from a node meets one that is wanted before a projection or product."""
+        seen, todo = 0, [index]
+        while todo:
+            i = todo.pop()
+            node, is_seen = self.nodes[i], seen >> i & 1
+            seen |= 1 << i
+            if is_seen or wanted >> i & 1:
+                continue
+            # Numbers alone, no indices: `topk` is one node with both.
+            before = [j for j, t in zip(node.inputs, node.taken, strict=False) if t.is_floating_point()]
+            before = [j for j in before if not self.is_constant[j]]
+            if not before or (self.projections | self.products) >> i & 1:
+                return not before and node.op not in ("input", "parameter")  # zeros that weights are scattered into
+            todo += before
+        return bool(seen & wanted)
 
 
 def _is_attention(op: str) -> bool:

@@ -48,13 +48,61 @@ class Replays:
             ValueError: it cannot be told, and why.
         """
         steps = self._steps(start, self.flow.nodes[reader[0]].inputs[reader[1]], since)
-        key = self._key(start, reader, axis, steps)
+        key = self._key(start, self.flow.nodes[reader[0]].taken[reader[1]], axis, steps)
         found = self._found.get(key) if key is not None else None
         if found is None:
             found = self._run(start, reader, steps)
             found = found if axis is None else along(found, axis)
         if key is not None:
             self._found[key] = found
+        return found
+
+    def is_scale_free(self, start: int, end: int) -> bool:
+        """Tell whether `end`'s tensor is the same when `start`'s is multiplied by two: then what lies between normalises.
+
+        The ε of a norm is as nothing beside the numbers that are drawn, which a saturated tanh would still tell apart.
+
+        Raises:
+            ValueError: it cannot be told, and why.
+        """
+        steps = self._steps(start, end, 0)
+        key = self._key(start, self.flow.nodes[end].made[0], None, steps)
+        key = key and ("scale", key)  # which pieces depend on what is remembered in the same place
+        found = self._found.get(key) if key is not None else None
+        if found is None:
+            one, twice, other = (self._scaled(start, end, steps, seed, times) for seed, times in ((0, 8), (0, 16), (1, 8)))
+            same = torch.allclose(one, twice, rtol=1e-2, atol=1e-2 * float(one.abs().max()))
+            found = torch.tensor(same and not torch.equal(one, other))  # what no input changes is no norm
+        if key is not None:
+            self._found[key] = found
+        return bool(found)
+
+    def _scaled(self, start: int, end: int, steps: list[int], seed: int, times: float) -> Tensor:
+        """Run the steps again on normal numbers times a factor in the place of `start`'s tensor; return `end`'s, finite.
+
+        Raises:
+            ValueError: it cannot be told, and why.
+        """
+        nodes, draw = self.flow.nodes, torch.Generator().manual_seed(0)
+        recorded = nodes[start].made[0]
+        if not recorded.is_floating_point():
+            raise ValueError("it is no tensor of floating-point numbers")
+        normal = torch.randn(recorded.shape, generator=torch.Generator().manual_seed(seed)) * times
+        values = {id(recorded): _stand_in(recorded).copy_(normal)}
+        # A tensor of one number may be an ε, which no other number stands for.
+        single = (t for i in steps for t in nodes[i].taken if t.numel() == 1 and not t.is_meta)
+        made = {id(t) for i in steps for t in nodes[i].made}
+        values.update((id(t), t.detach().clone()) for t in single if id(t) not in made)
+        kind = "cpu" if recorded.is_meta else recorded.device.type
+        try:
+            with outside_inference_mode(), torch.no_grad(), torch.autocast(kind, enabled=False):
+                for i in steps:
+                    self._step(i, values, draw)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {str(error)[:200]}") from error
+        found = values[id(nodes[end].made[0])].double().cpu()
+        if not found.isfinite().all():
+            raise ValueError("what it makes is not finite")
         return found
 
     def _steps(self, start: int, end: int, since: int) -> list[int]:
@@ -70,7 +118,7 @@ class Replays:
                 at = flow.nodes[at].inputs[0]
         return list(bits(inside))
 
-    def _key(self, start: int, reader: tuple[int, int], axis: int | None, steps: list[int]) -> Hashable | None:
+    def _key(self, start: int, end: Tensor, axis: int | None, steps: list[int]) -> Hashable | None:
         """Return what decides the answer: the operations, and which tensor is read where; None if numbers decide, too.
 
         Tensors are numbered in the order of their meeting, so that the same piece of another layer has the same key.
@@ -90,7 +138,7 @@ class Replays:
             for i in steps:
                 function, args, kwargs = nodes[i].operation or (None, (), {})
                 lines.append(f"{function} {tree_map(as_text, (args, kwargs))} -> {tree_map(as_text, nodes[i].made)}")
-            return (*lines, axis, as_text(nodes[reader[0]].taken[reader[1]]))
+            return (*lines, axis, as_text(end))
         except LookupError:
             return None
 
@@ -167,8 +215,13 @@ def _outside(tensor: Tensor, draw: torch.Generator) -> Tensor:
     shape = (*tensor.shape, 2) if tensor.is_complex() else tensor.shape
     drawn = torch.rand(shape, generator=draw, device="cpu") + 0.5
     drawn = torch.view_as_complex(drawn) if tensor.is_complex() else drawn
+    return _stand_in(tensor).copy_(drawn)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Return an empty tensor that is laid out as one is, for views of it; on the CPU for one that has no numbers."""
     device = torch.device("cpu") if tensor.is_meta else tensor.device
-    return torch.empty_like(tensor, device=device, requires_grad=False).copy_(drawn)  # laid out as it was, for views of it
+    return torch.empty_like(tensor, device=device, requires_grad=False)
 
 
 def _is_drawn(tensor: Tensor) -> bool:

@@ -1,0 +1,122 @@
+"""Norms as functions: where a block normalises is told by what is computed, however it is written."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import adapterkit as ak
+from adapterkit.structure.anatomy.discover import discover
+
+from ...hosts.blocks import VOCAB, Model, Pre, randomised
+
+IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
+Function = Callable[[Tensor], Tensor]
+NORMS: dict[str, Function] = {
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6),
+    "group_norm": lambda x: F.group_norm(x.transpose(1, 2), 2).transpose(1, 2),
+    "rsqrt": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5),
+    "power": lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5) ** 0.5,
+    "deviation": lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5),
+    "length": lambda x: F.normalize(x, dim=-1) * 2.8,
+    "largest": lambda x: x / x.abs().amax(-1, keepdim=True),
+}
+OTHERS: dict[str, Function] = {
+    "identity": lambda x: x,
+    "tanh": lambda x: torch.tanh(0.5 * x),
+    "scale": lambda x: 0.5 * x,
+    "relu": torch.relu,
+}
+
+
+def block_of(forward: Callable[[Pre, Tensor], Tensor]) -> type[Pre]:
+    class Block(Pre):
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    return Block
+
+
+def norms(forward: Callable[[Pre, Tensor], Tensor]) -> list[str]:
+    return [s.norm for s in discover(randomised(Model(block_of(forward))), IDS)[0].sublayers]
+
+
+def post(norm: Function) -> Callable[[Pre, Tensor], Tensor]:
+    def forward(block: Pre, x: Tensor) -> Tensor:
+        x = norm(x + block.attention(x))
+        return norm(x + block.mlp(x))
+
+    return forward
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_function_is_told_wherever_it_normalises(name: str) -> None:
+    n = NORMS[name]
+    assert norms(post(n)) == ["post"] * 4
+    assert norms(lambda b, x: (y := x + b.attention(n(x))) + b.mlp(n(y))) == ["pre"] * 4
+    assert norms(lambda b, x: (y := x + n(b.attention(x))) + n(b.mlp(y))) == ["end"] * 4
+    assert norms(lambda b, x: (y := x + n(b.attention(n(x)))) + n(b.mlp(n(y)))) == ["sandwich"] * 4
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_keeps_the_scale_is_no_norm(name: str) -> None:
+    n = OTHERS[name]
+    assert {*norms(post(n))} <= {"none"}
+    assert norms(lambda b, x: (y := x + b.attention(n(x))) + b.mlp(n(y))) == ["none"] * 4
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("preset", ["pfeiffer", "adapter_plus"])
+def test_an_adapter_at_the_norm_of_a_sum_is_refused_where_no_module_is_the_norm(preset: str, name: str) -> None:
+    model = randomised(Model(block_of(post(NORMS[name]))))
+    for layers in (None, [-1]):  # the last block, too, which nothing follows
+        with pytest.raises(ak.TargetError, match=r"the norm after the feedforward in 'blocks.\d' is no module"):
+            ak.wrap(model).sites(preset, layers=layers)
+    assert len(ak.wrap(model).sites("houlsby")) == 4
+
+
+def test_a_norm_that_the_model_itself_computes_between_blocks_is_refused() -> None:
+    class Between(Model):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embedding(input_ids)
+            for block in self.blocks:
+                x = NORMS["power"](x + block.mlp(x))
+            return x
+
+    with pytest.raises(ak.TargetError, match="is no module"):
+        ak.wrap(randomised(Between(Pre))).sites("pfeiffer")
+
+
+class ByPower(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return NORMS["power"](x)
+
+
+def test_a_module_without_parameters_that_normalises_is_run_again() -> None:
+    class Block(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = ByPower(), ByPower()  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm1(x + self.attention(x))
+            return self.norm2(x + self.mlp(x))
+
+    model = randomised(Model(Block)).double()
+    kit = ak.wrap(model)
+    kit.add("a", "pfeiffer", bottleneck_size=3, dtype="float64")
+    kit.activate("a")
+    for parameter in kit.parameters("a"):
+        nn.init.normal_(parameter)
+    adapted, own = model(IDS), list(kit.parameters("a"))
+    with kit.base():
+        x = model.embedding(IDS)
+        for block, (down, down_bias, up, up_bias) in zip(model.blocks, (own[:4], own[4:]), strict=True):
+            assert isinstance(block, Block)
+            x = block.norm1(x + block.attention(x))
+            s = x + block.mlp(x)
+            x = block.norm2(s + torch.relu(block.norm2(s) @ down.T + down_bias) @ up.T + up_bias)
+        assert torch.allclose(adapted, model.head(model.norm(x)), rtol=1e-9, atol=1e-9)
