@@ -128,6 +128,8 @@ class Anatomy:
         embeddings: What makes the residual stream that enters the first block, one for each stack of blocks.
         output_embeddings: What maps hidden states to logits over the tokens that an embedding knows.
         blocks: What each repeated block returns as its stream.
+        stacks: Of each stack, of each of its blocks in the order in which they run: the paths of what holds it, which are
+            several where no module holds all of it.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
         idle: Modules that are built as the blocks beside them, but did not run.
     """
@@ -137,6 +139,7 @@ class Anatomy:
     embeddings: tuple[ModuleOutput, ...]
     output_embeddings: tuple[ModuleOutput, ...]
     blocks: tuple[ModuleOutput, ...]
+    stacks: tuple[tuple[tuple[str, ...], ...], ...] = ()
     unexplained: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()
 

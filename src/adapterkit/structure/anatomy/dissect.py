@@ -18,8 +18,8 @@ from ..tracing.flow import SCALES, VIEWS, WHOLE_NORMS, Flow, bits
 from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays
 from .additions import follows
-from .blocks import find_blocks, template_of, within
-from .branches import Branch, BranchReader
+from .blocks import find_blocks, stacks_of, template_of, within
+from .branches import Branch, BranchReader, Turn
 from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
 from .fused import fused_projections
 from .kinds import projected
@@ -36,7 +36,7 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
     """
     reader = BranchReader(flow, modules)
     branches = [branch for addition in reader.additions for branch in reader.branches(addition)]
-    find_blocks(flow, modules, branches)
+    turns = find_blocks(flow, modules, branches)
     dissection = _Dissection(reader)
     sublayers = dissection.sublayers(branches)
     inside = tuple(s for s in sublayers if s.block is not None)
@@ -45,7 +45,8 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         others=tuple(s for s in sublayers if s.block is None),
         embeddings=tuple(dissection.embeddings(branches)),
         output_embeddings=tuple(dissection.output_embeddings(branches)),
-        blocks=tuple(dissection.blocks(inside)),
+        blocks=tuple(dissection.blocks(sublayers, turns)),
+        stacks=stacks_of(flow, modules, turns),
         unexplained=tuple(dissection.unexplained(branches)),
         idle=tuple(dissection.idle(inside)),
     )
@@ -57,6 +58,7 @@ class _Dissection:
     def __init__(self, reader: BranchReader) -> None:
         self.reader, self.flow, self.axes, self.additions = reader, reader.flow, reader.axes, reader.additions
         self.replays = Replays(reader.flow)
+        self._numbers: dict[int, int] = {}  # `id` of a branch -> which sub-layer it is
 
     # --- sub-layers ---------------------------------------------------------------------------------------------------
 
@@ -64,8 +66,9 @@ class _Dissection:
         """List one sub-layer for each module that yields a branch, in the order in which they run."""
         found: dict[object, list[Sublayer]] = {}
         for branch in branches:
-            sublayer = self._sublayer(branch, branches)
+            sublayer = self._sublayer(branch)
             key = (sublayer.out.path, sublayer.out.output) if sublayer.out else id(branch)
+            self._numbers[id(branch)] = [*found, key].index(key)
             found.setdefault(key, []).append(sublayer)
         merged = [_agreed(calls) for calls in found.values()]
         # A norm after the addition counts only if all blocks have it: the last block of a pre-norm model is followed by a
@@ -80,7 +83,7 @@ class _Dissection:
                 merged = [_without_post(s) if s in group else s for s in merged]
         return merged
 
-    def _sublayer(self, branch: Branch, branches: list[Branch]) -> Sublayer:
+    def _sublayer(self, branch: Branch) -> Sublayer:
         """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
         attended = list(projected(flow, branch.inside))
@@ -106,7 +109,7 @@ class _Dissection:
             scales=branch.scales,
             is_parallel=branch.is_parallel or self._has_sibling(branch),
             is_moe=branch.is_moe,
-            is_last=self._is_last(branch, branches),
+            is_last=self._is_last(branch),
             norm=self._norm(branch, post),
             stream=self._stream_taker(branch),
             sum=self._sum(branch),
@@ -115,9 +118,9 @@ class _Dissection:
             addition=((node_call.path if node_call else None) or "", addition.node.index),
         )
 
-    def _is_last(self, branch: Branch, branches: list[Branch]) -> bool:
+    def _is_last(self, branch: Branch) -> bool:
         """Tell whether no other branch of the block is added to what this one was; of parallel ones, the last that runs."""
-        mates = [other for other in branches if other.block == branch.block and other is not branch]
+        mates = [other for other in branch.turn.branches if other is not branch] if branch.turn else []
         beside = [other for other in mates if other.addition is branch.addition and other.end > branch.end]
         after = [other for other in mates if follows(self.flow, branch.addition, self.flow.unscaled(other.addition.skip))]
         return not beside and not after
@@ -363,11 +366,11 @@ class _Dissection:
         views = [i for i in self.flow.readers[node] if self.flow.nodes[i].op in VIEWS]
         return [node, *(j for i in views for j in self._same(i))]
 
-    def blocks(self, sublayers: tuple[Sublayer, ...]) -> Iterator[ModuleOutput]:
+    def blocks(self, sublayers: list[Sublayer], turns: list[Turn]) -> Iterator[ModuleOutput]:
         """Yield what each block returns as its stream: the last sub-layer's sum, or its norm."""
-        last = {sublayer.block: sublayer for sublayer in sublayers}  # later ones replace earlier ones
-        for sublayer in last.values():
-            output = sublayer.post_norm if sublayer.norm == "post" else sublayer.sum
+        for number in dict.fromkeys(self._numbers[id(turn.branches[-1])] for turn in turns):
+            last = sublayers[number]
+            output = last.post_norm if last.norm == "post" else last.sum
             if output is not None:
                 yield output
 
@@ -377,6 +380,7 @@ def _agreed(calls: list[Sublayer]) -> Sublayer:
     first = calls[0]
     agreed = replace(
         first,
+        is_last=any(call.is_last for call in calls),
         sum=first.sum if all(call.sum == first.sum for call in calls) else None,
         stream=first.stream if all(call.stream == first.stream for call in calls) else None,
         fused=tuple(
