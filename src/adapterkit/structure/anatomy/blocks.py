@@ -1,8 +1,8 @@
 """Name the blocks of a model, and find the stacks that they make up.
 
-`turns_of` says which branches make up a block; here each gets a path: that of the module, or list, which holds the block and
-nothing of others. Where none does, as attentions and feed-forwards may lie in lists of their own, each of its branches has a
-path of its own.
+`turns_of` says which branches make up a block; here each gets a path: that of the module, or list, which holds the block
+and nothing of others. Where none does, as attentions and feed-forwards may lie in lists of their own, each of its branches
+has a path of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections import Counter
 from torch import nn
 
 from ..tracing.flow import Flow, bits
-from .branches import Branch
-from .turns import Place, Turn, common, home_of, is_item, trail_of, turns_of
+from .branches import Branch, Turn
+from .turns import Place, common, home_of, is_item, trail_of, turns_of
 
 __all__ = ["Stacks", "find_blocks", "stacks_of", "template_of", "within"]
 
@@ -99,8 +99,8 @@ def _path_of(
         inside: Counts the branches in each place.
         is_only: Whether there is one block alone, which everything around it holds.
 
-    Of several places it is one in which the branches are added, too, if there are any: of these the innermost item of a list
-    or, as blocks need not lie in lists, the outermost place.
+    Of several places it is one in which the branches are added, too, if there are any: of these the innermost item of a
+    list or, as blocks need not lie in lists, the outermost place.
     """
     shared = common([homes[id(branch)] for branch in branches])
     own = [place for place in shared if inside[place] == len(branches)]

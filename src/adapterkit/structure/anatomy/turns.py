@@ -135,8 +135,7 @@ class _Cutter:
         if not is_stack:
             return [Turn(part.branches)]
         # In what itself repeats, a stage say, nothing is beside the blocks.
-        repeats = is_inside or any(is_item(path, self.modules) for _, path in part.homes[0][:depth])
-        return list(self._stacked(parts, kinds, repeats=repeats))
+        return list(self._stacked(parts, kinds, repeats=is_inside))
 
     def _parts(self, part: _Part, depth: int) -> list[_Part]:
         """Split a part where the place inside it changes; a branch that is computed right there is a part of its own."""
@@ -166,12 +165,17 @@ class _Cutter:
         return len(classes) == 1
 
     def _stacked(self, parts: list[_Part], kinds: set[str], *, repeats: bool) -> Iterator[Turn]:
-        """Yield the turns in parts that are a stack. A part that is no whole turn, and does not repeat, is beside the blocks."""
+        """Yield the turns of a stack's parts. A part that is no whole turn, and does not repeat, is beside the blocks."""
         fine = {branch.kind for part in parts if part.is_stack for branch in part.branches}
         for part in parts:
             is_odd = part.kinds != kinds or (bool(fine) and not fine & {branch.kind for branch in part.branches})
-            is_beside = is_odd and not (part.is_stack or part.is_item or repeats)
+            is_beside = is_odd and not (part.is_stack or repeats or self._adds_in_a_list(part))
             yield from [Turn(part.branches, is_block=False)] if is_beside else part.turns
+
+    def _adds_in_a_list(self, part: _Part) -> bool:
+        """Tell whether what adds a part's branches is an item of a list, or in one."""
+        adding = common([trail_of(branch.addition.node.call) for branch in part.branches])
+        return part.is_item or any(is_item(path, self.modules) for _, path in adding)
 
     def _repetitions(self, parts: list[_Part], *, is_inside: bool) -> list[Turn]:
         """Return the turns of parts none of which is a whole turn: several if what they do repeats, else one."""
