@@ -13,12 +13,14 @@ from ..nn.functional.projections import Projection, parameter_projection
 from ..nn.functional.slices import Slices
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.fused import fused_slices
+from ..structure.anatomy.roles import check_whole
 from ..structure.hosts import host_type, is_called, note_of_unread_packages
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from .computed_weights import no_parameter, why_no_effect
 from .counting import Counting
 from .layers import check_layers, in_layers, layers_matter
+from .patterns import is_role
 from .projections import projection_of
 from .readers import at_running_hosts
 from .rule import Placement
@@ -49,6 +51,8 @@ def weight_sites(
     except TargetError as error:
         raise TargetError(f"exclude: {error}") from None
     wanted = wanted_by(config.targets, scope)
+    for role in filter(is_role, config.targets) if config.layers is None else ():  # who names layers means these alone
+        check_whole(role, discovery.anatomy, excluded.modules)
     sites = [*_projection_sites(wanted, excluded, scope), *_parameter_sites(wanted, excluded, scope)]
     if not sites:
         raise TargetError(

@@ -16,7 +16,7 @@ from typing import Literal
 
 from ..pytree import Argument, Path
 
-__all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Slices", "Sublayer"]
+__all__ = ["Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Slices", "Sublayer", "Unlike"]
 
 Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
@@ -119,6 +119,23 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
+class Unlike:
+    """A block in which something else was found than in one of the same classes and shapes.
+
+    Attributes:
+        block: Its path; `like`, that of the other.
+        what: The second word of the roles that differ: "out", "q", "k", "v", "first" or "last".
+        here: What has these roles in the block, as "kind: path" with paths from the block on; `there`, in the other.
+    """
+
+    block: str
+    like: str
+    what: str
+    here: tuple[str, ...]
+    there: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The structure of a model.
 
@@ -132,6 +149,7 @@ class Anatomy:
             several where no module holds all of it.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
         idle: Modules that are built as the blocks beside them, but did not run.
+        unlike: Blocks in which something else was found than in others of the same build.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -142,6 +160,7 @@ class Anatomy:
     stacks: tuple[tuple[tuple[str, ...], ...], ...] = ()
     unexplained: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()
+    unlike: tuple[Unlike, ...] = ()
 
     @property
     def transformer_blocks(self) -> frozenset[str | None]:

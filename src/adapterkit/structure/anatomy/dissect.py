@@ -18,6 +18,7 @@ from ..tracing.flow import SCALES, VIEWS, WHOLE_NORMS, Flow, bits
 from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays
 from .additions import follows
+from .alike import unlike
 from .blocks import find_blocks, stacks_of, template_of, within
 from .branches import Branch, BranchReader, Turn
 from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
@@ -49,6 +50,7 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         stacks=stacks_of(flow, modules, turns),
         unexplained=tuple(dissection.unexplained(branches)),
         idle=tuple(dissection.idle(inside)),
+        unlike=tuple(unlike(flow, modules, dissection.in_blocks(sublayers, turns))),
     )
 
 
@@ -123,7 +125,9 @@ class _Dissection:
         mates = [other for other in branch.turn.branches if other is not branch] if branch.turn else []
         beside = [other for other in mates if other.addition is branch.addition and other.end > branch.end]
         after = [other for other in mates if follows(self.flow, branch.addition, self.flow.unscaled(other.addition.skip))]
-        return not beside and not after
+        # A mixer's sum that the block goes on with, gated or mixed as it may be, is no end; a feed-forward's is.
+        later = [other for other in mates if self.flow.leads_to(branch.addition.node.index, other.end)]
+        return not beside and not after and (branch.kind == "feedforward" or not later)
 
     def _yielded(self, branch: Branch) -> ModuleOutput | None:
         """Return the output of the module that yields a branch; None if none does."""
@@ -365,6 +369,14 @@ class _Dissection:
         """List the node and its views."""
         views = [i for i in self.flow.readers[node] if self.flow.nodes[i].op in VIEWS]
         return [node, *(j for i in views for j in self._same(i))]
+
+    def in_blocks(self, sublayers: list[Sublayer], turns: list[Turn]) -> dict[str, list[Sublayer]]:
+        """Map the path of each block to its sub-layers; blocks that no one module holds are left out."""
+        return {
+            turn.branches[0].block: [sublayers[self._numbers[id(branch)]] for branch in turn.branches]
+            for turn in turns
+            if turn.branches[0].block and len({branch.block for branch in turn.branches}) == 1
+        }
 
     def blocks(self, sublayers: list[Sublayer], turns: list[Turn]) -> Iterator[ModuleOutput]:
         """Yield what each block returns as its stream: the last sub-layer's sum, or its norm."""

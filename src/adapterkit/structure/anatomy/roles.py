@@ -93,6 +93,7 @@ def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
 
 def check_whole(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None:
     """Raise TargetError where a role that speaks of every block would leave out something in silence."""
+    _check_alike(role, anatomy, excluded)
     if role not in ("@sublayer.out", "@block.last"):
         return
     for block, path in anatomy.unexplained:
@@ -108,6 +109,24 @@ def check_whole(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None:
             f"{role!r}: {missing} are built as the blocks beside them, but did not run on the example inputs. Wrap the "
             f"model with inputs on which they run, or set exclude={missing}"
         )
+
+
+def _check_alike(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None:
+    """Raise TargetError where a role names something in one block that it does not in another of the same build."""
+    kind, _, word = role[1:].partition(".")
+    is_any = role in ("@sublayer.out", "@block.last")
+    for odd in anatomy.unlike:
+        if odd.block in excluded or odd.what != ("out" if is_any else word):
+            continue
+        here, there = (
+            [name for name in names if is_any or name.startswith(f"{kind}: ")] for names in (odd.here, odd.there)
+        )
+        if here != there:
+            raise TargetError(
+                f"{role!r}: the blocks {odd.block!r} and {odd.like!r} are built alike, but tracing finds {here} in the "
+                f"first and {there} in the second, so that something in one of them is not understood. Name modules by pattern, "
+                f"or set exclude=[{odd.block!r}] to go on with what was found"
+            )
 
 
 def _check_found(role: str, sublayers: list[Sublayer]) -> None:

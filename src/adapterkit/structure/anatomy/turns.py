@@ -10,6 +10,7 @@ most models) is a stack of blocks, and is looked into; a place whose parts are n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -138,18 +139,22 @@ class _Cutter:
         return list(self._stacked(parts, kinds, repeats=is_inside))
 
     def _parts(self, part: _Part, depth: int) -> list[_Part]:
-        """Split a part where the place inside it changes; a branch that is computed right there is a part of its own."""
+        """Split a part where the place inside it changes; a branch that is computed right there is a part of its own.
+
+        Where places take turns, as a list of attentions and one of feed-forwards do, it is the places in them that count.
+        """
         pairs = list(zip(part.branches, part.homes, strict=True))
+
+        def place(pair: tuple[Branch, tuple[Place, ...]], at: int = depth) -> object:
+            return pair[1][at] if len(pair[1]) > at else id(pair[0])
+
+        runs = Counter(key for key, _ in groupby(pairs, key=place))
         parts = []
-        for place, run in groupby(pairs, key=lambda pair: pair[1][depth] if len(pair[1]) > depth else id(pair[0])):
+        for key, run in groupby(pairs, key=lambda pair: (place(pair), runs[place(pair)] > 1 and place(pair, depth + 1))):
             branches, homes = zip(*run, strict=True)
-            item = isinstance(place, tuple) and is_item(place[1], self.modules)
+            inner = key[1] or key[0]
+            item = isinstance(inner, tuple) and is_item(inner[1], self.modules)
             parts.append(_Part([*branches], [*homes], item))
-        # Lists of attentions and of feed-forwards, which take turns: each run is an item.
-        places = [p.homes[0][depth] for p in parts if len(p.homes[0]) > depth]
-        for p in parts:
-            inner = p.homes[0][depth + 1 :]
-            p.is_item |= bool(inner) and places.count(p.homes[0][depth]) > 1 and is_item(inner[0][1], self.modules)
         return parts
 
     def _are_blocks(self, parts: list[_Part]) -> bool:
