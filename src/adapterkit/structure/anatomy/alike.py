@@ -38,8 +38,19 @@ def unlike(flow: Flow, modules: dict[str, nn.Module], sublayers_in: Mapping[str,
     for block in (*sublayers_in, *_beside(sublayers_in, modules, ran)):
         alike.setdefault(_build(modules[block]), []).append(block)
     for blocks in alike.values():
+        kept = blocks
         for what in _WHAT:
-            found = {block: _found(what, block, sublayers_in.get(block, ()), modules) for block in blocks}
+            found = {block: _found(what, block, sublayers_in.get(block, ()), modules) for block in kept}
+            if what == "out":  # what makes the stream of its block is added to nothing
+                usual = _usual(found)
+                missing = {block: [n for n in usual if n not in here] for block, here in found.items()}
+                kept = [
+                    block
+                    for block in kept
+                    if not missing[block]
+                    or not all(_makes_stream(flow, block, n, sublayers_in.get(block, ())) for n in missing[block])
+                ]
+                found = {block: found[block] for block in kept}
             yield from _odd(what, found, ran)
 
 
@@ -55,13 +66,31 @@ def _beside(blocks: Collection[str], modules: dict[str, nn.Module], ran: Collect
 
 def _odd(what: str, found: dict[str, tuple[str, ...]], ran: Collection[str | None]) -> Iterator[Unlike]:
     """Yield the blocks in which something else is found than in most of them."""
-    usual = Counter(found.values()).most_common(1)[0][0]
+    if not found:
+        return
+    usual = _usual(found)
     like = next(block for block, here in found.items() if here == usual)
     for block, here in found.items():
         # A projection that does not run here, as keys that are those of another block, is missing for that reason.
         missing = [name for name in usual if name not in here and (what == "out" or _path(block, name) in ran)]
         if missing or any(name not in usual for name in here):
             yield Unlike(block, like, what, here, usual)
+
+
+def _usual(found: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return what is found in most blocks; of what is found in as many, the most."""
+    counts = Counter(found.values())
+    return max(counts, key=lambda here: (counts[here], len(here)))
+
+
+def _makes_stream(flow: Flow, block: str, name: str, sublayers: Sequence[Sublayer]) -> bool:
+    """Tell whether what a block first adds to comes of its inputs through one module alone: that makes the stream."""
+    made = sum({1 << i for call in flow.calls if call.path == _path(block, name) for _, i in call.outputs})
+    taken = sum({1 << i for call in flow.calls if call.path == block for _, i in call.inputs})
+    if not sublayers or not made:
+        return False
+    operands = flow.nodes[sublayers[0].addition[1]].inputs[:2]
+    return any(not flow.nearest(i, taken, (1 << len(flow.nodes)) - 1, made) for i in operands)
 
 
 def _found(what: str, block: str, sublayers: Sequence[Sublayer], modules: dict[str, nn.Module]) -> tuple[str, ...]:

@@ -124,8 +124,8 @@ def _check_alike(role: str, anatomy: Anatomy, excluded: Collection[str]) -> None
         if here != there:
             raise TargetError(
                 f"{role!r}: the blocks {odd.block!r} and {odd.like!r} are built alike, but tracing finds {here} in the "
-                f"first and {there} in the second, so that something in one of them is not understood. Name modules by pattern, "
-                f"or set exclude=[{odd.block!r}] to go on with what was found"
+                f"first and {there} in the second, so that something in one of them is not understood. Name modules by "
+                f"pattern, or set exclude=[{odd.block!r}] to go on with what was found"
             )
 
 

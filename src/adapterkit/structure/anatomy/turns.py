@@ -49,6 +49,11 @@ class _Part:
         return {_coarse(branch) for branch in self.branches}
 
     @property
+    def does(self) -> tuple[str, ...]:
+        """Return the kinds of its branches, in order."""
+        return tuple(branch.kind for branch in self.branches)
+
+    @property
     def is_stack(self) -> bool:
         """Tell whether there are several blocks in it."""
         return len(self.turns) > 1
@@ -57,15 +62,25 @@ class _Part:
 def turns_of(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branch]) -> list[Turn]:
     """Return the turns of all branches. A branch around several others, as a U-Net's long skips have, is in none."""
     added = sum(1 << branch.addition.node.index for branch in branches)
-    single = [branch for branch in branches if (branch.inside & added).bit_count() < 2]
+    single = [branch for branch in branches if (_around(branch) & branch.inside & added).bit_count() < 2]
     homes = [home_of(flow, branch) for branch in single]
     return _Cutter(flow, modules).turns(_Part(single, homes), 0, is_inside=False) if single else []
 
 
 def home_of(flow: Flow, branch: Branch) -> tuple[Place, ...]:
-    """Return the places around all that a branch computes, outermost first."""
-    trails = [trail_of(flow.nodes[i].call) for i in bits(branch.inside & flow.endings)]
-    return common(trails)
+    """Return the places around all that a branch computes, outermost first; where it is added, if that is further inside.
+
+    A branch may read what was made far outside of its block, such as positions that are refined from block to block.
+    """
+    home = common([trail_of(flow.nodes[i].call) for i in bits(branch.inside & flow.endings)])
+    adding = trail_of(branch.addition.node.call)
+    return adding if adding[: len(home)] == home else home
+
+
+def _around(branch: Branch) -> int:
+    """Return the set of nodes in the call that adds a branch, up to the addition."""
+    node = branch.addition.node
+    return (1 << node.index) - (1 << (node.call.start if node.call else 0))
 
 
 def common(trails: Sequence[tuple[Place, ...]]) -> tuple[Place, ...]:
@@ -121,9 +136,9 @@ class _Cutter:
             return [Turn(part.branches)]
         kinds = part.kinds
         are_whole = [inner.kinds == kinds for inner in parts]
-        does = [tuple(branch.kind for branch in inner.branches) for inner in parts]
-        for inner, is_whole, what in zip(parts, are_whole, does, strict=True):
-            inner.turns = self.turns(inner, depth, is_inside=is_inside or (is_whole and does.count(what) > 1))
+        repeated = Counter(what for what, _ in {(inner.does, common(inner.homes)[-1][1]) for inner in parts})
+        for inner, is_whole in zip(parts, are_whole, strict=True):
+            inner.turns = self.turns(inner, depth, is_inside=is_inside or (is_whole and repeated[inner.does] > 1))
         has_stack = any(
             inner.is_stack and any({*map(_coarse, turn.branches)} == kinds for turn in inner.turns) for inner in parts
         )
@@ -188,7 +203,7 @@ class _Cutter:
         is_list = all(part.is_item for part in parts)
         ways: list[list[object]] = [[self._build(part) for part in parts]]
         if is_list or not is_inside:
-            ways.append([tuple(branch.kind for branch in part.branches) for part in parts])
+            ways.append([part.does for part in parts])
         if self._is_chain(parts):
             for tokens in ways:
                 period = next(p for p in range(1, len(tokens) + 1) if _has_period(tokens, p))
