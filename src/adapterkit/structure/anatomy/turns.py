@@ -74,7 +74,8 @@ def home_of(flow: Flow, branch: Branch) -> tuple[Place, ...]:
     """
     home = common([trail_of(flow.nodes[i].call) for i in bits(branch.inside & flow.endings)])
     adding = trail_of(branch.addition.node.call)
-    return adding if adding[: len(home)] == home else home
+    is_far = len(adding) > len(home) + 1  # else what adds is a part of that place, as in a list of [norm, branch, addition]
+    return adding if is_far and adding[: len(home)] == home else home
 
 
 def _around(branch: Branch) -> int:
