@@ -1,6 +1,6 @@
 """Which repeated block a module lies in: the `layers` of a config, and settings by layer or pattern."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,11 +11,12 @@ from .patterns import matching
 from .spec import SiteSpec
 
 __all__ = [
+    "Layer",
     "check_dropped",
     "check_layers",
     "check_maps",
     "in_layers",
-    "layer_of",
+    "layers_matter",
     "setting_at",
     "settings_site",
     "stack_of",
@@ -25,17 +26,11 @@ Layer = tuple[int, int]
 """(index, count): which of a stack of repeated blocks, and how many there are."""
 
 
-def layer_of(path: str, modules: Mapping[str, nn.Module]) -> Layer | None:
-    """Return (index, count) of the outermost repeated block that holds a module; None if none does.
-
-    Repeated blocks are the children of an nn.ModuleList or, where there is none around the module, of an nn.Sequential.
-    """
-    found = stack_of(path, modules)
-    return found and found[1:]
-
-
 def stack_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, int, int] | None:
-    """Return the path of the container that `layer_of` speaks of, with the block's index in it and its count."""
+    """Return the path of the outermost list around a module, with the index of the item in it, and its count.
+
+    It is an nn.ModuleList or, where there is none around the module, an nn.Sequential; None if there is neither.
+    """
     parts = path.split(".")
     # Lists first: a Sequential inside a block is no stack of blocks, and one around the list may be the whole model.
     for kind in (nn.ModuleList, nn.Sequential):
@@ -48,20 +43,37 @@ def stack_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, int, int
     return None
 
 
+def layers_matter(config: AdapterConfig) -> bool:
+    """Tell whether a config speaks of layers by their index."""
+    return config.layers is not None or any(key.isdecimal() for value in _maps_in(config).values() for key in value)
+
+
 def in_layers(layer: Layer | None, wanted: Sequence[int] | None) -> bool:
     """Tell whether a layer is one of those wanted, which may be counted from the end; None wants all."""
     return wanted is None or bool(_indices(layer) & set(wanted))
 
 
-def check_layers(layers: Iterable[Layer | None], wanted: Sequence[int] | None) -> None:
-    """Raise TargetError unless something lies in each of the wanted layers."""
-    layers = list(layers)
-    missing = [index for index in wanted or () if not any(index in _indices(layer) for layer in layers)]
+def check_layers(layers: Mapping[str, Layer | None], wanted: Sequence[int] | None) -> None:
+    """Raise TargetError unless each target lies in a block, and some target in each of the wanted layers.
+
+    Args:
+        layers: Map the path of each target → its layer.
+    """
+    if wanted is None:
+        return
+    found = [layer for layer in layers.values() if layer is not None]
+    missing = [index for index in wanted if not any(index in _indices(layer) for layer in found)]
     if missing:
-        there = sorted({layer[0] for layer in layers if layer})
+        there = sorted({layer[0] for layer in found})
         raise TargetError(
-            f"layers={list(wanted or ())}: none of the {len(layers)} modules that match lies in {missing}; "
+            f"layers={list(wanted)}: none of the {len(layers)} modules that match lies in {missing}; "
             + (f"they lie in layers {there}" if there else "none of them lies in a repeated block")
+        )
+    outside = [path for path, layer in layers.items() if layer is None]
+    if outside:
+        raise TargetError(
+            f"layers={list(wanted)}: {outside} match, but lie in no repeated block, so that no layer says whether they are "
+            "meant; leave them out with exclude=, or adapt them by a config of their own"
         )
 
 
@@ -96,16 +108,21 @@ def setting_at(value: Any, site: SiteSpec) -> Any:
 
 
 def check_maps(config: AdapterConfig, sites: Sequence[SiteSpec]) -> None:
-    """Raise TargetError where a pattern in a map of settings fits no site: it would be without effect, in silence.
+    """Raise TargetError where a key in a map of settings fits no site: it would be without effect, in silence.
 
-    A layer index may fit none: a config for 24 layers is right for a model of 12.
+    Where the config names `layers`, it may have values for layers that these leave out.
     """
+    layers = sorted({site.layer[0] for site in sites if site.layer})
+    count = max((site.layer[1] for site in sites if site.layer), default=0)
     for name, value in _maps_in(config).items():
-        idle = [key for key in _patterns_in(value) if not any(_fits(key, site) for site in sites)]
+        idle = [key for key in value if key != "default" and not any(_fits(key, site) for site in sites)]
+        if config.layers is not None:
+            idle = [key for key in idle if not (key.isdecimal() and int(key) < count)]
         if idle:
             raise TargetError(
                 f"{name} has values for {idle}, which fit none of the {len(sites)} sites, such as "
-                f"{[site.path for site in sites[:3]]}"
+                f"{[site.path for site in sites[:3]]}; "
+                + (f"they lie in layers {layers}" if layers else "none lies in a repeated block")
             )
 
 

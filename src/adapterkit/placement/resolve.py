@@ -26,7 +26,8 @@ from ..structure.hosts import (
 from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
 from ..structure.tracing.row_layout import RowAxes, SeenRows
-from .layers import check_layers, in_layers, layer_of
+from .counting import Counting
+from .layers import check_layers, in_layers, layers_matter
 from .match import match_nothing
 from .rule import Placement
 from .spec import Location, SiteSpec, layout_of
@@ -83,9 +84,10 @@ def _sites_at(
     if not isinstance(config, TensorConfig):
         raise TypeError(f"the method {config.method!r} adapts tensors; its config must derive from TensorConfig")
     at_hosts = find_locations(model, modules, config, placement, discovery)
-    layers = {path: layer_of(path, modules) for path in at_hosts}
+    counting = Counting(model, modules, example_inputs, is_asked=layers_matter(config))
+    layers = {path: counting.layer_of(path) for path in at_hosts}
     # Before sites are left out, so that the message can say in which layers they lie.
-    check_layers(layers.values(), config.layers)
+    check_layers(layers, config.layers)
     at_hosts = {path: found for path, found in at_hosts.items() if in_layers(layers[path], config.layers)}
     seen = _trace(model, at_hosts, discovery.inputs if discovery.was_needed else example_inputs)
     return [_site(found, layers[path], modules, config, seen) for path, found in at_hosts.items()]

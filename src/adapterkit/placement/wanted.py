@@ -14,6 +14,7 @@ from ..structure.anatomy.description import Anatomy, FusedProjection
 from ..structure.anatomy.discover import Discovery
 from ..structure.anatomy.roles import LINEAR, role_products
 from .computed_weights import no_parameter
+from .counting import Counting
 from .hints import nothing_matches
 from .match import first_names, named_by
 from .patterns import is_role, matching
@@ -61,12 +62,14 @@ class Scope:
     Attributes:
         modules: Map path → module, under each of a module's names.
         discovery: Finds what has a role.
+        counting: Tells which layer a module lies in.
     """
 
     model: nn.Module
     modules: dict[str, nn.Module]
     placement: Placement
     discovery: Discovery
+    counting: Counting
 
     @cached_property
     def owners(self) -> dict[str, str]:

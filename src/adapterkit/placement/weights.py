@@ -19,7 +19,8 @@ from ..structure.hosts import host_type, is_called, note_of_unread_packages
 from ..structure.paths import ancestors
 from ..structure.tracing.forward import ExampleInputs
 from .computed_weights import no_parameter, why_no_effect
-from .layers import check_layers, in_layers, layer_of
+from .counting import Counting
+from .layers import check_layers, in_layers, layers_matter
 from .patterns import is_role
 from .projections import projection_of
 from .readers import at_running_hosts
@@ -44,7 +45,8 @@ def weight_sites(
     Raises:
         TargetError: a target names nothing, or nothing with a weight; a host never runs on the example inputs.
     """
-    scope = Scope(model, modules, placement, discovery)
+    counting = Counting(model, modules, example_inputs, is_asked=layers_matter(config))
+    scope = Scope(model, modules, placement, discovery, counting)
     try:
         # `targets=()` is for the message of an exclude that finds nothing: it then proposes no `targets=…`.
         excluded = wanted_by(config.exclude, replace(scope, placement=replace(placement, targets=())))
@@ -61,7 +63,7 @@ def weight_sites(
         raise TargetError(
             f"everything that targets={list(config.targets)} name is excluded by exclude={list(config.exclude)}"
         )
-    check_layers((site.layer for site in sites), config.layers)
+    check_layers({site.path: site.layer for site in sites}, config.layers)
     kept = [site for site in sites if in_layers(site.layer, config.layers)]
     # Tracing has made inputs that the model runs on: what runs can be seen with them, too.
     inputs = discovery.inputs if discovery.was_needed else example_inputs
@@ -116,7 +118,7 @@ def _projection_sites(wanted: Wanted, excluded: Wanted, scope: Scope) -> Iterato
             width=width,
             input_width=projection.in_features if placement.reads == "own_input" else width,
             axis=projection.channel_axis,
-            layer=layer_of(path, scope.modules),
+            layer=scope.counting.layer_of(path),
             # A layer multiplies its first argument. With its keyword, a call by keyword is found, too.
             input=argument_of(module, 0),
             slices=_slices_of(letters, slices, projection.out_features),
@@ -177,7 +179,7 @@ def _sites_of_parameter(name: str, names: Iterable[str], rows: Slices, scope: Sc
         rows: The slices of it that are adapted.
     """
     parameter = scope.parameter(name)
-    layer = layer_of(scope.owners[name], scope.modules)  # one for all of its hosts: they are adapted, or left out, together
+    layer = scope.counting.layer_of(scope.owners[name])  # one for all of its hosts: they are adapted, or left out, together
     for host, held_as in _by_host(names, scope).items():
         yield SiteSpec(
             path=host,

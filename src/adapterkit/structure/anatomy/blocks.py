@@ -1,8 +1,8 @@
-"""Find the block of its stack that each branch lies in.
+"""Name the blocks of a model, and find the stacks that they make up.
 
-A block is told by the numbers in paths, as repeated blocks have them: `encoder.layer.3.attention` lies in
-`encoder.layer.3`. Models number other things, too, so a number may stand for a sub-layer or for an item of a list; and some
-have no numbers at all.
+`turns_of` says which branches make up a block; here each gets a path: that of the module, or list, which holds the block
+and nothing of others. Where none does, as attentions and feed-forwards may lie in lists of their own, each of its branches
+has a path of its own.
 """
 
 from __future__ import annotations
@@ -12,40 +12,28 @@ from collections import Counter
 
 from torch import nn
 
-from ..hosts import is_called
-from ..paths import ancestors
 from ..tracing.flow import Flow, bits
-from .additions import up_to_number
-from .branches import Branch
-from .description import Kind
+from .branches import Branch, Turn
+from .turns import Place, common, home_of, is_item, trail_of, turns_of
 
-__all__ = ["find_blocks", "template_of", "within"]
+__all__ = ["Stacks", "find_blocks", "stacks_of", "template_of", "within"]
+
+Stacks = tuple[tuple[tuple[str, ...], ...], ...]
+"""Of each stack, of each of its blocks in the order in which they run: the paths of what holds it."""
 
 
-def find_blocks(flow: Flow, modules: dict[str, nn.Module], branches: list[Branch]) -> None:
-    """Set each branch's block: the path of its addition up to its last number.
-
-    - In a list of unlike items, such as [norm, attention, addition], the list is the block (x-transformers).
-    - Where numbers beside one another stand for one sub-layer each, of different kinds (T5's `layer.0`, `layer.1`), the
-      last number but one is the block's.
-    - Where what holds the blocks adds, the branch's path says which block it is.
-    - Without a number, a block is a module of a class that has others with additions.
-    - In a model without any of these, the block is what holds all additions.
-    """
-    numbered = {id(branch): _numbered(flow, modules, branch) for branch in branches}
-    beside: dict[str, dict[str, list[Kind]]] = {}
-    for branch in branches:
-        path = numbered[id(branch)]
-        beside.setdefault(path.rpartition(".")[0], {}).setdefault(path, []).append(branch.kind)
-    for branch in branches:
-        block = numbered[id(branch)]
-        # T5: beside "block.0.layer.0" (attention) lies "block.0.layer.1" (feed-forward), each with one kind of branch.
-        kinds = list(beside[block.rpartition(".")[0]].values())
-        around = up_to_number(block.rpartition(".")[0])
-        if around and all(len(found) == 1 for found in kinds) and len({found[0] for found in kinds}) > 1:
-            block = around
-        branch.block = None if not block or _spans_several(flow, branch, block) else block
-    _find_unnumbered(modules, branches)
+def find_blocks(flow: Flow, modules: dict[str, nn.Module], branches: list[Branch]) -> list[Turn]:
+    """Set each branch's block and turn; return the turns that are blocks."""
+    turns = [turn for turn in turns_of(flow, modules, branches) if turn.is_block]
+    homes = {id(branch): home_of(flow, branch) for turn in turns for branch in turn.branches}
+    inside = Counter(place for home in homes.values() for place in home)
+    for turn in turns:
+        path = _path_of(turn.branches, homes, inside, modules, is_only=len(turns) == 1)
+        for branch in turn.branches:
+            own = path if path is not None else _path_of([branch], homes, inside, modules, is_only=False)
+            branch.turn = turn
+            branch.block = own if own is not None else _last_module(flow, branch)
+    return turns
 
 
 def template_of(path: str) -> str:
@@ -58,56 +46,76 @@ def within(path: str, block: str | None) -> bool:
     return not block or path == block or path.startswith(f"{block}.")
 
 
-def _find_unnumbered(modules: dict[str, nn.Module], branches: list[Branch]) -> None:
-    """Set the blocks of branches that no number told of: by classes that have several modules with additions."""
-    paths = {id(branch): _adding_path(branch) for branch in branches}
-    around = {path for adding in paths.values() for path in ancestors(adding)}
-    classes = Counter(type(modules[path]) for path in around if is_called(modules[path]))
-    unnumbered = [branch for branch in branches if branch.block is None]
-    has_blocks = len(unnumbered) < len(branches)
-    common = _common_ancestor(list(paths.values()))
-    for branch in unnumbered:
-        alike = [p for p in reversed(ancestors(paths[id(branch)])) if classes[type(modules[p])] > 1]
-        # The outermost of them. If none is alike, the branch lies beside the numbered blocks, in a stem or a head; where
-        # there are none, the whole model is one block.
-        branch.block = next(iter(alike), None if has_blocks else common)
+def stacks_of(flow: Flow, modules: dict[str, nn.Module], turns: list[Turn]) -> Stacks:
+    """Return the stacks that blocks make up: those of an encoder and of its decoder are two, those of stages are one.
+
+    A block goes on a stack if it computes from what the stack's last block returned, and lies beside it: in the same list,
+    or in modules of the same class (`stage1`, `stage2`).
+    """
+    stacks: list[list[Turn]] = []
+    for turn in turns:
+        before = (stack for stack in reversed(stacks) if _goes_on(flow, modules, stack[-1], turn))
+        found = next(before, None)  # None: it is the first of its stack
+        if found is None:
+            stacks.append([turn])
+        else:
+            found.append(turn)
+    # A module that runs several times is one block.
+    paths = [[tuple(dict.fromkeys(b.block or "" for b in turn.branches)) for turn in stack] for stack in stacks]
+    return tuple(tuple(dict.fromkeys(stack)) for stack in paths)
 
 
-def _common_ancestor(paths: list[str]) -> str:
-    """Return the innermost module around all; '' if there are no paths."""
-    return next(path for path in ancestors(paths[0]) if all(within(other, path) for other in paths)) if paths else ""
+def _goes_on(flow: Flow, modules: dict[str, nn.Module], before: Turn, turn: Turn) -> bool:
+    """Tell whether a block computes from what another returned, and lies beside it."""
+    end, start = before.branches[-1].addition.node.index, turn.branches[0].addition.stream
+    if end != start and not flow.leads_to(end, start):
+        return False
+    one, other = before.branches[0].block or "", turn.branches[0].block or ""
+    names, others = one.split("."), other.split(".")
+    same = next((n for n, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), None)
+    if same is None:  # one module, which runs again; or one in the other
+        return one == other
+    # What holds them, beside one another: an item each of one list, or attributes.
+    left, right = ".".join(names[: same + 1]), ".".join(others[: same + 1])
+    if is_item(left, modules) and is_item(right, modules):
+        return True
+    kinds = {type(modules[path]) for path in (left, right)}
+    is_block = {left, right} & {one, other}
+    return len(kinds) == 1 or (bool(is_block) and type(modules[one]) is type(modules[other]))
 
 
-def _numbered(flow: Flow, modules: dict[str, nn.Module], branch: Branch) -> str:
-    """Return the path of a branch up to its last number, or that of the list in which that number counts unlike items."""
-    block = up_to_number(_path(branch))
-    items = {block, *_beside(flow, branch, block)} if block else set()
-    are_unlike = len({type(modules[path]) for path in items}) == len(items) > 1
-    return (are_unlike and up_to_number(block.rpartition(".")[0])) or block
+def _path_of(
+    branches: list[Branch],
+    homes: dict[int, tuple[Place, ...]],
+    inside: Counter[Place],
+    modules: dict[str, nn.Module],
+    *,
+    is_only: bool,
+) -> str | None:
+    """Return the path of what holds these branches and no others; None if nothing does.
+
+    Args:
+        homes: Of each branch, by `id`, the places around it.
+        inside: Counts the branches in each place.
+        is_only: Whether there is one block alone, which everything around it holds.
+
+    Of several places it is one in which the branches are added, too, if there are any: of these the innermost item of a
+    list or, as blocks need not lie in lists, the outermost place.
+    """
+    shared = common([homes[id(branch)] for branch in branches])
+    own = [place for place in shared if inside[place] == len(branches)]
+    adding = {place for branch in branches[:1] for place in trail_of(branch.addition.node.call)}
+    for branch in branches[1:]:
+        adding &= {*trail_of(branch.addition.node.call)}
+    around = [place for place in own if place in adding]
+    places = around or own
+    items = [place for place in places if is_item(place[1], modules)]
+    if items:
+        return items[-1 if around else 0][1]
+    return places[-1 if is_only else 0][1] if places else None
 
 
-def _spans_several(flow: Flow, branch: Branch, block: str) -> bool:
-    """Tell whether a branch runs through more than one repetition of what would be its block."""
-    return len(_beside(flow, branch, block)) > 1
-
-
-def _beside(flow: Flow, branch: Branch, block: str) -> set[str]:
-    """Return the modules that a branch computes in whose path is this one but for its numbers."""
-    template, depth = template_of(block), len(block.split("."))
-    calls = [flow.nodes[i].call for i in bits(branch.inside & flow.endings)]
-    through = {".".join((call.path or "").split(".")[:depth]) for call in calls if call is not None}
-    return {path for path in through if template_of(path) == template}
-
-
-def _adding_path(branch: Branch) -> str:
-    """Return the path of the module that adds a branch."""
-    call = branch.addition.node.call
-    return (call.path if call else None) or ""
-
-
-def _path(branch: Branch) -> str:
-    """Return the path that tells a branch's block: of what adds it or, where that has no number, of what yields it."""
-    path = _adding_path(branch)
-    if branch.call is None or any(part.isdigit() for part in path.split(".")):
-        return path
-    return branch.call[0].path or ""
+def _last_module(flow: Flow, branch: Branch) -> str:
+    """Return the path of the module in which a branch ends."""
+    last = max(bits(branch.inside & flow.endings))
+    return trail_of(flow.nodes[last].call)[-1][1]

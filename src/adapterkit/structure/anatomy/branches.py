@@ -27,9 +27,21 @@ from .kinds import branch_kind
 from .residual import residual_additions, side_branches
 from .routers import routers, weighs_by_softmax
 
-__all__ = ["Branch", "BranchReader"]
+__all__ = ["Branch", "BranchReader", "Turn"]
 
 _JOINS = ("stack", "cat")  # what is put together from several modules' outputs is no one module's
+
+
+@dataclass(eq=False)
+class Turn:
+    """The branches of one block, in the order in which they run.
+
+    Attributes:
+        is_block: Whether they are one: False of what is beside the blocks, such as an embedding of positions.
+    """
+
+    branches: list[Branch]
+    is_block: bool = True
 
 
 @dataclass
@@ -47,7 +59,8 @@ class Branch:
         is_moe: Whether it routes tokens to experts.
         call: The module call that yields it, and where in its output it lies; None if no module does.
         scales: Operations between that and the addition that change values.
-        block: The path of its block; set by `find_blocks`.
+        block: The path of its block; None outside of any. Set by `find_blocks`, as `turn` is.
+        turn: The turn of its block, with the branches of the same one.
     """
 
     addition: Addition
@@ -61,6 +74,7 @@ class Branch:
     call: tuple[ModuleCall, pytree.Path] | None
     scales: tuple[str, ...]
     block: str | None = None
+    turn: Turn | None = None
 
 
 class BranchReader:

@@ -17,8 +17,18 @@ from typing import Literal
 from ..pytree import Argument, Path
 
 __all__ = [
-    "Anatomy", "FusedProjection", "Kind", "ModuleInput", "ModuleOutput", "Norm", "Product", "Slices", "Sublayer", "Unknown",
-]  # fmt: skip
+    "Anatomy",
+    "FusedProjection",
+    "Kind",
+    "ModuleInput",
+    "ModuleOutput",
+    "Norm",
+    "Product",
+    "Slices",
+    "Sublayer",
+    "Unknown",
+    "Unlike",
+]
 
 Kind = Literal["attention", "crossattention", "feedforward", "convolution", "mixer"]
 Norm = Literal["pre", "post", "sandwich", "end", "none"]
@@ -157,6 +167,23 @@ class Unknown:
 
 
 @dataclass(frozen=True)
+class Unlike:
+    """A block in which something else was found than in one of the same classes and shapes.
+
+    Attributes:
+        block: Its path; `like`, that of the other.
+        what: The second word of the roles that differ: "out", "q", "k", "v", "first" or "last".
+        here: What has these roles in the block, as "kind: path" with paths from the block on; `there`, in the other.
+    """
+
+    block: str
+    like: str
+    what: str
+    here: tuple[str, ...]
+    there: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The structure of a model.
 
@@ -166,12 +193,15 @@ class Anatomy:
         embeddings: What makes the residual stream that enters the first block, one for each stack of blocks.
         output_embeddings: What maps hidden states to logits over the tokens that an embedding knows.
         blocks: What each repeated block returns as its stream.
+        stacks: Of each stack, of each of its blocks in the order in which they run: the paths of what holds it, which are
+            several where no module holds all of it.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
         idle: Modules that are built as the blocks beside them, but did not run.
         unknown: What is not understood: roles and presets do not rest on it, and say so.
         products: What the transformer blocks multiply by, but for routers and convolutions.
         resting: Modules of experts that no token of the traced forward chose.
         unread: Linear layers of the blocks that did not run, and whose weight nothing read.
+        unlike: Blocks in which something else was found than in others of the same build.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -179,12 +209,14 @@ class Anatomy:
     embeddings: tuple[ModuleOutput, ...]
     output_embeddings: tuple[ModuleOutput, ...]
     blocks: tuple[ModuleOutput, ...]
+    stacks: tuple[tuple[tuple[str, ...], ...], ...] = ()
     unexplained: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()
     unknown: tuple[Unknown, ...] = ()
     products: tuple[Product, ...] = ()
     resting: frozenset[str] = frozenset()
     unread: tuple[str, ...] = ()
+    unlike: tuple[Unlike, ...] = ()
 
     @property
     def transformer_blocks(self) -> frozenset[str | None]:

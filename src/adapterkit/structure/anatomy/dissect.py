@@ -17,8 +17,9 @@ from ..tracing.flow import VIEWS, Flow, bits
 from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays
 from .additions import follows
-from .blocks import find_blocks, template_of, within
-from .branches import Branch, BranchReader
+from .alike import unlike
+from .blocks import find_blocks, stacks_of, template_of, within
+from .branches import Branch, BranchReader, Turn
 from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
 from .fused import fused_projections
 from .norms import Norms, readers_of
@@ -37,7 +38,7 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
     """
     reader = BranchReader(flow, modules)
     branches = [branch for addition in reader.additions for branch in reader.branches(addition)]
-    find_blocks(flow, modules, branches)
+    turns = find_blocks(flow, modules, branches)
     idle_experts = resting(flow, modules, branches)
     dissection = _Dissection(reader, idle_experts)
     sublayers = dissection.sublayers(branches)
@@ -48,13 +49,15 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         others=tuple(s for s in sublayers if s.block is None),
         embeddings=tuple(dissection.embeddings(branches)),
         output_embeddings=tuple(dissection.output_embeddings(branches)),
-        blocks=tuple(dissection.blocks(inside)),
+        blocks=tuple(dissection.blocks(sublayers, turns)),
+        stacks=stacks_of(flow, modules, turns),
         unexplained=tuple(dissection.unexplained(branches)),
         unknown=tuple(unknown_operations(flow, branches)),
         idle=tuple(dissection.idle(inside)),
         products=tuple(multiplied),
         resting=frozenset(path for paths in idle_experts.values() for path in paths),
         unread=tuple(unread(flow, modules, branches, multiplied)),
+        unlike=tuple(unlike(flow, modules, dissection.in_blocks(sublayers, turns))),
     )
 
 
@@ -65,6 +68,7 @@ class _Dissection:
         self.reader, self.flow, self.axes, self.additions = reader, reader.flow, reader.axes, reader.additions
         self.replays, self.resting = Replays(reader.flow), resting
         self.norms = Norms(self.flow, self.additions, self.replays)
+        self._numbers: dict[int, int] = {}  # `id` of a branch -> which sub-layer it is
 
     # --- sub-layers ---------------------------------------------------------------------------------------------------
 
@@ -72,8 +76,9 @@ class _Dissection:
         """List one sub-layer for each module that yields a branch, in the order in which they run."""
         found: dict[object, list[Sublayer]] = {}
         for branch in branches:
-            sublayer = self._sublayer(branch, branches)
+            sublayer = self._sublayer(branch)
             key = (sublayer.out.path, sublayer.out.output) if sublayer.out else id(branch)
+            self._numbers[id(branch)] = [*found, key].index(key)
             found.setdefault(key, []).append(sublayer)
         merged = [_agreed(calls) for calls in found.values()]
         # A norm after the addition counts only if all blocks have it: the last block of a pre-norm model is followed by a
@@ -92,7 +97,7 @@ class _Dissection:
                 merged = [change(s) if s in group else s for s in merged]
         return merged
 
-    def _sublayer(self, branch: Branch, branches: list[Branch]) -> Sublayer:
+    def _sublayer(self, branch: Branch) -> Sublayer:
         """Describe one branch in one call."""
         flow, addition = self.flow, branch.addition
         attended = list(self.reader.attentions.projected(branch.inside))
@@ -117,7 +122,7 @@ class _Dissection:
             scales=branch.scales,
             is_parallel=branch.is_parallel or self._has_sibling(branch),
             is_moe=branch.is_moe,
-            is_last=self._is_last(branch, branches),
+            is_last=self._is_last(branch),
             norm=self.norms.kind(branch, is_after=post is not None or is_by_hand),
             stream=self._stream_taker(branch),
             sum=self._sum(branch),
@@ -127,12 +132,14 @@ class _Dissection:
             addition=((node_call.path if node_call else None) or "", addition.node.index),
         )
 
-    def _is_last(self, branch: Branch, branches: list[Branch]) -> bool:
+    def _is_last(self, branch: Branch) -> bool:
         """Tell whether no other branch of the block is added to what this one was; of parallel ones, the last that runs."""
-        mates = [other for other in branches if other.block == branch.block and other is not branch]
+        mates = [other for other in branch.turn.branches if other is not branch] if branch.turn else []
         beside = [other for other in mates if other.addition is branch.addition and other.end > branch.end]
         after = [other for other in mates if follows(self.flow, branch.addition, self.flow.unscaled(other.addition.skip))]
-        return not beside and not after
+        # A mixer's sum that the block goes on with, gated or mixed as it may be, is no end; a feed-forward's is.
+        later = [other for other in mates if self.flow.leads_to(branch.addition.node.index, other.end)]
+        return not beside and not after and (branch.kind == "feedforward" or not later)
 
     def _yielded(self, branch: Branch) -> ModuleOutput | None:
         """Return the output of the module that yields a branch; None if none does."""
@@ -307,11 +314,19 @@ class _Dissection:
         views = [i for i in self.flow.readers[node] if self.flow.nodes[i].op in VIEWS]
         return [node, *(j for i in views for j in self._same(i))]
 
-    def blocks(self, sublayers: tuple[Sublayer, ...]) -> Iterator[ModuleOutput]:
+    def in_blocks(self, sublayers: list[Sublayer], turns: list[Turn]) -> dict[str, list[Sublayer]]:
+        """Map the path of each block to its sub-layers; blocks that no one module holds are left out."""
+        return {
+            turn.branches[0].block: [sublayers[self._numbers[id(branch)]] for branch in turn.branches]
+            for turn in turns
+            if turn.branches[0].block and len({branch.block for branch in turn.branches}) == 1
+        }
+
+    def blocks(self, sublayers: list[Sublayer], turns: list[Turn]) -> Iterator[ModuleOutput]:
         """Yield what each block returns as its stream: the last sub-layer's sum, or its norm."""
-        last = {sublayer.block: sublayer for sublayer in sublayers}  # later ones replace earlier ones
-        for sublayer in last.values():
-            output = sublayer.post_norm if sublayer.norm == "post" else sublayer.sum
+        for number in dict.fromkeys(self._numbers[id(turn.branches[-1])] for turn in turns):
+            last = sublayers[number]
+            output = last.post_norm if last.norm == "post" else last.sum
             if output is not None:
                 yield output
 
@@ -321,6 +336,7 @@ def _agreed(calls: list[Sublayer]) -> Sublayer:
     first = calls[0]
     agreed = replace(
         first,
+        is_last=any(call.is_last for call in calls),
         sum=first.sum if all(call.sum == first.sum for call in calls) else None,
         stream=first.stream if all(call.stream == first.stream for call in calls) else None,
         fused=tuple(

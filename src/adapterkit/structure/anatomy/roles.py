@@ -109,36 +109,7 @@ def _sublayers(role: str, anatomy: Anatomy) -> list[Sublayer]:
     inside = [s for s in anatomy.sublayers if s.block in blocks]
     if kind == "sublayer":  # one more branch of a decoder is not what the presets adapt: ask for it by its own role
         return [s for s in inside if s.kind != "crossattention"]
-    return _last_of_blocks(inside)
-
-
-def _last_of_blocks(sublayers: list[Sublayer]) -> list[Sublayer]:
-    """List the last sub-layer of each block.
-
-    In a list whose items are single sub-layers (attention, feed-forward, attention, …: x-transformers) each item counts as
-    a block. There a block in truth ends in its feed-forward, so the attentions are left out.
-    """
-    blocks: dict[str, list[Sublayer]] = {}
-    for sublayer in sublayers:
-        blocks.setdefault(sublayer.block or "", []).append(sublayer)
-    single: dict[str, list[Sublayer]] = {}
-    for block, members in blocks.items():
-        if len(members) == 1 and block:
-            single.setdefault(".".join(block.split(".")[:-2]), []).append(members[0])
-    inner = [s for found in single.values() if any(_is_end(s) for s in found) for s in found if not _is_end(s)]
-    ends = (_ends_of(members) for members in blocks.values())
-    return [sublayer for found in ends for sublayer in found if sublayer not in inner]
-
-
-def _ends_of(members: list[Sublayer]) -> list[Sublayer]:
-    """List the sub-layers of a block that none follows on their stream: one for each stream; feed-forwards, if any are."""
-    last = [sublayer for sublayer in members if sublayer.is_last] or members[-1:]
-    return [sublayer for sublayer in last if _is_end(sublayer)] or last
-
-
-def _is_end(sublayer: Sublayer) -> bool:
-    """Tell whether a block may end in a sub-layer of this kind."""
-    return sublayer.kind == "feedforward"
+    return [s for s in inside if s.is_last]  # one for each block and stream
 
 
 def check_whole(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
@@ -147,6 +118,7 @@ def check_whole(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
     Args:
         excluded: The modules that the config leaves out.
     """
+    _check_alike(role, anatomy, excluded)
     if role in ("@sublayer.out", "@block.last"):
         _check_explained(role, anatomy, excluded)
     if role == LINEAR:
@@ -174,6 +146,24 @@ def _check_idle(role: str, idle: list[str]) -> None:
             f"{role!r}: {idle} {what}, but did not run on the example inputs. Wrap the model with inputs on which they "
             f"run, or set exclude={idle}"
         )
+
+
+def _check_alike(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
+    """Raise TargetError where a role names something in one block that it does not in another of the same build."""
+    kind, _, word = role[1:].partition(".")
+    is_any = role in ("@sublayer.out", "@block.last")
+    for odd in anatomy.unlike:
+        if odd.block in excluded or odd.what != ("out" if is_any else word):
+            continue
+        here, there = (
+            [name for name in names if is_any or name.startswith(f"{kind}: ")] for names in (odd.here, odd.there)
+        )
+        if here != there:
+            raise TargetError(
+                f"{role!r}: the blocks {odd.block!r} and {odd.like!r} are built alike, but tracing finds {here} in the "
+                f"first and {there} in the second, so that something in one of them is not understood. Name modules by "
+                f"pattern, or set exclude=[{odd.block!r}] to go on with what was found"
+            )
 
 
 def _check_found(role: str, sublayers: list[Sublayer]) -> None:

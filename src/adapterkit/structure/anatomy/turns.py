@@ -1,0 +1,245 @@
+"""Cut what is added to a model's streams into blocks: one turn of what repeats, wherever its modules are held.
+
+    x = x + attention(x)     one turn of   [attention, feed-forward]
+    x = x + mlp(x)
+
+Each branch has a home: the innermost module, list or dict in which all of it is computed. The homes of all branches are a
+tree, and the tree is read from the top: a place whose parts are each a whole turn (a mixer of tokens and a feed-forward, in
+most models) is a stack of blocks, and is looked into; a place whose parts are none is a block. Names tell nothing here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from torch import nn
+
+from ..tracing.flow import Flow, bits
+from ..tracing.graph import ModuleCall
+from .branches import Branch, Turn
+
+__all__ = ["Place", "common", "home_of", "is_item", "trail_of", "turns_of"]
+
+Place = tuple[int, str]
+"""Where something is computed: the `id` of a module call, and the module's path; of a list, those of the call around it."""
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass(eq=False)
+class _Part:
+    """Branches that run one after another in one place.
+
+    Attributes:
+        homes: Of each branch, the places around it, outermost first.
+        is_item: Whether the place is an item of a list, and no attribute.
+        turns: The turns in it; set as it is looked into.
+    """
+
+    branches: list[Branch]
+    homes: list[tuple[Place, ...]]
+    is_item: bool = False
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> set[str]:
+        """Tell what it does, as far as turns differ in it: mix tokens, or not."""
+        return {_coarse(branch) for branch in self.branches}
+
+    @property
+    def does(self) -> tuple[str, ...]:
+        """Return the kinds of its branches, in order."""
+        return tuple(branch.kind for branch in self.branches)
+
+    @property
+    def is_stack(self) -> bool:
+        """Tell whether there are several blocks in it."""
+        return len(self.turns) > 1
+
+
+def turns_of(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branch]) -> list[Turn]:
+    """Return the turns of all branches. A branch around several others, as a U-Net's long skips have, is in none."""
+    added = sum(1 << branch.addition.node.index for branch in branches)
+    single = [branch for branch in branches if (_around(branch) & branch.inside & added).bit_count() < 2]
+    homes = [home_of(flow, branch) for branch in single]
+    return _Cutter(flow, modules).turns(_Part(single, homes), 0, is_inside=False) if single else []
+
+
+def home_of(flow: Flow, branch: Branch) -> tuple[Place, ...]:
+    """Return the places around all that a branch computes, outermost first; where it is added, if that is further inside.
+
+    A branch may read what was made far outside of its block, such as positions that are refined from block to block.
+    """
+    home = common([trail_of(flow.nodes[i].call) for i in bits(branch.inside & flow.endings)])
+    adding = trail_of(branch.addition.node.call)
+    is_far = len(adding) > len(home) + 1  # else what adds is a part of that place, as in a list of [norm, branch, addition]
+    return adding if is_far and adding[: len(home)] == home else home
+
+
+def _around(branch: Branch) -> int:
+    """Return the set of nodes in the call that adds a branch, up to the addition."""
+    node = branch.addition.node
+    return (1 << node.index) - (1 << (node.call.start if node.call else 0))
+
+
+def common(trails: Sequence[tuple[Place, ...]]) -> tuple[Place, ...]:
+    """Return the places that all trails begin with."""
+    first = min(trails, key=len, default=())
+    same = [all(trail[n] == place for trail in trails) for n, place in enumerate(first)]
+    return first[: (*same, False).index(False)]
+
+
+def trail_of(call: ModuleCall | None) -> tuple[Place, ...]:
+    """Return the places around a call, outermost first: those of calls, and between them those of lists that hold them."""
+    trail: list[Place] = []
+    for outer in reversed(list(call.around()) if call else []):
+        path = outer.path if outer.path is not None else (trail[-1][1] if trail else "")
+        trail += _lists_between(trail[-1] if trail else None, path)
+        trail.append((id(outer), path))
+    return tuple(trail)
+
+
+def _lists_between(around: Place | None, path: str) -> Iterator[Place]:
+    """Yield the places of what holds a module, in the module that calls it; none if that one does not hold it."""
+    if around is None or not path.startswith(f"{around[1]}." if around[1] else ""):
+        return
+    depth = len(around[1].split(".")) if around[1] else 0
+    names = path.split(".")
+    yield from ((around[0], ".".join(names[:n])) for n in range(depth + 1, len(names)))
+
+
+def is_item(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Tell whether a module is an item of a list or dict."""
+    holder, _, name = path.rpartition(".")
+    return bool(path) and (name.isdigit() or isinstance(modules.get(holder), _LISTS))
+
+
+class _Cutter:
+    """Cuts parts of a model into turns."""
+
+    def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
+        self.flow, self.modules = flow, modules
+
+    def turns(self, part: _Part, depth: int, *, is_inside: bool) -> list[Turn]:
+        """Return the turns of a part.
+
+        Args:
+            depth: How many places around it are looked at already.
+            is_inside: Whether it is one of several blocks, or parts of blocks, of one kind.
+        """
+        parts = self._parts(part, depth)
+        while len(parts) == 1 and len(part.homes[0]) > depth:
+            depth += 1
+            parts = self._parts(part, depth)
+        if len(parts) == 1:
+            return [Turn(part.branches)]
+        kinds = part.kinds
+        are_whole = [inner.kinds == kinds for inner in parts]
+        repeated = Counter(what for what, _ in {(inner.does, common(inner.homes)[-1][1]) for inner in parts})
+        for inner, is_whole in zip(parts, are_whole, strict=True):
+            inner.turns = self.turns(inner, depth, is_inside=is_inside or (is_whole and repeated[inner.does] > 1))
+        has_stack = any(
+            inner.is_stack and any({*map(_coarse, turn.branches)} == kinds for turn in inner.turns) for inner in parts
+        )
+        if len(kinds) == 1:
+            is_stack = has_stack or all(inner.is_item for inner in parts) or self._are_blocks(parts)
+        elif any(are_whole):
+            is_stack = has_stack or all(are_whole) or not is_inside or all(inner.is_item for inner in parts)
+        else:
+            return self._repetitions(parts, is_inside=is_inside)
+        if not is_stack:
+            return [Turn(part.branches)]
+        # In what itself repeats, a stage say, nothing is beside the blocks.
+        return list(self._stacked(parts, kinds, repeats=is_inside))
+
+    def _parts(self, part: _Part, depth: int) -> list[_Part]:
+        """Split a part where the place inside it changes; a branch that is computed right there is a part of its own.
+
+        Where places take turns, as a list of attentions and one of feed-forwards do, it is the places in them that count.
+        """
+        pairs = list(zip(part.branches, part.homes, strict=True))
+
+        def place(pair: tuple[Branch, tuple[Place, ...]], at: int = depth) -> object:
+            return pair[1][at] if len(pair[1]) > at else id(pair[0])
+
+        runs = Counter(key for key, _ in groupby(pairs, key=place))
+        parts = []
+        for key, run in groupby(pairs, key=lambda pair: (place(pair), runs[place(pair)] > 1 and place(pair, depth + 1))):
+            branches, homes = zip(*run, strict=True)
+            inner = key[1] or key[0]
+            item = isinstance(inner, tuple) and is_item(inner[1], self.modules)
+            parts.append(_Part([*branches], [*homes], item))
+        return parts
+
+    def _are_blocks(self, parts: list[_Part]) -> bool:
+        """Tell whether parts of one kind are blocks: modules of one class, each of which adds what it computes itself."""
+        classes = set()
+        for part in parts:
+            inside = common(part.homes)
+            adding = [trail_of(branch.addition.node.call) for branch in part.branches]
+            shared = common([inside, *adding])
+            classes.add(type(self.modules[shared[-1][1]]) if shared else None)
+            if any(shared == common([shared, *other.homes]) for other in parts if other is not part):
+                return False
+        return len(classes) == 1
+
+    def _stacked(self, parts: list[_Part], kinds: set[str], *, repeats: bool) -> Iterator[Turn]:
+        """Yield the turns of a stack's parts. A part that is no whole turn, and does not repeat, is beside the blocks."""
+        fine = {branch.kind for part in parts if part.is_stack for branch in part.branches}
+        for part in parts:
+            is_odd = part.kinds != kinds or (bool(fine) and not fine & {branch.kind for branch in part.branches})
+            is_beside = is_odd and not (part.is_stack or repeats or self._adds_in_a_list(part))
+            yield from [Turn(part.branches, is_block=False)] if is_beside else part.turns
+
+    def _adds_in_a_list(self, part: _Part) -> bool:
+        """Tell whether what adds a part's branches is an item of a list, or in one."""
+        adding = common([trail_of(branch.addition.node.call) for branch in part.branches])
+        return part.is_item or any(is_item(path, self.modules) for _, path in adding)
+
+    def _repetitions(self, parts: list[_Part], *, is_inside: bool) -> list[Turn]:
+        """Return the turns of parts none of which is a whole turn: several if what they do repeats, else one."""
+        everything = [branch for part in parts for branch in part.branches]
+        is_list = all(part.is_item for part in parts)
+        ways: list[list[object]] = [[self._build(part) for part in parts]]
+        if is_list or not is_inside:
+            ways.append([part.does for part in parts])
+        if self._is_chain(parts):
+            for tokens in ways:
+                period = next(p for p in range(1, len(tokens) + 1) if _has_period(tokens, p))
+                if period < len(parts):
+                    return [Turn(_branches(parts[n : n + period])) for n in range(0, len(parts), period)]
+            ends = [n for n, part in enumerate(parts) if part.kinds == {"feedforward"}]
+            if not is_inside and len(ends) > 1 and ends[0] > 0:  # a list of layers of several kinds
+                starts = [0, *(n + 1 for n in ends if n + 1 < len(parts))]
+                stops = [*starts[1:], len(parts)]
+                return [Turn(_branches(parts[a:b])) for a, b in zip(starts, stops, strict=True)]
+        return [Turn(everything)]
+
+    def _is_chain(self, parts: list[_Part]) -> bool:
+        """Tell whether each part computes from what the one before it was added to."""
+        ends = [part.branches[-1].addition.node.index for part in parts[:-1]]
+        starts = [part.branches[0].addition.stream for part in parts[1:]]
+        return all(a == b or self.flow.leads_to(a, b) for a, b in zip(ends, starts, strict=True))
+
+    def _build(self, part: _Part) -> object:
+        """Return what a part does and what modules compute it: their classes and the shapes of their Parameters."""
+        calls = [self.flow.nodes[i].call for b in part.branches for i in bits(b.inside & self.flow.endings)]
+        made = [(type(c.module), *(tuple(p.shape) for p in c.module.parameters())) for c in calls if c is not None]
+        return (*(branch.kind for branch in part.branches), *made)
+
+
+def _coarse(branch: Branch) -> str:
+    """Tell whether a branch is a feed-forward, or mixes tokens."""
+    return "feedforward" if branch.kind == "feedforward" else "mixer"
+
+
+def _has_period(tokens: Sequence[object], period: int) -> bool:
+    """Tell whether the first tokens repeat to the end."""
+    return len(tokens) % period == 0 and all(t == tokens[n % period] for n, t in enumerate(tokens))
+
+
+def _branches(parts: Sequence[_Part]) -> list[Branch]:
+    """List the branches of parts."""
+    return [branch for part in parts for branch in part.branches]
