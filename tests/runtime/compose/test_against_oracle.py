@@ -25,7 +25,8 @@ from ...strategies import compositions
 from .oracle import NoMeaningError, expected, pieces_of
 
 FAST = ["pre-norm", "post-norm", "encoder", "encoder, seq first", "square encoder, seq first", "convs", "recurrent"]
-LAID = ["flat tokens", "windows", "square, tokens first inside", "square, tokens first"]
+LAID = ["flat tokens", "windows", "square, tokens first inside", "square, tokens first", "alignments", "flat alignments"]
+LAID += ["flat tokens in turn"]
 
 
 def on_hosts(*fast: str) -> Any:

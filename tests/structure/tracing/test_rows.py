@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.structure.tracing.row_layout import NO_ROWS, UNCLEAR, RowLayout
+from adapterkit.structure.tracing.row_layout import NO_ROWS, RowLayout
 from adapterkit.structure.tracing.rows import discover_rows
 
 from ...hosts.composed import FlatBlock, TokensFirstBlock, TokensFirstInside, Windows, encoder
@@ -19,6 +19,7 @@ from ...hosts.tiny import Blocks, CheckpointedBlocks, PostNormBlock, PreNormBloc
 
 FIRST, SECOND, FLAT = RowLayout(0), RowLayout(1), RowLayout(0, is_flat=True)
 OF_TOKENS = RowLayout(0, is_flat=True, of_tokens=True)
+IN_TURN = RowLayout(0, is_flat=True, of_tokens=True, in_turn=True)
 
 
 def ids(rows: int = 4, tokens: int = 6) -> Tensor:
@@ -69,11 +70,11 @@ class Positions(nn.Module):
         return by_token.unflatten(0, (6, -1)).transpose(0, 1)
 
 
-def test_a_tensor_for_all_rows_is_told_from_one_of_rows_and_rows_in_turn_are_not_known() -> None:
+def test_a_tensor_for_all_rows_is_told_from_one_of_rows_and_from_one_of_rows_in_turn() -> None:
     found = discover_rows(Positions().eval(), ids())
     assert found["project"][("output",)] == found["positions"][("output",)] == NO_ROWS
     assert found["words"][("output",)] == FIRST
-    assert found["by_token"][("output",)] == UNCLEAR
+    assert found["by_token"][("output",)] == IN_TURN
 
 
 def test_what_cannot_be_run_says_nothing() -> None:
