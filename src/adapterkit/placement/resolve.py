@@ -26,6 +26,7 @@ from ..structure.hosts import (
 from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
 from ..structure.tracing.row_layout import NO_ROWS, RowAxes, SeenRows
+from ..structure.tracing.tensors import shape_of
 from .layers import check_layers, in_layers, layer_of
 from .match import match_nothing
 from .rule import Placement
@@ -184,14 +185,28 @@ def _tensors_seen(path: str, location: Location | None, call: tuple[Any, Any], o
         returned = location.output
         # `input` may name an argument of another module, whose input is the residual stream.
         argument = location.input if location.residual in (None, path) else None
+    if location is not None and location.at == "output" and returned is None:
+        _check_first(path, output)
     taken = pytree.argument_path(call, argument) if argument else pytree.find(call)
     return _Seen(_shape_at(output, returned or pytree.find(output)), _shape_at(call, taken))
+
+
+def _check_first(path: str, output: Any) -> None:
+    """Raise TargetError if the first tensor of an output may be something beside its features: losses of rows, say."""
+    floating = {way: shape_of(tensor) for way, tensor in pytree.tensors(output) if tensor.is_floating_point()}
+    first = pytree.find(output)
+    if first is not None and len(floating[first]) == 1 and any(len(shape) > 1 for shape in floating.values()):
+        shapes = ", ".join(f"{way}: {shape}" for way, shape in floating.items())
+        raise TargetError(
+            f"{path!r} returns tensors of shapes {shapes}: the first has one axis, so that it may be no features; say "
+            "which is to be adapted, by output="
+        )
 
 
 def _shape_at(value: Any, path: pytree.Path | None) -> tuple[int, ...] | None:
     """Return the shape of the tensor at a path in a value; None without a path, or if it is no tensor."""
     tensor = None if path is None else pytree.get(value, path)
-    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+    return shape_of(tensor) if isinstance(tensor, Tensor) else None
 
 
 def _shape(found: Found, host: nn.Module, config: TensorConfig, seen: _Seen | None) -> HostShape:
@@ -279,15 +294,15 @@ def check_row_axes(
     for site in sites:
         config, seen = configs[site.member], layout_of(layouts.get(site.path, {}), site)
         given = getattr(config, "batch_axis", None)
-        # Where nothing was seen, what is given counts, else what modules say. One tensor for all rows has no axis of theirs.
+        # Where nothing was seen, what is given counts, else what modules say. A tensor for all rows has no axis of theirs.
         axis = (axes.at(site.path) if given is None else given) if seen is None else seen.axis
         if not acts_by_row(config) or seen == NO_ROWS or axis == (given or 0) or (axis is None and given is not None):
             continue
         names = " and ".join(name for name in config.by_row if getattr(config, name))
         if axis is None:
             raise TargetError(
-                f"on which axis {site.path!r} has the rows of the batch is not known{layouts.note(site.path)}; {names} must "
-                "know: set batch_axis=0 or 1, or wrap the model with inputs that show it"
+                f"on which axis {site.path!r} has its batch is not known{layouts.note(site.path)}; {names} must know which "
+                "axis the rows are on: set batch_axis=0 or 1, or wrap the model with inputs that show it"
             )
         raise TargetError(
             f"{site.path!r} has its batch on axis {axis}; {names} must know which axis the rows are on: set "

@@ -232,9 +232,8 @@ def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
         )
     if axis > 1 and len(tensors) > 1:
         raise CompatibilityError(
-            f"Parallel repeats the rows of all that the model takes, which it has on axis {axis}, behind the second; on which "
-            f"axis each of its {len(tensors)} tensors has them cannot be told: run the model on a repeated batch under "
-            "ak.BatchSplit"
+            f"Parallel repeats the rows of all that the model takes; it has them on axis {axis}, and on which axis each of "
+            f"{len(tensors)} tensors has them cannot be told: run it on a repeated batch under ak.BatchSplit"
         )
     rows, copies = reference.shape[axis], len(parallel.children)
     shared = parallel.shared or ()

@@ -56,12 +56,8 @@ class ComposeStep(Step):
             stream = step.handover.take() if getattr(step, "handover", None) else None
             if stream is not None:
                 streams[step.key] = stream
-        axis, per_row, in_turn = self._row_axis(x), 1, False
-        if self.layout is not None and self.layout.is_flat:
-            in_turn, per_row = (
-                self.layout.in_turn,
-                indices_per_row(site.state, steps[0].spec.path, x, layout, self.adapter),
-            )
-        return pytree.put(
-            value, path, self.node.run(site, host, View(x, x, taken, streams, layout.axis or 0, per_row, layout.in_turn))
-        )
+        layout, per_row = self.layout or RowLayout(0), 1
+        if layout.is_flat:
+            per_row = indices_per_row(site.state, steps[0].spec.path, x, layout, self.adapter)
+        view = View(x, x, taken, streams, layout.axis or 0, per_row, layout.in_turn)
+        return pytree.put(value, path, self.node.run(site, host, view))

@@ -196,9 +196,9 @@ def _shared_blocks(
     shared: list[tuple[nn.Module, int]] = []
     for name, block in [*modules[str(stack)].named_children()][:first]:
         seen = layouts.get(f"{stack}.{name}".lstrip("."), {}).get(("input",))
-        said = RowLayout(axis_of_call(block)) if at_hosts == {axis_of_call(block)} else NO_ROWS
-        layout = said if seen is None else seen
-        # What else a block takes, a mask say, has its rows on the first or second axis mostly: behind those nobody can tell.
+        said = known_axis_of_call(block, {})
+        layout = seen or (NO_ROWS if said is None or at_hosts != {said} else RowLayout(said))
+        # What else a block takes, a mask say, has its rows on one of the first two axes mostly: nobody can tell.
         if layout.axis is None or layout.axis > 1 or layout.is_flat:
             return []
         shared.append((block, layout.axis))

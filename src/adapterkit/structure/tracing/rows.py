@@ -25,6 +25,7 @@ from .inputs import moved_to
 from .key import structure_key
 from .row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout, SeenRows, axis_of_call, first_with_rows, rows_at, tokens_in
 from .sketch import Sketch, is_denied, layout_seen, sketch
+from .tensors import is_plain
 
 __all__ = ["discover_rows"]
 
@@ -142,7 +143,7 @@ def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleI
     """
     call = _call(inputs)
     tensors = list(pytree.tensors(call))
-    odd = next((tensor for _, tensor in tensors if not _is_plain(tensor)), None)
+    odd = next((tensor for _, tensor in tensors if not is_plain(tensor)), None)
     if odd is not None:
         raise _NothingSeenError(f"no rows can be cut out of a tensor that is nested, complex, meta or {odd.layout}")
     reference = first_with_rows(call, axis)
@@ -171,11 +172,6 @@ def _two_of(tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Tell whether a tensor can be cut and summed."""
-    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_complex() or tensor.is_meta)
-
-
 _Seen = Mapping[str, Sequence[Mapping[pytree.Path, Sketch]]]  # path -> its calls, each with the sketches of its tensors
 
 
@@ -183,7 +179,7 @@ def _look(_path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -
     """Return a sketch of each tensor that a call takes and returns, keyed as in `Layouts`."""
     sketches: dict[pytree.Path, Sketch] = {}
     for side, value in (("input", (args, kwargs)), ("output", output)):
-        held = [(path, tensor) for path, tensor in pytree.tensors(value) if _is_plain(tensor)]
+        held = [(path, tensor) for path, tensor in pytree.tensors(value) if is_plain(tensor)]
         sketches |= {(side, *path): sketch(tensor) for path, tensor in held}
         # `output=1` and `output="hidden"` may name the same tensor of a ModelOutput: it is found by position and by key.
         position = {key: index for index, key in enumerate(pytree.keys(value)) if side == "output"}

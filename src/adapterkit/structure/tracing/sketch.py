@@ -61,7 +61,7 @@ def layout_seen(both: Sketch, one: Sketch, other: Sketch, tokens: Collection[int
 
 
 def _orders(both: Sketch, one: Sketch, other: Sketch, axis: int) -> list[str]:
-    """List the orders in which the indices of the two rows on an axis make those of both: one row, then the other; in turn."""
+    """List the orders in which the indices of two rows on an axis make those of both: one row, then the other; in turn."""
     found, first, second = (each.along[axis] for each in (both, one, other))
     orders = {"one by one": torch.cat([first, second]), "in turn": torch.stack([first, second], 1).flatten()}
     return [name for name, wanted in orders.items() if _same(both, found, wanted)]
