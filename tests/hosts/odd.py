@@ -60,7 +60,7 @@ def doing(function: Callable[[Any, Tensor], Any]) -> type[Plain]:
             self.calls, self.history, self.deep = 0, [], {"by name": [0]}  # type: ignore[var-annotated]  # anything
             self.last, self.counted = deque([0], maxlen=2), Counter(a=1)
             self.draws = [0.0]
-            self.torchs, self.numpys, self.pythons = torch.Generator(), numpy.random.default_rng(1), random.Random(1)
+            self.torchs, self.numpys, self.pythons = torch.Generator(), numpy.random.default_rng(1), random.Random(1)  # noqa: S311  # no secrets
 
         def beside(self, x: Tensor) -> Tensor:
             made = function(self, x)

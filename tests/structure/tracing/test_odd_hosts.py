@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.structure.tracing.forward import forward
+from adapterkit.structure.tracing.tensors import is_plain
 
 from ...hosts.odd import ODD, WIDTH, Labelled, NoText, Plain
 
@@ -39,7 +40,7 @@ def held(model: nn.Module) -> dict[str, Any]:
         states = (model.torchs.get_state().tolist(), model.numpys.bit_generator.state, model.pythons.getstate())
         plain |= dict(zip(drawn, states, strict=True))
     dense = {
-        name: str(b.to_dense() if b.layout in (torch.sparse_coo, torch.sparse_csr) else b)
+        name: f"{tuple(b.shape)} {b._values() if b.is_sparse else b.tolist() if is_plain(b) and type(b) is Tensor else ''}"
         for name, b in model.named_buffers()
     }
     return {
