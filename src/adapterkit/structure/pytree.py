@@ -61,8 +61,8 @@ def get(value: Any, path: Path) -> Any:
     return value
 
 
-def put(value: Any, path: Path, tensor: Tensor) -> Any:
-    """Return a copy of the value, of the same type, with the tensor at the path. The value itself is not changed."""
+def put(value: Any, path: Path, tensor: Any) -> Any:
+    """Return a copy of the value, of the same type, with a tensor (or another) at the path. The value is not changed."""
     if not path:
         return tensor
     key, rest = _name_of(value, path[0]), path[1:]

@@ -146,6 +146,9 @@ def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleI
     odd = next((tensor for _, tensor in tensors if not is_plain(tensor)), None)
     if odd is not None:
         raise _NothingSeenError(f"no rows can be cut out of a tensor that is nested, complex, meta or {odd.layout}")
+    listed = [key for key in pytree.keys(call) if _is_list_of_tensors(pytree.get(call, (key,)))]
+    if listed and not axis:
+        return _two_items(call, listed)
     reference = first_with_rows(call, axis)
     if reference is None or not reference.shape[axis]:
         raise _NothingSeenError("they hold no tensor with rows")
@@ -160,6 +163,24 @@ def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleI
                 both = pytree.put(both, path, torch.cat([first, second], at))
     except (TypeError, ValueError, RuntimeError) as error:  # a container that cannot be copied, a tensor that cannot be cut
         raise _NothingSeenError(f"no rows can be cut out of them: {type(error).__name__}: {error}") from error
+    return both, one, other
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    """Tell whether an argument is a list of tensors: of images that differ in size, say, each of which is a row."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
+
+
+def _two_items(call: Any, listed: Sequence[int | str]) -> tuple[ExampleInputs, ExampleInputs, ExampleInputs]:
+    """Return a call with two items of each of these lists, with the first alone, and with the second alone."""
+    both = one = other = call
+    for key in listed:
+        items = pytree.get(call, (key,))
+        first, second = items[0], items[-1]
+        second = first.flip(-1) if torch.equal(first, second) and first.dim() else second
+        both, one, other = (
+            pytree.put(each, (key,), held) for each, held in ((both, [first, second]), (one, [first]), (other, [second]))
+        )
     return both, one, other
 
 
