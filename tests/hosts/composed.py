@@ -152,6 +152,51 @@ class TokensFirstInside(Blocks):
         return x.transpose(0, 1)
 
 
+class TurnedFlatBlock(PreNormBlock):
+    """Its feed-forward takes the first token of each row, then the second of each: (tokens * batch, hidden)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))[0]
+        flat = x.transpose(0, 1).flatten(0, 1)
+        return (flat + self.mlp(self.norm_2(flat))).unflatten(0, (x.shape[1], -1)).transpose(0, 1)
+
+
+class ColumnAttention(Attention):
+    """Takes (alignment, column, batch, hidden); columns attend to one another."""
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v = (layer(hidden_states) for layer in (self.query, self.key, self.value))
+        weights = torch.einsum("ricd,rjcd->rcij", q, k).softmax(-1)
+        return self.out(torch.einsum("rcij,rjcd->ricd", weights, v)), weights
+
+
+class AlignmentBlock(PreNormBlock):
+    """Takes (alignment, column, batch, hidden), as ESM's MSA Transformer does; a row is an alignment of several sequences."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden)
+        self.attention = ColumnAttention(hidden)
+
+
+class FlatAlignmentBlock(AlignmentBlock):
+    """Has sequences and batch on one axis in its feed-forward, (column, alignment * batch, hidden)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))[0]
+        flat = x.transpose(0, 1).flatten(1, 2)
+        return (flat + self.mlp(self.norm_2(flat))).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+
+
+class Alignments(Blocks):
+    """Takes (batch, alignment, column) ids; its blocks have the batch on the third axis."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids).permute(1, 2, 0, 3)
+        for block in self.blocks:
+            x = block(x)
+        return x.permute(2, 0, 1, 3)
+
+
 SMALL = {"num_hidden_layers": 2, "hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
 
 
@@ -189,6 +234,11 @@ def padded(rows: int) -> dict[str, Tensor]:
     """Ids with a mask: rows of several lengths."""
     mask = torch.arange(TOKENS) < torch.tensor([TOKENS, 3, 5, 2])[:rows, None]
     return {**input_ids(rows), "attention_mask": mask.long()}
+
+
+def alignments(rows: int) -> dict[str, Tensor]:
+    """Ids of alignments, of as many sequences as a batch has rows."""
+    return {"ids": torch.randint(0, 11, (rows, ROWS, 3))}
 
 
 B, L = ak.BottleneckConfig, ak.LoRAConfig
@@ -287,6 +337,7 @@ AT_THE_EMBEDDING = ("invertible", "madx", "seq_bn_inv")
 # turned is rounded to depends on their number of rows.
 TURNED = {name: config for name, config in INSIDE.items() if name not in ("gated", "lora gated", "unipelt", "half")}
 TURNED["gated"] = B(targets=["attention"], output=0, bottleneck_size=2, gating=True, batch_axis=1)
+ALIGNED = {name: config for name, config in TURNED.items() if name != "gated"}
 
 HOSTS: dict[str, Host] = {
     "pre-norm": Host(lambda: Blocks(PreNormBlock), ids, TINY),
@@ -302,6 +353,11 @@ HOSTS: dict[str, Host] = {
         TURNED,
         without=AT_THE_EMBEDDING,
         token_axis=0,
+    ),
+    "flat tokens in turn": Host(lambda: Blocks(TurnedFlatBlock), ids, TINY),
+    "alignments": Host(lambda: Alignments(AlignmentBlock), alignments, ALIGNED, without=AT_THE_EMBEDDING, token_axis=None),
+    "flat alignments": Host(
+        lambda: Alignments(FlatAlignmentBlock), alignments, ALIGNED, without=AT_THE_EMBEDDING, token_axis=None
     ),
     "encoder": Host(lambda: encoder(True), lambda rows: {"src": torch.randn(rows, TOKENS, WIDTH)}, ENCODER),
     "encoder, seq first": Host(

@@ -72,6 +72,14 @@ class CompositionFacts:
         return divides_rows(self.composition)
 
     @cached_property
+    def divides(self) -> bool:
+        """Tell whether rows or tokens of one batch run different adapters, so that it must be known where they lie."""
+        node = self.composition
+        if not isinstance(node, CompositionNode):
+            return False
+        return node.child_gets != "everything" or any(child.divides for child in self.children)
+
+    @cached_property
     def fixed_rows(self) -> int | None:
         """How many rows it needs; None if it takes any number that it can divide."""
         return fixed_rows(self.composition)

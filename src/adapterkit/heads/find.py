@@ -17,6 +17,7 @@ from ..nn.seeded import seeded
 from ..placement.match import match
 from ..runtime.hooks import remove_hooks
 from ..runtime.state import ACTIVATION_LOCK, without_adapters
+from ..structure.attributes import attribute
 from ..structure.hosts import known_shape, resolve_host
 from ..structure.paths import SITE, ancestors, modules_by_path
 from ..structure.tracing.forward import ExampleInputs, forward, observe
@@ -233,7 +234,7 @@ def _check_own(head: OwnHead, paths: Sequence[str]) -> None:
 
 def _labels_of_model(model: nn.Module, widths: set[int]) -> tuple[str, ...] | None:
     """Return what a model of transformers calls the outputs of a head of such widths; None if nobody named them."""
-    labels = getattr(getattr(model, "config", None), "id2label", None)
+    labels = getattr(attribute(model, "config"), "id2label", None)
     if not isinstance(labels, Mapping) or len(labels) not in widths:
         return None
     named = [labels.get(index, labels.get(str(index))) for index in range(len(labels))]  # JSON has no other keys

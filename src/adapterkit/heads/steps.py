@@ -247,7 +247,13 @@ class RunHeads(Step):
                 f"and found {found} in what the model returned; name the tensor with output="
             )
         # A model with batch_first=False returns (seq, batch, hidden); heads read rows first.
-        return hidden.transpose(0, 1) if self.axis == 1 and hidden.dim() == 3 else hidden
+        # A tensor with no axis beside those of rows and features has rows first, whatever others have: it is pooled.
+        if hidden.dim() > 2 and self.axis == hidden.dim() - 1:
+            raise CompatibilityError(
+                f"the head {head.name!r} reads features on the last axis, which in a tensor of shape {tuple(hidden.shape)} "
+                "that the model returned is the axis of its rows; name another with output="
+            )
+        return hidden.movedim(self.axis, 0) if self.axis and hidden.dim() > 2 else hidden
 
     def _repeated(self, tensor: Tensor, rows: int) -> Tensor:
         """Return a tensor of the call with as many rows as the output, which a Parallel repeats. Shape: (rows, ...)."""

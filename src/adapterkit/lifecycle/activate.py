@@ -11,7 +11,7 @@ from torch import nn
 
 from ..composition.facts import CompositionFacts, facts_of
 from ..composition.nodes import Composition, CompositionNode, expanded, names_in
-from ..errors import ActivationError, AdapterNameError, ConfigError
+from ..errors import ActivationError, AdapterNameError, CompatibilityError, ConfigError
 from ..heads.plan import head_steps
 from ..heads.steps import RunHeads
 from ..placement.layers import check_dropped
@@ -19,14 +19,15 @@ from ..runtime.acting import ACTING, Acting
 from ..runtime.compose.by_row import ByRow
 from ..runtime.compose.compile import SiteContext, steps_at
 from ..runtime.compose.compose_step import ComposeStep
-from ..runtime.compose.parallel import set_batch_hooks
+from ..runtime.compose.parallel import known_axis_of_call, set_batch_hooks
 from ..runtime.hooks import has_hook
 from ..runtime.lookup import adapter_names, adapters_in, fusions_of, sites_among
 from ..runtime.site import AdapterSite, SiteEntry
-from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState
+from ..runtime.state import ACTIVATION_LOCK, STATE, ModelState, without_adapters
 from ..runtime.steps import Pass, Step
 from ..runtime.sync import forget_compiled
 from ..structure.tracing.row_layout import Layouts, RowAxes, SeenRows
+from ..structure.tracing.rows import discover_rows
 
 __all__ = [
     "SitePlan",
@@ -137,20 +138,41 @@ def check_active(model: nn.Module, composition: Composition) -> Composition:
 def _plans(model: nn.Module, state: ModelState, composition: Composition | None) -> Plans:
     """Compile a composition: return the plan for the site of each host, in the model's order."""
     modules = dict(model.named_modules())
-    axes, layouts, facts = RowAxes(modules), layouts_of(model, state), facts_of(composition)
+    axes, facts = RowAxes(modules), facts_of(composition)
+    layouts = _layouts_for(model, state, facts)
     return [
         (path, host, site, plan_at(path, modules, axes.at(path), site, facts, layouts, state.merged))
         for path, host, site in sites_among(modules)
     ]
 
 
+def _layouts_for(model: nn.Module, state: ModelState, facts: CompositionFacts) -> SeenRows:
+    """Return where rows lie; the model runs on tiny inputs if a composition must know, and nobody has looked yet.
+
+    Raises:
+        CompatibilityError: a Parallel repeats the rows of the model's call, and on which axis they are is not known.
+    """
+    layouts = layouts_of(model, state)
+    if facts.divides and not layouts.was_looked_for:
+        with ACTIVATION_LOCK, without_adapters():
+            layouts = discover_rows(model)
+        if model.__dict__.get(STATE) is state:
+            state.layouts = layouts
+    if facts.parallel is not None and known_axis_of_call(model, layouts) is None:
+        raise CompatibilityError(
+            f"{facts.composition!r} repeats the rows of what the model takes, and on which axis they are there is not known"
+            f"{layouts.note('')}. Wrap the model with inputs that show it, ak.wrap(model, example_inputs=batch)"
+        )
+    return layouts
+
+
 def layouts_of(model: nn.Module, state: ModelState) -> SeenRows:
     """Map the path of each module to what was seen of where rows lie in its tensors.
 
-    Nothing is known in a part of a wrapped model: its paths are others.
+    Nothing is kept of a part of a wrapped model: its paths are others.
     """
     is_whole = model.__dict__.get(STATE) is state
-    return state.layouts if is_whole else SeenRows(why_unknown="it was seen of the whole model, of which this is a part")
+    return state.layouts if is_whole else SeenRows()
 
 
 def _put(model: nn.Module, state: ModelState, plans: Plans) -> None:

@@ -14,7 +14,7 @@ from ..heads.find import Heads, check_apart, check_names, find_heads
 from ..methods import method_of
 from ..placement.layers import check_maps
 from ..placement.match import match
-from ..placement.resolve import check_row_axes, resolve
+from ..placement.resolve import acts_by_row, check_row_axes, resolve
 from ..placement.spec import SiteSpec
 from ..placement.targets import asks_for_structure
 from ..runtime.lookup import HeldModule, adapters_in, find_state, fusions_of, named_parameters, sites_of
@@ -162,15 +162,16 @@ def seen_layouts(
 ) -> SeenRows:
     """Return where the rows of a batch lie in each module's tensors, as running the model shows or has shown.
 
-    The model runs on the inputs, if there are any; else on tiny ones, if it runs anyway to find the config's sites.
+    The model runs on the inputs, if there are any; else on tiny ones, if it runs anyway to find the config's sites, or if a
+    setting of the config acts row by row.
 
     Raises:
-        TargetError: the config has a row-wise setting that would take another axis for that of rows.
+        TargetError: the config has a row-wise setting, and rows are on another axis than it takes, or on an unknown one.
     """
     state = find_state(model)
     layouts = SeenRows() if state is None else layouts_of(model, state)
     is_new = any(site.path not in layouts for site in sites)
-    if is_new and (example_inputs is not None or needs_structure(config)):
+    if is_new and (example_inputs is not None or needs_structure(config) or any(map(acts_by_row, members(config)))):
         with ACTIVATION_LOCK, without_adapters():
             found = discover_rows(model, example_inputs)
         # What was seen before stays; but why nothing is known of the new sites is told by the run that failed.

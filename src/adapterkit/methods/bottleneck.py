@@ -122,7 +122,8 @@ class BottleneckConfig(AnyBottleneckConfig):
         layer_norm_after: A layer norm of its own on what it adds.
         residual_before_layer_norm: That norm sees x + f, not f alone. Such an adapter is not the identity at init.
         scaling: A factor, "learned" (one trained factor) or "channel" (one for each feature).
-        batch_axis: The axis of rows, where `gating` or `stochastic_depth` needs it; 0 if not given.
+        batch_axis: The axis of rows, where `gating` or `stochastic_depth` needs it; if not given it is the first one,
+            which is checked.
         gating: A trained gate in (0, 1) for each row.
         dropout: Probability of dropping an output feature in training.
         stochastic_depth: Probability of dropping the adapter for a row in training.

@@ -44,7 +44,7 @@ class LoRAConfig(AdapterConfig):
         dropout: Probability of dropping an input feature of A in training. Not at Parameters, whose input is not seen.
         bias: Train a bias with it (of a host that has none: it cannot be merged).
         gating: A trained gate in (0, 1) for each row; it cannot be merged.
-        batch_axis: The axis of rows, for the gate.
+        batch_axis: The axis of rows, for the gate; if not given it is the first one, which is checked.
         init: "lora" (A Kaiming-uniform, B zero) or "gaussian" (A normal, B zero); of an embedding A is the zero one.
 
     Every other setting: see `AdapterConfig`.
@@ -72,7 +72,7 @@ class LoRAConfig(AdapterConfig):
     dropout: Probability = 0.0
     bias: bool = False
     gating: bool = False
-    batch_axis: Annotated[Int, Field(ge=0)] = 0
+    batch_axis: Annotated[Int, Field(ge=0)] | None = None
     init: LoRAInit = "lora"
 
     @model_validator(mode="after")
@@ -113,7 +113,7 @@ class LoRA:
             # On the meta device a file brings the magnitudes; there are no values to measure here.
             magnitude = None if weight.is_meta else magnitude_of(projection, weight.to(dtype), slices=site.slices)
             return DoRA(projection, rank, magnitude=magnitude, **both)
-        both |= {"bias": config.bias, "gating": config.gating, "batch_axis": config.batch_axis}
+        both |= {"bias": config.bias, "gating": config.gating, "batch_axis": config.batch_axis or 0}
         return LoRAModule(projection, rank, **both)
 
 

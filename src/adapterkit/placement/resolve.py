@@ -25,7 +25,8 @@ from ..structure.hosts import (
 )
 from ..structure.paths import modules_by_path
 from ..structure.tracing.forward import ExampleInputs, observe, runs_around
-from ..structure.tracing.row_layout import RowAxes, SeenRows
+from ..structure.tracing.row_layout import NO_ROWS, RowAxes, SeenRows
+from ..structure.tracing.tensors import shape_of
 from .counting import Counting
 from .layers import check_layers, in_layers, layers_matter
 from .match import match_nothing
@@ -34,7 +35,7 @@ from .spec import Location, SiteSpec, layout_of
 from .targets import Found, find_locations
 from .weights import weight_sites
 
-__all__ = ["check_row_axes", "resolve"]
+__all__ = ["acts_by_row", "check_row_axes", "resolve"]
 
 
 def resolve(
@@ -190,14 +191,28 @@ def _tensors_seen(path: str, location: Location | None, call: tuple[Any, Any], o
         returned = location.output
         # `input` may name an argument of another module, whose input is the residual stream.
         argument = location.input if location.residual in (None, path) else None
+    if location is not None and location.at == "output" and returned is None:
+        _check_first(path, output)
     taken = pytree.argument_path(call, argument) if argument else pytree.find(call)
     return _Seen(_shape_at(output, returned or pytree.find(output)), _shape_at(call, taken))
+
+
+def _check_first(path: str, output: Any) -> None:
+    """Raise TargetError if the first tensor of an output may be something beside its features: losses of rows, say."""
+    floating = {way: shape_of(tensor) for way, tensor in pytree.tensors(output) if tensor.is_floating_point()}
+    first = pytree.find(output)
+    if first is not None and len(floating[first]) == 1 and any(len(shape) > 1 for shape in floating.values()):
+        shapes = ", ".join(f"{way}: {shape}" for way, shape in floating.items())
+        raise TargetError(
+            f"{path!r} returns tensors of shapes {shapes}: the first has one axis, so that it may be no features; say "
+            "which is to be adapted, by output="
+        )
 
 
 def _shape_at(value: Any, path: pytree.Path | None) -> tuple[int, ...] | None:
     """Return the shape of the tensor at a path in a value; None without a path, or if it is no tensor."""
     tensor = None if path is None else pytree.get(value, path)
-    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+    return shape_of(tensor) if isinstance(tensor, Tensor) else None
 
 
 def _shape(found: Found, host: nn.Module, config: TensorConfig, seen: _Seen | None) -> HostShape:
@@ -276,7 +291,7 @@ def _input_width(path: str, module: nn.Module, site: HostShape, seen: dict[str, 
 def check_row_axes(
     model: nn.Module, sites: Sequence[SiteSpec], configs: Sequence[AdapterConfig], layouts: SeenRows
 ) -> None:
-    """Raise TargetError where a setting acts row by row, takes the first axis for that of the rows, and may be wrong.
+    """Raise TargetError where a setting acts row by row, and rows are on another axis than it takes, or on an unknown one.
 
     Args:
         configs: The config of each member; a site says which one it came of.
@@ -285,18 +300,26 @@ def check_row_axes(
     axes = RowAxes(dict(model.named_modules()))
     for site in sites:
         config, seen = configs[site.member], layout_of(layouts.get(site.path, {}), site)
-        by_row = [name for name in config.by_row if getattr(config, name)]
-        # Where nothing was seen, the model's modules with batch_first=False decide; None: they leave it open.
-        # A tensor that is one for all rows has no axis of rows (None), so there is none to mistake: it passes as 0.
-        axis = axes.at(site.path) if seen is None else seen.axis or 0
-        if by_row and getattr(config, "batch_axis", None) is None and axis != 0:
-            found = "has" if axis else "may have, as modules of the model with batch_first=False do,"
-            # Axis 1 was seen, or is said; else the reason why nothing was seen is worth telling.
-            why = "" if axis else layouts.note(site.path)
+        given = getattr(config, "batch_axis", None)
+        # Where nothing was seen, what is given counts, else what modules say. A tensor for all rows has no axis of theirs.
+        axis = (axes.at(site.path) if given is None else given) if seen is None else seen.axis
+        if not acts_by_row(config) or seen == NO_ROWS or axis == (given or 0) or (axis is None and given is not None):
+            continue
+        names = " and ".join(name for name in config.by_row if getattr(config, name))
+        if axis is None:
             raise TargetError(
-                f"{site.path!r} {found} its batch on axis 1{why}; {' and '.join(by_row)} must "
-                f"know which axis the rows are on: set batch_axis={1 if axis else '0 or 1'}"
+                f"on which axis {site.path!r} has its batch is not known{layouts.note(site.path)}; {names} must know which "
+                "axis the rows are on: set batch_axis=0 or 1, or wrap the model with inputs that show it"
             )
+        raise TargetError(
+            f"{site.path!r} has its batch on axis {axis}; {names} must know which axis the rows are on: set "
+            f"batch_axis={axis}, in a config of their own for such places (ak.Union) where others have it elsewhere"
+        )
+
+
+def acts_by_row(config: AdapterConfig) -> bool:
+    """Tell whether a setting of a config acts on each row of a batch."""
+    return any(getattr(config, name) for name in config.by_row)
 
 
 def _check_norm(path: str, host: nn.Module) -> None:

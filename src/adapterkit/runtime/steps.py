@@ -31,8 +31,9 @@ class View(NamedTuple):
         bare: The site's tensor, as the host made it.
         taken: What the host takes; None where no adapter reads that.
         streams: What each adapter that reads a residual stream reads, by its name among the site's children.
-        axis: That of the rows; the tokens are on the other one of the first two.
-        per_row: How many indices of that axis each row has, one after the other.
+        axis: That of the rows.
+        per_row: How many indices of that axis each row has.
+        in_turn: Not one after the other: each of them comes after one of every other row.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class View(NamedTuple):
     streams: dict[str, Tensor]
     axis: int
     per_row: int = 1
+    in_turn: bool = False
 
     @property
     def row_count(self) -> int:
@@ -64,6 +66,8 @@ class View(NamedTuple):
             return where
         # Rows [0, 2] of 3 indices each lie at [0, 1, 2, 6, 7, 8].
         within = torch.arange(self.per_row, device=self.x.device)
+        if self.in_turn:
+            return (where + within[:, None] * self.row_count).flatten()
         return (where[:, None] * self.per_row + within).flatten()
 
     def select(self, where: Tensor) -> View:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ..runtime.originals import fingerprint
+from ..structure.attributes import attribute
 from ..structure.base_tensors import base_parameters
 from ..structure.hosts import host_type
 from ..structure.paths import ancestors
@@ -52,7 +53,7 @@ def base_identity(model: nn.Module, structures: Iterable[str], metadata: Metadat
         structures: What `structure_of` says of each site and head.
         metadata: Of the adapter; an id and a revision in it go before those of the model.
     """
-    config = getattr(model, "config", None)
+    config = attribute(model, "config")
     # e.g. "bert-base-uncased"; "" for a model that was built from a config.
     hub_id = getattr(config, "_name_or_path", None) or None
     # `from_pretrained` of a folder leaves the folder's path: it tells nobody else anything, and may tell too much.

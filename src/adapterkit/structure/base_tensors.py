@@ -41,13 +41,18 @@ def digest(tensor: Tensor) -> str:
     tensor = tensor.detach()
     head = f"{tensor.dtype} {tuple(tensor.shape)}" if not is_lazy(tensor) else "not initialised"
     # Of tensors that have no bits to read here, dtype and shape must do.
-    if is_lazy(tensor) or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or not tensor.numel():
+    is_odd = tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or tensor.is_nested
+    if is_lazy(tensor) or is_odd or not tensor.numel():
         return head
     words = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     words = words.contiguous().flatten().view(_WORD[words.element_size()])
     weights = torch.arange(1, 2 * min(_CHUNK, words.numel()), 2, device=words.device)
     sums = [(chunk * weights[: chunk.numel()]).sum() for chunk in torch.split(words, _CHUNK)]
-    return hashlib.sha256(f"{head} {torch.stack(sums).tolist()}".encode()).hexdigest()
+    try:
+        numbers = torch.stack(sums).tolist()
+    except RuntimeError:  # somebody's subclass is no list of numbers, though each of its numbers is one
+        numbers = [total.item() for total in sums]
+    return hashlib.sha256(f"{head} {numbers}".encode()).hexdigest()
 
 
 def owner_at(host: nn.Module, name: str) -> tuple[nn.Module | None, str]:

@@ -23,9 +23,12 @@ Argument = tuple[int | None, str | None]  # of a call: its position and its keyw
 
 
 def find(value: Any) -> Path | None:
-    """Return the path of the first floating-point tensor, depth first; None if there is none."""
+    """Return the path of the first floating-point tensor of any axes, depth first; None if there is none.
+
+    A number, such as a loss that a module returns before its features, has none.
+    """
     if isinstance(value, Tensor):
-        return () if value.is_floating_point() else None
+        return () if value.is_floating_point() and value.dim() else None
     for key, item in _items(value):
         below = find(item)
         if below is not None:
@@ -58,8 +61,8 @@ def get(value: Any, path: Path) -> Any:
     return value
 
 
-def put(value: Any, path: Path, tensor: Tensor) -> Any:
-    """Return a copy of the value, of the same type, with the tensor at the path. The value itself is not changed."""
+def put(value: Any, path: Path, tensor: Any) -> Any:
+    """Return a copy of the value, of the same type, with a tensor (or another) at the path. The value is not changed."""
     if not path:
         return tensor
     key, rest = _name_of(value, path[0]), path[1:]

@@ -271,11 +271,16 @@ def test_places_that_do_not_have_the_batchs_rows_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x.flatten(0, 1)).view(x.shape)
 
+        def part(self, x: Tensor) -> Tensor:
+            return self.linear(x.flatten(0, 1)[1:])
+
     kit = ak.wrap(Flat())
     for name in "ab":
         kit.add(name, "lora", targets=["linear"])
     kit.activate(ak.Parallel("a", "b"))
-    with pytest.raises(ak.CompatibilityError, match=r"'linear' has a tensor of shape \(30, 8\), the repeated batch 6 rows"):
+    assert kit.model(torch.randn(3, 5, 8)).shape == (6, 5, 8)
+    Flat.forward = Flat.part  # type: ignore[method-assign]  # it changes its mind
+    with pytest.raises(ak.CompatibilityError, match=r"'linear' has a tensor of shape \(29, 8\)"):
         kit.model(torch.randn(3, 5, 8))
 
 
@@ -293,10 +298,10 @@ def test_a_call_without_rows_is_refused() -> None:
             super().__init__()
             self.linear = nn.Linear(8, 8)
 
-        def forward(self, scale: float) -> Tensor:
-            return self.linear(torch.ones(2, 8)) * scale
+        def forward(self, scale: float | Tensor) -> Tensor:
+            return self.linear(torch.ones(1, 8) * scale)
 
-    kit = ak.wrap(Constant())
+    kit = ak.wrap(Constant(), torch.randn(2, 1))
     for name in "ab":
         kit.add(name, "lora", targets=["linear"])
     kit.activate(ak.Parallel("a", "b"))

@@ -11,14 +11,24 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.structure.tracing.row_layout import NO_ROWS, UNCLEAR, RowLayout
+from adapterkit.structure.tracing.row_layout import NO_ROWS, RowLayout
 from adapterkit.structure.tracing.rows import discover_rows
 
-from ...hosts.composed import FlatBlock, TokensFirstBlock, TokensFirstInside, Windows, encoder
+from ...hosts.composed import (
+    AlignmentBlock,
+    Alignments,
+    FlatAlignmentBlock,
+    FlatBlock,
+    TokensFirstBlock,
+    TokensFirstInside,
+    Windows,
+    encoder,
+)  # fmt: skip
 from ...hosts.tiny import Blocks, CheckpointedBlocks, PostNormBlock, PreNormBlock, randomise
 
 FIRST, SECOND, FLAT = RowLayout(0), RowLayout(1), RowLayout(0, is_flat=True)
 OF_TOKENS = RowLayout(0, is_flat=True, of_tokens=True)
+IN_TURN = RowLayout(0, is_flat=True, of_tokens=True, in_turn=True)
 
 
 def ids(rows: int = 4, tokens: int = 6) -> Tensor:
@@ -69,11 +79,11 @@ class Positions(nn.Module):
         return by_token.unflatten(0, (6, -1)).transpose(0, 1)
 
 
-def test_a_tensor_for_all_rows_is_told_from_one_of_rows_and_rows_in_turn_are_not_known() -> None:
+def test_a_tensor_for_all_rows_is_told_from_one_of_rows_and_from_one_of_rows_in_turn() -> None:
     found = discover_rows(Positions().eval(), ids())
     assert found["project"][("output",)] == found["positions"][("output",)] == NO_ROWS
     assert found["words"][("output",)] == FIRST
-    assert found["by_token"][("output",)] == UNCLEAR
+    assert found["by_token"][("output",)] == IN_TURN
 
 
 def test_what_cannot_be_run_says_nothing() -> None:
@@ -307,18 +317,22 @@ def test_what_every_row_does_may_be_done_to_a_tensor_of_all_rows() -> None:
         torch.testing.assert_close(kit.model(x), right)
 
 
-def test_what_is_active_is_asked_before_an_adapter_comes() -> None:
-    """Without inputs six names fit the six positions; with them it is seen that those are no rows."""
-    model, x = Positions().eval(), ids()
-    kit = ak.wrap(model)
+def test_without_inputs_the_model_is_looked_at_when_rows_are_divided() -> None:
+    """Six names fit the six positions, whose tensor is one for all rows; and rows elsewhere are known."""
+    kit = ak.wrap(Positions().eval())
     for name in "ab":
-        kit.add(name, ak.BottleneckConfig(targets=["project"], bottleneck_size=2))
-    kit.activate(ak.Rows(["a", "b"] * 3))
+        kit.add(name, ak.BottleneckConfig(targets=["project", "words"], bottleneck_size=2))
     with pytest.raises(ak.CompatibilityError, match="its tensor there is one for all rows"):
-        ak.wrap(model, x).add("c", ak.BottleneckConfig(targets=["words"], bottleneck_size=2))
-    assert [*kit.adapters] == ["a", "b"]
-    kit.deactivate()
-    ak.wrap(model, x).add("c", ak.BottleneckConfig(targets=["words"], bottleneck_size=2))
+        kit.activate(ak.Rows(["a", "b"] * 3))
+    kit = ak.wrap(Alignments(AlignmentBlock).eval())
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=["mlp.2"], bottleneck_size=2))
+        randomise(kit, name)
+    x = torch.randint(0, 11, (2, 2, 3))
+    with kit.active(ak.BatchSplit("a", "b")):
+        together = kit.model(x)
+    with kit.active("b"):
+        torch.testing.assert_close(together[1:], kit.model(x)[1:])
 
 
 class Graph(nn.Module):
@@ -437,24 +451,59 @@ def test_what_was_seen_needs_no_reason_but_for_modules_that_are_missing() -> Non
     assert (copied, copied.why_unknown) == (found, found.why_unknown)
 
 
-def test_an_error_that_needs_to_know_the_rows_says_why_they_were_not_seen() -> None:
-    x = torch.randn(4, 3, 8)
-    for inputs, is_strict, reason in (
-        (None, False, r"the model was not run to see it, since it was wrapped without example inputs: ak\.wrap"),
-        (x, True, "does not run on example_inputs: ValueError: one row has no variance"),
-    ):
-        kit = ak.wrap(BesideTokensFirst(is_strict=is_strict).eval(), inputs)
-        for name in "ab":
-            kit.add(name, ak.BottleneckConfig(targets=["project"], bottleneck_size=2))
-        message = rf"nothing says on which axis they are here \(where rows lie was not seen: .*{reason}"
-        with pytest.raises(ak.CompatibilityError, match=message):
-            kit.activate(ak.BatchSplit("a", "b"))
-        with pytest.raises(
-            ak.TargetError, match=rf"axis 1 \(where rows lie was not seen: .*{reason}.*set batch_axis=0 or 1"
-        ):
-            kit.add("c", ak.BottleneckConfig(targets=["project"], gating=True))
-    seen = kit_of(BesideTokensFirst(), ["project"], x)
+@pytest.mark.parametrize("inputs", [None, torch.randn(4, 3, 8)])
+def test_an_error_that_needs_to_know_the_rows_says_why_they_were_not_seen(inputs: Tensor | None) -> None:
+    kit = ak.wrap(BesideTokensFirst(is_strict=True).eval(), inputs)
+    for name in "ab":
+        kit.add(name, ak.BottleneckConfig(targets=["project"], bottleneck_size=2))
+    reason = r"is not known \(where rows lie was not seen: .*ValueError: one row has no variance"
+    for tree in (ak.Rows(["a", "b"]), ak.BatchSplit("a", "b"), ak.Parallel("a", "b"), ak.Split("a", "b")):
+        with pytest.raises(ak.CompatibilityError, match=reason):
+            kit.activate(tree)
+    kit.activate(ak.Average("a", "b"))  # divides nothing
+    for gated in (ak.BottleneckConfig, ak.LoRAConfig):
+        config = gated(targets=["project"], gating=True)
+        with pytest.raises(ak.TargetError, match=f"has its batch {reason}.*set batch_axis=0 or 1"):
+            kit.add("c", config)
+    kit.add("c", config.override({"batch_axis": 0}))
+    seen = kit_of(BesideTokensFirst(), ["project"], torch.randn(4, 3, 8))
     seen.activate(ak.BatchSplit("a", "b"))
+
+
+GATED = {"gating": True, "targets": ["mlp.2"]}
+
+
+@pytest.mark.parametrize("config", [ak.BottleneckConfig(bottleneck_size=2, **GATED), ak.LoRAConfig(**GATED)])
+def test_a_gate_sees_a_row_alone_on_the_third_axis(config: Any) -> None:
+    x = torch.randint(0, 11, (2, 2, 3))
+    kit = ak.wrap(Alignments(AlignmentBlock).eval(), x)
+    for wrong in (None, 0, 1):
+        with pytest.raises(ak.TargetError, match=r"has its batch on axis 2; gating .* set batch_axis=2"):
+            kit.add("a", config.override({"batch_axis": wrong}))
+    kit.add("a", config.override({"batch_axis": 2}))
+    randomise(kit, "a")
+    kit.activate("a")
+    torch.testing.assert_close(kit.model(x)[:1], kit.model(x[:1]), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("block", "axis"), [(AlignmentBlock, 2), (FlatAlignmentBlock, 1)])
+def test_rows_are_found_behind_the_second_axis_and_flattened_with_another(block: Any, axis: int) -> None:
+    found = discover_rows(Alignments(block).eval(), torch.randint(0, 11, (2, 2, 2)))
+    flat = block is FlatAlignmentBlock
+    assert found["blocks.1.mlp.2"][("output",)] == RowLayout(axis, is_flat=flat, of_tokens=flat, in_turn=flat)
+    assert found["blocks.1"][("output",)] == RowLayout(2)
+
+
+def test_rows_of_the_inputs_may_lie_behind_the_second_axis() -> None:
+    """Sequences and columns are mixed, so that neither are rows."""
+
+    class Mixed(AlignmentBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x + x.cumsum(0)
+
+    found = discover_rows(Mixed(8).eval(), torch.randn(3, 4, 2, 8))
+    assert found[""][("input",)] == found["mlp.2"][("output",)] == RowLayout(2)
 
 
 def test_a_run_that_fails_later_keeps_what_was_seen_and_tells_why_the_rest_is_not() -> None:

@@ -43,7 +43,7 @@ class Batch:
     """What a model was called with.
 
     Attributes:
-        sizes: Those of what may be rows: the first two axes of tensors, the lengths of lists.
+        sizes: Those of what may be rows: the first axes of tensors, the lengths of lists.
         rows: As many as its first tensor has on the axis of rows, a repeated batch those of all; None without a tensor.
         tokens: How many each row may have.
         is_repeated: Whether a Parallel repeats the batch.
@@ -87,7 +87,9 @@ class BatchHook(KitHook):
             rows_of(state.activation.active, rows)  # raises for a wrong number, where no site may count rows
         if not torch.compiler.is_compiling():
             # Of the call as it came: a site may see these sizes or, of a repeated batch, `rows`.
-            sizes = frozenset(size for value in (*args, *kwargs.values()) for size in _sizes_in(value))
+            sizes = frozenset(
+                size for value in (*args, *kwargs.values()) for size in _sizes_in(value, max(2, self.axis + 1))
+            )
             THIS_CALL.batches.setdefault(id(state), []).append(Batch(sizes, rows, tokens, is_repeated))
         return call if is_repeated else None
 
@@ -229,6 +231,11 @@ def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
         raise CompatibilityError(
             f"Parallel repeats the rows of what the model takes, and this call has no tensor with rows; found {found}"
         )
+    if axis > 1 and len(tensors) > 1:
+        raise CompatibilityError(
+            f"Parallel repeats the rows of all that the model takes; it has them on axis {axis}, and on which axis each of "
+            f"{len(tensors)} tensors has them cannot be told: run it on a repeated batch under ak.BatchSplit"
+        )
     rows, copies = reference.shape[axis], len(parallel.children)
     shared = parallel.shared or ()
     for path, tensor in tensors:
@@ -245,17 +252,17 @@ def _repeated(call: Any, parallel: Parallel, axis: int) -> tuple[Any, int]:
     return call, rows * copies
 
 
-def _sizes_in(value: Any) -> Iterator[int]:
-    """Yield the sizes of what may be rows: of tensors the first two axes, of lists their lengths."""
+def _sizes_in(value: Any, axes: int) -> Iterator[int]:
+    """Yield the sizes of what may be rows: of tensors the first axes, of lists their lengths."""
     if isinstance(value, Tensor):
-        yield from value.shape[:2]
+        yield from value.shape[:axes]
     elif isinstance(value, (list, tuple)):
         yield len(value)
         for item in value:
-            yield from _sizes_in(item)
+            yield from _sizes_in(item, axes)
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _sizes_in(item)
+            yield from _sizes_in(item, axes)
 
 
 def is_generating() -> bool:

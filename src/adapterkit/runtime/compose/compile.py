@@ -79,33 +79,28 @@ def _composed(context: SiteContext, facts: CompositionFacts, composition: Compos
 
 
 def _layout_at(context: SiteContext, node: PlanNode, facts: CompositionFacts) -> RowLayout | None:
-    """Return how rows lie in the tensor that a node changes; None where their number is to tell it.
+    """Return how rows lie in the tensor that a node changes; None where nothing reads it.
 
     Raises:
         CompatibilityError: it cannot tell, or the tensor is one for all rows.
     """
     seen = layout_of(context.layouts, node.readers[0].spec)
-    said = None if context.row_axis is None else RowLayout(context.row_axis)
     if not _divides(node):
-        return said or RowLayout(0)  # nothing will read it
+        return None
     if seen is not None and seen.axis is None and _divides_rows(node):
         what = "holds no fixed number of tokens of each row" if seen == UNCLEAR else "is one for all rows of the batch"
         raise CompatibilityError(
             f"{facts.composition!r} cannot act on {context.path!r}: its tensor there {what}. Exclude this place"
         )
-    # What was seen in a run is sure; what modules say (batch_first) is next. A Parallel repeats the batch itself, and asks
-    # each tensor for as many rows, so it may try the first axis.
-    if seen is not None and seen.axis is not None:
+    if seen is not None and seen.axis is not None:  # what was seen in a run is sure; what modules say (batch_first) is next
         return seen
-    if said is not None or facts.parallel is not None:
-        return said or RowLayout(0)
-    if facts.fixed_rows is None:
-        raise CompatibilityError(
-            f"{facts.composition!r} cannot act on {context.path!r}: some modules of the model have the rows of the batch "
-            f"on axis 1 (batch_first=False), and nothing says on which axis they are here{context.why_unseen}. Say how "
-            "many there are, by Rows or by ak.BatchSplit(..., sizes=[...]), or exclude this host"
-        )
-    return None
+    if context.row_axis is not None:
+        return RowLayout(context.row_axis)
+    raise CompatibilityError(
+        f"{facts.composition!r} cannot act on {context.path!r}: on which axis its tensor has the rows of the batch is not "
+        f"known{context.why_unseen}. Wrap the model with inputs that show it, ak.wrap(model, example_inputs=batch), or "
+        "exclude this place"
+    )
 
 
 def _divides(node: PlanNode) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...composition.nodes import Composition
-from ...composition.rows import fixed_rows
 from ...errors import CompatibilityError
 from ...structure import pytree
 from ...structure.tracing.row_layout import RowLayout
@@ -28,7 +27,7 @@ class ComposeStep(Step):
     Args:
         node: What a composition is at this site.
         adapter: The active composition.
-        layout: How rows lie; None where they are on the axis that has as many as the composition needs.
+        layout: How rows lie; None where the node does not divide them.
     """
 
     node: PlanNode
@@ -58,23 +57,8 @@ class ComposeStep(Step):
             stream = step.handover.take() if getattr(step, "handover", None) else None
             if stream is not None:
                 streams[step.key] = stream
-        axis, per_row = self._row_axis(x), 1
-        if self.layout is not None and self.layout.is_flat:
-            per_row = indices_per_row(site.state, steps[0].spec.path, x, self.layout, self.adapter)
-        return pytree.put(value, path, self.node.run(site, host, View(x, x, taken, streams, axis, per_row)))
-
-    def _row_axis(self, x: Tensor) -> int:
-        """Return the axis of the rows. Raises CompatibilityError: their number does not tell it."""
-        if self.layout is not None and self.layout.axis is not None:
-            return self.layout.axis
-        spec, rows = self.node.readers[0].spec, fixed_rows(self.adapter)
-        features = spec.axis % max(1, x.dim())
-        # Rows are on one of the first two axes, whatever batch_first says.
-        found = [axis for axis, size in enumerate(x.shape[:2]) if size == rows and axis != features]
-        if len(found) == 1:
-            return found[0]
-        raise CompatibilityError(
-            f"{self.adapter!r} needs {rows} rows, and {spec.path!r} has a tensor of shape {tuple(x.shape)}: its rows may "
-            "be on its first axis or, as elsewhere in the model (batch_first=False), on its second, and their number does "
-            "not tell which; pad the sequence by a token, or exclude this place"
-        )
+        layout, per_row = self.layout or RowLayout(0), 1
+        if layout.is_flat:
+            per_row = indices_per_row(site.state, steps[0].spec.path, x, layout, self.adapter)
+        view = View(x, x, taken, streams, layout.axis or 0, per_row, layout.in_turn)
+        return pytree.put(value, path, self.node.run(site, host, view))

@@ -24,7 +24,7 @@ from ..sync import forget_compiled
 from ..this_call import THIS_CALL
 from .batch import BatchEndHook, BatchHook, is_ambiguous, running
 
-__all__ = ["set_batch_hooks"]
+__all__ = ["known_axis_of_call", "set_batch_hooks"]
 
 # The attribute of a block that a compiler traces which says whether it computes the first rows alone.
 _TRIMMED = "_adapterkit_trimmed"
@@ -124,6 +124,13 @@ class RepeatRowsHook(KitHook):
         return output
 
 
+def known_axis_of_call(model: nn.Module, layouts: Mapping[str, Layouts]) -> int | None:
+    """Return the axis of the rows in what the model takes, as was seen in a run, else as torch's layers say."""
+    seen = (rows.axis for way, rows in layouts.get("", {}).items() if way[0] == "input" and rows.axis is not None)
+    said = axis_of_call(model) if type(model).__module__.startswith("torch.nn") else None
+    return next(seen, said)
+
+
 def set_batch_hooks(
     model: nn.Module, state: ModelState, dividing: Sequence[tuple[str, RowLayout | None]], layouts: Mapping[str, Layouts]
 ) -> None:
@@ -139,11 +146,7 @@ def set_batch_hooks(
     old = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, BatchHook)), None)
     if old is None and parallel is None and not dividing:
         return
-    axis = axis_of_call(model)
-    for way, rows in layouts.get("", {}).items():
-        if way[0] == "input" and rows.axis is not None:  # seen in a run, which is surer than what modules say
-            axis = rows.axis
-            break
+    axis = known_axis_of_call(model, layouts) or 0  # where it is not known, no Parallel is active
     _set_hooks_of_model(model, state, BatchHook(parallel, axis) if parallel is not None or dividing else None)
     if parallel is None and (old is None or old.parallel is None):
         return  # a compiler takes these hooks for nothing: what it made without them is right
@@ -194,9 +197,10 @@ def _shared_blocks(
     shared: list[tuple[nn.Module, int]] = []
     for name, block in [*modules[str(stack)].named_children()][:first]:
         seen = layouts.get(f"{stack}.{name}".lstrip("."), {}).get(("input",))
-        said = RowLayout(axis_of_call(block)) if at_hosts == {axis_of_call(block)} else NO_ROWS
-        layout = said if seen is None else seen
-        if layout.axis is None or layout.is_flat:
+        said = known_axis_of_call(block, {})
+        layout = seen or (NO_ROWS if said is None or at_hosts != {said} else RowLayout(said))
+        # What else a block takes, a mask say, has its rows on one of the first two axes mostly: nobody can tell.
+        if layout.axis is None or layout.axis > 1 or layout.is_flat:
             return []
         shared.append((block, layout.axis))
     return shared

@@ -163,7 +163,7 @@ class ByToken(PlanGroup):
 
     def run(self, site: AdapterSite, host: nn.Module, view: View) -> Tensor:
         """Return the parts, each changed by its node. Shape: as `view.x`."""
-        if view.x.dim() != 3:  # rows, tokens, features
+        if view.x.dim() != 3 or view.axis > 1:  # rows, tokens, features
             raise CompatibilityError(
                 f"Split divides a sequence, and {self.path!r} has a tensor of shape {tuple(view.x.shape)}"
             )

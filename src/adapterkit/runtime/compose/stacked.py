@@ -60,13 +60,16 @@ def _run_group(site: AdapterSite, host: nn.Module, view: View, steps: Sequence[A
         streams = {} if stream is None else {step.key: stream}
         return plus(x, step.delta(_with_tensors(module, tensors), host, View(x, bare, taken, streams, axis)))
 
-    # Rows become an axis of their own, (rows, indices of one row), which vmap takes away: inside `run` a row's tensor has
-    # as many axes as the whole, so that an axis that is counted from the front stays right.
-    by_row = view.map(lambda tensor: tensor.unflatten(axis, (view.row_count, view.per_row)))  # type: ignore[no-untyped-call]  # torch's
+    # Rows become an axis of their own, (rows, indices of one row) or in turn the other way round, which vmap takes away:
+    # inside `run` a row's tensor has as many axes as the whole, so that an axis that is counted from the front stays right.
+    sizes, at = (view.row_count, view.per_row), axis
+    if view.in_turn:
+        sizes, at = (view.per_row, view.row_count), axis + 1
+    by_row = view.map(lambda tensor: tensor.unflatten(axis, sizes))  # type: ignore[no-untyped-call]  # torch's
     given = (by_row.x, by_row.bare, by_row.taken, by_row.streams.get(step.key))  # modules of one kind read one stream
-    axes = (0, *(None if tensor is None else axis for tensor in given))
+    axes = (0, *(None if tensor is None else at for tensor in given))
     # "different": each row draws its own dropout, as it would in a run of its own.
-    changed: Tensor = torch.vmap(run, in_dims=axes, out_dims=axis, randomness="different")(stacked, *given)
+    changed: Tensor = torch.vmap(run, in_dims=axes, out_dims=at, randomness="different")(stacked, *given)
     return changed.flatten(axis, axis + 1)
 
 

@@ -98,7 +98,7 @@ def _found(what: str, block: str, sublayers: Sequence[Sublayer], modules: dict[s
     held = {id(module): f".{path}" for path, module in modules[block].named_modules() if path}
 
     def name(path: str) -> str:
-        if path.startswith(f"{block}."):
+        if path == block or path.startswith(f"{block}."):
             return path[len(block) :]
         return held.get(id(modules.get(path)), path)
 

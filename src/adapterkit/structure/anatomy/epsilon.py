@@ -164,6 +164,9 @@ def _factor(addition: Operation, operand: int, tensor: Tensor) -> tuple[float, f
     taken = addition.addends[addition.inputs.index(operand)]
     if taken.is_meta:
         return None
+    if not tensor.isfinite().any():  # nothing is left that could be compared
+        return None
+    tensor, taken = (numbers.nan_to_num(0.0, 0.0, 0.0) for numbers in (tensor, taken))  # a masked row may be all NaN
     # Sorted, for heads may be merged, windows put back, or tokens dropped on the way.
     ours, theirs = tensor.flatten().sort()[0], taken.flatten().sort()[0]
     if torch.equal(ours, theirs) or (theirs.numel() < ours.numel() and torch.isin(theirs, ours).all()):

@@ -1,8 +1,6 @@
 """Run a model once on example inputs, look at what its modules take and return, and leave it as it was."""
 
 import copy
-import random
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -15,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from ...errors import AdapterKitError, CompatibilityError
 from ..paths import ancestors
 from .snapshot import Snapshot
+from .surroundings import surroundings_kept
 
 __all__ = [
     "ExampleInputs", "call_with", "forward", "fresh", "observe", "outside_inference_mode", "runs_around", "untouched",
@@ -115,7 +114,7 @@ def forward(
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients, after which modules hold what they did, and all random state is as before.
+    """Run a block without gradients, after which modules hold what they did, and random state and settings are as before.
 
     What modules hold: their mode, hooks, children, buffers and attributes; see `Snapshot`. Under autocast the block runs
     without its cache of cast weights, which would hide casts from a trace. It runs outside of inference mode, so that it
@@ -131,7 +130,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     torch.set_autocast_cache_enabled(False)
     try:
         mode = nullcontext() if made_inside else outside_inference_mode()
-        with mode, _random_state(), torch.random.fork_rng(devices=devices), torch.no_grad():
+        with mode, surroundings_kept(), torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
         torch.set_autocast_cache_enabled(casts_cached)
@@ -145,16 +144,3 @@ def outside_inference_mode() -> Iterator[None]:
     """Run a block whose tensors may require gradients, if it is in inference mode or not."""
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
         yield
-
-
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """Put Python's random state back afterwards, and numpy's, if it is loaded."""
-    python_random, numpy_random = random.getstate(), sys.modules.get("numpy.random")
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    try:
-        yield
-    finally:
-        random.setstate(python_random)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)

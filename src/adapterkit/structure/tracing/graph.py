@@ -11,19 +11,20 @@ reads has a smaller number than the node itself, so going through the numbers is
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import pytree
 from ..hosts import product_names
 from ..paths import modules_by_path
 from .forward import ExampleInputs, forward
+from .tensors import memory_of, shape_of, storage_of
 
 __all__ = ["ADDITIONS", "Graph", "ModuleCall", "Operation", "record_graph"]
 
@@ -145,6 +146,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._keep_addends = keep_addends
         self._thread = threading.get_ident()  # operations are this thread's alone; hooks see those of all
         self._node_of: dict[int, int] = {}  # id of a tensor -> its node
+        self._shown: dict[Hashable, Tensor] = {}  # memory -> the last tensor of a node that showed it
+        self._others: list[Tensor] = []  # objects that show the memory of one, kept alive for their `id`
         self._written: dict[int, int] = {}  # storage -> the last node that wrote into it in place
         self._stack: list[ModuleCall] = []  # the calls that run now, innermost last
         self._paths: dict[int, str] = {}  # id of a module -> its first path
@@ -171,9 +174,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def _reading(self, func: Any, args: Any, kwargs: Any) -> Operation:
         """Return the node of an operation that is about to run, with all that it reads."""
         leaves, name = tree_leaves((args, kwargs)), _name_of(func)
+        if any(isinstance(leaf, Tensor) and id(leaf) not in self._node_of for leaf in leaves):
+            args, kwargs = self._as_known((args, kwargs))
+            leaves = tree_leaves((args, kwargs))
         taken = [] if _makes_like(name) else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         reads = [self._index(tensor) for tensor in taken]
-        written = {self._written[s] for s in map(_storage, taken) if s in self._written}
+        written = {self._written[s] for s in map(storage_of, taken) if s in self._written}
         # Copied before it runs: an addition in place changes one of its operands.
         is_kept = self._keep_addends and name in (*ADDITIONS, "stack")
         return Operation(
@@ -194,7 +200,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         """
         for argument, schema in zip(args, func._schema.arguments, strict=False):
             if isinstance(argument, Tensor) and schema.alias_info is not None and schema.alias_info.is_write:
-                self._written[_storage(argument)] = node.index
+                self._written[storage_of(argument)] = node.index
                 self._point(argument, node.index)
                 if not func._schema.returns:
                     node.made = (*node.made, argument)
@@ -227,7 +233,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         """Append a node that made these tensors. An operation without any (a check, say) has a node, too."""
         if tensors:
             # Of several tensors the first stands for all: the others are means, indices and the like. Lists have items.
-            node.shape, node.is_floating = tuple(tensors[0].shape), tensors[0].is_floating_point()
+            node.shape, node.is_floating = shape_of(tensors[0]), tensors[0].is_floating_point()
         node.made = tensors
         self.graph.nodes.append(node)
         for tensor in tensors:
@@ -236,12 +242,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def _point(self, tensor: Tensor, index: int) -> None:
         """Have a tensor stand for a node, whatever it stood for before."""
         self._node_of[id(tensor)] = index
+        memory = memory_of(tensor)
+        if memory is not None:
+            self._shown[memory] = tensor
 
     def _index(self, tensor: Tensor) -> int:
         """Return the tensor's node; a new one if it came from outside."""
         if id(tensor) not in self._node_of:
-            self._add(Operation(len(self.graph.nodes), "input"), tensor)
+            known = self._shown.get(memory_of(tensor))
+            if known is None:
+                self._add(Operation(len(self.graph.nodes), "input"), tensor)
+            else:
+                self._others.append(tensor)
+                self._node_of[id(tensor)] = self._node_of[id(known)]
         return self._node_of[id(tensor)]
+
+    def _as_known(self, value: Any) -> Any:
+        """Return arguments in which a tensor of a node stands in the place of another object that shows its memory."""
+
+        def known(leaf: Any) -> Any:
+            is_new = isinstance(leaf, Tensor) and id(leaf) not in self._node_of
+            return self._shown.get(memory_of(leaf), leaf) if is_new else leaf
+
+        return tree_map(known, value)
 
 
 def _name_of(func: Any) -> str:
@@ -264,12 +287,3 @@ def _returns_list(func: Any) -> bool:
 def _makes_like(op: str) -> bool:
     """Tell whether an operation makes a tensor that has no more of another than its shape: it does not read that."""
     return op.endswith("_like") or op.startswith("new_")
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return a number for the memory that a tensor lies in."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        # Sparse and similar tensors have no memory of their own: each counts as apart, for nothing can be a view of it.
-        return -id(tensor)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CompatibilityError
+from ..attributes import attribute
 from ..hosts import described_projection, known_shape
 from .forward import ExampleInputs, forward
 
@@ -114,12 +115,7 @@ def _candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:
     """Return what a Hugging Face model offers to be tried with; None if it offers nothing."""
-    try:
-        dummy = getattr(model, "dummy_inputs", None)
-    except Exception:
-        # A property of someone else's class, made for models of another input: other candidates follow, and if none runs
-        # the message tells of those.
-        return None
+    dummy = attribute(model, "dummy_inputs")  # other candidates follow, and if none runs the message tells of those
     return dict(dummy) if isinstance(dummy, Mapping) else None
 
 
@@ -137,10 +133,10 @@ def _asked_for(model: nn.Module) -> list[str]:
     """List the arguments to make: the model's main input and those that `forward` requires; else its first."""
     arguments = _arguments(model)
     required = [name for name, p in arguments.items() if p.default is inspect.Parameter.empty]
-    main = getattr(model, "main_input_name", None)
+    main = attribute(model, "main_input_name")
     names = [main] if isinstance(main, str) and main in arguments and main not in required else []
     names += required
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(attribute(model, "config"), "is_encoder_decoder", False):
         names += [name for name in ("decoder_input_ids",) if name in arguments and name not in names]
     return names or list(arguments)[:1]
 
@@ -175,7 +171,7 @@ def _tokens(model: nn.Module) -> Iterator[Tensor]:
     # Without any table two ids do: what fails on them would fail on more. It is told with the other candidates.
     rows = said if isinstance(said, int) and said in tables else (tables or [2])[0]
     ids = torch.randint(0, rows, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    end = getattr(getattr(model, "config", None), "eos_token_id", None)
+    end = getattr(attribute(model, "config"), "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < rows:
         ids[:, -1] = end
     yield ids
@@ -234,16 +230,16 @@ def _image_sizes(model: nn.Module) -> list[int]:
     """List the sides of square images to try: what the model says (in its config or attributes), then usual ones."""
     said = []
     for name in ("image_size", "img_size", "input_size"):
-        said += [_setting(model, name), *(getattr(module, name, None) for module in model.modules())]
+        said += [_setting(model, name), *(attribute(module, name) for module in model.modules())]
     sides = [size[0] if isinstance(size, (tuple, list)) and size else size for size in said]
     return list(dict.fromkeys([*(side for side in sides if isinstance(side, int) and 0 < side <= 1024), 224, 32, 64, 256]))
 
 
 def _setting(model: nn.Module, name: str) -> Any:
     """Return a setting of the model's config or, failing that, of a config in it; None if there is none."""
-    config = getattr(model, "config", None)
+    config = attribute(model, "config")
     inner = vars(config).values() if hasattr(config, "__dict__") else ()
-    found = (getattr(holder, name, None) for holder in (config, *inner))
+    found = (attribute(holder, name) for holder in (config, *inner))
     return next((value for value in found if isinstance(value, (int, tuple, list))), None)
 
 

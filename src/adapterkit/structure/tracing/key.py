@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..hosts import table_version
 from ..paths import modules_by_path
+from .tensors import shape_of
 
 __all__ = ["structure_key"]
 
@@ -41,7 +42,7 @@ def structure_key(model: nn.Module, inputs: Any) -> str:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 number = first_met.setdefault(id(tensor), len(first_met))
-                digest.update(f" {name} {tuple(tensor.shape)} {tensor.dtype} {tensor.is_meta} {number}".encode())
+                digest.update(f" {name} {shape_of(tensor)} {tensor.dtype} {tensor.is_meta} {number}".encode())
         for line in _settings(module, set()):
             digest.update(line.encode())
     for line in _inputs(inputs):
@@ -52,7 +53,7 @@ def structure_key(model: nn.Module, inputs: Any) -> str:
 def _inputs(value: Any, where: str = "") -> Iterator[str]:
     """Yield the shapes of the tensors in a value, and all else in it as text."""
     if isinstance(value, Tensor):
-        yield f"\n{where} {tuple(value.shape)} {value.dtype}"
+        yield f"\n{where} {shape_of(value)} {value.dtype}"
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _inputs(item, f"{where}.{key}")
@@ -61,7 +62,7 @@ def _inputs(value: Any, where: str = "") -> Iterator[str]:
         for index, item in enumerate(value):
             yield from _inputs(item, f"{where}.{index}")
     elif isinstance(value, _PLAIN):
-        yield f"\n{where} {value!r}"
+        yield f"\n{where} {_text(value)}"
     else:
         yield f"\n{where} {type(value).__qualname__}"
         yield from _settings(value, set())
@@ -78,7 +79,7 @@ def _settings(holder: Any, seen: set[int]) -> Iterator[str]:
         if name in _TORCHS or name.startswith("_adapterkit"):
             continue
         if isinstance(value, _PLAIN):
-            yield f" {name}={value!r}"[:_LONGEST]
+            yield f" {name}={_text(value)}"[:_LONGEST]
         elif function := list(_function(value, set())):
             yield f" {name}:"
             yield from function
@@ -91,6 +92,14 @@ def _settings(holder: Any, seen: set[int]) -> Iterator[str]:
         elif id(value) not in seen and not isinstance(value, (Tensor, nn.Module)):
             yield f" {name}:{type(value).__qualname__}"
             yield from _settings(value, seen)
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; one that cannot be written, or holds such a one, is equal to no other."""
+    try:
+        return repr(value)
+    except Exception:  # somebody else's class may raise anything
+        return f"{type(value).__qualname__} {id(value)}"
 
 
 def _hash_of_type(kind: type) -> str:
@@ -106,7 +115,7 @@ def _hash_of_type(kind: type) -> str:
         for name, value in vars(base).items():
             if name.startswith("__") and name != "__call__":
                 continue
-            lines = [f"={value!r}"[:_LONGEST]] if isinstance(value, _PLAIN) else _function(value, set())
+            lines = [f"={_text(value)}"[:_LONGEST]] if isinstance(value, _PLAIN) else _function(value, set())
             digest.update("".join((f"\n{name} ", *lines)).encode())
     return digest.hexdigest()
 
@@ -123,7 +132,7 @@ def _function(value: Any, seen: set[int]) -> Iterator[str]:
             yield from _function(function, seen)
     elif isinstance(value, (functools.partial, functools.partialmethod)):
         yield from _function(value.func, seen)
-        yield from (f" {given!r}"[:_LONGEST] for given in (value.args, value.keywords))
+        yield from (f" {_text(given)}"[:_LONGEST] for given in (value.args, value.keywords))
     elif isinstance(value, FunctionType):
         yield from _code(value.__code__)
         yield from _globals(value, seen)
@@ -137,7 +146,7 @@ def _globals(function: FunctionType, seen: set[int]) -> Iterator[str]:
         if isinstance(value, FunctionType) and not value.__module__.startswith("torch."):
             yield from _function(value, seen)
         elif isinstance(value, (bool, int, float, str)):
-            yield f" {name}={value!r}"[:_LONGEST]
+            yield f" {name}={_text(value)}"[:_LONGEST]
 
 
 def _held(function: FunctionType, seen: set[int]) -> Iterator[str]:
@@ -145,7 +154,7 @@ def _held(function: FunctionType, seen: set[int]) -> Iterator[str]:
     closed_over = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *closed_over):
         if isinstance(value, _PLAIN):
-            yield f" {value!r}"[:_LONGEST]
+            yield f" {_text(value)}"[:_LONGEST]
         else:
             yield f" {getattr(value, '__qualname__', type(value).__qualname__)}"
             yield from _function(value, seen)

@@ -1,10 +1,11 @@
 """Where the rows of a batch lie in a module's tensors: as modules say, or as running the model showed.
 
-Four cases, for a batch of 2 rows with 3 tokens each and 8 features:
+For a batch of 2 rows with 3 tokens each and 8 features:
 
     (2, 3, 8)   RowLayout(0)                  most models: rows on the first axis
     (3, 2, 8)   RowLayout(1)                  rows on the second axis: torch's layers with batch_first=False
     (6, 8)      RowLayout(0, is_flat=True)    each row is several indices, one after the other: its tokens, its windows
+    (6, 8)      the same with in_turn=True    the first token of each row, then the second of each: (tokens * batch, 8)
     (3, 8)      NO_ROWS                       one tensor for all rows: an embedding of positions
 
 and UNCLEAR, where a row has several indices and nothing says which: experts that see some tokens of each.
@@ -41,13 +42,15 @@ class RowLayout:
     Attributes:
         axis: The axis of the rows. None if the tensor is one for all rows or, where `is_flat`, if it is unclear which
             index is whose.
-        is_flat: A row is several indices of that axis, one after the other: its tokens, say, or windows of its image.
+        is_flat: A row is several indices of that axis: its tokens, say, or windows of its image.
         of_tokens: A row has as many of these indices as it has tokens.
+        in_turn: These are not one after the other, but every index after one of each other row.
     """
 
     axis: int | None
     is_flat: bool = False
     of_tokens: bool = False
+    in_turn: bool = False
 
 
 NO_ROWS, UNCLEAR = RowLayout(None), RowLayout(None, is_flat=True)
@@ -63,17 +66,18 @@ class SeenRows(dict[str, Layouts]):
     Attributes:
         why_unknown: Why nothing is known of a module that is missing here. It goes into the message of an error that
             needs to know (`note`), so that the reason is told where it matters, however long ago the model was run.
+        was_looked_for: Whether the model was run to see it, or cannot be.
     """
 
     def __init__(
         self,
         layouts: Mapping[str, Layouts] | Iterable[tuple[str, Layouts]] = (),
         *,
-        why_unknown: str = "the model was not run to see it, since it was wrapped without example inputs: "
-        "ak.wrap(model, example_inputs=batch)",
+        why_unknown: str | None = None,
     ) -> None:
         super().__init__(layouts)
-        self.why_unknown = why_unknown
+        self.was_looked_for = why_unknown is not None
+        self.why_unknown = why_unknown or "the model was not run to see it"
 
     def note(self, path: str) -> str:
         """Return the reason in brackets, to stand in a message about this module; empty if its rows were seen."""
@@ -83,9 +87,8 @@ class SeenRows(dict[str, Layouts]):
 class RowAxes:
     """The axis of rows at each path of a model, as its modules say: what counts where running it showed nothing.
 
-    Inside torch's own layers, and inside whatever else has a `batch_first`, that says it. Elsewhere it is the first axis.
-    But in a model in which anything says `batch_first=False`, elsewhere is unknown: the model may hand the tensors of that
-    layer on as they are, or turn them first.
+    Inside torch's own layers, and inside whatever else has a `batch_first`, that says it. Elsewhere it is unknown: a model
+    may have its rows on any axis, and turn its tensors on the way.
 
     Args:
         modules: Maps the path of each of the model's modules to it.
@@ -98,9 +101,7 @@ class RowAxes:
     def at(self, path: str) -> int | None:
         """Return the axis of rows in what the module at `path` takes and returns; None if that cannot be told."""
         said = next((self._said[outer] for outer in ancestors(path) if outer in self._said), None)
-        if said is None:
-            return None if False in self._said.values() else 0
-        return 0 if said else 1
+        return None if said is None else 0 if said else 1
 
 
 def axis_of_call(module: nn.Module) -> int:
@@ -129,7 +130,8 @@ def first_with_rows(call: Any, axis: int) -> Tensor | None:
 def tokens_in(call: Any, rows: int, axis: int) -> frozenset[int]:
     """Return how many tokens a row of a call may have: the sizes of its tensors on the axis beside that of the rows."""
     tensors = (tensor for _, tensor in tensors_in(call) if tensor.dim() > 1)
-    return frozenset(tensor.shape[1 - axis] for tensor in tensors if tensor.shape[axis] == rows)
+    beside = axis - 1 if axis else 1
+    return frozenset(t.shape[beside] for t in tensors if t.dim() > axis and t.shape[axis] == rows)
 
 
 def _batch_first(module: Any) -> bool | None:

@@ -1,7 +1,7 @@
 """See where the rows of a batch lie in what modules take and return: run the model on two rows, and on each alone.
 
 If a module returns (2, 3, 8) for both rows together and (1, 3, 8) for each alone, and the former is the latter two joined
-along axis 0, then that is the axis of rows. The tensors themselves are not kept, only a sketch of each: see `_Sketch`.
+along axis 0, then that is the axis of rows. The tensors themselves are not kept, only a sketch of each: see `Sketch`.
 
 Where nothing can be seen, the reason is kept with the result (`SeenRows.why_unknown`). It is no error yet: most adapters
 never divide rows.
@@ -9,8 +9,8 @@ never divide rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from .forward import ExampleInputs, observe
 from .inputs import moved_to
 from .key import structure_key
 from .row_layout import NO_ROWS, UNCLEAR, Layouts, RowLayout, SeenRows, axis_of_call, first_with_rows, rows_at, tokens_in
+from .sketch import Sketch, is_denied, layout_seen, sketch
+from .tensors import is_plain
 
 __all__ = ["discover_rows"]
 
 _REMEMBERED: Remembered[SeenRows] = Remembered()
-# How far the sums of a row in a batch may be from those that it has alone, as a part of the largest: float32; narrower.
-_ROUNDING, _COARSE = 1e-4, 0.02
 
 
 def discover_rows(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SeenRows:
@@ -51,10 +51,14 @@ class _NothingSeenError(Exception):
 
 
 def _seen(model: nn.Module, inputs: ExampleInputs) -> SeenRows:
-    """Return what two rows show, on the likelier axis of the inputs or, if the output denies that, on the other."""
-    likely = axis_of_call(model)
+    """Return what two rows show, on the likeliest axis of the inputs that the output does not deny."""
+    likely, call = axis_of_call(model), _call(inputs)
+    # Not on the last of three or more: those are features.
+    count = max(2, *(tensor.dim() - 1 for _, tensor in pytree.tensors(call)), 0)
     reasons = []
-    for axis in (likely, 1 - likely):
+    for axis in (likely, *(axis for axis in range(count) if axis != likely)):
+        if axis > 1 and first_with_rows(call, axis) is None:
+            continue
         try:
             batches = _two_rows(inputs, axis)
             return SeenRows(
@@ -100,9 +104,9 @@ def _check_output(both: _Seen, one: _Seen, other: _Seen) -> None:
     keys = sorted(together.keys() & first.keys() & second.keys(), key=str)
     tensors = [(together[key], first[key], second[key]) for key in keys if key[0] == "output"]
     # Axes of tokens look like axes of rows until attention mixes tokens: then the numbers differ.
-    if any(_is_denied(*each) for each in tensors):
+    if any(is_denied(*each) for each in tensors):
         raise _NothingSeenError("the model's output for two rows is not what it gives for each of them alone")
-    if all(_layout(*each) in (None, NO_ROWS) for each in tensors):
+    if all(layout_seen(*each) in (None, NO_ROWS) for each in tensors):
         raise _NothingSeenError("no tensor of the model's output has them")
 
 
@@ -139,9 +143,12 @@ def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleI
     """
     call = _call(inputs)
     tensors = list(pytree.tensors(call))
-    odd = next((tensor for _, tensor in tensors if not _is_plain(tensor)), None)
+    odd = next((tensor for _, tensor in tensors if not is_plain(tensor)), None)
     if odd is not None:
         raise _NothingSeenError(f"no rows can be cut out of a tensor that is nested, complex, meta or {odd.layout}")
+    listed = [key for key in pytree.keys(call) if _is_list_of_tensors(pytree.get(call, (key,)))]
+    if listed and not axis:
+        return _two_items(call, listed)
     reference = first_with_rows(call, axis)
     if reference is None or not reference.shape[axis]:
         raise _NothingSeenError("they hold no tensor with rows")
@@ -159,6 +166,24 @@ def _two_rows(inputs: ExampleInputs, axis: int) -> tuple[ExampleInputs, ExampleI
     return both, one, other
 
 
+def _is_list_of_tensors(value: Any) -> bool:
+    """Tell whether an argument is a list of tensors: of images that differ in size, say, each of which is a row."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
+
+
+def _two_items(call: Any, listed: Sequence[int | str]) -> tuple[ExampleInputs, ExampleInputs, ExampleInputs]:
+    """Return a call with two items of each of these lists, with the first alone, and with the second alone."""
+    both = one = other = call
+    for key in listed:
+        items = pytree.get(call, (key,))
+        first, second = items[0], items[-1]
+        second = first.flip(-1) if torch.equal(first, second) and first.dim() else second
+        both, one, other = (
+            pytree.put(each, (key,), held) for each, held in ((both, [first, second]), (one, [first]), (other, [second]))
+        )
+    return both, one, other
+
+
 def _two_of(tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return two different rows of a tensor. Shape: as the tensor, with 1 on that axis."""
     first, second = tensor.narrow(axis, 0, 1), tensor.narrow(axis, min(1, tensor.shape[axis] - 1), 1)
@@ -168,34 +193,15 @@ def _two_of(tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Tell whether a tensor can be cut and summed."""
-    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_complex() or tensor.is_meta)
+_Seen = Mapping[str, Sequence[Mapping[pytree.Path, Sketch]]]  # path -> its calls, each with the sketches of its tensors
 
 
-class _Sketch(NamedTuple):
-    """What is kept of a tensor to recognise it: its shape, and sums that tell its entries apart.
-
-    Attributes:
-        shape: Its shape.
-        along: For each of its first two axes, a weighted sum of the entries at each index. Of (2, 3, 8): shapes (2,), (3,).
-        tolerance: How far sums may be apart, as a part of the largest.
-    """
-
-    shape: tuple[int, ...]
-    along: tuple[Tensor, ...]
-    tolerance: float
-
-
-_Seen = Mapping[str, Sequence[Mapping[pytree.Path, _Sketch]]]  # path -> its calls, each with the sketches of its tensors
-
-
-def _look(_path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> dict[pytree.Path, _Sketch]:
+def _look(_path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> dict[pytree.Path, Sketch]:
     """Return a sketch of each tensor that a call takes and returns, keyed as in `Layouts`."""
-    sketches: dict[pytree.Path, _Sketch] = {}
+    sketches: dict[pytree.Path, Sketch] = {}
     for side, value in (("input", (args, kwargs)), ("output", output)):
-        held = [(path, tensor) for path, tensor in pytree.tensors(value) if _is_plain(tensor)]
-        sketches |= {(side, *path): _sketch(tensor) for path, tensor in held}
+        held = [(path, tensor) for path, tensor in pytree.tensors(value) if is_plain(tensor)]
+        sketches |= {(side, *path): sketch(tensor) for path, tensor in held}
         # `output=1` and `output="hidden"` may name the same tensor of a ModelOutput: it is found by position and by key.
         position = {key: index for index, key in enumerate(pytree.keys(value)) if side == "output"}
         sketches |= {(side, position[path[0]], *path[1:]): sketches[(side, *path)] for path, _ in held if path and position}
@@ -205,18 +211,7 @@ def _look(_path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -
     return sketches
 
 
-def _sketch(tensor: Tensor) -> _Sketch:
-    """Return the sketch of a tensor of any shape."""
-    numbers = tensor.detach().float().nan_to_num().clamp(-1e4, 1e4)  # masks hold the least numbers that there are
-    along = []
-    # Weights cos(0), cos(1), … differ from one another, so that an exchange of two entries changes the sum.
-    for axis in range(min(2, tensor.dim())):
-        lines = numbers.movedim(axis, 0).unsqueeze(-1).flatten(1)
-        along.append(lines @ torch.cos(torch.arange(lines.shape[1], device=lines.device, dtype=lines.dtype)))
-    return _Sketch(tuple(tensor.shape), tuple(along), _ROUNDING if tensor.element_size() > 2 else _COARSE)
-
-
-_Calls = Sequence[Mapping[pytree.Path, _Sketch]]
+_Calls = Sequence[Mapping[pytree.Path, Sketch]]
 
 
 def _layouts(both: _Calls, one: _Calls, other: _Calls, tokens: Collection[int]) -> Layouts:
@@ -231,49 +226,6 @@ def _layouts(both: _Calls, one: _Calls, other: _Calls, tokens: Collection[int]) 
     found: dict[pytree.Path, set[RowLayout | None]] = {}
     for a, b, c in zip(both, one, other, strict=True):
         for way in a.keys() & b.keys() & c.keys():
-            found.setdefault(way, set()).add(_layout(a[way], b[way], c[way], tokens))
+            found.setdefault(way, set()).add(layout_seen(a[way], b[way], c[way], tokens))
     # One that is missing counts as never seen: an error that needs it then says so, with the reason.
     return {way: layout for way, (layout, *others) in found.items() if layout is not None and not others}
-
-
-def _layout(both: _Sketch, one: _Sketch, other: _Sketch, tokens: Collection[int] = ()) -> RowLayout | None:
-    """Return where the rows lie in a tensor of both, given what each alone has there; None if that does not show it."""
-    if both.shape == one.shape == other.shape:
-        is_same = all(_same(both, a, b) for alone in (one, other) for a, b in zip(both.along, alone.along, strict=True))
-        return NO_ROWS if is_same else None
-    for axis in _joining(both, one, other):
-        found, first, second = (sketch.along[axis] for sketch in (both, one, other))
-        if not _same(both, found, torch.cat([first, second])):
-            continue
-        count = len(first)
-        in_turn = torch.stack([first, second], 1).flatten()  # first, second, first, …: of equal sums, either may be meant
-        if count == 1 or not _same(both, found, in_turn):
-            return RowLayout(axis, is_flat=count > 1, of_tokens=count > 1 and count in tokens)
-    return UNCLEAR if _several_each(both, one, other) else None
-
-
-def _several_each(both: _Sketch, one: _Sketch, other: _Sketch) -> bool:
-    """Tell whether each row has several indices of the first axis, or another number of them than the other row."""
-    sizes = [sketch.shape[:1] for sketch in (both, one, other)]
-    rest = {sketch.shape[1:] for sketch in (both, one, other)}
-    return len(rest) == 1 and all(sizes) and sizes[0][0] == sizes[1][0] + sizes[2][0] and sizes[1:] != [(1,), (1,)]
-
-
-def _is_denied(both: _Sketch, one: _Sketch, other: _Sketch) -> bool:
-    """Tell whether a tensor has the shape that the two rows make together, but other numbers than they have alone."""
-    pairs = [(both.along[axis], torch.cat([one.along[axis], other.along[axis]])) for axis in _joining(both, one, other)]
-    return bool(pairs) and not any(_same(both, found, wanted) for found, wanted in pairs)
-
-
-def _joining(both: _Sketch, one: _Sketch, other: _Sketch) -> Iterator[int]:
-    """Yield the axes along which what the two rows have alone, equally much, joins to the shape of `both`."""
-    for axis in range(len(both.along)):
-        shapes = {(*s.shape[:axis], *s.shape[axis + 1 :]) for s in (both, one, other)}
-        if len(shapes) == 1 and 2 * one.shape[axis] == 2 * other.shape[axis] == both.shape[axis]:
-            yield axis
-
-
-def _same(both: _Sketch, found: Tensor, wanted: Tensor) -> bool:
-    """Tell whether two vectors of sums are equal, to the rounding of the dtype."""
-    scale = wanted.abs().max().item() if wanted.numel() else 0.0
-    return found.shape == wanted.shape and bool(((found - wanted).abs() <= both.tolerance * scale).all())

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+
+from .surroundings import generator_state
+from .tensors import is_plain, memory_of
 
 __all__ = ["Snapshot"]
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 class Snapshot:
     """The state of a module, without its children's, as it was when this was made.
 
-    Kept are its attributes; what lies in containers among them (hooks, buffers and children, too); the values of buffers;
-    and which parameters there are. Two things are not kept: what lies deeper, and which objects the parameters are. A
-    sharded module (FSDP) exchanges those in its forward, and keeps book of it elsewhere.
+    Kept are its attributes; what lies in containers among them (hooks, buffers and children, too), and in containers in
+    those; the state of random generators; buffers and their values; gradients; and which parameters there are. Two things
+    are not kept: what lies in other objects, and which objects the parameters are. A sharded module (FSDP) exchanges those
+    in its forward, and keeps book of it elsewhere.
 
     Of a lazy module only the mode is kept, for the first forward makes it another. Of a scripted one it is the mode and the
     values of buffers: its attributes live in C++.
@@ -34,13 +39,13 @@ class Snapshot:
         if not is_lazy and not isinstance(module, torch.jit.ScriptModule):
             self._attributes = dict(module.__dict__)
             self._parameters = {name: parameter is not None for name, parameter in module._parameters.items()}
-        self._contents = [
-            (value, value.copy())
-            for name, value in self._attributes.items()
-            if type(value) in _CONTAINERS and name != "_parameters"
-        ]
+        attributes = [value for name, value in self._attributes.items() if name != "_parameters"]
+        self._contents = [(value, value.copy()) for value in _containers(attributes, set())]
+        self._generators = [restore for restore in map(generator_state, attributes) if restore is not None]
+        held = module._parameters.values() if self._attributes else ()
+        self._gradients = [(p, p.grad) for p in held if p is not None and p.is_leaf]
         buffers = [] if is_lazy else [b for b in module._buffers.values() if b is not None and not b.is_meta]
-        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers]
+        self._buffers = [_Buffer(buffer) for buffer in buffers]
 
     def restore(self) -> None:
         """Put everything back, and touch nothing that did not change."""
@@ -56,10 +61,51 @@ class Snapshot:
                     del held[name]
         for container, content in self._contents:
             _refill(container, content)
+        for restore in self._generators:
+            restore()
+        for parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         with torch.no_grad():
-            for buffer, value in self._values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for buffer in self._buffers:
+                buffer.restore()
+
+
+class _Buffer:
+    """A buffer as it was: its values, and the memory that it lay in."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer, self._memory, self._value = buffer, buffer.detach(), buffer.detach().clone()
+        # Sparse tensors and others cannot be compared; whether one was written to, its version tells.
+        self._version = None if is_plain(buffer) or buffer.is_inference() else buffer._version
+
+    def restore(self) -> None:
+        """Put its values back, and its memory, if a forward has resized it or given it other data."""
+        if self._version is not None:
+            if self._buffer._version != self._version:
+                self._buffer.copy_(self._value)
+            return
+        if is_plain(self._buffer) and memory_of(self._buffer) != memory_of(self._memory):
+            self._buffer.data = self._memory
+        if not torch.equal(self._buffer, self._value):
+            self._buffer.copy_(self._value)
+
+
+def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
+    """Yield each container among values, and in those, once.
+
+    Args:
+        seen: The `id`s of containers that were gone through: they may lead back to one another.
+    """
+    for value in values:
+        kind = type(value)
+        if (kind not in _CONTAINERS and kind is not tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if kind is not tuple:
+            yield value
+        if kind is not set:  # its entries are hashable, so none is a container
+            yield from _containers(value.values() if isinstance(value, dict) else value, seen)
 
 
 def _refill(container: Any, content: Any) -> None:
