@@ -84,7 +84,7 @@ def parity(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("catalogue", ["transformers", "vision", "handwritten"])
+@nox.parametrize("catalogue", ["transformers", "vision", "diffusers", "handwritten", "wild"])
 def zoo(session: nox.Session, catalogue: str) -> None:
     """Every architecture that builds offline: are its places found, do adapters fit? `-- --shard 3/10 --check`: a tenth."""
     if catalogue == "vision":  # torchvision needs the torch that it was built with
