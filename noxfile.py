@@ -90,7 +90,8 @@ def zoo(session: nox.Session, catalogue: str) -> None:
     if catalogue == "vision":  # torchvision needs the torch that it was built with
         session.install("-c", "constraints-vision.txt", "-e", ".", "numpy", "timm", "torchvision")
     else:
-        session.install(*CONSTRAINTS, "-e", ".", "numpy", "transformers")
+        libraries = {"wild": [], "diffusers": ["diffusers", "transformers"]}.get(catalogue, ["transformers"])
+        session.install(*CONSTRAINTS, "-e", ".", "numpy", *libraries)
     session.run("python", "-m", "benchmarks.zoo", "--catalogue", f"{catalogue}_models", *session.posargs, env=OFFLINE)
 
 

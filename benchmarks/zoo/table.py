@@ -21,6 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 CATALOGUES = {
     "transformers_models": ("transformers", "every type of `AutoModel`, each config shrunk by rules", "types"),
     "vision_models": ("Vision", "each family in timm; torchvision's transformers, some CNNs", "models"),
+    "diffusers_models": ("diffusers", "UNets and transformers of images, videos and sound; some autoencoders", "models"),
     "handwritten_models": ("Hand-written", "blocks of every build, the kinds of whose sub-layers are known", "models"),
 }
 _TEMPLATE = re.compile(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .build import Wild
+from .spec import Spec
 from .taps import Formula, Place, trying
 from .weights import Slices
 
@@ -129,9 +130,19 @@ def may_refuse(question: str, wild: Wild) -> bool:
         kind = question[1:].partition(".")[0]
         if not any(sublayer.place.kinds[0] == kind for sublayer in sublayers):
             return True  # there is no such sub-layer
-    is_function = spec.norm_by in ("torch", "hand")
+    return any(is_so for is_so, _reason in _impossible(question, spec))
+
+
+def _impossible(question: str, spec: Spec) -> Iterator[tuple[bool, str]]:
+    """Yield what no hook can do, in a spec: (whether it is so, why)."""
+    is_function = spec.norm_by in ("torch", "hand") and spec.norm != "none"
     if question == "pfeiffer":
-        return spec.stream == "hyper" or (spec.norm == "post" and is_function)
-    # What a function makes of a branch is no module's output.
-    is_of_branches = question in ("houlsby", "parallel") or question.endswith(".out")
-    return is_of_branches and is_function and spec.norm in ("sandwich", "end")
+        yield spec.norm == "post" and is_function, "the norm that has to run again is no module"
+        yield spec.stream == "hyper", "there is no one sum"
+        is_in_no_module = spec.container in ("pairs", "dicts", "columns", "stages")
+        yield spec.stream == "parallel" and is_in_no_module, "no module returns the sum of three"
+    if question == "parallel":
+        is_unseen = is_function and spec.norm in ("pre", "sandwich") and spec.unit != "residual"
+        yield is_unseen, "no module takes the stream that a function normalises"
+    if question in ("houlsby", "parallel") or question.endswith(".out"):
+        yield is_function and spec.norm in ("sandwich", "end"), "no module returns what a function makes of a branch"
