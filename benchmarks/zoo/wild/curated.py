@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from .spec import PARTS, Spec, parse
+from .spec import PARTS, Spec, changed, parse
 
 __all__ = ["curated"]
 
-# What a part needs beside it to be a model at all.
-_NEEDS = {
-    "feedforward=moe": "router=topk",
-    **{f"router={router}": "feedforward=moe" for router in PARTS["router"][1:]},
-    **{f"experts={experts}": "feedforward=moe,router=topk" for experts in PARTS["experts"][1:]},
-    "stream=trend": "norm=none",
-}
 _BUILT = """
 norm=post,qkv=separate,norm_by=layer,attention=torch
 norm=post,stream=scaled
@@ -104,6 +97,5 @@ wrapper=compile,container=tied
 
 def curated() -> list[Spec]:
     """List the specs, each once."""
-    alone = [f"{row}={part}" for row, parts in PARTS.items() for part in parts[1:]]
-    texts = ["plain", *(",".join(filter(None, (one, _NEEDS.get(one)))) for one in alone), *_BUILT.split()]
-    return list(dict.fromkeys(parse(text) for text in texts))
+    alone = [changed(Spec(), row, part) for row, parts in PARTS.items() for part in parts[1:]]
+    return list(dict.fromkeys([Spec(), *alone, *map(parse, _BUILT.split())]))

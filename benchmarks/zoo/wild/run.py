@@ -21,7 +21,7 @@ from typing import Any
 from ...report import environment
 from .curated import curated
 from .judge import OUTCOMES, Verdict
-from .spec import Spec, drawn, parse
+from .spec import Spec, grown, parse
 
 __all__ = ["main"]
 
@@ -73,7 +73,7 @@ def draw_many(count: int, seed: int) -> list[Spec]:
     """Draw so many specs, each once."""
     draw, found = random.Random(seed), dict[Spec, None]()
     while len(found) < count:
-        found[drawn(draw)] = None
+        found[grown(draw.choice)] = None
     return list(found)
 
 

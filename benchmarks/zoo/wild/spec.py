@@ -7,11 +7,11 @@ names every part that is not the plain one (the first of its row in `PARTS`).
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-__all__ = ["PARTS", "Spec", "drawn", "parse", "why_not"]
+__all__ = ["PARTS", "Spec", "changed", "grown", "parse", "why_not"]
 
 PARTS: dict[str, tuple[str, ...]] = {
     # Where a block normalises, how the norm is written, and which module holds it.
@@ -110,21 +110,37 @@ def parse(text: str) -> Spec:
     return spec
 
 
-def drawn(draw: random.Random) -> Spec:
-    """Draw a spec: the plain part half of the time, so that models stay sensible, and any other part otherwise.
+def changed(spec: Spec, row: str, part: str) -> Spec:
+    """Return the spec with another part, and what that part cannot be without."""
+    router = spec.router if spec.router != "none" else "topk"
+    needs: dict[str, str] = {}
+    if f"{row}={part}" == "stream=trend":
+        needs = {"norm": "none"}
+    elif part == "moe" or (row in ("router", "experts") and part not in ("none", "modules")):
+        needs = {"feedforward": "moe", "router": router}
+    elif row == "feedforward":
+        needs = {"router": "none", "experts": "modules"}
+    return replace(spec, **{**needs, row: part})
+
+
+# What is chosen from: rows with many parts more often.
+_ROWS = (*PARTS, *("attention", "stream", "container", "norm") * 2)
+
+
+def grown(choose: Callable[[Sequence[Any]], Any]) -> Spec:
+    """Grow a spec from the plain one, by a few changes that go together with those before.
 
     None is compiled, which takes a minute: that is left to the curated ones.
+
+    Args:
+        choose: Chooses one of several: at random, or as hypothesis likes.
     """
-    while True:
-        parts = {row: draw.choice(many) if draw.random() < _share(row) else many[0] for row, many in PARTS.items()}
-        spec = Spec(**parts)
-        if why_not(spec) is None and spec.wrapper != "compile":
-            return spec
-
-
-def _share(row: str) -> float:
-    """How often a row is not left plain: where most parts go with nothing else, seldom."""
-    return {"wrapper": 0.1, "side": 0.25}.get(row, 0.5)
+    spec = Spec()
+    for _ in range(choose(range(1, 8))):
+        row = choose(_ROWS)
+        others = (changed(spec, row, part) for part in PARTS[row])
+        spec = choose([other for other in others if why_not(other) is None and other.wrapper != "compile"])
+    return spec
 
 
 _WITHOUT_HEADS = ("conv_mix", "token_mlp")
