@@ -56,7 +56,7 @@ def _packed(channels: int, text: int) -> Settings:
 
 _CHANNELS = {"in_channels": 4, "out_channels": 4}
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
-_UNET = {**_CHANNELS, "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 16}
+_UNET = {**_CHANNELS, "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
 _VAE = {**_CHANNELS, "block_out_channels": (16, 32), "norm_num_groups": 8, "latent_channels": 4}
 _DOWN_UP = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 _SIZES = {"original_size": torch.tensor([[64.0, 64]] * 2), "target_size": torch.tensor([[64.0, 64]] * 2)}
@@ -80,11 +80,11 @@ _MODELS: Mapping[str, _Model] = {
             "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
             "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
         },
-        {"sample": _image(side=16), **_STEP},
+        {"sample": _image(), **_STEP},
     ),
     "UNet2DConditionModel": _Model(
         {**_UNET, **_blocks("2D"), "cross_attention_dim": 12, "attention_head_dim": 2},
-        {"sample": _image(side=16), **_STEP, "encoder_hidden_states": _text(12)},
+        {"sample": _image(), **_STEP, "encoder_hidden_states": _text(12)},
     ),
     "UNet2DConditionModel-deep": _Model(  # as in Stable Diffusion XL: several transformer blocks behind one projection
         {
@@ -95,16 +95,16 @@ _MODELS: Mapping[str, _Model] = {
             "transformer_layers_per_block": (3, 1),
             "use_linear_projection": True,
         },
-        {"sample": _image(side=16), **_STEP, "encoder_hidden_states": _text(12)},
+        {"sample": _image(), **_STEP, "encoder_hidden_states": _text(12)},
         "UNet2DConditionModel",
     ),
     "UNet3DConditionModel": _Model(
         {**_UNET, **_blocks("3D"), "cross_attention_dim": 12, "attention_head_dim": 2},
-        {"sample": _video(side=16), **_STEP, "encoder_hidden_states": _text(12)},
+        {"sample": _video(), **_STEP, "encoder_hidden_states": _text(12)},
     ),
     "UNetMotionModel": _Model(
         {**_UNET, **_blocks("Motion"), "cross_attention_dim": 12, "num_attention_heads": 2},
-        {"sample": _video(side=16), **_STEP, "encoder_hidden_states": (BATCH * 3, TOKENS, 12)},
+        {"sample": _video(), **_STEP, "encoder_hidden_states": (BATCH * 3, TOKENS, 12)},
     ),
     "UNetSpatioTemporalConditionModel": _Model(
         {
@@ -120,7 +120,7 @@ _MODELS: Mapping[str, _Model] = {
             "projection_class_embeddings_input_dim": 24,
         },
         {
-            "sample": (BATCH, 3, 4, 16, 16),
+            "sample": (BATCH, 3, 4, 8, 8),
             **_STEP,
             "encoder_hidden_states": (BATCH, 1, 12),
             "added_time_ids": torch.tensor([[6.0, 127, 0.02]] * 2),
@@ -152,7 +152,7 @@ _MODELS: Mapping[str, _Model] = {
         },
     ),
     # --- autoencoders -------------------------------------------------------------------------------------------------
-    "AutoencoderKL": _Model({**_VAE, **_DOWN_UP}, {"sample": _image(side=16)}),
+    "AutoencoderKL": _Model({**_VAE, **_DOWN_UP}, {"sample": _image()}),
     "AsymmetricAutoencoderKL": _Model(
         {
             **_CHANNELS,
@@ -162,9 +162,9 @@ _MODELS: Mapping[str, _Model] = {
             "norm_num_groups": 8,
             "latent_channels": 4,
         },
-        {"sample": _image(side=16)},
+        {"sample": _image()},
     ),
-    "VQModel": _Model({**_VAE, **_DOWN_UP, "num_vq_embeddings": 12}, {"sample": _image(side=16)}),
+    "VQModel": _Model({**_VAE, **_DOWN_UP, "num_vq_embeddings": 12}, {"sample": _image()}),
     "AutoencoderTiny": _Model(
         {
             **_CHANNELS,
@@ -173,7 +173,7 @@ _MODELS: Mapping[str, _Model] = {
             "num_encoder_blocks": (1, 2),
             "num_decoder_blocks": (2, 1),
         },
-        {"sample": _image(side=16)},
+        {"sample": _image()},
     ),
     "AutoencoderDC": _Model(
         {
@@ -189,7 +189,7 @@ _MODELS: Mapping[str, _Model] = {
             "encoder_qkv_multiscales": ((), (5,)),
             "decoder_qkv_multiscales": ((), (5,)),
         },
-        {"sample": _image(3, 16)},
+        {"sample": _image(3)},
     ),
     # --- transformers of images ---------------------------------------------------------------------------------------
     "Transformer2DModel": _Model(

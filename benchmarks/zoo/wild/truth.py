@@ -136,13 +136,19 @@ def may_refuse(question: str, wild: Wild) -> bool:
 def _impossible(question: str, spec: Spec) -> Iterator[tuple[bool, str]]:
     """Yield what no hook can do, in a spec: (whether it is so, why)."""
     is_function = spec.norm_by in ("torch", "hand") and spec.norm != "none"
+    is_unseen = is_function and spec.norm in ("pre", "sandwich") and spec.unit != "residual"
+    is_no_output = is_function and spec.norm in ("sandwich", "end")
     if question == "pfeiffer":
         yield spec.norm == "post" and is_function, "the norm that has to run again is no module"
         yield spec.stream == "hyper", "there is no one sum"
-        is_in_no_module = spec.container in ("pairs", "dicts", "columns", "stages")
-        yield spec.stream == "parallel" and is_in_no_module, "no module returns the sum of three"
+        if spec.container in ("pairs", "dicts", "columns", "stages", "flat") and spec.unit != "residual":
+            # No module returns the sum. An adapter at the branch has to read the stream, and add to the branch itself.
+            yield is_unseen or is_no_output, "a function takes the stream, or makes the branch"
+            yield (
+                spec.stream in ("parallel", "half", "macaron", "scaled"),
+                "the sum is not that of the branch and the stream",
+            )
     if question == "parallel":
-        is_unseen = is_function and spec.norm in ("pre", "sandwich") and spec.unit != "residual"
         yield is_unseen, "no module takes the stream that a function normalises"
     if question in ("houlsby", "parallel") or question.endswith(".out"):
-        yield is_function and spec.norm in ("sandwich", "end"), "no module returns what a function makes of a branch"
+        yield is_no_output, "no module returns what a function makes of a branch"
