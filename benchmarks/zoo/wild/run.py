@@ -1,4 +1,4 @@
-"""`python -m benchmarks.zoo --catalogue wild_models`: curated models, then thousands that are drawn, judged by their truth.
+"""`python -m benchmarks.zoo --catalogue wild_models`: curated models, then many that are drawn, judged by their truth.
 
 `--count` models are drawn with `--seed`; `--shard 3/10` takes a tenth of all; `--only SPEC …` judges these and says all
 about them; `--check` compares with the committed results instead of writing them.
@@ -26,7 +26,7 @@ from .spec import Spec, grown, parse
 __all__ = ["main"]
 
 RESULTS = Path(__file__).parents[2] / "results" / "zoo_wild_models.json"
-COUNT, SEED = 2000, 0
+COUNT, SEED = 1500, 0
 CHUNK = 40  # models for one call of a worker
 RENEWED = 400  # models after which the workers are renewed
 Verdicts = dict[Spec, Verdict]
@@ -180,7 +180,8 @@ def _only(verdict: Verdict, wanted: str) -> dict[str, str]:
 
 def _moved(verdicts: Verdicts) -> list[str]:
     """Print and list which questions of curated models were right in the committed results, and are not now."""
-    before, moved = json.loads(RESULTS.read_text())["curated"], []
+    before = json.loads(RESULTS.read_text())["curated"] if RESULTS.exists() else {}
+    moved = []
     for spec, verdict in verdicts.items():
         if str(spec) not in before:
             continue
