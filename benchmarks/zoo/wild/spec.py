@@ -204,6 +204,7 @@ _LAWS: Mapping[str, Callable[[Spec], bool]] = {
             or s.container in ("sequential", "tied", "stages")
         )
     ),
+    "a flat list does not tell whose the two feed-forwards are": lambda s: s.container == "flat" and s.stream == "macaron",
     "long skips go around whole blocks": lambda s: (
         s.stream in ("long_add", "long_cat") and s.container not in ("blocks", "pairs", "dicts", "attributes", "columns")
     ),
