@@ -84,13 +84,14 @@ def parity(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("catalogue", ["transformers", "vision", "handwritten"])
+@nox.parametrize("catalogue", ["transformers", "vision", "diffusers", "handwritten", "wild"])
 def zoo(session: nox.Session, catalogue: str) -> None:
     """Every architecture that builds offline: are its places found, do adapters fit? `-- --shard 3/10 --check`: a tenth."""
     if catalogue == "vision":  # torchvision needs the torch that it was built with
         session.install("-c", "constraints-vision.txt", "-e", ".", "numpy", "timm", "torchvision")
     else:
-        session.install(*CONSTRAINTS, "-e", ".", "numpy", "transformers")
+        libraries = {"wild": [], "diffusers": ["diffusers", "transformers"]}.get(catalogue, ["transformers"])
+        session.install(*CONSTRAINTS, "-e", ".", "numpy", *libraries)
     session.run("python", "-m", "benchmarks.zoo", "--catalogue", f"{catalogue}_models", *session.posargs, env=OFFLINE)
 
 

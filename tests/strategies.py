@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import adapterkit as ak
 from adapterkit.composition.names import MAX_LENGTH
 from adapterkit.nn.functional.non_linearities import NON_LINEARITIES
+from benchmarks.zoo.wild.spec import Spec, grown
 
 adapter_names = (
     st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=MAX_LENGTH)
@@ -74,6 +75,12 @@ configs = st.builds(_config, places, sizes, layer_norms, options)
 def is_identity_at_init(config: ak.BottleneckConfig) -> bool:
     """Whether the paper's method starts as the identity with these settings."""
     return config.init in ("lora", "mam") and not config.residual_before_layer_norm
+
+
+@st.composite
+def wild_specs(draw: st.DrawFn) -> Spec:
+    """A model of the wild zoo's grammar: the plain one, with a few parts changed."""
+    return grown(lambda options: draw(st.sampled_from(options)))
 
 
 @st.composite

@@ -21,6 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 CATALOGUES = {
     "transformers_models": ("transformers", "every type of `AutoModel`, each config shrunk by rules", "types"),
     "vision_models": ("Vision", "each family in timm; torchvision's transformers, some CNNs", "models"),
+    "diffusers_models": ("diffusers", "UNets and transformers of images, videos and sound; some autoencoders", "models"),
     "handwritten_models": ("Hand-written", "blocks of every build, the kinds of whose sub-layers are known", "models"),
 }
 _TEMPLATE = re.compile(
@@ -49,6 +50,12 @@ The gates of one architecture:
 5. **Removal.** After it the output, the keys and the hooks are as before.
 6. **Two adapters in one batch** (`Rows`, `BatchSplit`, `Parallel`). Each row is what its adapter alone gives it, or a typed
    error says why not. Some base models give a row something else in a batch than alone; that is not compared.
+
+Beside these there is the *wild* zoo, which is judged another way. A grammar puts models together of parts: norms,
+attentions, feed-forwards, streams, containers, layouts, each in the ways that people write them. Where adapters belong is
+known there by construction: a model computes its own output with adapters from the definition of a preset. What adapterkit
+computes must equal that, or be refused with a reason. `nox -s "zoo(catalogue='wild')"` judges some 150 chosen models and
+many that are drawn, and writes `benchmarks/results/zoo_wild_models.json`.
 
 A CNN is told by what its branches do. Its gate is that the presets refuse it and leave it alone.
 
