@@ -192,11 +192,23 @@ def _holds_a_stream(flow: Flow, outer: Addition, inside: list[Addition]) -> bool
     """
     for addition in inside:
         is_behind = flow.between(outer.stream, addition.stream) & flow.projections
-        following = [after for after in inside if after is not addition and follows(flow, addition, after.stream)]
+        following = [
+            a for a in inside if a is not addition and follows(flow, addition, a.stream) and _is_in(outer, addition, a)
+        ]
         computed = [flow.between(a.stream, a.branch) for a in (addition, *following)]
         if is_behind and following and any(nodes & (flow.products | flow.attentions) for nodes in computed):
             return True
     return False
+
+
+def _is_in(outer: Addition, one: Addition, other: Addition) -> bool:
+    """Tell whether two additions are made in a call that the call of a third made, or in that itself.
+
+    MobileBERT narrows its stream within each block and adds around that in the block's last module: both are streams.
+    """
+    around = [*one.node.call.around()] if one.node.call else []
+    shared = next((c for c in (other.node.call.around() if other.node.call else ()) if c in around), None)
+    return outer.node.call is None or (shared is not None and outer.node.call in shared.around())
 
 
 def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Addition], every: list[Addition]) -> bool:
@@ -211,7 +223,8 @@ def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Add
     """
     if addition not in inside:
         return False
-    if addition.is_projected and not outer.is_projected:  # a layer with a side branch: W x + b(a(x)), a LoRA built in
+    goes_on = any(follows(flow, addition, a.stream) and not a.is_projected for a in every)
+    if addition.is_projected and not goes_on and not outer.is_projected:  # a LoRA built in: W x + b(a(x))
         return addition.stream == outer.stream or flow.leads_to(outer.stream, addition.stream)
     start = addition.stream
     while True:  # back along its stream, from one addition to the one before
