@@ -125,8 +125,9 @@ def _from_nearest(flow: Flow, step: Addition, steps: list[Addition]) -> Addition
     Reversible blocks add to one stream what they compute from the other.
     """
     inside = flow.between(step.stream, step.branch)
-    sums = [a.node.index for a in steps if inside >> a.node.index & 1]
-    for i in reversed(sums):
+    # Of a stream beside this one, not of one that the branch makes of it: there y + g(y), with y = W x, is further inside.
+    beside = [a for a in steps if inside >> a.node.index & 1 and not flow.leads_to(step.stream, flow.source(a.skip))]
+    for i in reversed([a.node.index for a in beside]):
         rest = inside & flow.descendants[i]
         # What operations read, not what is put together with it on the way: one half of a tensor is not the other.
         computing = [k for k in bits(rest | 1 << step.branch) if flow.nodes[k].op not in VIEWS | {"cat", "stack"}]
