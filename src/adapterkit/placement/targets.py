@@ -190,13 +190,13 @@ def _at_sum(sublayer: Sublayer, search: _Search) -> Found:
     if total is not None:
         host = resolve_host(total.path, search.modules, at_input=False)
         return Found(Location(host, "output", "site", total.output or None, None, None), total.axis)
-    # What is left is the branch. It must be added as it is, by itself, to a stream that some module takes.
-    out, stream = sublayer.out, sublayer.stream
-    if out is None or stream is None or sublayer.scales or sublayer.is_parallel:
+    # What is left is the branch. It must be added as it is, by itself, to what some module takes.
+    out, skip = sublayer.out, sublayer.skip
+    if out is None or skip is None or sublayer.scales or sublayer.is_parallel:
         raise TargetError(_no_place_for_sum(sublayer))
     # x + f(x + r) + r: what is added to the branch reaches the sum.
     host = resolve_host(out.path, search.modules, at_input=False)
-    return Found(Location(host, "output", "sum", out.output or None, stream.argument, stream.path), out.axis)
+    return Found(Location(host, "output", "sum", out.output or None, skip.argument, skip.path), out.axis)
 
 
 def _check_norm_can_run_again(sublayer: Sublayer) -> None:
@@ -218,7 +218,7 @@ def _check_norm_can_run_again(sublayer: Sublayer) -> None:
 def _no_place_for_sum(sublayer: Sublayer) -> str:
     """Write the message for a sum that no hook can reach."""
     scaled = "is scaled before it is added" if sublayer.scales else "is one of two that are added at once"
-    is_branch = sublayer.out is not None and sublayer.stream is not None
+    is_branch = sublayer.out is not None and sublayer.skip is not None
     reason = f"the branch {scaled}" if is_branch else "no module takes or yields what it is the sum of"
     return (
         f"the sum after the {sublayer.kind} in {sublayer.addition[0]!r} can be adapted nowhere: no module returns it, and "

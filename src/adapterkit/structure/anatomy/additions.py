@@ -30,6 +30,7 @@ class Addition:
         skip: The operand that carries the stream. It is `stream`, but for views and constant factors.
         branch: The operand that a sub-layer computed.
         is_projected: Whether the skip is a projection of the stream: W x + f(x).
+        is_mixed: Whether it is a mixture of several streams that lie in one tensor: M h + p f(h).
     """
 
     node: Operation
@@ -37,6 +38,7 @@ class Addition:
     skip: int
     branch: int
     is_projected: bool = False
+    is_mixed: bool = False
 
 
 def addends(flow: Flow, node: Operation) -> tuple[int, int] | None:

@@ -119,7 +119,10 @@ class Sublayer:
         is_last: Whether no other sub-layer of the block follows on the same stream.
         norm: Where the block normalises: before the branch ("pre"), after the addition ("post"), at the branch's end
             ("end"), before and at the end ("sandwich"), or not at all ("none").
-        stream: A module that takes the residual stream before the branch ends; None if there is none.
+        stream: A module that takes the residual stream, which the branch is computed from, before the branch ends; None if
+            there is none.
+        skip: A module that takes what the branch is added to. It is `stream`, but in reversible blocks, which add to one
+            stream what they compute from another, and where the stream is scaled before it is added to.
         sum: A module of the block that returns the sum, before anything of the block reads it.
         post_norm: The norm that takes the sum, in a post-norm block, as the module and its place.
         shares_norm: Whether that norm runs on other tensors, too, in one call of the block.
@@ -142,6 +145,7 @@ class Sublayer:
     is_last: bool
     norm: Norm
     stream: ModuleInput | None
+    skip: ModuleInput | None
     sum: ModuleOutput | None
     post_norm: ModuleOutput | None
     shares_norm: bool
@@ -221,4 +225,7 @@ class Anatomy:
     @property
     def transformer_blocks(self) -> frozenset[str | None]:
         """Return the blocks that do more than convolve: those of a CNN, or of one in front of a transformer, do not."""
-        return frozenset(sublayer.block for sublayer in self.sublayers if sublayer.kind != "convolution")
+        more = {sublayer.block for sublayer in self.sublayers if sublayer.kind != "convolution"}
+        # A block that nothing holds as one has a path for each part, and its convolution is as much of it as its attention.
+        mates = (path for stack in self.stacks for block in stack if more & {*block} for path in block)
+        return frozenset({*more, *mates})

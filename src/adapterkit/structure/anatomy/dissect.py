@@ -124,7 +124,8 @@ class _Dissection:
             is_moe=branch.is_moe,
             is_last=self._is_last(branch),
             norm=self.norms.kind(branch, is_after=post is not None or is_by_hand),
-            stream=self._stream_taker(branch),
+            stream=self._taker(branch, branch.addition.stream),
+            skip=self._taker(branch, branch.addition.skip),
             sum=self._sum(branch),
             post_norm=post,
             shares_norm=post is not None and self.norms.runs_again(post.path, branch),
@@ -173,20 +174,23 @@ class _Dissection:
 
     # --- norms and streams --------------------------------------------------------------------------------------------
 
-    def _stream_taker(self, branch: Branch) -> ModuleInput | None:
-        """Return the last module, in the block or beside it, that takes the stream before the branch's output is made.
+    def _taker(self, branch: Branch, stream: int) -> ModuleInput | None:
+        """Return the last module, in the block or beside it, that takes a stream before the branch's output is made.
 
         A hook on it sees the stream, which an adapter beside the branch needs. It is None if no module takes it.
+
+        Args:
+            stream: The node that the branch is computed from, or added to.
         """
         flow = self.flow
         made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
-        root, shape = flow.source(branch.addition.stream), flow.nodes[made].shape
+        root, shape = flow.source(stream), flow.nodes[made].shape
         # Experts gather tokens and scatter them again, behind which features are lost from sight: the addition knows best.
         axis = self.axes.on_the_way(made, branch.end, self.axes.of(branch.addition.skip))
         axis = self.axes.of(made) if axis is None else axis
         taker = None
         for call in flow.calls:
-            if call.path is None or not self._may_take_the_stream(call, branch, made):
+            if call.path is None or not self._may_take_the_stream(call, branch, root, made):
                 continue
             for path, i in call.inputs:
                 # A path of two is an argument of its own; a longer one lies in a container, which no setting can name.
@@ -196,11 +200,11 @@ class _Dissection:
                     taker = ModuleInput(call.path, _argument(path))
         return taker
 
-    def _may_take_the_stream(self, call: ModuleCall, branch: Branch, made: int) -> bool:
+    def _may_take_the_stream(self, call: ModuleCall, branch: Branch, stream: int, made: int) -> bool:
         """Tell whether a call is near the branch, runs before its output is made, and can carry a hook for this alone."""
         addition = branch.addition
         is_near = within(call.path or "", branch.block) or call.parent is addition.node.call
-        if not is_near or not addition.stream < call.start <= made:
+        if not is_near or not stream < call.start <= made:
             return False
         # An nn.Sequential would run what a hook's site adds to it; an nn.Identity is often put in the place of others.
         is_bad_host = isinstance(call.module, (nn.Sequential, nn.Identity))
@@ -339,6 +343,7 @@ def _agreed(calls: list[Sublayer]) -> Sublayer:
         is_last=any(call.is_last for call in calls),
         sum=first.sum if all(call.sum == first.sum for call in calls) else None,
         stream=first.stream if all(call.stream == first.stream for call in calls) else None,
+        skip=first.skip if all(call.skip == first.skip for call in calls) else None,
         fused=tuple(
             fused
             if all(fused in call.fused for call in calls)

@@ -45,14 +45,14 @@ def _residual(flow: Flow, node: Operation, found: dict[int, Addition]) -> Additi
     split = skip_and_branch(flow, node, found)
     if split is None:
         return None
-    skip, branch, stream, is_projected = split
+    skip, branch, stream, is_projected, is_mixed = split
     if _is_straight_through(flow, stream, branch) or _is_inside_a_cell(flow, node):
         return None
     if flow.nodes[skip].shape != node.shape or _is_taken_off(flow, skip, branch) or _is_scores(flow, node):
         return None
     computes = flow.between(stream, branch) & flow.endings
     is_residual = computes and _ends(flow, branch, stream, found)
-    return Addition(node, stream, skip, branch, is_projected) if is_residual else None
+    return Addition(node, stream, skip, branch, is_projected, is_mixed) if is_residual else None
 
 
 def _ends(flow: Flow, branch: int, stream: int, found: dict[int, Addition]) -> bool:
@@ -138,16 +138,36 @@ def _from_nearest(flow: Flow, step: Addition, steps: list[Addition]) -> Addition
 
 
 def side_branches(flow: Flow, steps: list[Addition], every: list[Addition]) -> int:
-    """Return the set of nodes in low-rank branches beside single layers: `b(a(x))` of W x + b(a(x)), a LoRA built in.
+    """Return the set of nodes that are beside what a sub-layer computes, so that no role names their layers.
 
-    What such a layer computes is the layer's; roles name W, the layer itself, and not what someone added to it.
+    - Low-rank branches beside single layers: `b(a(x))` of W x + b(a(x)), a LoRA built in. Roles name W, the layer itself.
+    - Products that mix the several streams of hyper-connections, before a branch and after it.
     """
     found, lasting = 0, {step.node.index for step in steps}
     for addition in every:
-        inside = flow.between(addition.stream, addition.branch)
-        narrow = [i for i in bits(inside & flow.projections) if _size(flow, i) < _size(flow, addition.node.index)]
-        if addition.is_projected and addition.node.index not in lasting and narrow:
-            found |= inside
+        if addition.node.index not in lasting and _is_low_rank(flow, addition):
+            found |= flow.between(addition.stream, addition.branch)
+        if addition.is_mixed:
+            found |= _mixing_streams(flow, addition)
+    return found
+
+
+def _is_low_rank(flow: Flow, addition: Addition) -> bool:
+    """Tell whether an addition is W x + b(a(x)), where a(x) is narrower than both."""
+    inside = flow.between(addition.stream, addition.branch)
+    narrow = (i for i in bits(inside & flow.projections) if _size(flow, i) < _size(flow, addition.node.index))
+    return addition.is_projected and any(narrow)
+
+
+def _mixing_streams(flow: Flow, addition: Addition) -> int:
+    """Return the set of projections in a branch whose weight has no axis of features: it mixes streams, and no features."""
+    hidden, found = addition.node.shape[-1], 0
+    for i in bits(flow.between(addition.stream, addition.branch) & flow.projections):
+        weights = [
+            flow.nodes[j].shape for j in flow.nodes[i].inputs if flow.is_constant[j] and len(flow.nodes[j].shape) > 1
+        ]
+        if weights and not any(hidden in shape[-2:] for shape in weights):
+            found |= 1 << i
     return found
 
 
@@ -175,7 +195,7 @@ def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
         if not is_long[addition.node.index]
         and not any(
             not is_long[outer.node.index]
-            and blocks[outer.node.index] == blocks[addition.node.index]
+            and (blocks[outer.node.index] == blocks[addition.node.index] or _is_low_rank(flow, addition))
             and _is_nested(flow, addition, outer, inner[outer.node.index], additions)
             for outer in additions
         )

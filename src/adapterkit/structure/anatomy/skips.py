@@ -22,12 +22,14 @@ class Skip(NamedTuple):
 
     Attributes:
         is_projected: Whether the skip is a projection of the stream.
+        is_mixed: Whether it is a mixture of the several streams in one tensor.
     """
 
     skip: int
     branch: int
     stream: int
-    is_projected: bool
+    is_projected: bool = False
+    is_mixed: bool = False
 
 
 def skip_and_branch(flow: Flow, node: Operation, found: Mapping[int, Addition]) -> Skip | None:
@@ -42,10 +44,12 @@ def skip_and_branch(flow: Flow, node: Operation, found: Mapping[int, Addition]) 
     operands = addends(flow, node)
     if operands is None:
         return None
-    plain = _carried_skip(flow, *operands, found) or _mixed_skip(flow, node, *operands)
-    projected = _projected_skip(flow, node, *operands, found) if plain is None else None
-    split = plain or projected
-    return None if split is None else Skip(*split, is_projected=plain is None)
+    if carried := _carried_skip(flow, *operands, found):
+        return Skip(*carried)
+    if mixed := _mixed_skip(flow, node, *operands):
+        return Skip(*mixed, is_mixed=True)
+    projected = _projected_skip(flow, node, *operands, found)
+    return None if projected is None else Skip(*projected, is_projected=True)
 
 
 def _carried_skip(flow: Flow, a: int, b: int, found: Mapping[int, Addition]) -> tuple[int, int, int] | None:
