@@ -109,7 +109,7 @@ def test_a_head_that_returns_several_tensors_is_put_together_too() -> None:
             return self.head(self.body(x), scale=x[:, :1])
 
     model, x = Model(), torch.randn(3, 4)
-    kit = ak.wrap(model)
+    kit = ak.wrap(model, x)
     for name in "ab":
         kit.add(name, ak.BottleneckConfig(targets=["body"], bottleneck_size=2), heads="head")
         randomise(kit, name)

@@ -276,5 +276,6 @@ def test_unwrap_leaves_no_trace(model: nn.Module, ids: Tensor, preset: str) -> N
 def test_every_in_tree_method_has_a_short_file_and_a_documented_config() -> None:
     for method in METHODS:
         source = Path(__file__).parents[2] / "src/adapterkit/methods" / f"{method.name}.py"
-        assert len(source.read_text().splitlines()) <= 220  # with the config
+        lines = [line for line in source.read_text().splitlines() if not line.lstrip().startswith("#")]
+        assert len(lines) <= 220  # with the config
         assert "arXiv" in str(method.config_type.__doc__)

@@ -364,7 +364,7 @@ def test_where_modules_differ_in_the_axis_of_rows_each_has_its_own(tokens: int) 
 
 def test_a_tensor_without_rows_or_tokens_is_not_divided() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.Linear(4, 4))
-    kit = ak.wrap(model)
+    kit = ak.wrap(model, torch.randn(2, 4, 4))
     kit.add("conv", "lora", targets=["0"])
     kit.add("linear", "lora", targets=["1"])
     with kit.active(Rows(["conv"] * 4)), pytest.raises(ak.CompatibilityError, match=r"\(4, 4\): it has no rows on axis 0"):
