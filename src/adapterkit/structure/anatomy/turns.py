@@ -35,18 +35,24 @@ class _Part:
     Attributes:
         homes: Of each branch, the places around it, outermost first.
         is_item: Whether the place is an item of a list, and no attribute.
+        is_fine: Whether kinds differ in more than in whether they mix tokens: in a model without feed-forwards they must.
         turns: The turns in it; set as it is looked into.
     """
 
     branches: list[Branch]
     homes: list[tuple[Place, ...]]
     is_item: bool = False
+    is_fine: bool = False
     turns: list[Turn] = field(default_factory=list)
 
     @property
     def kinds(self) -> set[str]:
         """Tell what it does, as far as turns differ in it: mix tokens, or not."""
-        return {_coarse(branch) for branch in self.branches}
+        return {self.kind_of(branch) for branch in self.branches}
+
+    def kind_of(self, branch: Branch) -> str:
+        """Tell what a branch does, as far as turns differ in it."""
+        return branch.kind if self.is_fine else _coarse(branch)
 
     @property
     def does(self) -> tuple[str, ...]:
@@ -64,7 +70,8 @@ def turns_of(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branc
     added = sum(1 << branch.addition.node.index for branch in branches)
     single = [branch for branch in branches if (_around(branch) & branch.inside & added).bit_count() < 2]
     homes = [home_of(flow, branch) for branch in single]
-    return _Cutter(flow, modules).turns(_Part(single, homes), 0, is_inside=False) if single else []
+    is_fine = len({_coarse(branch) for branch in single}) < 2
+    return _Cutter(flow, modules).turns(_Part(single, homes, is_fine=is_fine), 0, is_inside=False) if single else []
 
 
 def home_of(flow: Flow, branch: Branch) -> tuple[Place, ...]:
@@ -141,7 +148,7 @@ class _Cutter:
         for inner, is_whole in zip(parts, are_whole, strict=True):
             inner.turns = self.turns(inner, depth, is_inside=is_inside or (is_whole and repeated[inner.does] > 1))
         has_stack = any(
-            inner.is_stack and any({*map(_coarse, turn.branches)} == kinds for turn in inner.turns) for inner in parts
+            inner.is_stack and any({*map(part.kind_of, turn.branches)} == kinds for turn in inner.turns) for inner in parts
         )
         if len(kinds) == 1:
             is_stack = has_stack or all(inner.is_item for inner in parts) or self._are_blocks(parts)
@@ -170,7 +177,7 @@ class _Cutter:
             branches, homes = zip(*run, strict=True)
             inner = key[1] or key[0]
             item = isinstance(inner, tuple) and is_item(inner[1], self.modules)
-            parts.append(_Part([*branches], [*homes], item))
+            parts.append(_Part([*branches], [*homes], item, part.is_fine))
         return parts
 
     def _are_blocks(self, parts: list[_Part]) -> bool:
@@ -210,6 +217,12 @@ class _Cutter:
                 period = next(p for p in range(1, len(tokens) + 1) if _has_period(tokens, p))
                 if period < len(parts):
                     return [Turn(_branches(parts[n : n + period])) for n in range(0, len(parts), period)]
+            period, stop = _repeated_start(ways[0])
+            if (
+                stop and len({kind for part in parts[:period] for kind in part.kinds}) > 1
+            ):  # then something else: a subsampling
+                starts = [*range(0, stop, period), *([stop] if stop < len(parts) else [])]
+                return [Turn(_branches(parts[a:b])) for a, b in zip(starts, [*starts[1:], len(parts)], strict=True)]
             ends = [n for n, part in enumerate(parts) if part.kinds == {"feedforward"}]
             if not is_inside and len(ends) > 1 and ends[0] > 0:  # a list of layers of several kinds
                 starts = [0, *(n + 1 for n in ends if n + 1 < len(parts))]
@@ -238,6 +251,20 @@ def _coarse(branch: Branch) -> str:
 def _has_period(tokens: Sequence[object], period: int) -> bool:
     """Tell whether the first tokens repeat to the end."""
     return len(tokens) % period == 0 and all(t == tokens[n % period] for n, t in enumerate(tokens))
+
+
+def _repeated_start(tokens: Sequence[object]) -> tuple[int, int]:
+    """Return how long what repeats at the start is, and where it stops repeating; (0, 0) if nothing does.
+
+    Example: of a b a b c it is (2, 4).
+    """
+    for period in range(1, len(tokens) // 2 + 1):
+        stop = period
+        while tokens[stop : stop + period] == tokens[:period]:
+            stop += period
+        if stop > period:
+            return period, stop
+    return 0, 0
 
 
 def _branches(parts: Sequence[_Part]) -> list[Branch]:

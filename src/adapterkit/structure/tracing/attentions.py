@@ -9,6 +9,7 @@ A router weighs experts by a softmax, too, but of a projection: then there is no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,7 @@ class _Finder:
             softmax = self._behind(i, self.softmaxes)
             if not softmax or not self._is_over_keys(node, softmax):
                 continue
-            scores = self._scores(softmax)
+            scores = self._scores(softmax, [j for n, j in enumerate(node.inputs[: len(node.taken)]) if n != at])
             if scores is not None:
                 return Attending(scores, at)
         return None
@@ -136,8 +137,13 @@ class _Finder:
                 return 0
         return found
 
-    def _scores(self, softmaxes: int) -> int | None:
-        """Return the product of queries and keys behind a softmax; None if there is none."""
+    def _scores(self, softmaxes: int, values: Sequence[int]) -> int | None:
+        """Return the product of queries and keys behind a softmax; None if there is none.
+
+        Args:
+            values: What is weighed: of two products that are added, as of a text and of its layout, the one whose keys are
+                made of what the values are made of is meant.
+        """
         flow, last = self.flow, softmaxes.bit_length() - 1
         back = flow.ancestors[last] | 1 << last
         wanted = (flow.products | self.by_hand) & ~(1 << last)
@@ -148,7 +154,18 @@ class _Finder:
         # the layer before, which an earlier attention has used.
         used = {attending.scores for attending in self.found.values()}
         products = [i for i in products if self._compares_inputs(i)] or products
+        if len(products) > 1:
+            made_of = self._projected_from(values)
+            products = [i for i in products if self._projected_from(flow.nodes[i].inputs) & made_of] or products
         return next(iter([i for i in products if i not in used] or products), None)
+
+    def _projected_from(self, nodes: Sequence[int]) -> set[int]:
+        """Return what the last projections before some nodes take."""
+        flow, everything, last = self.flow, (1 << len(self.flow.nodes)) - 1, 0
+        for node in nodes:
+            last |= flow.nearest(node, flow.projections, everything)
+        found = (node for node in flow.nodes if last >> node.index & 1)
+        return {flow.source(i) for node in found for i in flow.activations(node)}
 
     def _compares_inputs(self, index: int) -> bool:
         """Tell whether both factors of a product come of the model's inputs: one of positions alone is a bias."""
