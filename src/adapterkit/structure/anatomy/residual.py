@@ -184,11 +184,11 @@ def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
         inside = flow.between(addition.stream, addition.branch)
         inner[addition.node.index] = [other for other in additions if inside >> other.node.index & 1]
     # A skip is long if additions of several blocks lie in its branch, as in a U-Net, or a stream with layers of its own.
-    is_long = {
-        outer.node.index: len({blocks[o.node.index] for o in inner[outer.node.index]} - {None}) > 1
-        or _holds_a_stream(flow, outer, inner[outer.node.index])
-        for outer in additions
-    }
+    is_long = {}
+    for outer in additions:
+        own = [other for other in inner[outer.node.index] if other.node.index >= _own_start(flow, outer)]
+        is_several = len({blocks[other.node.index] for other in own} - {None}) > 1
+        is_long[outer.node.index] = is_several or _holds_a_stream(flow, outer, own)
     return [
         addition
         for addition in additions
@@ -200,6 +200,16 @@ def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
             for outer in additions
         )
     ]
+
+
+def _own_start(flow: Flow, addition: Addition) -> int:
+    """Return the first node of the module call that adds, if it computes the branch from the stream inside; else 0.
+
+    What was made before that call is a memory, which the branch only looks at, even if it was made of the same stream.
+    """
+    start = addition.node.call.start if addition.node.call else 0
+    inside = flow.between(addition.stream, addition.branch) >> start << start | 1 << addition.stream
+    return start if flow.nearest(addition.branch, 1 << addition.stream, inside) else 0
 
 
 def _holds_a_stream(flow: Flow, outer: Addition, inside: list[Addition]) -> bool:

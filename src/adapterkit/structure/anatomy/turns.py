@@ -35,7 +35,7 @@ class _Part:
     Attributes:
         homes: Of each branch, the places around it, outermost first.
         is_item: Whether the place is an item of a list, and no attribute.
-        is_fine: Whether kinds differ in more than in whether they mix tokens: in a model without feed-forwards they must.
+        is_fine: Whether kinds differ in more than in whether they mix tokens: if convolutions stand for feed-forwards.
         turns: The turns in it; set as it is looked into.
     """
 
@@ -70,7 +70,7 @@ def turns_of(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branc
     added = sum(1 << branch.addition.node.index for branch in branches)
     single = [branch for branch in branches if (_around(branch) & branch.inside & added).bit_count() < 2]
     homes = [home_of(flow, branch) for branch in single]
-    is_fine = len({_coarse(branch) for branch in single}) < 2
+    is_fine = {branch.kind for branch in single} <= {"attention", "crossattention", "convolution"}
     return _Cutter(flow, modules).turns(_Part(single, homes, is_fine=is_fine), 0, is_inside=False) if single else []
 
 
@@ -217,17 +217,17 @@ class _Cutter:
                 period = next(p for p in range(1, len(tokens) + 1) if _has_period(tokens, p))
                 if period < len(parts):
                     return [Turn(_branches(parts[n : n + period])) for n in range(0, len(parts), period)]
+            ends = [n for n, part in enumerate(parts) if part.kinds == {"feedforward"}]
+            if not is_inside and len(ends) > 1 and ends[0] > 0:  # a list of layers of several kinds
+                starts = [0, *(n + 1 for n in ends if n + 1 < len(parts))]
+                stops = [*starts[1:], len(parts)]
+                return [Turn(_branches(parts[a:b])) for a, b in zip(starts, stops, strict=True)]
             period, stop = _repeated_start(ways[0])
             if (
                 stop and len({kind for part in parts[:period] for kind in part.kinds}) > 1
             ):  # then something else: a subsampling
                 starts = [*range(0, stop, period), *([stop] if stop < len(parts) else [])]
                 return [Turn(_branches(parts[a:b])) for a, b in zip(starts, [*starts[1:], len(parts)], strict=True)]
-            ends = [n for n, part in enumerate(parts) if part.kinds == {"feedforward"}]
-            if not is_inside and len(ends) > 1 and ends[0] > 0:  # a list of layers of several kinds
-                starts = [0, *(n + 1 for n in ends if n + 1 < len(parts))]
-                stops = [*starts[1:], len(parts)]
-                return [Turn(_branches(parts[a:b])) for a, b in zip(starts, stops, strict=True)]
         return [Turn(everything)]
 
     def _is_chain(self, parts: list[_Part]) -> bool:
