@@ -11,7 +11,7 @@ from ..structure.base_tensors import parameter_at
 from ..structure.hosts import known_shape, resolve_host
 from ..structure.paths import ancestors, modules_by_path
 from .fitting_part import advice
-from .identity import shapes_around, structure_of
+from .identity import has_structure, shapes_around
 from .saved_adapter import SavedAdapter, SavedHead
 
 __all__ = ["check_structure"]
@@ -44,7 +44,7 @@ def _site_differences(model: nn.Module, spec: SiteSpec, structure: str | None) -
     # Without a residual the host stands in for it, so that the set holds it alone.
     if not {spec.path, spec.residual or spec.path} <= modules.keys():
         yield f"{spec.path!r} ({spec.host}) does not exist"
-    elif structure is not None and structure_of(model, spec.path) != structure:
+    elif structure is not None and not has_structure(model, spec.path, structure):
         yield _other_shape(model, spec.path, _site_text(spec), _host_text(spec, modules[spec.path]))
 
 
@@ -55,7 +55,7 @@ def _head_differences(model: nn.Module, head: SavedHead) -> Iterator[str]:
         yield f"{head.path!r} ({head.host}) does not exist"
     elif head.above is not None:
         yield from (f"the head on the output of {head.path!r} {why}" for why in _output_differences(model, head))
-    elif head.structure is not None and structure_of(model, head.path) != head.structure:
+    elif head.structure is not None and not has_structure(model, head.path, head.structure):
         yield _other_shape(model, head.path, head.host, type(modules[head.path]).__name__)
 
 

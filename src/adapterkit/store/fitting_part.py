@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..structure.paths import modules_by_path
-from .identity import structure_of
+from .identity import has_structure
 from .saved_adapter import SavedSite
 
 __all__ = ["advice"]
@@ -62,7 +62,9 @@ def _has_all(module: nn.Module, sites: Sequence[SavedSite], *, prefix: str = "")
         saved = site.spec.path
         path = saved.removeprefix(prefix)
         # The hash holds the path under which it was saved, so that path goes into the one computed here.
-        if not saved.startswith(prefix) or path not in paths or structure_of(module, path, named=saved) != site.structure:
+        if not saved.startswith(prefix) or path not in paths or site.structure is None:
+            return False
+        if not has_structure(module, path, site.structure, named=saved):
             return False
     return True
 

@@ -9,11 +9,11 @@ from torch import nn
 from ..runtime.originals import fingerprint
 from ..structure.attributes import attribute
 from ..structure.base_tensors import base_parameters
-from ..structure.hosts import host_type
+from ..structure.hosts import host_type, known_shape
 from ..structure.paths import ancestors
 from .manifest import BaseIdentity, Metadata
 
-__all__ = ["base_identity", "output_structure", "shapes_around", "structure_of"]
+__all__ = ["base_identity", "has_structure", "output_structure", "shapes_around", "structure_of"]
 
 
 def structure_of(model: nn.Module, path: str, *, named: str | None = None) -> str:
@@ -27,17 +27,40 @@ def structure_of(model: nn.Module, path: str, *, named: str | None = None) -> st
     return _sha256([path if named is None else named, host_type(model.get_submodule(path)), *shapes_around(model, path)])
 
 
-def shapes_around(model: nn.Module, path: str) -> list[str]:
+def has_structure(model: nn.Module, path: str, structure: str, *, named: str | None = None) -> bool:
+    """Tell whether a host is as `structure_of` said of the one that an adapter was trained on."""
+    # The first files hold the shapes as they were stored: of weights of four bits, packed.
+    stored = [path if named is None else named, host_type(model.get_submodule(path)), *shapes_around(model, path, as_stored=True)]
+    return structure in (structure_of(model, path, named=named), _sha256(stored))
+
+
+def shapes_around(model: nn.Module, path: str, *, as_stored: bool = False) -> list[str]:
     """Return the names and shapes of the parameters of a host: "weight (8, 16)".
 
     Of one without parameters they are those of the innermost module around it that has some.
+
+    Args:
+        as_stored: Give a quantised layer's weight the shape in which it is packed, and not that of what it stands for.
     """
     for around in ancestors(path):
+        module = model.get_submodule(around)
         # Of the base alone: other adapters at the host are no part of its structure. Nor are buffers, whose shapes change.
-        shapes = [f"{name} {tuple(p.shape)}" for name, p in base_parameters(model.get_submodule(around))]
+        shapes = [
+            f"{name} {tuple(p.shape) if as_stored else _shape_of(module, name, p)}" for name, p in base_parameters(module)
+        ]
         if shapes:
             return shapes
     return []
+
+
+def _shape_of(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter; of the weight of a Linear, however it is packed, the widths of that."""
+    holder, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(holder)
+    known = known_shape(owner) if leaf == "weight" and host_type(owner) == "Linear" else None
+    if known is None or known.input_width is None:
+        return tuple(parameter.shape)
+    return known.width, known.input_width
 
 
 def output_structure(path: str, width: int) -> str:
