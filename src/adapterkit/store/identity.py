@@ -30,7 +30,11 @@ def structure_of(model: nn.Module, path: str, *, named: str | None = None) -> st
 def has_structure(model: nn.Module, path: str, structure: str, *, named: str | None = None) -> bool:
     """Tell whether a host is as `structure_of` said of the one that an adapter was trained on."""
     # The first files hold the shapes as they were stored: of weights of four bits, packed.
-    stored = [path if named is None else named, host_type(model.get_submodule(path)), *shapes_around(model, path, as_stored=True)]
+    stored = [
+        path if named is None else named,
+        host_type(model.get_submodule(path)),
+        *shapes_around(model, path, as_stored=True),
+    ]
     return structure in (structure_of(model, path, named=named), _sha256(stored))
 
 

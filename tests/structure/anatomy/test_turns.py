@@ -221,3 +221,126 @@ def test_blocks_that_share_a_tied_attention_are_alike() -> None:
     anatomy, _ = discover(model, torch.zeros(2, 5, dtype=torch.long))
     assert anatomy.unlike == ()
     assert [len(stack) for stack in anatomy.stacks] == [3]
+
+
+class Resampled(Flat):
+    """A flat list of layers, and at its end a feed-forward behind what is added to nothing."""
+
+    def __init__(self, depth: int, kinds: str) -> None:
+        super().__init__(depth, kinds)
+        self.layers.append(nn.Linear(WIDTH, WIDTH))
+        self.layers.append(MAKERS["f"]())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if isinstance(layer, nn.Linear) else x + layer(x)
+        return x
+
+
+def test_layers_in_a_stage_that_ends_in_a_feed_forward_are_blocks() -> None:
+    model = randomised(nn.Sequential(Resampled(2, "af"), Resampled(2, "af"), Flat(2, "af")))
+    kit = ak.wrap(model, X)
+    assert order(model, kit, ak.BottleneckConfig(targets=["@block.last"])) == [1, 3, 4, 6, 8, 9, 11, 13]
+    assert discover(model, X)[0].unlike == ()
+
+
+class Convolved(nn.Module):
+    """A branch that mixes tokens by one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Mixing(nn.Module):
+    """A block of an attention and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.conv = Normed(Attention()), Convolved()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.conv(x)
+
+
+class Spoken(nn.Module):
+    """Two stacks; between them a pitch and an energy, and behind them a smoothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = (nn.Sequential(Mixing(), Mixing()) for _ in range(2))
+        self.pitch, self.energy, self.smooth = Convolved(), Convolved(), Convolved()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        x = x + self.pitch(x)
+        x = x + self.energy(x)
+        x = self.decoder(x)
+        return x + self.smooth(x)
+
+
+def test_a_convolution_alone_is_beside_blocks_of_more() -> None:
+    model = randomised(Spoken())
+    anatomy, _ = discover(model, X)
+    beside = {s.out.path.split(".")[0] for s in anatomy.others if s.out is not None}
+    assert beside == {"pitch", "energy", "smooth"}
+    stacks = [block for stack in anatomy.stacks for (block,) in stack]
+    assert stacks == ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
+
+
+class Gated(nn.Module):
+    """What is no mixer of tokens, built otherwise than a feed-forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(WIDTH, 12), nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) * self.gate(x).sigmoid())
+
+
+class TwoBranches(nn.Module):
+    """A layer that adds both of its branches itself."""
+
+    def __init__(self, first: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second = Normed(first()), Normed(FeedForward())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+@pytest.mark.parametrize("first", [Gated, Attention])
+def test_stages_of_layers_behind_a_convolution(first: Callable[[], nn.Module]) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Convolved()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    class Stage(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.down, self.up = Convolved(), nn.Linear(WIDTH, WIDTH)
+            self.layers = nn.ModuleList(TwoBranches(first) for _ in range(depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.down(x)
+            for layer in self.layers:
+                x = layer(x)
+            return self.up(x)
+
+    model = randomised(nn.Sequential(Residual(), Stage(2), Stage(4), Stage(3)))
+    kit = ak.wrap(model, X)
+    config = ak.BottleneckConfig(targets=["@feedforward.out"])
+    layers = [f"{n}.layers.{i}" for n, depth in ((1, 2), (2, 4), (3, 3)) for i in range(depth)]
+    blocks = {s.block for s in discover(model, X)[0].sublayers}
+    assert {*layers} <= blocks <= {*layers, "0"}
+    assert {f"{layer}.second" for layer in layers} <= {site.path for site in kit.sites(config)}

@@ -16,6 +16,7 @@ from .description import Sublayer, Unlike
 
 __all__ = ["unlike"]
 
+_OUTSIDE = "a module outside of it"
 # What is compared: by the second word of a role, the modules of a sub-layer.
 _WHAT: dict[str, Callable[[Sublayer], Sequence[str]]] = {
     "out": lambda s: (s.out.path if s.out else "",),
@@ -27,15 +28,18 @@ _WHAT: dict[str, Callable[[Sublayer], Sequence[str]]] = {
 }
 
 
-def unlike(flow: Flow, modules: dict[str, nn.Module], sublayers_in: Mapping[str, Sequence[Sublayer]]) -> Iterator[Unlike]:
+def unlike(
+    flow: Flow, modules: dict[str, nn.Module], sublayers_in: Mapping[str, Sequence[Sublayer]], parts: Collection[str]
+) -> Iterator[Unlike]:
     """Yield what differs between blocks of equal build: same classes and shapes, module by module.
 
     Args:
         sublayers_in: Map the path of each block → its sub-layers, as they run.
+        parts: The paths of all blocks, and of the parts of those that no one module holds.
     """
     ran = {call.path for call in flow.calls}
     alike: dict[object, list[str]] = {}
-    for block in (*sublayers_in, *_beside(sublayers_in, modules, ran)):
+    for block in (*sublayers_in, *_beside(sublayers_in, parts, modules, ran)):
         alike.setdefault(_build(modules[block]), []).append(block)
     for blocks in alike.values():
         kept = blocks
@@ -54,9 +58,11 @@ def unlike(flow: Flow, modules: dict[str, nn.Module], sublayers_in: Mapping[str,
             yield from _odd(what, found, ran)
 
 
-def _beside(blocks: Collection[str], modules: dict[str, nn.Module], ran: Collection[str | None]) -> Iterator[str]:
+def _beside(
+    blocks: Collection[str], parts: Collection[str], modules: dict[str, nn.Module], ran: Collection[str | None]
+) -> Iterator[str]:
     """Yield the modules beside blocks, and of their classes, that ran and in which nothing was found at all."""
-    known = {id(modules[block]) for block in blocks}
+    known = {id(modules[path]) for path in parts}
     for holder, kind in {(block.rpartition(".")[0], type(modules[block])) for block in blocks}:
         for name, child in modules[holder]._modules.items():
             path = f"{holder}.{name}".lstrip(".")
@@ -94,13 +100,16 @@ def _makes_stream(flow: Flow, block: str, name: str, sublayers: Sequence[Sublaye
 
 
 def _found(what: str, block: str, sublayers: Sequence[Sublayer], modules: dict[str, nn.Module]) -> tuple[str, ...]:
-    """List what has a role in a block, as "kind: path", by paths from the block on, under which tied modules lie, too."""
+    """List what has a role in a block, as "kind: path", by paths from the block on, under which tied modules lie, too.
+
+    What lies outside of the block has no such path: that it does is all that is compared.
+    """
     held = {id(module): f".{path}" for path, module in modules[block].named_modules() if path}
 
     def name(path: str) -> str:
         if path == block or path.startswith(f"{block}."):
             return path[len(block) :]
-        return held.get(id(modules.get(path)), path)
+        return held.get(id(modules.get(path)), _OUTSIDE if path else "")
 
     return tuple(f"{s.kind}: {name(path)}" for s in sublayers for path in _WHAT[what](s))
 

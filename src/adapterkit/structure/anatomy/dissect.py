@@ -57,7 +57,7 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         products=tuple(multiplied),
         resting=frozenset(path for paths in idle_experts.values() for path in paths),
         unread=tuple(unread(flow, modules, branches, multiplied)),
-        unlike=tuple(unlike(flow, modules, dissection.in_blocks(sublayers, turns))),
+        unlike=tuple(unlike(flow, modules, dissection.in_blocks(sublayers, turns), {s.block or "" for s in inside})),
     )
 
 
@@ -319,15 +319,12 @@ class _Dissection:
         return [node, *(j for i in views for j in self._same(i))]
 
     def in_blocks(self, sublayers: list[Sublayer], turns: list[Turn]) -> dict[str, list[Sublayer]]:
-        """Map the path of each block to its sub-layers; of a block that no one module holds, the paths of its branches."""
-        found: dict[str, list[Sublayer]] = {}
-        for turn in turns:
-            here: dict[str, list[Sublayer]] = {}
-            for branch in turn.branches:
-                if branch.block:
-                    here.setdefault(branch.block, []).append(sublayers[self._numbers[id(branch)]])
-            found |= here  # a module that runs as several blocks has one of them
-        return found
+        """Map the path of each block to its sub-layers; blocks that no one module holds are left out."""
+        return {
+            turn.branches[0].block: [sublayers[self._numbers[id(branch)]] for branch in turn.branches]
+            for turn in turns
+            if turn.branches[0].block and len({branch.block for branch in turn.branches}) == 1
+        }
 
     def blocks(self, sublayers: list[Sublayer], turns: list[Turn]) -> Iterator[ModuleOutput]:
         """Yield what each block returns as its stream: the last sub-layer's sum, or its norm."""

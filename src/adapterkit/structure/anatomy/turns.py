@@ -64,6 +64,11 @@ class _Part:
         """Tell whether there are several blocks in it."""
         return len(self.turns) > 1
 
+    @property
+    def holds_layers(self) -> bool:
+        """Tell whether there are several blocks in it, each of several branches; a list of attentions holds none."""
+        return self.is_stack and all(len(turn.branches) > 1 for turn in self.turns)
+
 
 def turns_of(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branch]) -> list[Turn]:
     """Return the turns of all branches. A branch around several others, as a U-Net's long skips have, is in none."""
@@ -71,7 +76,8 @@ def turns_of(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branc
     single = [branch for branch in branches if (_around(branch) & branch.inside & added).bit_count() < 2]
     homes = [home_of(flow, branch) for branch in single]
     is_fine = {branch.kind for branch in single} <= {"attention", "crossattention", "convolution"}
-    return _Cutter(flow, modules).turns(_Part(single, homes, is_fine=is_fine), 0, is_inside=False) if single else []
+    whole = _Part(single, homes, is_fine=is_fine)
+    return _Cutter(flow, modules).turns(whole, 0, is_inside=False) if single else []
 
 
 def home_of(flow: Flow, branch: Branch) -> tuple[Place, ...]:
@@ -154,6 +160,8 @@ class _Cutter:
             is_stack = has_stack or all(inner.is_item for inner in parts) or self._are_blocks(parts)
         elif any(are_whole):
             is_stack = has_stack or all(are_whole) or not is_inside or all(inner.is_item for inner in parts)
+        elif any(inner.holds_layers for inner in parts):
+            is_stack = True
         else:
             return self._repetitions(parts, is_inside=is_inside)
         if not is_stack:
@@ -194,9 +202,13 @@ class _Cutter:
 
     def _stacked(self, parts: list[_Part], kinds: set[str], *, repeats: bool) -> Iterator[Turn]:
         """Yield the turns of a stack's parts. A part that is no whole turn, and does not repeat, is beside the blocks."""
-        fine = {branch.kind for part in parts if part.is_stack for branch in part.branches}
+        stacked = [turn for part in parts if part.is_stack for turn in part.turns]
+        fine = {branch.kind for turn in stacked for branch in turn.branches}
+        lone = {turn.branches[0].kind for turn in stacked if len(turn.branches) == 1}
         for part in parts:
-            is_odd = part.kinds != kinds or (bool(fine) and not fine & {branch.kind for branch in part.branches})
+            is_odd = part.kinds != kinds or (bool(fine) and not fine & {*part.does})
+            # One convolution alone, as embeds a pitch, is no block where blocks are made of more.
+            is_odd |= bool(stacked) and part.does == ("convolution",) and "convolution" not in lone
             is_beside = is_odd and not (part.is_stack or repeats or self._adds_in_a_list(part))
             yield from [Turn(part.branches, is_block=False)] if is_beside else part.turns
 
@@ -214,7 +226,7 @@ class _Cutter:
             ways.append([part.does for part in parts])
         if self._is_chain(parts):
             for tokens in ways:
-                period = next(p for p in range(1, len(tokens) + 1) if _has_period(tokens, p))
+                period = self._period(parts, tokens)
                 if period < len(parts):
                     return [Turn(_branches(parts[n : n + period])) for n in range(0, len(parts), period)]
             ends = [n for n, part in enumerate(parts) if part.kinds == {"feedforward"}]
@@ -222,13 +234,20 @@ class _Cutter:
                 starts = [0, *(n + 1 for n in ends if n + 1 < len(parts))]
                 stops = [*starts[1:], len(parts)]
                 return [Turn(_branches(parts[a:b])) for a, b in zip(starts, stops, strict=True)]
-            period, stop = _repeated_start(ways[0])
-            if (
-                stop and len({kind for part in parts[:period] for kind in part.kinds}) > 1
-            ):  # then something else: a subsampling
-                starts = [*range(0, stop, period), *([stop] if stop < len(parts) else [])]
-                return [Turn(_branches(parts[a:b])) for a, b in zip(starts, [*starts[1:], len(parts)], strict=True)]
         return [Turn(everything)]
+
+    def _period(self, parts: list[_Part], tokens: Sequence[object]) -> int:
+        """Return after how many parts what they do repeats; their number if it does not.
+
+        Whole turns may repeat and leave a rest, as a feed-forward behind what makes a stage narrower.
+        """
+        whole = {kind for part in parts for kind in part.kinds}
+        for period in range(1, len(tokens) // 2 + 1):
+            has_rest = bool(len(tokens) % period)
+            is_whole = {kind for part in parts[:period] for kind in part.kinds} == whole
+            if _repeats(tokens, period) and (is_whole or not has_rest):
+                return period
+        return len(tokens)
 
     def _is_chain(self, parts: list[_Part]) -> bool:
         """Tell whether each part computes from what the one before it was added to."""
@@ -248,23 +267,10 @@ def _coarse(branch: Branch) -> str:
     return "feedforward" if branch.kind == "feedforward" else "mixer"
 
 
-def _has_period(tokens: Sequence[object], period: int) -> bool:
-    """Tell whether the first tokens repeat to the end."""
-    return len(tokens) % period == 0 and all(t == tokens[n % period] for n, t in enumerate(tokens))
-
-
-def _repeated_start(tokens: Sequence[object]) -> tuple[int, int]:
-    """Return how long what repeats at the start is, and where it stops repeating; (0, 0) if nothing does.
-
-    Example: of a b a b c it is (2, 4).
-    """
-    for period in range(1, len(tokens) // 2 + 1):
-        stop = period
-        while tokens[stop : stop + period] == tokens[:period]:
-            stop += period
-        if stop > period:
-            return period, stop
-    return 0, 0
+def _repeats(tokens: Sequence[object], period: int) -> bool:
+    """Tell whether the first tokens repeat, up to a rest that is shorter than they are."""
+    end = len(tokens) - len(tokens) % period
+    return all(tokens[n] == tokens[n % period] for n in range(end))
 
 
 def _branches(parts: Sequence[_Part]) -> list[Branch]:
