@@ -192,7 +192,10 @@ def _check_inside(path: Path, directory: Path) -> int:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if home not in real.parents and blobs not in real.parents:
         raise StoreError(f"{str(path)!r} is a link to {str(real)!r}, outside the adapter's directory; it is not followed")
-    status = real.stat()
+    try:
+        status = real.stat()
+    except FileNotFoundError:  # another process saves here, and has just given the file its name, or another one
+        raise StoreError(f"{str(path)!r} went away while it was read") from None
     # A pipe or a device would block a read, or never end it.
     if not stat.S_ISREG(status.st_mode):
         raise StoreError(f"{str(path)!r} is not a regular file")
