@@ -21,7 +21,7 @@ from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
 from ..tracing.graph import ADDITIONS, ModuleCall
 from .additions import Addition, addends
 from .attention_operands import Attentions
-from .description import Kind
+from .description import Kind, ModuleOutput
 from .feature_axes import FeatureAxes
 from .kinds import branch_kind
 from .residual import residual_additions, side_branches
@@ -187,6 +187,12 @@ class BranchReader:
     def _is_bounded(self, index: int) -> bool:
         """Tell whether a node is a number between bounds: a gate, for what it is multiplied with."""
         return self.flow.nodes[self.flow.source(index)].op in BOUNDED
+
+    def output_of(self, call: ModuleCall, path: pytree.Path) -> ModuleOutput:
+        """Describe what a call returned at a path of its output."""
+        node = self.flow.nodes[dict(call.outputs)[path]]
+        axis = self.axes.of(node.index)
+        return ModuleOutput(call.path or "", path, node.shape, None if axis is None else axis - len(node.shape))
 
     def is_hookable(self, call: ModuleCall) -> bool:
         """Tell whether a hook on the module sees this branch, and only this, in each call of the module around it."""

@@ -11,19 +11,18 @@ from dataclasses import replace
 
 from torch import nn
 
-from .. import pytree
 from ..paths import ancestors
 from ..tracing.flow import VIEWS, Flow, bits
-from ..tracing.graph import ModuleCall
 from ..tracing.replay import Replays
 from .additions import follows
 from .alike import unlike
 from .blocks import find_blocks, stacks_of, template_of, within
 from .branches import Branch, BranchReader, Turn
-from .description import Anatomy, ModuleInput, ModuleOutput, Norm, Sublayer
+from .description import Anatomy, ModuleOutput, Norm, Sublayer
 from .fused import fused_projections
-from .norms import Norms, readers_of
+from .norms import Norms
 from .products import first_of, last_of, products, resting, unread
+from .streams import Streams
 from .unknown import unknown_operations
 from .vocabulary import output_calls
 
@@ -67,6 +66,7 @@ class _Dissection:
     def __init__(self, reader: BranchReader, resting: dict[str, tuple[str, ...]]) -> None:
         self.reader, self.flow, self.axes, self.additions = reader, reader.flow, reader.axes, reader.additions
         self.replays, self.resting = Replays(reader.flow), resting
+        self.streams = Streams(reader)
         self.norms = Norms(self.flow, self.additions, self.replays)
         self._numbers: dict[int, int] = {}  # `id` of a branch -> which sub-layer it is
 
@@ -102,9 +102,13 @@ class _Dissection:
         flow, addition = self.flow, branch.addition
         attended = list(self.reader.attentions.projected(branch.inside))
         call = self.norms.after(branch)
-        post = self._output_of(call, call.outputs[0][0]) if call else None
+        post = self.reader.output_of(call, call.outputs[0][0]) if call else None
         is_by_hand = call is None and self.norms.is_after_by_hand(branch)
         node_call = addition.node.call
+        stream, is_one = (
+            self.streams.taker(branch, addition.stream),
+            flow.source(addition.stream) == flow.source(addition.skip),
+        )
 
         def making(part: str) -> tuple[str, ...]:
             return self._modules_of(sorted({one.node for one in attended if one.part == part}))
@@ -124,9 +128,9 @@ class _Dissection:
             is_moe=branch.is_moe,
             is_last=self._is_last(branch),
             norm=self.norms.kind(branch, is_after=post is not None or is_by_hand),
-            stream=self._taker(branch, branch.addition.stream),
-            skip=self._taker(branch, branch.addition.skip),
-            sum=self._sum(branch),
+            stream=stream,
+            skip=stream if is_one else self.streams.taker(branch, addition.skip),
+            sum=self.streams.sum(branch),
             post_norm=post,
             shares_norm=post is not None and self.norms.runs_again(post.path, branch),
             is_normalised_by_hand=is_by_hand,
@@ -147,16 +151,10 @@ class _Dissection:
         if branch.call is None:
             return None
         call, path = branch.call
-        output = self._output_of(call, path)
+        output = self.reader.output_of(call, path)
         # The addition knows best: its other operand is the stream, and the features must lie where the stream has them.
         axis = self.axes.on_the_way(dict(call.outputs)[path], branch.end, self.axes.of(branch.addition.skip))
         return output if axis is None else replace(output, axis=axis - len(output.shape))
-
-    def _output_of(self, call: ModuleCall, path: pytree.Path) -> ModuleOutput:
-        """Describe what a call returned at a path of its output."""
-        node = self.flow.nodes[dict(call.outputs)[path]]
-        axis = self.axes.of(node.index)
-        return ModuleOutput(call.path or "", path, node.shape, None if axis is None else axis - len(node.shape))
 
     def _has_sibling(self, branch: Branch) -> bool:
         """Tell whether the skip is itself a sum with this branch's stream: (x + attention(x)) + mlp(x)."""
@@ -171,71 +169,6 @@ class _Dissection:
     def _with_resting(self, paths: tuple[str, ...]) -> tuple[str, ...]:
         """Return the paths, with those of the same layers in experts that did not run."""
         return tuple(dict.fromkeys((*paths, *(other for path in paths for other in self.resting.get(path, ())))))
-
-    # --- norms and streams --------------------------------------------------------------------------------------------
-
-    def _taker(self, branch: Branch, stream: int) -> ModuleInput | None:
-        """Return the last module, in the block or beside it, that takes a stream before the branch's output is made.
-
-        A hook on it sees the stream, which an adapter beside the branch needs. It is None if no module takes it.
-
-        Args:
-            stream: The node that the branch is computed from, or added to.
-        """
-        flow = self.flow
-        made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
-        root, shape = flow.source(stream), flow.nodes[made].shape
-        # Experts gather tokens and scatter them again, behind which features are lost from sight: the addition knows best.
-        axis = self.axes.on_the_way(made, branch.end, self.axes.of(branch.addition.skip))
-        axis = self.axes.of(made) if axis is None else axis
-        taker = None
-        for call in flow.calls:
-            if call.path is None or not self._may_take_the_stream(call, branch, root, made):
-                continue
-            for path, i in call.inputs:
-                # A path of two is an argument of its own; a longer one lies in a container, which no setting can name.
-                is_stream = len(path) == 2 and flow.source(i) == root
-                # It must lie as the branch's output does: then one adapter can add to the latter what it reads here.
-                if is_stream and flow.nodes[i].shape == shape and self.axes.of(i) in (axis, None):
-                    taker = ModuleInput(call.path, _argument(path))
-        return taker
-
-    def _may_take_the_stream(self, call: ModuleCall, branch: Branch, stream: int, made: int) -> bool:
-        """Tell whether a call is near the branch, runs before its output is made, and can carry a hook for this alone."""
-        addition = branch.addition
-        is_near = within(call.path or "", branch.block) or call.parent is addition.node.call
-        if not is_near or not stream < call.start <= made:
-            return False
-        # An nn.Sequential would run what a hook's site adds to it; an nn.Identity is often put in the place of others.
-        is_bad_host = isinstance(call.module, (nn.Sequential, nn.Identity))
-        return not is_bad_host and self.reader.repeats[call.path, id(call.parent)] <= 1
-
-    def _sum(self, branch: Branch) -> ModuleOutput | None:
-        """Return the outermost module of the block that returns the sum, which nothing reads before that."""
-        flow, node = self.flow, branch.addition.node.index
-        first_reader = min(readers_of(flow, node), default=len(flow.nodes))  # nothing reads it: the model returns it
-        found = [
-            (call, path)
-            for call in flow.calls
-            if self._ends_with_the_sum(call, branch, first_reader)
-            for path, i in call.outputs
-            if flow.source(i) == node and flow.nodes[i].shape == flow.nodes[node].shape
-        ]
-        if not found:
-            return None
-        call, path = min(found, key=lambda pair: len(list(pair[0].around())))
-        return self._output_of(call, path)
-
-    def _ends_with_the_sum(self, call: ModuleCall, branch: Branch, first_reader: int) -> bool:
-        """Tell whether a call of the block ended after the addition and before anything read the sum."""
-        node = branch.addition.node
-        if call.path is None or call.end is None or not within(call.path, branch.block):
-            return False
-        if not call.start <= node.index < call.end <= first_reader:
-            return False
-        # A module that runs several times returns other tensors, too; unless the addition is inside: ALBERT's block.
-        is_around = any(call is around for around in (node.call.around() if node.call else ()))
-        return is_around or self.reader.repeats[call.path, id(call.parent)] <= 1
 
     # --- what is left -------------------------------------------------------------------------------------------------
 
@@ -292,7 +225,7 @@ class _Dissection:
                 ]
                 if calls:
                     call, path = min(calls, key=lambda found: len(list(found[0].around())))  # the outermost
-                    yield self._output_of(call, path)
+                    yield self.reader.output_of(call, path)
                     break
 
     def output_embeddings(self, branches: list[Branch]) -> Iterator[ModuleOutput]:
@@ -300,7 +233,7 @@ class _Dissection:
         blocks = {branch.block for branch in branches if branch.block}
         for call in output_calls(self.flow, self._entries(branches)):
             if self.reader.can_carry(call) and not any(within(call.path or "", block) for block in blocks):
-                yield self._output_of(call, call.outputs[0][0])
+                yield self.reader.output_of(call, call.outputs[0][0])
 
     def _entries(self, branches: list[Branch]) -> dict[int, Branch]:
         """Map the stream that enters the first block of each stack to that block's first branch."""
@@ -364,8 +297,3 @@ def _with_post_by_hand(sublayer: Sublayer) -> Sublayer:
     """Return the sub-layer with a norm after its addition that is no module's."""
     norm: Norm = "post" if sublayer.norm == "none" else sublayer.norm
     return replace(sublayer, post_norm=None, is_normalised_by_hand=True, norm=norm)
-
-
-def _argument(path: pytree.Path) -> pytree.Argument:
-    """Return an argument of a call, from its path in `(args, kwargs)`: (0, 1) is the second by position."""
-    return (int(path[1]), None) if path[0] == 0 else (None, str(path[1]))

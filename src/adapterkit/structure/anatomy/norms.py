@@ -21,15 +21,7 @@ from .branches import Branch
 from .description import Norm
 from .products import first_of, last_of
 
-__all__ = ["Norms", "readers_of"]
-
-
-def readers_of(flow: Flow, node: int) -> list[int]:
-    """List what reads a node, through views."""
-    found = []
-    for i in flow.readers[node]:
-        found += readers_of(flow, i) if flow.nodes[i].op in VIEWS else [i]
-    return found
+__all__ = ["Norms"]
 
 
 class Norms:
@@ -84,7 +76,7 @@ class Norms:
         flow, node = self.flow, branch.addition.node.index
         if self.is_stream(node):  # the next branch is added to the sum itself: this is no post-norm block
             return None
-        readers = readers_of(flow, node)
+        readers = list(flow.readers_through_views(node))
         for call in self._candidates(branch):
             takes = any(flow.source(i) == flow.source(node) for _, i in call.inputs)
             if not takes or call.path is None or not call.outputs:

@@ -254,8 +254,7 @@ def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Add
     """
     if addition not in inside:
         return False
-    goes_on = any(follows(flow, addition, a.stream) and not a.is_projected for a in every)
-    if addition.is_projected and not goes_on and not outer.is_projected:  # a LoRA built in: W x + b(a(x))
+    if addition.is_projected and not outer.is_projected and not _goes_on(flow, addition, every):
         return addition.stream == outer.stream or flow.leads_to(outer.stream, addition.stream)
     start = addition.stream
     while True:  # back along its stream, from one addition to the one before
@@ -267,6 +266,11 @@ def _is_nested(flow: Flow, addition: Addition, outer: Addition, inside: list[Add
         if not before:
             return flow.leads_to(outer.stream, start)
         start = before[-1].stream
+
+
+def _goes_on(flow: Flow, addition: Addition, every: list[Addition]) -> bool:
+    """Tell whether something is added to a sum in turn; to W x + b(a(x)), a layer with a LoRA built in, nothing is."""
+    return any(follows(flow, addition, after.stream) and not after.is_projected for after in every)
 
 
 def _escapes(flow: Flow, addition: Addition, outer: Addition) -> bool:

@@ -55,18 +55,19 @@ def only_weighs(flow: Flow, start: int, inside: int, end: int, found: int = 0) -
     seen, todo = set[tuple[int, bool]](), [(start, flow.nodes[start].op in _CHOOSING)]
     while todo:
         i, chooses = todo.pop()
-        for reader in {*flow.readers[i]} if (i, chooses) not in seen else ():
+        if (i, chooses) in seen:
+            continue
+        seen.add((i, chooses))
+        for reader in {*flow.readers[i]}:
             node = flow.nodes[reader]
             if not inside >> reader & 1 or found >> reader & 1 or not _reads_numbers(node, i) or _is_weight(node, i):
                 continue
-            if (node.op in MATMULS or flow.attentions >> reader & 1) and not flow.projections >> reader & 1 and chooses:
+            is_product = node.op in MATMULS or bool(flow.attentions >> reader & 1)
+            if is_product and chooses and not flow.projections >> reader & 1:
                 continue  # weights that put tokens into experts, or the experts' outputs together
-            if node.op in MATMULS or flow.attentions >> reader & 1:
-                return False
-            if reader == end:
+            if is_product or reader == end:
                 return False
             todo.append((reader, chooses or node.op in _CHOOSING))
-        seen.add((i, chooses))
     return True
 
 

@@ -149,25 +149,30 @@ class _Cutter:
         if len(parts) == 1:
             return [Turn(part.branches)]
         kinds = part.kinds
-        are_whole = [inner.kinds == kinds for inner in parts]
         repeated = Counter(what for what, _ in {(inner.does, common(inner.homes)[-1][1]) for inner in parts})
-        for inner, is_whole in zip(parts, are_whole, strict=True):
-            inner.turns = self.turns(inner, depth, is_inside=is_inside or (is_whole and repeated[inner.does] > 1))
-        has_stack = any(
-            inner.is_stack and any({*map(part.kind_of, turn.branches)} == kinds for turn in inner.turns) for inner in parts
-        )
-        if len(kinds) == 1:
-            is_stack = has_stack or all(inner.is_item for inner in parts) or self._are_blocks(parts)
-        elif any(are_whole):
-            is_stack = has_stack or all(are_whole) or not is_inside or all(inner.is_item for inner in parts)
-        elif any(inner.holds_layers for inner in parts):
-            is_stack = True
-        else:
-            return self._repetitions(parts, is_inside=is_inside)
-        if not is_stack:
-            return [Turn(part.branches)]
-        # In what itself repeats, a stage say, nothing is beside the blocks.
-        return list(self._stacked(parts, kinds, repeats=is_inside))
+        for inner in parts:
+            is_one_of_several = inner.kinds == kinds and repeated[inner.does] > 1
+            inner.turns = self.turns(inner, depth, is_inside=is_inside or is_one_of_several)
+        if self._is_stack(parts, part, is_inside=is_inside):
+            # In what itself repeats, a stage say, nothing is beside the blocks.
+            return list(self._stacked(parts, kinds, repeats=is_inside))
+        is_cut = len(kinds) > 1 and not any(inner.kinds == kinds for inner in parts)
+        return self._repetitions(parts, is_inside=is_inside) if is_cut else [Turn(part.branches)]
+
+    def _is_stack(self, parts: list[_Part], whole: _Part, *, is_inside: bool) -> bool:
+        """Tell whether parts are blocks, or stacks of them, and not the sub-layers of one block.
+
+        Args:
+            parts: What `whole` is made of, each with its turns.
+        """
+        kinds, are_whole = whole.kinds, [part.kinds == whole.kinds for part in parts]
+        if len(kinds) > 1 and not any(are_whole):
+            return any(part.holds_layers for part in parts)
+        turns = (turn for part in parts if part.is_stack for turn in part.turns)
+        holds_whole = any({*map(whole.kind_of, turn.branches)} == kinds for turn in turns)
+        if holds_whole or all(part.is_item for part in parts):
+            return True
+        return self._are_blocks(parts) if len(kinds) == 1 else all(are_whole) or not is_inside
 
     def _parts(self, part: _Part, depth: int) -> list[_Part]:
         """Split a part where the place inside it changes; a branch that is computed right there is a part of its own.
@@ -219,22 +224,16 @@ class _Cutter:
 
     def _repetitions(self, parts: list[_Part], *, is_inside: bool) -> list[Turn]:
         """Return the turns of parts none of which is a whole turn: several if what they do repeats, else one."""
-        everything = [branch for part in parts for branch in part.branches]
-        is_list = all(part.is_item for part in parts)
         ways: list[list[object]] = [[self._build(part) for part in parts]]
-        if is_list or not is_inside:
+        if not is_inside or all(part.is_item for part in parts):
             ways.append([part.does for part in parts])
-        if self._is_chain(parts):
-            for tokens in ways:
-                period = self._period(parts, tokens)
-                if period < len(parts):
-                    return [Turn(_branches(parts[n : n + period])) for n in range(0, len(parts), period)]
-            ends = [n for n, part in enumerate(parts) if part.kinds == {"feedforward"}]
-            if not is_inside and len(ends) > 1 and ends[0] > 0:  # a list of layers of several kinds
-                starts = [0, *(n + 1 for n in ends if n + 1 < len(parts))]
-                stops = [*starts[1:], len(parts)]
-                return [Turn(_branches(parts[a:b])) for a, b in zip(starts, stops, strict=True)]
-        return [Turn(everything)]
+        if not self._is_chain(parts):
+            return _cut(parts, [0])
+        for tokens in ways:
+            period = self._period(parts, tokens)
+            if period < len(parts):
+                return _cut(parts, range(0, len(parts), period))
+        return _cut(parts, [0] if is_inside else _after_feedforwards(parts))
 
     def _period(self, parts: list[_Part], tokens: Sequence[object]) -> int:
         """Return after how many parts what they do repeats; their number if it does not.
@@ -273,6 +272,15 @@ def _repeats(tokens: Sequence[object], period: int) -> bool:
     return all(tokens[n] == tokens[n % period] for n in range(end))
 
 
-def _branches(parts: Sequence[_Part]) -> list[Branch]:
-    """List the branches of parts."""
-    return [branch for part in parts for branch in part.branches]
+def _after_feedforwards(parts: Sequence[_Part]) -> list[int]:
+    """Return where the turns of a list of layers of several kinds begin: each ends in a feed-forward."""
+    ends = [n for n, part in enumerate(parts) if part.kinds == {"feedforward"}]
+    is_list = len(ends) > 1 and ends[0] > 0
+    return [0, *(n + 1 for n in ends if n + 1 < len(parts))] if is_list else [0]
+
+
+def _cut(parts: Sequence[_Part], starts: Sequence[int]) -> list[Turn]:
+    """Return the turns that begin with these parts, in their order."""
+    stops = [*starts[1:], len(parts)]
+    groups = (parts[start:stop] for start, stop in zip(starts, stops, strict=True))
+    return [Turn([branch for part in group for branch in part.branches]) for group in groups]

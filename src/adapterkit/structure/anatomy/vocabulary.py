@@ -54,15 +54,24 @@ def _origin(flow: Flow, index: int) -> int:
 def _linear(flow: Flow) -> Iterator[int]:
     """Yield the projections that are all that a module does: it takes hidden states and returns their product."""
     for i in bits(flow.projections):
-        node = flow.nodes[i]
-        is_asked = i in flow.evidence  # its weight need not be a tensor
-        matrix = [j for j in node.inputs if flow.is_constant[j] and len(flow.nodes[j].shape) == 2]
-        operands = [flow.nodes[reader].inputs[at] for reader, at in flow.evidence[i].operands] if is_asked else ()
-        taken = {flow.source(j) for j in operands or flow.activations(node)}
-        call = node.call
-        if not (matrix or is_asked) or call is None or "convolution" in node.op:
+        node, call = flow.nodes[i], flow.nodes[i].call
+        if call is None or "convolution" in node.op or not _has_matrix(flow, i):
             continue
+        taken = {flow.source(j) for j in _operands(flow, i)}
         # The module takes what is projected, and returns it, whatever it casts or scales on the way.
         takes = any(flow.nodes[j].is_floating and flow.source(j) in taken for _, j in call.inputs)
         if takes and any(flow.unscaled(j) == i for _, j in call.outputs):
             yield i
+
+
+def _has_matrix(flow: Flow, index: int) -> bool:
+    """Tell whether a projection multiplies by a matrix; that of one which numbers showed need not be a tensor."""
+    inputs = flow.nodes[index].inputs
+    return index in flow.evidence or any(flow.is_constant[j] and len(flow.nodes[j].shape) == 2 for j in inputs)
+
+
+def _operands(flow: Flow, index: int) -> list[int]:
+    """List what a projection multiplies."""
+    shown = flow.evidence.get(index)
+    read = [flow.nodes[reader].inputs[at] for reader, at in shown.operands] if shown else []
+    return read or flow.activations(flow.nodes[index])

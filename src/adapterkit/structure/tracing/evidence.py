@@ -64,11 +64,7 @@ def ask(graph: Graph, is_constant: Sequence[bool], ancestors: Sequence[int]) -> 
     asked = [n for n in nodes if not n.is_torchs and n.is_floating and not is_constant[n.index]]
     if not asked:
         return {}
-    outside = sum(1 << node.index for node in nodes if node.operation is None)
-    of_nothing = sum(1 << n.index for n in nodes if n.operation is not None and not ancestors[n.index] & outside)
-    # A tensor from outside that no module was called with is held in an attribute, as bitsandbytes holds its weights.
-    given = {i for call in graph.calls for _, i in call.inputs}
-    held = sum(1 << n.index for n in nodes if is_constant[n.index] or (n.op == "input" and n.index not in given))
+    held, of_nothing = _held(graph, is_constant), _made_of_nothing(graph, ancestors)
     known: dict[Hashable, Evidence] = {}
     found: dict[int, Evidence] = {}
     for node in asked:
@@ -79,6 +75,19 @@ def ask(graph: Graph, is_constant: Sequence[bool], ancestors: Sequence[int]) -> 
         order = known[key].order or range(len(piece.readers))
         found[node.index] = replace(known[key], operands=tuple(piece.readers[i] for i in order))
     return found
+
+
+def _held(graph: Graph, is_constant: Sequence[bool]) -> int:
+    """Return the set of nodes that come of what the model holds."""
+    # A tensor from outside that no module was called with is held in an attribute, as bitsandbytes holds its weights.
+    given = {i for call in graph.calls for _, i in call.inputs}
+    return sum(1 << n.index for n in graph.nodes if is_constant[n.index] or (n.op == "input" and n.index not in given))
+
+
+def _made_of_nothing(graph: Graph, ancestors: Sequence[int]) -> int:
+    """Return the set of nodes that come of no tensor at all, as positions do."""
+    outside = sum(1 << node.index for node in graph.nodes if node.operation is None)
+    return sum(1 << n.index for n in graph.nodes if n.operation is not None and not ancestors[n.index] & outside)
 
 
 def _evidence_of(piece: Piece) -> Evidence:
@@ -109,25 +118,32 @@ class _Questions:
 
     def answer(self) -> Evidence:
         """Return what it does."""
-        many = sum(t.is_floating_point() and t.dim() > 1 for t in self.piece.end.made) > 1
         if len(self.base) > 2 and self._attends():
             return Evidence("attention", order=self._query_first())
-        if many and len(self.base) > 1:
+        if len(self.base) > 1 and self._makes_several():
             return Evidence("unknown", reason="it makes several tensors of several, and which of which is not known")
         if not any(self.mixing):
             return Evidence("pointwise")
-        linear = all(self._is_affine(at) for at in range(len(self.base)))
-        if linear and len(self.mixing[0]) == len(self.base) == 1 and self.piece.has_weights:
+        linear, has_weights = all(map(self._is_affine, range(len(self.base)))), self.piece.has_weights
+        if linear and len(self.mixing[0]) == len(self.base) == 1 and has_weights:
             return self._projection()
-        if any(axes not in ([], [source.dim() - 1]) for axes, source in zip(self.mixing, self.base, strict=True)):
+        if self._moves_tokens():
             return Evidence("unknown", reason="it moves something between tokens, and is no attention of three tensors")
-        if linear and not self.piece.has_weights:
+        if linear and not has_weights:
             return Evidence("map")
-        if len(self.base) == 1 and not self.piece.has_weights and _differ(self._twice(), self._run()) < _TOLERANCE:
+        if len(self.base) == 1 and not has_weights and _differ(self._twice(), self._run()) < _TOLERANCE:
             return Evidence("norm")
         return Evidence("unknown", reason="what it computes of a token is not linear, as a projection is")
 
     # --- one question each --------------------------------------------------------------------------------------------
+
+    def _makes_several(self) -> bool:
+        """Tell whether it returns more than one tensor of features."""
+        return sum(made.is_floating_point() and made.dim() > 1 for made in self.piece.end.made) > 1
+
+    def _moves_tokens(self) -> bool:
+        """Tell whether it mixes along another axis than the last, which is that of features."""
+        return any(axes not in ([], [source.dim() - 1]) for axes, source in zip(self.mixing, self.base, strict=True))
 
     def _projection(self) -> Evidence:
         """Describe a projection, or say why it is none."""
