@@ -63,7 +63,7 @@ class Listed(Mixture):
         self.experts = nn.ModuleList(FeedForward() for _ in range(EXPERTS))
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        return sum(weights[:, i, None] * expert(x) for i, expert in enumerate(self.experts))  # type: ignore[return-value]
+        return sum(weights[:, i, None] * expert(x) for i, expert in enumerate(self.experts))
 
 
 class Sparse(Listed):
@@ -104,7 +104,7 @@ class TwoLayerRouter(Listed):
 
     def __init__(self, weigh: Callable[[Tensor], Tensor]) -> None:
         super().__init__(weigh)
-        self.router = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, EXPERTS))  # type: ignore[assignment]
+        self.router = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, EXPERTS))
 
 
 class Shared(Listed):

@@ -134,11 +134,11 @@ def _mask(_model: Any, x: Tensor) -> Tensor:
 # Hosts that are to be seen as `Plain` is.
 ODD: dict[str, type[Plain]] = {
     "sparse": holding(lambda: torch.eye(3).to_sparse()),
-    "sparse, changed": holding(lambda: torch.eye(3).to_sparse(), lambda model, _x: model.held.mul_(2)),  # type: ignore[operator]
+    "sparse, changed": holding(lambda: torch.eye(3).to_sparse(), lambda model, _x: model.held.mul_(2)),
     "sparse rows": holding(lambda: torch.eye(3).to_sparse_csr()),
     "ragged": holding(lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)),
     "not a number": holding(lambda: torch.full((3,), torch.nan)),
-    "resized": holding(lambda: torch.zeros(1), lambda model, x: model.held.resize_(x.shape[1]).fill_(1)),  # type: ignore[operator]
+    "resized": holding(lambda: torch.zeros(1), lambda model, x: model.held.resize_(x.shape[1]).fill_(1)),
     "given other data": holding(lambda: torch.zeros(1), lambda model, x: setattr(model.held, "data", torch.ones(7))),
     "replaced": holding(lambda: torch.zeros(1), lambda model, x: setattr(model, "held", torch.ones(7))),
     "registered": doing(lambda model, x: model.register_buffer("new", torch.ones(3))),

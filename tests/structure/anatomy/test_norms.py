@@ -99,7 +99,7 @@ def test_a_module_without_parameters_that_normalises_is_run_again() -> None:
     class Block(Pre):
         def __init__(self) -> None:
             super().__init__()
-            self.norm1, self.norm2 = ByPower(), ByPower()  # type: ignore[assignment]
+            self.norm1, self.norm2 = ByPower(), ByPower()
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.norm1(x + self.attention(x))

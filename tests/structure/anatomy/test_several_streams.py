@@ -61,7 +61,7 @@ class TwoStreams(Model):
     """Starts both streams from one embedding, or from the halves of a wider one."""
 
     def __init__(self, block: Callable[[], nn.Module], *, is_wide: bool = False, blocks: int = 2) -> None:
-        super().__init__(block, blocks)  # type: ignore[arg-type]
+        super().__init__(block, blocks)
         self.embedding = nn.Embedding(VOCAB, 2 * WIDTH if is_wide else WIDTH)
         self.is_wide = is_wide
 
@@ -147,7 +147,7 @@ class ThreeStreams(Model):
 
 @pytest.mark.parametrize("is_static", [False, True])
 def test_hyper_connections_have_their_sub_layers(is_static: bool) -> None:
-    model = ThreeStreams(lambda: HyperConnected(is_static=is_static))  # type: ignore[arg-type]
+    model = ThreeStreams(lambda: HyperConnected(is_static=is_static))
     assert paths(model, "@attention.out", "@feedforward.out") == in_each("attention", "mlp")
     assert paths(model, "@sublayer.out") == in_each("attention", "mlp")
     assert is_proven(model)
@@ -234,7 +234,7 @@ def with_sides(model: nn.Module) -> nn.Module:
     for holder in list(model.modules()):
         if isinstance(holder, (Attention, FeedForward)):
             for name, layer in list(holder.named_children()):
-                setattr(holder, name, Beside(layer))  # type: ignore[arg-type]
+                setattr(holder, name, Beside(layer))
     return model
 
 
@@ -269,7 +269,7 @@ class Behind(nn.Module):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_layers_behind_a_projection_are_the_ones_adapted(layers: int) -> None:
     names = [f"layers.{i}.{name}" for i in range(layers) for name in ("attention", "mlp")]
-    assert paths(Model(lambda: Behind(layers)), "@sublayer.out") == in_each(*names)  # type: ignore[arg-type]
+    assert paths(Model(lambda: Behind(layers)), "@sublayer.out") == in_each(*names)
 
 
 # --- tokens mixed by a convolution ------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_a_host_without_features_is_refused(make: Any) -> None:
 
 def test_losses_of_rows_before_the_features_are_asked_about() -> None:
     class Losses(nn.Linear):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             h = super().forward(x)
             return h.mean(-1), h
 
