@@ -120,3 +120,12 @@ def test_a_module_without_parameters_that_normalises_is_run_again() -> None:
             s = x + block.mlp(x)
             x = block.norm2(s + torch.relu(block.norm2(s) @ down.T + down_bias) @ up.T + up_bias)
         assert torch.allclose(adapted, model.head(model.norm(x)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_norm_that_takes_the_sum_clamped_is_the_blocks() -> None:
+    def forward(block: Pre, x: Tensor) -> Tensor:
+        x = block.norm1((x + block.attention(x)).clamp(-5e4, 5e4))
+        return block.norm2((x + block.mlp(x)).clamp(-5e4, 5e4))
+
+    sites = ak.wrap(randomised(Model(block_of(forward)))).sites("pfeiffer")
+    assert [(site.path, site.at) for site in sites] == [(f"blocks.{i}.norm2", "input") for i in (0, 1)]

@@ -23,6 +23,8 @@ from .products import first_of, last_of
 
 __all__ = ["Norms"]
 
+_CLIPS = frozenset(("clamp", "clamp_"))  # what keeps a sum in the range of half precision, in front of its norm
+
 
 class Norms:
     """Finds the norms around branches.
@@ -78,7 +80,7 @@ class Norms:
             return None
         readers = list(flow.readers_through_views(node))
         for call in self._candidates(branch):
-            takes = any(flow.source(i) == flow.source(node) for _, i in call.inputs)
+            takes = any(flow.source(i, VIEWS | _CLIPS) == flow.source(node) for _, i in call.inputs)
             if not takes or call.path is None or not call.outputs:
                 continue
             if within(call.path, branch.block) or self._is_beside(call, branch, readers):
