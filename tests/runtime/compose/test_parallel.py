@@ -432,3 +432,30 @@ def test_transformers_run_several_adapters_side_by_side(name: str) -> None:
         kit.add(adapter, method, layers=[1, 2])
         randomise(kit, adapter)
     assert_each_alone(kit, ["a", "b", "c"], lambda: model(**inputs).last_hidden_state, tolerance=1e-4)
+
+
+def test_patches_of_all_rows_in_turn_are_each_of_its_own_row() -> None:
+    class Patches(nn.Module):
+        """Cuts images into patches, all rows' first patches first; as pyramids of patches are run (DepthPro)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:  # (batch, patches, 4)
+            y = self.layer(x.transpose(0, 1).flatten(0, 1))  # (patches * batch, 4)
+            return y.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+
+    x = torch.randn(2, 3, 4)
+    kit = ak.wrap(Patches(), x)
+    for name in "ab":
+        kit.add(name, "lora", targets=["layer"], rank=2)
+        randomise(kit, name)
+    with kit.active("a"):
+        a = kit.model(x)
+    with kit.active("b"):
+        b = kit.model(x)
+    with kit.active(ak.Parallel("a", "b")):
+        torch.testing.assert_close(kit.model(x), torch.cat([a, b]))
+        with pytest.raises(ak.CompatibilityError, match="they lie in turn, and how many rows there are is not seen"):
+            kit.model.layer(x.flatten(0, 1))
