@@ -141,6 +141,8 @@ def _location(path: str, role_output: ModuleOutput | None, search: _Search) -> F
     """
     if search.placement.at in ("sum", "normalised"):
         return _at_sum(_sublayer_of(path, search), search)
+    if role_output is not None:
+        _check_added_as_returned(path, search)
     # What the config says comes before what the role says; () is the whole output.
     output = _as_path(search.config.output) or (role_output.output if role_output else ()) or None
     here = _at_module(path, output, search)
@@ -149,6 +151,17 @@ def _location(path: str, role_output: ModuleOutput | None, search: _Search) -> F
     if role_output is not None and is_as_traced and here.location.at == "output":
         return here._replace(axis=role_output.axis)
     return here
+
+
+def _check_added_as_returned(path: str, search: _Search) -> None:
+    """Raise TargetError if a function normalises what a branch's module returns: then no hook sees what is added."""
+    for sublayer in search.discovery.anatomy.sublayers:
+        if sublayer.is_end_by_hand and sublayer.out is not None and sublayer.out.path == path:
+            raise TargetError(
+                f"what {path!r} returns is normalised by a function before it is added in {sublayer.addition[0]!r}, and no "
+                "hook sees the result; name the module by its path to adapt it before that norm, or use a preset that sits "
+                "after the addition, such as 'pfeiffer'"
+            )
 
 
 def _at_module(path: str, output: Path | None, search: _Search) -> Found:

@@ -129,3 +129,16 @@ def test_a_norm_that_takes_the_sum_clamped_is_the_blocks() -> None:
 
     sites = ak.wrap(randomised(Model(block_of(forward)))).sites("pfeiffer")
     assert [(site.path, site.at) for site in sites] == [(f"blocks.{i}.norm2", "input") for i in (0, 1)]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_an_adapter_before_a_norm_at_the_end_of_its_branch_is_refused(name: str) -> None:
+    n = NORMS[name]
+    model = randomised(Model(block_of(lambda b, x: (y := x + n(b.attention(x))) + n(b.mlp(y)))))
+    kit = ak.wrap(model, IDS)
+    for targets in ("@attention.out", "@feedforward.out", "@sublayer.out"):
+        with pytest.raises(
+            ak.TargetError, match="normalised by a function before it is added|no module returns what is added"
+        ):
+            kit.sites(ak.BottleneckConfig(targets=[targets], bottleneck_size=2))
+    assert len(kit.sites(ak.BottleneckConfig(targets=["blocks.*.mlp"], bottleneck_size=2))) == 2  # who names it, means it

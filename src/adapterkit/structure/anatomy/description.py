@@ -126,6 +126,8 @@ class Sublayer:
         sum: A module of the block that returns the sum, before anything of the block reads it.
         post_norm: The norm that takes the sum, in a post-norm block, as the module and its place.
         shares_norm: Whether that norm runs on other tensors, too, in one call of the block.
+        is_end_by_hand: Whether a function normalises what `out` returns, before it is added: an adapter at `out` would be
+            normalised with it.
         is_normalised_by_hand: Whether a function or a few operations, and no module, normalise the sum.
         addition: Where it is added: the module around the addition, and its node in the trace.
     """
@@ -149,6 +151,7 @@ class Sublayer:
     sum: ModuleOutput | None
     post_norm: ModuleOutput | None
     shares_norm: bool
+    is_end_by_hand: bool
     is_normalised_by_hand: bool
     addition: tuple[str, int]
 

@@ -133,6 +133,7 @@ class _Dissection:
             sum=self.streams.sum(branch),
             post_norm=post,
             shares_norm=post is not None and self.norms.runs_again(post.path, branch),
+            is_end_by_hand=self.norms.is_end_by_hand(branch),
             is_normalised_by_hand=is_by_hand,
             addition=((node_call.path if node_call else None) or "", addition.node.index),
         )

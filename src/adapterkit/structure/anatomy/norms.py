@@ -71,6 +71,13 @@ class Norms:
         last = list(bits(last_of(flow, branch)))
         return len(last) == 1 and last[0] != end and self._normalises(last[0], branch.end)
 
+    def is_end_by_hand(self, branch: Branch) -> bool:
+        """Tell whether what the branch's module returns is normalised, by no module, before it is added."""
+        if branch.call is None or not branch.scales:  # it is added as it is
+            return False
+        call, path = branch.call
+        return self._normalises(dict(call.outputs)[path], branch.end)
+
     # --- after the addition -------------------------------------------------------------------------------------------
 
     def after(self, branch: Branch) -> ModuleCall | None:
