@@ -138,7 +138,7 @@ def test_an_adapter_before_a_norm_at_the_end_of_its_branch_is_refused(name: str)
     kit = ak.wrap(model, IDS)
     for targets in ("@attention.out", "@feedforward.out", "@sublayer.out"):
         with pytest.raises(
-            ak.TargetError, match="normalised by a function before it is added|no module returns what is added"
+            ak.TargetError, match=r"normalised by a function before it is added|no module returns what is added"
         ):
             kit.sites(ak.BottleneckConfig(targets=[targets], bottleneck_size=2))
     assert len(kit.sites(ak.BottleneckConfig(targets=["blocks.*.mlp"], bottleneck_size=2))) == 2  # who names it, means it

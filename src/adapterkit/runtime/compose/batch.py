@@ -137,8 +137,8 @@ def indices_per_row(
 ) -> int:
     """Return how many indices of its axis each row has, in a tensor that has several for each row.
 
-    An example is (batch * tokens, features), where a model flattens its tokens. Where no call is seen, a composition without
-    sizes takes the fewest rows that it can divide: of rows one after the other, each is then several of the batch.
+    An example is (batch * tokens, features), where a model flattens its tokens. Where no call is seen, a composition
+    without sizes takes the fewest rows that it can divide: of rows one after the other, each is then several of the batch.
 
     Raises:
         CompatibilityError: the rows are not those of the composition, or the tensor is not that of all their tokens.
