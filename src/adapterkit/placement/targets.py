@@ -222,9 +222,9 @@ def _check_norm_can_run_again(sublayer: Sublayer) -> None:
         )
     if norm is None and sublayer.is_normalised_by_hand:
         raise TargetError(
-            f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is no module, but a function or written by "
-            "hand, so that no hook can run it again or adapt what it returns; use at='output' on a branch (such as "
-            "'@feedforward.out')"
+            f"the norm after the {sublayer.kind} in {sublayer.addition[0]!r} is no module of that block, but a function, "
+            "written by hand, or the next block's, so that no hook can run it again or adapt what it returns; use "
+            "at='output' on a branch (such as '@feedforward.out')"
         )
 
 

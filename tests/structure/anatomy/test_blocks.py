@@ -200,7 +200,9 @@ def test_a_norm_after_the_sum_that_is_a_function_is_refused(preset: str) -> None
             x = F.layer_norm(x + self.attention(x), (WIDTH,))
             return F.layer_norm(x + self.mlp(x), (WIDTH,))
 
-    with pytest.raises(ak.TargetError, match=r"the norm after the feedforward in 'blocks.0' is no module, but a function"):
+    with pytest.raises(
+        ak.TargetError, match=r"the norm after the feedforward in 'blocks.0' is no module of that block, but a function"
+    ):
         places(Model(Function), preset)
 
 
