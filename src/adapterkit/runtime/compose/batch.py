@@ -137,21 +137,25 @@ def indices_per_row(
 ) -> int:
     """Return how many indices of its axis each row has, in a tensor that has several for each row.
 
-    An example is (batch * tokens, features), where a model flattens its tokens. Where no call is seen, a composition
-    without sizes takes the fewest rows that it can divide: of rows one after the other, each is then several of the batch.
+    An example is (batch * tokens, features), where a model flattens its tokens. Of rows one after the other, a composition
+    without sizes takes the fewest that it can divide, each of them several of the batch.
 
     Raises:
         CompatibilityError: the rows are not those of the composition, or the tensor is not that of all their tokens.
     """
-    fixed, size = fixed_rows(composition), tensor.shape[layout.axis or 0]
+    rows, size = fixed_rows(composition), tensor.shape[layout.axis or 0]
     batch = None if _is_unseen() else running(state)
-    known = fixed if batch is None or not batch.rows else batch.rows
-    rows = max(1, least_rows(composition) if known is None else known)
-    wrong = f"{rows} rows do not divide it" if size % rows else None
+    wrong = None
+    if rows is None and not layout.in_turn:
+        # The fewest, not the batch's: a recomputation, which sees no call, must divide the tensor in the same way.
+        rows = max(1, least_rows(composition))
+    elif rows is None:  # fewer rows would take each other's indices, too
+        rows = None if batch is None else batch.rows
+        wrong = None if rows else "they lie in turn, and how many rows there are is not seen here (under a compiler, say)"
+    rows = rows or 1
+    wrong = wrong or (f"{rows} rows do not divide it" if size % rows else None)
     if batch is not None and batch.rows:
         wrong = _misfit(batch, batch.rows, size, layout, composition) or wrong
-    elif layout.in_turn and known is None:  # fewer rows would each be others' indices, too
-        wrong = "they lie in turn, and how many rows there are is not seen here (under a compiler, say)"
     if wrong is not None and size:
         raise CompatibilityError(
             f"{path!r} has a tensor of shape {tuple(tensor.shape)}, in which each row of the batch is several indices of "
