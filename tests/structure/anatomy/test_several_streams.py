@@ -293,3 +293,77 @@ def test_features_stay_where_they_are_when_tokens_are_mixed(is_skip_first: bool)
     sites = ak.wrap(nn.Sequential(Mixer(), Mixer()), x).sites("houlsby", bottleneck_size=2)
     right = [(f"{i}.{name}", WIDTH, -1) for i in (0, 1) for name in ("channels", "tokens.2")]
     assert sorted((site.path, site.width, site.axis) for site in sites) == right
+
+
+class Sided(Pre):
+    """Looks at a memory, too; all its layers have low-rank branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = Attention()
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        x = x + self.cross(x, memory)
+        return x + self.mlp(self.norm2(x))
+
+
+def test_a_low_rank_branch_beside_a_layer_that_reads_a_memory_is_no_step() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Sided() for _ in range(2))
+
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, memory)
+            return x
+
+    inputs = torch.randn(2, 5, WIDTH), torch.randn(2, 3, WIDTH)
+    kit = ak.wrap(with_sides(randomised(Decoder())), inputs)
+    assert sorted(site.path for site in kit.sites("houlsby", bottleneck_size=2)) == in_each("attention", "mlp")
+    sites = kit.sites("lora", targets=["@crossattention.k"], rank=2)
+    assert [site.path for site in sites] == in_each("cross.k.layer")
+
+
+def test_values_that_a_layer_has_from_the_one_before_are_no_stream() -> None:
+    class Mixed(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+        def forward(self, x: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
+            z = self.norm1(x)
+            v = self.v(z) if values is None else values + self.v(z)
+            q, k, held = (y.unsqueeze(1) for y in (self.q(z), self.k(z), v))
+            x = x + self.o(F.scaled_dot_product_attention(q, k, held).squeeze(1))
+            return x + self.mlp(self.norm2(x)), v
+
+    class Handing(Model):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x, values = self.embedding(input_ids), None
+            for block in self.blocks:
+                x, values = block(x, values)
+            return x
+
+    assert paths(Handing(Mixed), "@feedforward.out") == in_each("mlp")
+    assert paths(Handing(Mixed), "@attention.out") == in_each("o")
+
+
+def test_layers_of_token_mixers_behind_a_projection_are_the_ones_adapted() -> None:
+    class Tokens(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.mix(self.norm1(x).mT).mT
+            return x + self.mlp(self.norm2(x))
+
+    class BehindTokens(Behind):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.layers = nn.ModuleList(Tokens() for _ in range(2))
+
+    found = paths(Model(BehindTokens), "@feedforward.out")
+    assert found == in_each("layers.0.mlp", "layers.1.mlp")

@@ -344,3 +344,49 @@ def test_stages_of_layers_behind_a_convolution(first: Callable[[], nn.Module]) -
     blocks = {s.block for s in discover(model, X)[0].sublayers}
     assert {*layers} <= blocks <= {*layers, "0"}
     assert {f"{layer}.second" for layer in layers} <= {site.path for site in kit.sites(config)}
+
+
+def test_parallel_branches_in_lists_of_their_own_are_blocks_in_pairs() -> None:
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attentions = nn.ModuleList(Normed(Attention()) for _ in range(3))
+            self.feedforwards = nn.ModuleList(Normed(FeedForward()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for attention, feedforward in zip(self.attentions, self.feedforwards, strict=True):
+                x = x + attention(x) + feedforward(x)
+            return x
+
+    sites = ak.wrap(randomised(Columns()), X).sites("parallel", bottleneck_size=2)
+    assert [site.path.split(".")[:2] for site in sites] == [["feedforwards", str(i)] for i in range(3)]
+
+
+@pytest.mark.parametrize("tokens", ["attention", "convolution"])
+def test_a_convolution_may_stand_for_a_feed_forward(tokens: str) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.firsts = nn.ModuleList(Normed(Attention() if tokens == "attention" else TokenMixer()) for _ in range(3))
+            self.convs = nn.ModuleList(Convolved() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for first, conv in zip(self.firsts, self.convs, strict=True):
+                x = x + first(x)
+                x = x + conv(x)
+            return x
+
+    anatomy, _ = discover(randomised(Pairs()), X)
+    assert [len(block) for stack in anatomy.stacks for block in stack] == [2, 2, 2]
+    assert anatomy.transformer_blocks >= {f"convs.{i}" for i in range(3)}
+
+
+class TokenMixer(nn.Module):
+    """Mixes tokens by a Linear on the transposed tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(X.shape[1], X.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x.mT).mT

@@ -32,7 +32,9 @@ def residual_additions(flow: Flow) -> tuple[list[Addition], list[Addition]]:
             found[node.index] = addition
     every = list(found.values())
     streams = {addition.stream for addition in every}  # adding to one a second time is no step along another
-    steps = _outermost(flow, [a for a in every if flow.source(a.branch) not in streams])
+    looks_like_one = {a.node.index for a in every if _is_one_layer(flow, a) or _is_attended(flow, a.node)}
+    left = [a for a in every if flow.source(a.branch) not in streams and a.node.index not in looks_like_one]
+    steps = _outermost(flow, left)
     return [_from_nearest(flow, step, steps) for step in steps], every
 
 
@@ -48,7 +50,9 @@ def _residual(flow: Flow, node: Operation, found: dict[int, Addition]) -> Additi
     skip, branch, stream, is_projected, is_mixed = split
     if _is_straight_through(flow, stream, branch) or _is_inside_a_cell(flow, node):
         return None
-    if flow.nodes[skip].shape != node.shape or _is_taken_off(flow, skip, branch) or _is_scores(flow, node):
+    if flow.nodes[skip].shape != node.shape or _is_taken_off(flow, skip, branch):
+        return None
+    if _is_scores(flow, node):
         return None
     computes = flow.between(stream, branch) & flow.endings
     is_residual = computes and _ends(flow, branch, stream, found)
@@ -145,11 +149,19 @@ def side_branches(flow: Flow, steps: list[Addition], every: list[Addition]) -> i
     """
     found, lasting = 0, {step.node.index for step in steps}
     for addition in every:
-        if addition.node.index not in lasting and _is_low_rank(flow, addition):
+        if addition.node.index not in lasting and (_is_low_rank(flow, addition) or _is_one_layer(flow, addition)):
             found |= flow.between(addition.stream, addition.branch)
         if addition.is_mixed:
             found |= _mixing_streams(flow, addition)
     return found
+
+
+def _is_one_layer(flow: Flow, addition: Addition) -> bool:
+    """Tell whether an addition is W x + b(a(x)) with nothing curved in it: a layer with a LoRA built in, and no step."""
+    if not addition.is_projected:
+        return False
+    inside = flow.between(addition.stream, addition.branch) & ~flow.projections
+    return all(flow.nodes[i].op in VIEWS | CONSTANT_STEPS for i in bits(inside))
 
 
 def _is_low_rank(flow: Flow, addition: Addition) -> bool:
@@ -174,6 +186,14 @@ def _mixing_streams(flow: Flow, addition: Addition) -> int:
 def _size(flow: Flow, index: int) -> int:
     """Return how many numbers a node's tensor has."""
     return math.prod(flow.nodes[index].shape)
+
+
+def _is_attended(flow: Flow, node: Operation) -> bool:
+    """Tell whether attentions read a sum as it is, and nothing else does but sums: values that a layer has from another."""
+    readers = list(flow.readers_through_views(node.index))
+    steps = {"add", "add_", "mul", "mul_"}  # the next layer mixes it with its own
+    cores = [i for i in readers if (flow.products | flow.attentions) >> i & 1]
+    return bool(cores) and all(i in cores or flow.nodes[i].op in steps for i in readers)
 
 
 def _outermost(flow: Flow, additions: list[Addition]) -> list[Addition]:
@@ -215,8 +235,8 @@ def _own_start(flow: Flow, addition: Addition) -> int:
 def _holds_a_stream(flow: Flow, outer: Addition, inside: list[Addition]) -> bool:
     """Tell whether a branch is a transformer behind a projection: x + proj_out(layers(proj_in(x))), as in diffusion U-Nets.
 
-    Its layers are what is adapted, and the skip around them is long, however few they are. A chain of two additions with
-    an attention among them is a layer; one alone, or one of convolutions, belongs to the branch.
+    Its layers are what is adapted, and the skip around them is long, however few they are. A chain of two additions that
+    compute on tokens is a layer; one alone, or one of convolutions, belongs to the branch.
 
     Args:
         inside: The additions in the branch of `outer`.
@@ -227,9 +247,15 @@ def _holds_a_stream(flow: Flow, outer: Addition, inside: list[Addition]) -> bool
             a for a in inside if a is not addition and follows(flow, addition, a.stream) and _is_in(outer, addition, a)
         ]
         computed = [flow.between(a.stream, a.branch) for a in (addition, *following)]
-        if is_behind and following and any(nodes & (flow.products | flow.attentions) for nodes in computed):
+        if is_behind and following and any(_is_of_tokens(flow, nodes) for nodes in computed):
             return True
     return False
+
+
+def _is_of_tokens(flow: Flow, nodes: int) -> bool:
+    """Tell whether a branch attends, or multiplies features by a matrix, as no branch of convolutions does."""
+    linear = (i for i in bits(nodes & flow.projections) if "convolution" not in flow.nodes[i].op)
+    return bool(nodes & (flow.products | flow.attentions)) or any(linear)
 
 
 def _is_in(outer: Addition, one: Addition, other: Addition) -> bool:

@@ -35,7 +35,7 @@ class _Part:
     Attributes:
         homes: Of each branch, the places around it, outermost first.
         is_item: Whether the place is an item of a list, and no attribute.
-        is_fine: Whether kinds differ in more than in whether they mix tokens: if convolutions stand for feed-forwards.
+        is_fine: Whether kinds differ in more than in whether they mix tokens.
         turns: The turns in it; set as it is looked into.
     """
 
@@ -75,9 +75,15 @@ def turns_of(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branc
     added = sum(1 << branch.addition.node.index for branch in branches)
     single = [branch for branch in branches if (_around(branch) & branch.inside & added).bit_count() < 2]
     homes = [home_of(flow, branch) for branch in single]
-    is_fine = {branch.kind for branch in single} <= {"attention", "crossattention", "convolution"}
-    whole = _Part(single, homes, is_fine=is_fine)
-    return _Cutter(flow, modules).turns(whole, 0, is_inside=False) if single else []
+    if not single:
+        return []
+    cutter = _Cutter(flow, modules)
+    if not any(branch.kind == "feedforward" for branch in single):
+        fine = cutter.turns(_Part(single, homes, is_fine=True), 0, is_inside=False)
+        blocks = [tuple(branch.kind for branch in turn.branches) for turn in fine if turn.is_block]
+        if len(blocks) > 1 and len({*blocks}) == 1 and len({*blocks[0]}) > 1:
+            return fine  # each has a convolution, say, in the place of a feed-forward
+    return cutter.turns(_Part(single, homes), 0, is_inside=False)
 
 
 def home_of(flow: Flow, branch: Branch) -> tuple[Place, ...]:
@@ -249,10 +255,12 @@ class _Cutter:
         return len(tokens)
 
     def _is_chain(self, parts: list[_Part]) -> bool:
-        """Tell whether each part computes from what the one before it was added to."""
-        ends = [part.branches[-1].addition.node.index for part in parts[:-1]]
-        starts = [part.branches[0].addition.stream for part in parts[1:]]
-        return all(a == b or self.flow.leads_to(a, b) for a, b in zip(ends, starts, strict=True))
+        """Tell whether each part computes from what the one before it was added to or, beside it, from the same stream."""
+        firsts, lasts = ([part.branches[n].addition for part in parts] for n in (0, -1))
+        return all(
+            after.stream in (before.node.index, before.stream) or self.flow.leads_to(before.node.index, after.stream)
+            for before, after in zip(lasts[:-1], firsts[1:], strict=True)
+        )
 
     def _build(self, part: _Part) -> object:
         """Return what a part does and what modules compute it: their classes and the shapes of their Parameters."""

@@ -65,6 +65,8 @@ class Replays:
         Raises:
             ValueError: it cannot be told, and why.
         """
+        if 0 in self.flow.nodes[end].shape:
+            raise ValueError("it has no numbers, as the tokens of an expert that none chose")
         steps = self._steps(start, end, 0)
         key = self._key(start, self.flow.nodes[end].made[0], None, steps)
         key = key and ("scale", key)  # which pieces depend on what is remembered in the same place
