@@ -31,7 +31,7 @@ def first_of(flow: Flow, branch: Branch) -> int:
 def last_of(flow: Flow, branch: Branch) -> int:
     """Return the set of a branch's last projections: the first that are met on the ways back from its end."""
     projections = branch.inside & flow.projections & ~(branch.routers | branch.aside)
-    return flow.nearest(branch.end, projections, branch.inside & ~branch.aside, stop=branch.routers)
+    return flow.nearest(branch.end, projections, branch.inside & ~branch.aside, stop=branch.routers | flow.sizes)
 
 
 def resting(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branch]) -> dict[str, tuple[str, ...]]:
@@ -125,7 +125,18 @@ def _is_no_layers(flow: Flow, branch: Branch, node: int, call: ModuleCall) -> bo
 
 def _is_output(flow: Flow, node: int, call: ModuleCall) -> bool:
     """Tell whether a module returns a product that it makes."""
-    return any(flow.unscaled(i) == node for _, i in call.outputs)
+    return any(flow.unscaled(i) == node or _is_product_of_codes(flow, i, node) for _, i in call.outputs)
+
+
+def _is_product_of_codes(flow: Flow, index: int, node: int) -> bool:
+    """Tell whether something is a product of integers, times the scales of the tokens that were rounded to these."""
+    index = flow.unscaled(index)
+    while node in flow.evidence and index != node and flow.nodes[index].op in ("mul", "mul_"):
+        wide = [i for i in flow.activations(flow.nodes[index]) if flow.nodes[i].shape[-1:] != (1,)]
+        if len(wide) != 1:
+            return False
+        index = flow.unscaled(wide[0])
+    return index == node
 
 
 def _weight(flow: Flow, names: dict[int, str], node: Operation) -> str | None:

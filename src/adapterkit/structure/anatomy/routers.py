@@ -60,6 +60,8 @@ def only_weighs(flow: Flow, start: int, inside: int, end: int, found: int = 0) -
         seen.add((i, chooses))
         for reader in {*flow.readers[i]}:
             node = flow.nodes[reader]
+            if inside >> reader & 1 and (reader, i) in flow.coded:
+                return False
             if not inside >> reader & 1 or found >> reader & 1 or not _reads_numbers(node, i) or _is_weight(node, i):
                 continue
             is_product = node.op in MATMULS or bool(flow.attentions >> reader & 1)

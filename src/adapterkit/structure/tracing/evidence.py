@@ -1,4 +1,4 @@
-"""Ask numbers what an operation does that is not torch's, and that no `HostType` names.
+"""Ask numbers what an operation does that is not torch's, and that no `HostType` names; or one of torch's that is rare.
 
 A quantised linear, a kernel of another package, a custom op: its name tells nothing. So it is run again on other numbers:
 
@@ -15,21 +15,23 @@ Quantised layers round, so all of this holds within some percent.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .graph import Graph
-from .pieces import Piece, piece_at
+from .graph import Graph, Operation
+from .operations import is_named
+from .pieces import Piece, is_number, piece_at
 
 __all__ = ["Evidence", "ask"]
 
 _TOLERANCE = 0.05  # of rounding to few bits, beside the size of what is computed
 _SEEN = 0.1  # a change smaller than this share of the greatest is rounding that came along
 _SCALES = (1.0, 16.0)  # near zero every smooth function is linear
+_CODES = 128  # integers that stand for numbers are drawn up to some such size, where rounding does not show
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,12 @@ def ask(graph: Graph, is_constant: Sequence[bool], ancestors: Sequence[int]) -> 
         ancestors: For each node, the set of those that it depends on.
     """
     nodes = graph.nodes
-    asked = [n for n in nodes if not n.is_torchs and n.is_floating and not is_constant[n.index]]
-    if not asked:
+    asked = [n for n in nodes if n.is_floating and not is_constant[n.index] and not n.is_torchs]
+    rare = [n for n in nodes if n.is_torchs and _is_rare(n)]
+    if not asked and not rare:
         return {}
     held, of_nothing = _held(graph, is_constant), _made_of_nothing(graph, ancestors)
+    asked = sorted({*asked, *_rare_products(nodes, rare, held)}, key=lambda node: node.index)
     known: dict[Hashable, Evidence] = {}
     found: dict[int, Evidence] = {}
     for node in asked:
@@ -90,6 +94,37 @@ def _made_of_nothing(graph: Graph, ancestors: Sequence[int]) -> int:
     return sum(1 << n.index for n in graph.nodes if n.operation is not None and not ancestors[n.index] & outside)
 
 
+def _is_rare(node: Operation) -> bool:
+    """Tell whether no name or tag says what one of torch's operations on several tensors does: `_int_mm`, `_trilinear`."""
+    tags = getattr(node.operation[0], "tags", ()) if node.operation else ()
+    return len(node.taken) > 1 and not is_named(node.op, tags)
+
+
+def _rare_products(nodes: Sequence[Operation], rare: Sequence[Operation], held: int) -> Iterator[Operation]:
+    """Yield those of the rare operations that may multiply by a matrix of the model's.
+
+    Of one that makes integers it is what makes numbers of them again: `_int_mm(rounded, weight).float()`.
+    """
+    pending = 0
+    may_multiply = {node.index for node in rare if _takes_both(node, held)}
+    for node in nodes:
+        if held >> node.index & 1 or not node.is_torchs:
+            continue
+        if node.index in may_multiply or any(pending >> i & 1 for i in node.inputs):
+            if is_number(node):
+                yield node
+            else:
+                pending |= 1 << node.index
+
+
+def _takes_both(node: Operation, held: int) -> bool:
+    """Tell whether an operation takes an activation, and a matrix that the model holds."""
+    pairs = [(held >> i & 1, tensor) for i, tensor in zip(node.inputs, node.taken, strict=False)]
+    return any(not is_held for is_held, _ in pairs) and any(
+        is_held and tensor.numel() > max(tensor.shape, default=0) for is_held, tensor in pairs
+    )
+
+
 def _evidence_of(piece: Piece) -> Evidence:
     """Return what a piece does."""
     if not piece.sources:
@@ -110,7 +145,7 @@ class _Questions:
 
     def __init__(self, piece: Piece) -> None:
         self.piece, self._draw = piece, torch.Generator().manual_seed(0)
-        self.base = [self._drawn(source) for source in piece.sources]
+        self.base = [self._drawn(at) for at in range(len(piece.sources))]
         self.mixing = [
             [axis for axis in range(source.dim()) if source.shape[axis] > 1 and not self._stays(at, axis)]
             for at, source in enumerate(piece.sources)
@@ -173,14 +208,14 @@ class _Questions:
 
     def _is_affine(self, at: int) -> bool:
         """Tell whether the output is an affine function of one source, at every size of its numbers."""
-        return all(self._fits(at, scale) for scale in _SCALES)
+        return all(self._fits(at, scale) for scale in self._scales(at))
 
     def _fits(self, at: int, scale: float) -> bool:
-        a, b = self.base[at] * scale, self._drawn(self.piece.sources[at]) * scale
+        a, b = self.base[at] * scale, self._drawn(at) * scale
         try:
             one, other, middle = (self._run({at: value}) for value in (a, b, (a + b) / 2))
         except ValueError:
-            if scale == _SCALES[0]:
+            if scale != _SCALES[-1]:
                 raise
             return True  # large numbers may lead another way, past what was recorded (outliers of int8): they tell nothing
         size = float((one - other).norm())
@@ -200,7 +235,7 @@ class _Questions:
     def _change(self, at: int, axis: int, index: int) -> Tensor:
         """Return how much the output changes with a source at one index. Shape: as the output."""
         moved = self.base[at].clone()
-        moved.select(axis, index).copy_(self._drawn(self.piece.sources[at]).select(axis, index))
+        moved.select(axis, index).copy_(self._drawn(at).select(axis, index))
         return (self._run({at: moved}) - self._run()).abs()
 
     def _twice(self) -> Tensor:
@@ -212,9 +247,16 @@ class _Questions:
         """Run the piece on the base values, or on others for some of its sources."""
         return self.piece.run([(other or {}).get(at, value) for at, value in enumerate(self.base)])
 
-    def _drawn(self, source: Tensor) -> Tensor:
-        """Return random numbers of the size that the source's had."""
+    def _scales(self, at: int) -> tuple[float, ...]:
+        """Return the sizes at which a source is asked: of codes, which have bounds, that at which they are drawn."""
+        return _SCALES[:1] if at in self.piece.rounded else _SCALES
+
+    def _drawn(self, at: int) -> Tensor:
+        """Return random numbers of the size that a source's had; for codes, of a quarter of the greatest."""
+        source = self.piece.sources[at]
         size = float(source.double().std()) if source.numel() > 1 and not source.is_meta else 0.0
+        if at in self.piece.rounded:
+            size = min(self.piece.rounded[at], _CODES) / 4
         drawn = torch.randn(source.shape, generator=self._draw) * (size if 0 < size < float("inf") else 1.0)
         return drawn.to(source.device, source.dtype)
 

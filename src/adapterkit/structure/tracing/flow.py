@@ -12,15 +12,27 @@ Example: `flow.between(stream, end) & flow.projections` are the projections that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator
+from functools import cached_property, reduce
+from operator import and_
 
 from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights
 from .attentions import find_attentions
 from .evidence import ask
 from .graph import Graph, ModuleCall, Operation
-from .operations import BOUNDED, CONSTANT_STEPS, LOOKUPS, MATMULS, NORMS, SCALES, SOFTMAX, VIEWS, WHOLE_NORMS
+from .operations import (
+    BOUNDED,
+    CONSTANT_STEPS,
+    LOOKUPS,
+    MATMULS,
+    NORMS,
+    SCALES,
+    SOFTMAX,
+    VIEWS,
+    WHOLE_NORMS,
+    is_attention,
+)  # fmt: skip
 from .parts import piece_of
 
 __all__ = [
@@ -63,7 +75,7 @@ class Flow:
         # Products of activations, and softmax: what comes before them is not what a branch ends in.
         self.products = self._mask(lambda node: node.op in SOFTMAX or (node.op in MATMULS and self.has_two(node)))
         self.attending = find_attentions(self)
-        self.attentions = asked("attention") | self._mask(lambda n: _is_attention(n.op) or n.index in self.attending)
+        self.attentions = asked("attention") | self._mask(lambda n: is_attention(n.op) or n.index in self.attending)
         self.unknown = asked("unknown")
         # Where a branch may end: in a projection, an attention without one, a Fourier transform, a pooling; and in what is
         # not understood, so that what it computes is not overlooked; in a weighted sum of what experts computed.
@@ -97,6 +109,21 @@ class Flow:
         return [call for call in self.calls if id(call) in with_norm and call.end is not None and self.is_small(call)]
 
     @cached_property
+    def coded(self) -> frozenset[tuple[int, int]]:
+        """Return pairs of a node and an input of its that begin a product which numbers show: there integers are values."""
+        shown = [found for found in self.evidence.values() if found.kind == "projection"]
+        return frozenset((reader, self.nodes[reader].inputs[at]) for found in shown for reader, at in found.operands)
+
+    @cached_property
+    def sizes(self) -> int:
+        """Return the set of nodes by which tokens are divided before they are rounded, one number for each token."""
+        found = 0
+        for reader, read in self.coded:
+            inside = (i for i in bits(self.ancestors[read]) if self.nodes[i].call is self.nodes[reader].call)
+            found |= sum(1 << i for i in inside if self.nodes[i].shape[-1:] == (1,))
+        return found
+
+    @cached_property
     def features(self) -> int:
         """Return the set of nodes made of features: of floating inputs and of what is looked up.
 
@@ -113,6 +140,17 @@ class Flow:
     def between(self, start: int, end: int) -> int:
         """Return the set of nodes on any way from `start` (left out) to `end` (itself in it)."""
         return (self.ancestors[end] | 1 << end) & self.descendants[start]
+
+    def passed(self, start: int, ends: Collection[int]) -> int:
+        """Return the set of nodes that every way from `start` to any of these ends leads through, `start` with them."""
+        inside = 1 << start
+        for end in ends:
+            inside |= self.between(start, end)
+        on_all_ways = {start: 1 << start}
+        for i in bits(inside & ~(1 << start)):  # what a node reads has a lower number
+            before = [on_all_ways[j] for j in self.nodes[i].inputs if j in on_all_ways]
+            on_all_ways[i] = reduce(and_, before) | 1 << i
+        return reduce(and_, (on_all_ways[end] for end in ends if end in on_all_ways), inside)
 
     def leads_to(self, start: int, end: int) -> bool:
         """Tell whether `end` depends on `start`."""
@@ -259,11 +297,6 @@ class Flow:
                 return not before and node.op not in ("input", "parameter")  # zeros that weights are scattered into
             todo += before
         return bool(seen & wanted)
-
-
-def _is_attention(op: str) -> bool:
-    """Tell whether an operation is a whole attention, whichever kernel runs it."""
-    return "scaled_dot_product" in op and "::" not in op and not op.endswith("backward")
 
 
 def _is_mixing(op: str) -> bool:

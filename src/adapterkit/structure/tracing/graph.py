@@ -30,6 +30,10 @@ __all__ = ["ADDITIONS", "Graph", "ModuleCall", "Operation", "record_graph"]
 
 ADDITIONS = ("add", "add_", "addcmul", "addcmul_")
 _TORCHS = ("aten", "prims", "prim")  # the namespaces of torch's own operators
+# In inference mode torch shows operations as they were called, not the one that all of them become.
+_WHOLE = dict.fromkeys(
+    ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "convolution"
+)
 
 
 @dataclass(eq=False)
@@ -272,7 +276,7 @@ def _name_of(func: Any) -> str:
     full = str(func._schema.name)
     namespace, _, name = full.partition("::")
     if namespace in _TORCHS:
-        return name
+        return _WHOLE.get(name, name)
     # One name for all products: what asks for matrix products further on need not know whose they are. Any other keeps its
     # namespace, for another package's `silu` need not do what torch's does.
     return "linear" if full in product_names() else full

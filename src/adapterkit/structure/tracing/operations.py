@@ -3,7 +3,14 @@
 What is not torch's is not told by its name: a `HostType` names its products, and numbers are asked of the rest.
 """
 
-__all__ = ["BOUNDED", "CONSTANT_STEPS", "LOOKUPS", "MATMULS", "NORMS", "SCALES", "SOFTMAX", "VIEWS", "WHOLE_NORMS"]
+from collections.abc import Collection
+
+from torch import Tag
+
+__all__ = [
+    "BOUNDED", "CONSTANT_STEPS", "LOOKUPS", "MATMULS", "NORMS", "SCALES", "SOFTMAX", "VIEWS", "WHOLE_NORMS",
+    "is_attention", "is_named",
+]  # fmt: skip
 
 
 def _ops(names: str) -> frozenset[str]:
@@ -30,7 +37,7 @@ BOUNDED = _ops("sigmoid sigmoid_ tanh tanh_")
 # Products. One with a weight is a projection; one of two activations is attention's, or a gate between tokens.
 MATMULS = _ops(
     "mm addmm bmm baddbmm addbmm mv dot linear matmul einsum mkldnn_linear _grouped_mm "
-    "convolution _convolution convolution_overrideable mkldnn_convolution"
+    "convolution _convolution convolution_overrideable mkldnn_convolution _addmm_activation"
 )
 LOOKUPS = _ops("embedding embedding_bag _embedding_bag index index_select gather")
 SOFTMAX = _ops("_softmax _safe_softmax softmax")
@@ -42,3 +49,23 @@ NORMS = WHOLE_NORMS | _ops(
     "cudnn_batch_norm "
     "sqrt std std_mean var var_mean"  # norms written by hand
 )
+# They choose, sort, put or fill in, sample, or are a whole recurrent layer: with a matrix of the model's, no product.
+_OTHERS = _ops(
+    "max min sort topk kthvalue median mode searchsorted bucketize isin take put masked_select repeat_interleave "
+    "index_add index_copy index_fill index_put index_reduce _unsafe_index _unsafe_index_put masked_scatter "
+    "scatter_add scatter_reduce slice_scatter select_scatter diagonal_scatter as_strided_scatter segment_reduce "
+    "copy fill set_ resize_as grid_sampler_2d grid_sampler_3d "
+    "lstm gru rnn_tanh rnn_relu mkldnn_rnn_layer _cudnn_rnn miopen_rnn"
+)
+_NAMED = VIEWS | SCALES | CONSTANT_STEPS | BOUNDED | MATMULS | LOOKUPS | SOFTMAX | NORMS | _OTHERS
+
+
+def is_named(op: str, tags: Collection[Tag]) -> bool:
+    """Tell whether what one of torch's operations does with a matrix of the model's is known by its name or tags."""
+    return Tag.pointwise in tags or not _NAMED.isdisjoint((op, op.rstrip("_"))) or is_attention(op)
+
+
+def is_attention(op: str) -> bool:
+    """Tell whether an operation is a whole attention, whichever kernel runs it."""
+    is_kernel = op in ("_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
+    return (is_kernel or "scaled_dot_product" in op) and "::" not in op and not op.endswith("backward")

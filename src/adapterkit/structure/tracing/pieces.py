@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .forward import outside_inference_mode
 from .graph import Operation
 
-__all__ = ["Piece", "piece_at"]
+__all__ = ["Piece", "is_number", "piece_at"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,13 @@ class Piece:
         """Tell whether it reads a matrix of the model's, or an object that is no tensor and may hold one."""
         leaves = [leaf for step in self.steps for leaf in tree_leaves(step.operation[1:] if step.operation else ())]
         return any(t.numel() > max(t.shape, default=0) for t in self.constants) or any(map(_may_hold_tensors, leaves))
+
+    @cached_property
+    def rounded(self) -> dict[int, float]:
+        """Map those of the sources that become integers, or numbers of eight bits, as they are → the greatest of these."""
+        coded = {id(t): s.made[0].dtype for s in self.steps if s.op == "_to_copy" and not is_number(s) for t in s.taken}
+        limits = {at: _limits(coded[id(source)]) for at, source in enumerate(self.sources) if id(source) in coded}
+        return {at: found[1] for at, found in limits.items() if found is not None}
 
     def key(self) -> Hashable:
         """Return what pieces that do the same have in common: operations, shapes, types and numbers."""
@@ -82,6 +90,9 @@ class Piece:
 
         function, args, kwargs = step.operation
         args, kwargs = tree_map(value, (args, kwargs))
+        if step.op == "_to_copy" and not is_number(step):  # past the range of its integers a number would come out anywhere
+            limits = _limits(step.made[0].dtype)
+            args = (args[0] if limits is None else args[0].clamp(*limits), *args[1:])
         made = [leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
         if made:  # else it wrote into its arguments, which are known
             known.update((id(then), now) for then, now in zip(step.made, made, strict=True))
@@ -113,13 +124,30 @@ def piece_at(nodes: Sequence[Operation], end: Operation, held: int, made_of_noth
                 constants[id(tensor)] = tensor
             elif made_of_nothing >> maker.index & 1:
                 continue
-            elif tensor.is_floating_point() and (maker.is_floating or maker.operation is None):
+            elif _is_fine(tensor) and (is_number(maker) or maker.operation is None):
                 sources.setdefault(id(tensor), (tensor, (node.index, at)))
             elif maker.operation is not None and maker.index not in steps:
                 todo.append(maker)  # integers between: what were they made of?
     found = sorted(sources.values(), key=lambda source: (-source[1][0], source[1][1]))
     ordered = tuple(steps[i] for i in sorted(steps))
     return Piece(ordered, tuple(t for t, _ in found), tuple(r for _, r in found), tuple(constants.values()))
+
+
+def is_number(node: Operation) -> bool:
+    """Tell whether a node makes floating-point numbers. Those of eight bits are codes of numbers, as integers are."""
+    return node.is_floating and _is_fine(node.made[0])
+
+
+def _is_fine(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+def _limits(dtype: torch.dtype) -> tuple[float, float] | None:
+    """Return the smallest and the greatest number that a type can hold; None of truth values."""
+    if dtype == torch.bool:
+        return None
+    found = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return found.min, found.max
 
 
 def _may_hold_tensors(leaf: object) -> bool:
