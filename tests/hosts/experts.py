@@ -40,7 +40,13 @@ def all_by_softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-ROUTERS: list[Callable[[Tensor], Tensor]] = [top2, softmax_of_top2, sigmoid_of_top1, switch, all_by_softmax]
+def expert_choice(scores: Tensor) -> Tensor:
+    """Let each expert take the tokens that want it most."""
+    weights, chosen = scores.softmax(-1).topk(len(scores) // 2, 0)
+    return torch.zeros_like(scores).scatter(0, chosen, weights)
+
+
+ROUTERS: list[Callable[[Tensor], Tensor]] = [top2, softmax_of_top2, sigmoid_of_top1, switch, all_by_softmax, expert_choice]
 
 
 class Mixture(nn.Module):

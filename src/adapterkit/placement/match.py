@@ -17,13 +17,21 @@ __all__ = ["first_names", "match", "match_nothing", "named_by"]
 Targets = Sequence[str | Predicate]
 
 
-def match(model: nn.Module, targets: Targets, exclude: Targets = (), *, discovery: Discovery | None = None) -> list[str]:
+def match(
+    model: nn.Module,
+    targets: Targets,
+    exclude: Targets = (),
+    *,
+    discovery: Discovery | None = None,
+    at_sum: bool = False,
+) -> list[str]:
     """Return the paths of the modules that a list of targets names, in the model's order, each module once.
 
     A module that is reachable under several names is matched by any of them and returned under the first.
 
     Args:
         discovery: Finds the modules that have a role; without it, no module has one.
+        at_sum: Whether what is adapted is the sum behind a branch, so that a role may name one that no module returns.
 
     Raises:
         TargetError: a target matches nothing (with the nearest names), or everything it matches is excluded.
@@ -33,7 +41,7 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), *, discover
 
     def found_by(target: str | Predicate, setting: str) -> set[str]:
         # Under one name, so that a module which is excluded by its second name is found among those wanted by its first.
-        found = {first[id(modules[path])] for path in named_by(target, modules, discovery)}
+        found = {first[id(modules[path])] for path in named_by(target, modules, discovery, at_sum=at_sum)}
         if not found:
             raise TargetError(setting + nothing_matches(target, model, modules, discovery=discovery))
         return found
@@ -50,10 +58,12 @@ def match_nothing(modules: Mapping[str, nn.Module], targets: Targets, discovery:
     return not any(named_by(target, modules, discovery) for target in targets)
 
 
-def named_by(target: str | Predicate, modules: Mapping[str, nn.Module], discovery: Discovery | None) -> list[str]:
+def named_by(
+    target: str | Predicate, modules: Mapping[str, nn.Module], discovery: Discovery | None, *, at_sum: bool = False
+) -> list[str]:
     """Return the paths that one target names: a role, a pattern or a predicate. A role names nothing without discovery."""
     if is_role(target) and discovery is not None:
-        return role_paths(target, discovery.anatomy)
+        return role_paths(target, discovery.anatomy, at_sum=at_sum)
     return matching(target, modules)
 
 

@@ -54,9 +54,14 @@ class _Search:
 
 def asks_for_structure(config: AdapterConfig, placement: Placement) -> bool:
     """Tell whether a config's sites depend on what the model computes, not on the names of its modules alone."""
-    placed = placement.at in ("sum", "normalised") or placement.residual == STREAM
+    placed = _is_at_sum(placement) or placement.residual == STREAM
     targets = config.targets if placement.targets is None else placement.targets
     return placed or any(map(is_role, (*targets, *config.exclude)))
+
+
+def _is_at_sum(placement: Placement) -> bool:
+    """Tell whether an adapter sits behind the addition, not at the branch."""
+    return placement.at in ("sum", "normalised")
 
 
 def find_locations(
@@ -74,7 +79,7 @@ def find_locations(
         raise TargetError(f"exclude: {error}") from None
     for role in filter(is_role, config.targets):
         check_known(role, discovery.anatomy, excluded)
-    matched = match(model, config.targets, config.exclude, discovery=discovery)
+    matched = match(model, config.targets, config.exclude, discovery=discovery, at_sum=_is_at_sum(placement))
     outputs = _role_outputs(search, excluded)
     at_hosts: dict[str, Found] = {}
     # Two targets may lead to one host: a Sequential and its last layer do. That is fine if they mean the same there.
@@ -139,7 +144,7 @@ def _location(path: str, role_output: ModuleOutput | None, search: _Search) -> F
         path: The module that the target names.
         role_output: Which tensor of its output is meant, if a role named it.
     """
-    if search.placement.at in ("sum", "normalised"):
+    if _is_at_sum(search.placement):
         return _at_sum(_sublayer_of(path, search), search)
     if role_output is not None:
         _check_added_as_returned(path, search)
@@ -200,16 +205,28 @@ def _at_sum(sublayer: Sublayer, search: _Search) -> Found:
     if norm is not None:
         return Found(Location(norm.path, "input", "norm", None, None, None))
     # s + f(s), where a module returns s.
-    if total is not None:
+    is_alone = total is not None and not _returns_another_sum(total, search)
+    if total is not None and (is_alone or not _can_read_sum(sublayer)):
         host = resolve_host(total.path, search.modules, at_input=False)
         return Found(Location(host, "output", "site", total.output or None, None, None), total.axis)
-    # What is left is the branch. It must be added as it is, by itself, to what some module takes.
     out, skip = sublayer.out, sublayer.skip
-    if out is None or skip is None or sublayer.scales or sublayer.is_parallel:
+    if out is None or skip is None or not _can_read_sum(sublayer):
         raise TargetError(_no_place_for_sum(sublayer))
     # x + f(x + r) + r: what is added to the branch reaches the sum.
     host = resolve_host(out.path, search.modules, at_input=False)
     return Found(Location(host, "output", "sum", out.output or None, skip.argument, skip.path), out.axis)
+
+
+def _returns_another_sum(total: ModuleOutput, search: _Search) -> bool:
+    """Tell whether a module returns the sums of two streams, as a block of two streams does: one adapter sits at one."""
+    last = (other.sum for other in search.discovery.anatomy.sublayers if other.is_last and other.sum is not None)
+    return any(other.path == total.path and other.output != total.output for other in last)
+
+
+def _can_read_sum(sublayer: Sublayer) -> bool:
+    """Tell whether a branch is added as it is, by itself, to what some module takes: then an adapter there has the sum."""
+    is_added = sublayer.out is not None and sublayer.skip is not None
+    return is_added and not sublayer.scales and not sublayer.is_parallel
 
 
 def _check_norm_can_run_again(sublayer: Sublayer) -> None:

@@ -17,6 +17,7 @@ from adapterkit.structure.anatomy import discover as discovery
 from adapterkit.structure.anatomy.description import Slices
 from adapterkit.structure.anatomy.discover import discover
 from adapterkit.structure.anatomy.fused import fused_slices
+from adapterkit.structure.tracing.replay import Replays
 
 from ...hosts.blocks import HEADS, VOCAB, WIDTH, Model, Pre, randomised
 
@@ -443,8 +444,8 @@ def test_indices_without_values_are_refused() -> None:
 
 def test_blocks_that_do_the_same_are_told_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    run = discovery.dissect.__globals__["Replays"]._run
-    monkeypatch.setattr(discovery.dissect.__globals__["Replays"], "_run", lambda *args: runs.append(1) or run(*args))
+    run = Replays._run
+    monkeypatch.setattr(Replays, "_run", lambda *args: runs.append(1) or run(*args))
     found(model_with(lambda: Fused(nano_gpt)), "blocks.1.attention.qkv")
     assert len(runs) == 3
 

@@ -142,3 +142,26 @@ def test_an_adapter_before_a_norm_at_the_end_of_its_branch_is_refused(name: str)
         ):
             kit.sites(ak.BottleneckConfig(targets=[targets], bottleneck_size=2))
     assert len(kit.sites(ak.BottleneckConfig(targets=["blocks.*.mlp"], bottleneck_size=2))) == 2  # who names it, means it
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_behind_a_norm_at_the_end_of_a_branch_the_sum_is_adapted(name: str) -> None:
+    """No module returns the branch, but the block returns the sum, which is what these presets adapt."""
+    n = NORMS[name]
+    model = randomised(Model(block_of(lambda b, x: (y := x + n(b.attention(x))) + n(b.mlp(y)))))
+    assert [(site.path, site.at) for site in ak.wrap(model, IDS).sites("pfeiffer")] == [
+        ("blocks.0", "output"),
+        ("blocks.1", "output"),
+    ]
+
+
+@pytest.mark.parametrize("factor", [0.5**0.5, 2])
+def test_the_norm_of_a_sum_times_a_constant_is_the_blocks(factor: float) -> None:
+    def forward(block: Pre, x: Tensor) -> Tensor:
+        x = block.norm1((x + block.attention(x)) * factor)
+        return block.norm2((x + block.mlp(x)) * factor)
+
+    model = randomised(Model(block_of(forward)))
+    assert norms(forward) == ["post"] * 4
+    sites = ak.wrap(model, IDS).sites("pfeiffer")
+    assert [(site.path, site.at) for site in sites] == [(f"blocks.{i}.norm2", "input") for i in (0, 1)]

@@ -367,3 +367,99 @@ def test_layers_of_token_mixers_behind_a_projection_are_the_ones_adapted() -> No
 
     found = paths(Model(BehindTokens), "@feedforward.out")
     assert found == in_each("layers.0.mlp", "layers.1.mlp")
+
+
+# --- two streams, each a tensor ---------------------------------------------------------------------------------------
+
+
+def test_the_sums_of_two_streams_of_one_block_are_adapted_each() -> None:
+    """The block returns both; as one adapter sits at one tensor of a module, each sits at its branch, and knows the sum."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.ModuleList(Attention() for _ in range(2))
+            self.mlp = nn.ModuleList(FeedForward() for _ in range(2))
+            self.norm = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(4))
+
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = a + self.attention[0](self.norm[0](a)), b + self.attention[1](self.norm[1](b))
+            return a + self.mlp[0](self.norm[2](a)), b + self.mlp[1](self.norm[3](b))
+
+    class Two(Model):
+        def __init__(self) -> None:
+            super().__init__(Block)  # type: ignore[arg-type]  # blocks of two streams
+
+        def states(self, input_ids: Tensor, adapt: Callable[[Tensor, int], Tensor]) -> Tensor:
+            a, b = self.embedding(input_ids), self.embedding(input_ids.flip(1))
+            for n, block in enumerate(self.blocks):
+                a, b = block(a, b)
+                a, b = adapt(a, 2 * n), adapt(b, 2 * n + 1)
+            return self.head(self.norm(a + b))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.states(input_ids, lambda x, _: x)
+
+    model = randomised(Two()).double()
+    kit = ak.wrap(model, IDS)
+    kit.add("a", "pfeiffer", bottleneck_size=3, dtype="float64")
+    assert [site.path for site in kit.sites("pfeiffer", bottleneck_size=3)] == in_each("mlp.0", "mlp.1")
+    for parameter in kit.parameters("a"):
+        nn.init.normal_(parameter)
+    own = list(kit.parameters("a"))
+
+    def adapt(x: Tensor, n: int) -> Tensor:
+        down, down_bias, up, up_bias = own[4 * n : 4 * n + 4]
+        return x + torch.relu(x @ down.T + down_bias) @ up.T + up_bias
+
+    with kit.active("a"):
+        adapted = model(IDS)
+    assert torch.allclose(adapted, model.states(IDS, adapt), rtol=1e-9, atol=1e-9)
+
+
+def test_a_parallel_adapter_reads_the_mixture_that_enters_a_hyper_connected_branch() -> None:
+    class Streams(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.give, self.take = (nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), 2, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Shape: (batch, tokens, 2, WIDTH)."""
+            return self.states(x, lambda _: 0)
+
+        def states(self, x: Tensor, beside: Callable[[Tensor], Tensor | int]) -> Tensor:
+            for norm, layer, adapt in ((self.norm1, self.attention, lambda _: 0), (self.norm2, self.mlp, beside)):
+                taken = torch.einsum("n,btnd->btd", self.take, x)
+                out = layer(norm(taken)) + adapt(taken)
+                x = torch.einsum("nm,btnd->btmd", self.mix, x) + self.give[:, None] * out[:, :, None]
+            return x
+
+    class Hyper(Model):
+        def run(self, input_ids: Tensor, beside: Callable[[Tensor, int], Tensor | int]) -> Tensor:
+            x = self.embedding(input_ids)[:, :, None].expand(-1, -1, 2, -1)
+            for n, block in enumerate(self.blocks):
+                assert isinstance(block, Streams)
+                x = block.states(x, lambda taken, n=n: beside(taken, n))
+            return self.head(self.norm(x.sum(2)))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embedding(input_ids)[:, :, None].expand(-1, -1, 2, -1)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x.sum(2)))
+
+    model = randomised(Hyper(Streams)).double()
+    kit = ak.wrap(model, IDS)
+    kit.add("a", "parallel", bottleneck_size=3, dtype="float64")
+    for parameter in kit.parameters("a"):
+        nn.init.normal_(parameter)
+    own = list(kit.parameters("a"))
+
+    def beside(taken: Tensor, n: int) -> Tensor:
+        down, down_bias, up, up_bias = own[4 * n : 4 * n + 4]
+        return 4 * (torch.relu(taken @ down.T + down_bias) @ up.T + up_bias)
+
+    with kit.active("a"):
+        adapted = model(IDS)
+    with kit.base():
+        assert torch.allclose(adapted, model.run(IDS, beside), rtol=1e-9, atol=1e-9)

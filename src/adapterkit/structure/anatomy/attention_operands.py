@@ -14,6 +14,7 @@ import torch
 
 from ..tracing.attentions import Attending
 from ..tracing.flow import CONSTANT_STEPS, MATMULS, VIEWS, Flow, bits
+from ..tracing.replay import Replays
 from .feature_axes import FeatureAxes
 
 __all__ = ["Attentions", "Projected"]
@@ -47,8 +48,8 @@ class Attentions:
         aside: The set of nodes in low-rank branches beside single layers, which make no operand: the layers do.
     """
 
-    def __init__(self, flow: Flow, axes: FeatureAxes, aside: int) -> None:
-        self.flow, self.axes, self.aside = flow, axes, aside
+    def __init__(self, flow: Flow, axes: FeatureAxes, aside: int, replays: Replays) -> None:
+        self.flow, self.axes, self.aside, self.replays = flow, axes, aside, replays
         self._cross: dict[int, bool] = {}  # of the attentions that were asked about
 
     @cached_property

@@ -19,6 +19,7 @@ from ..base_tensors import base_parameters
 from ..hosts import holds_described_weights, resolve_host
 from ..tracing.flow import BOUNDED, SCALES, VIEWS, Flow, bits
 from ..tracing.graph import ADDITIONS, ModuleCall
+from ..tracing.replay import Replays
 from .additions import Addition, addends
 from .attention_operands import Attentions
 from .description import Kind, ModuleOutput
@@ -90,8 +91,9 @@ class BranchReader:
     def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
         self.flow, self.modules, self.axes = flow, modules, FeatureAxes(flow)
         self.additions, self.every_addition = residual_additions(flow)
+        self.replays = Replays(flow)
         self.aside = side_branches(flow, self.additions, self.every_addition)
-        self.attentions = Attentions(flow, self.axes, self.aside)
+        self.attentions = Attentions(flow, self.axes, self.aside, self.replays)
         self.repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
 
     def branches(self, addition: Addition) -> Iterator[Branch]:
@@ -99,13 +101,14 @@ class BranchReader:
         total, shared_scales = self._unscaled(addition.branch)
         ends = list(self._parallel(addition, total))
         # One end, or a module returns their sum: then it is one branch, and what scales it is looked for from the addition.
-        if len(ends) == 1 or list(self._finished(addition, addition.branch)):
+        on_the_way = self.flow.between(total, addition.branch) | 1 << addition.branch
+        if len(ends) == 1 or any(list(self._finished(addition, i)) for i in bits(on_the_way)):
             ends, shared_scales = [addition.branch], ()
         for end in ends:
             inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
             weighing = 0 if inside & self.flow.attentions else routers(self.flow, inside, end)
-            kind, is_moe = branch_kind(self.attentions, addition.stream, inside, weighing)
+            kind, is_moe = branch_kind(self.attentions, addition, inside, end, weighing)
             weighing *= kind == "feedforward"
             is_moe = is_moe or weighs_by_softmax(self.flow, weighing, inside)
             # addcmul and the like scale as they add.

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..paths import ancestors
 from ..tracing.flow import VIEWS, Flow, bits
-from ..tracing.replay import Replays
 from .additions import follows
 from .alike import unlike
 from .blocks import find_blocks, stacks_of, template_of, within
@@ -65,7 +64,7 @@ class _Dissection:
 
     def __init__(self, reader: BranchReader, resting: dict[str, tuple[str, ...]]) -> None:
         self.reader, self.flow, self.axes, self.additions = reader, reader.flow, reader.axes, reader.additions
-        self.replays, self.resting = Replays(reader.flow), resting
+        self.replays, self.resting = reader.replays, resting
         self.streams = Streams(reader)
         self.norms = Norms(self.flow, self.additions, self.replays)
         self._numbers: dict[int, int] = {}  # `id` of a branch -> which sub-layer it is
@@ -106,7 +105,7 @@ class _Dissection:
         is_by_hand = call is None and self.norms.is_after_by_hand(branch)
         node_call = addition.node.call
         stream, is_one = (
-            self.streams.taker(branch, addition.stream),
+            self.streams.taker(branch, self.streams.entering(branch)),
             flow.source(addition.stream) == flow.source(addition.skip),
         )
 

@@ -51,10 +51,15 @@ class Norms:
         return "post" if is_after else "none"
 
     def _takes_stream(self, call: ModuleCall, branch: Branch) -> bool:
-        """Tell whether a norm takes the stream, and the branch computes from what it returns."""
-        root = self.flow.source(branch.addition.stream)
-        takes = any(self.flow.source(i) == root for _, i in call.inputs)
-        return takes and any(branch.inside >> i & 1 for _, i in call.outputs)
+        """Tell whether a norm takes the stream, mixed or not with another, and the branch computes from what it returns."""
+        flow, root = self.flow, self.flow.source(branch.addition.stream)
+        if not any(branch.inside >> i & 1 for _, i in call.outputs):
+            return False
+        # What was projected since is no stream any more: the norm of an attention's queries is not the block's.
+        return any(
+            flow.source(i) == root or (flow.leads_to(root, i) and not flow.between(root, i) & flow.endings)
+            for _, i in call.inputs
+        )
 
     def _is_before_by_hand(self, branch: Branch) -> bool:
         """Tell whether what the branch's first projections read is the stream, normalised by no module."""
@@ -87,7 +92,7 @@ class Norms:
             return None
         readers = list(flow.readers_through_views(node))
         for call in self._candidates(branch):
-            takes = any(flow.source(i, VIEWS | _CLIPS) == flow.source(node) for _, i in call.inputs)
+            takes = any(flow.unscaled(flow.source(i, VIEWS | _CLIPS)) == flow.source(node) for _, i in call.inputs)
             if not takes or call.path is None or not call.outputs:
                 continue
             if within(call.path, branch.block) or self._is_beside(call, branch, readers):

@@ -41,8 +41,11 @@ _OF_MODEL: dict[str, Callable[[Anatomy], tuple[ModuleOutput, ...]]] = {
 }
 
 
-def role_paths(role: str, anatomy: Anatomy) -> list[str]:
+def role_paths(role: str, anatomy: Anatomy, *, at_sum: bool = False) -> list[str]:
     """List the modules that have a role in this model, in the order in which they run; empty if none has.
+
+    Args:
+        at_sum: Whether the sum behind a branch is meant: then one that no module returns is named by a last projection.
 
     Raises:
         TargetError: there is no such role, or no hook can be where it lies.
@@ -53,8 +56,9 @@ def role_paths(role: str, anatomy: Anatomy) -> list[str]:
     if role == LINEAR:
         return list(dict.fromkeys(product.path for product in role_products(role, anatomy)))
     if role in (*_OUTPUTS, "@block.last"):
-        _check_found(role, sublayers)
-        word = "out"  # "@block.last" is the output of the last sub-layer, where "@attention.last" is a projection
+        # "@block.last" is the output of the last sub-layer, where "@attention.last" is a projection.
+        _check_found(role, [s for s in sublayers if not (at_sum and s.last)])
+        return list(dict.fromkeys(s.out.path if s.out else s.last[0] for s in sublayers))
     return list(dict.fromkeys(path for sublayer in sublayers for path in _MODULES[word](sublayer)))
 
 

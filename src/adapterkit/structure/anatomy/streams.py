@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .. import pytree
+from ..tracing.flow import bits
 from ..tracing.graph import ModuleCall
 from .blocks import within
 from .branches import Branch, BranchReader
@@ -27,8 +28,7 @@ class Streams:
         Args:
             stream: The node that the branch is computed from, or added to.
         """
-        flow = self.flow
-        made = dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
+        flow, made = self.flow, _made(branch)
         root, shape = flow.source(stream), flow.nodes[made].shape
         # Experts gather tokens and scatter them again, behind which features are lost from sight: the addition knows best.
         axis = self.axes.on_the_way(made, branch.end, self.axes.of(branch.addition.skip))
@@ -44,6 +44,12 @@ class Streams:
                 if is_stream and flow.nodes[i].shape == shape and self.axes.of(i) in (axis, None):
                     taker = ModuleInput(call.path, _argument(path))
         return taker
+
+    def entering(self, branch: Branch) -> int:
+        """Return the node that a branch is computed from: the stream; of several streams, the mixture that enters it."""
+        flow, stream, made = self.flow, branch.addition.stream, _made(branch)
+        passed = flow.passed(stream, [made]) & ~(1 << stream | 1 << made) if branch.addition.is_mixed else 0
+        return next((i for i in bits(passed) if flow.nodes[i].shape == flow.nodes[made].shape), stream)
 
     def _may_take_the_stream(self, call: ModuleCall, branch: Branch, stream: int, made: int) -> bool:
         """Tell whether a call is near the branch, runs before its output is made, and can carry a hook for this alone."""
@@ -83,6 +89,11 @@ class Streams:
         # A module that runs several times returns other tensors, too; unless the addition is inside: ALBERT's block.
         is_around = any(call is around for around in (node.call.around() if node.call else ()))
         return is_around or self.reader.repeats[call.path, id(call.parent)] <= 1
+
+
+def _made(branch: Branch) -> int:
+    """Return the node that a branch's module returns; its end where none does."""
+    return dict(branch.call[0].outputs)[branch.call[1]] if branch.call else branch.end
 
 
 def _argument(path: pytree.Path) -> pytree.Argument:

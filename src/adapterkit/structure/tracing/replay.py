@@ -7,7 +7,7 @@ Which? Those whose derivative is not zero. So all operations between the two are
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ class Replays:
     def is_scale_free(self, start: int, end: int) -> bool:
         """Tell whether `end`'s tensor is the same when `start`'s is multiplied by two: then what lies between normalises.
 
+        What is mixed with `start`'s before it is normalised, as the first hidden states are, is then multiplied as well.
+
         The ε of a norm is as nothing beside the numbers that are drawn, which a saturated tanh would still tell apart.
 
         Raises:
@@ -72,15 +74,32 @@ class Replays:
         key = key and ("scale", key)  # which pieces depend on what is remembered in the same place
         found = self._found.get(key) if key is not None else None
         if found is None:
-            one, twice, other = (self._scaled(start, end, steps, seed, times) for seed, times in ((0, 8), (0, 16), (1, 8)))
-            same = torch.allclose(one, twice, rtol=1e-2, atol=1e-2 * float(one.abs().max()))
-            found = torch.tensor(same and not torch.equal(one, other))  # what no input changes is no norm
+            beside = self._beside(start, steps)
+            is_alone = self._is_same_of_twice(start, end, steps)
+            found = torch.tensor(is_alone or (bool(beside) and self._is_same_of_twice(start, end, steps, beside)))
         if key is not None:
             self._found[key] = found
         return bool(found)
 
-    def _scaled(self, start: int, end: int, steps: list[int], seed: int, times: float) -> Tensor:
+    def _is_same_of_twice(self, start: int, end: int, steps: list[int], beside: Sequence[Tensor] = ()) -> bool:
+        draws = ((0, 8), (0, 16), (1, 8))  # a seed and a factor each
+        one, twice, other = (self._scaled(start, end, steps, seed, times, beside) for seed, times in draws)
+        same = torch.allclose(one, twice, rtol=1e-2, atol=1e-2 * float(one.abs().max()))
+        return same and not torch.equal(one, other)  # what no input changes is no norm
+
+    def _beside(self, start: int, steps: list[int]) -> list[Tensor]:
+        """List the activations that the steps read, and neither make nor have of `start`."""
+        flow, made = self.flow, {start, *steps}
+        read = ((i, t) for k in steps for i, t in zip(flow.nodes[k].inputs, flow.nodes[k].taken, strict=False))
+        return [t for i, t in read if i not in made and not flow.is_constant[i] and _is_drawn(t) and t.numel() > 1]
+
+    def _scaled(
+        self, start: int, end: int, steps: list[int], seed: int, times: float, beside: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Run the steps again on normal numbers times a factor in the place of `start`'s tensor; return `end`'s, finite.
+
+        Args:
+            beside: Other tensors that have numbers times that factor.
 
         Raises:
             ValueError: it cannot be told, and why.
@@ -91,6 +110,7 @@ class Replays:
             raise ValueError("it is no tensor of floating-point numbers")
         normal = torch.randn(recorded.shape, generator=torch.Generator().manual_seed(seed)) * times
         values = {id(recorded): _stand_in(recorded).copy_(normal)}
+        values.update((id(t), _outside(t, draw) * times) for t in beside)
         # A tensor of one number may be an ε, which no other number stands for.
         single = (t for i in steps for t in nodes[i].taken if t.numel() == 1 and not t.is_meta)
         made = {id(t) for i in steps for t in nodes[i].made}
@@ -99,7 +119,7 @@ class Replays:
         try:
             with outside_inference_mode(), torch.no_grad(), torch.autocast(kind, enabled=False):
                 for i in steps:
-                    self._step(i, values, draw)
+                    self.step(i, values, lambda tensor: _outside(tensor, draw))
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ValueError(f"{type(error).__name__}: {str(error)[:200]}") from error
         found = values[id(nodes[end].made[0])].double().cpu()
@@ -160,7 +180,7 @@ class Replays:
                 leaf = _outside(recorded, draw).requires_grad_()
                 values = {id(recorded): leaf.clone()}  # which, unlike a leaf, may be changed in place
                 for i in steps:
-                    self._step(i, values, draw)
+                    self.step(i, values, lambda tensor: _outside(tensor, draw))
                 end = values.get(id(nodes[reader[0]].taken[reader[1]]))
                 if end is None or not end.requires_grad:  # no way leads there: nothing depends on it
                     return torch.zeros(leaf.shape, dtype=torch.bool)
@@ -173,11 +193,12 @@ class Replays:
             raise ValueError("a derivative is not finite")
         return gradient.ne(0).cpu()
 
-    def _step(self, index: int, values: dict[int, Tensor], draw: torch.Generator) -> None:
+    def step(self, index: int, values: dict[int, Tensor], outside: Callable[[Tensor], Tensor]) -> None:
         """Run one operation on the values of its tensors, and add what it makes to `values`.
 
         Args:
             values: Maps the `id` of each recorded tensor to the one that stands for it now.
+            outside: Returns what stands for one that no step made.
         """
         node = self.flow.nodes[index]
         if node.operation is None:
@@ -185,7 +206,7 @@ class Replays:
 
         def value(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and id(leaf) not in values:
-                values[id(leaf)] = _outside(leaf, draw)
+                values[id(leaf)] = outside(leaf)
             if isinstance(leaf, Tensor):
                 return values[id(leaf)]
             return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
