@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.structure.tracing.forward import forward
+from adapterkit.structure.tracing.surroundings import not_compiled
 from adapterkit.structure.tracing.tensors import is_plain
 
 from ...hosts.odd import ODD, WIDTH, Labelled, NoText, Plain
@@ -134,3 +135,31 @@ def test_what_a_subclass_is_made_of_is_known() -> None:
     """torch makes a new object of what each operation returns, and tells no one."""
     found = places(Plain().eval(), X.as_subclass(Labelled))
     assert found == places(Plain().eval())
+
+
+def test_roles_inside_of_a_compiled_block_are_those_of_the_block() -> None:
+    """It runs compiled before and after; a look that added hooks to what is compiled would see no module in it run."""
+    roles = ("@attention.k", "@feedforward.first", "@feedforward.last")
+
+    def found(model: nn.Module) -> list[str]:
+        kit = ak.wrap(model, X)
+        return [site.path.replace("_orig_mod.", "") for role in roles for site in kit.sites("lora", targets=[role])]
+
+    compiled = Plain().eval()
+    for name, block in compiled.blocks.named_children():
+        compiled.blocks.register_module(name, torch.compile(block, backend="eager"))
+    with torch.no_grad():
+        compiled(X)
+    assert found(compiled) == found(Plain().eval())
+
+
+def test_looks_at_once_leave_the_compiler_as_it_was() -> None:
+    torch._dynamo.reset()  # loads it
+    stances = []
+    first, second = not_compiled(), not_compiled()
+    for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        step()
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+    second.__exit__(None, None, None)
+    stances.append(torch._dynamo.eval_frame._stance.stance)
+    assert stances == ["force_eager"] * 3 + ["default"]

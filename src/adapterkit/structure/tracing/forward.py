@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ...errors import AdapterKitError, CompatibilityError
 from ..paths import ancestors
 from .snapshot import Snapshot
-from .surroundings import surroundings_kept
+from .surroundings import not_compiled, surroundings_kept
 
 __all__ = [
     "ExampleInputs", "call_with", "forward", "fresh", "observe", "outside_inference_mode", "runs_around", "untouched",
@@ -130,7 +130,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     torch.set_autocast_cache_enabled(False)
     try:
         mode = nullcontext() if made_inside else outside_inference_mode()
-        with mode, surroundings_kept(), torch.random.fork_rng(devices=devices), torch.no_grad():
+        with mode, not_compiled(), surroundings_kept(), torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
         torch.set_autocast_cache_enabled(casts_cached)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["generator_state", "surroundings_kept"]
+__all__ = ["generator_state", "not_compiled", "surroundings_kept"]
+
+_LOOKING = threading.Lock()
+_looks: list[Any] = []  # of those who look at a model just now, the first one's stance of the compiler
 
 
 @contextmanager
@@ -23,6 +27,27 @@ def surroundings_kept() -> Iterator[None]:
     finally:
         for restore in restoring:
             restore()
+
+
+@contextmanager
+def not_compiled() -> Iterator[None]:
+    """Run compiled modules as they are written in a block: a hook that is new would not be in what was compiled before.
+
+    The stance is one for all threads. So the first that enters sets it, and the last that leaves puts it back.
+    """
+    if "torch._dynamo" not in sys.modules:  # then nothing was compiled, and loading the compiler takes a second
+        yield
+        return
+    with _LOOKING:
+        _looks.append(None if _looks else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _LOOKING:
+            stance = _looks[0]
+            _looks.pop()
+            if not _looks:
+                stance.__exit__(None, None, None)
 
 
 def generator_state(value: Any) -> Callable[[], object] | None:
