@@ -165,3 +165,13 @@ def test_the_norm_of_a_sum_times_a_constant_is_the_blocks(factor: float) -> None
     assert norms(forward) == ["post"] * 4
     sites = ak.wrap(model, IDS).sites("pfeiffer")
     assert [(site.path, site.at) for site in sites] == [(f"blocks.{i}.norm2", "input") for i in (0, 1)]
+
+
+def test_the_norm_of_what_a_sum_was_put_together_with_is_the_next_branchs() -> None:
+    """CoaT adds a convolution to all tokens but the first, and puts that back before the attention's norm."""
+
+    def forward(block: Pre, x: Tensor) -> Tensor:
+        x = torch.cat([x[:, :1], x[:, 1:] + block.mlp(x[:, 1:])], 1)
+        return x + block.attention(block.norm1(x))
+
+    assert norms(forward) == ["none", "pre"] * 2

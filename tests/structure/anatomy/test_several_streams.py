@@ -272,6 +272,22 @@ def test_layers_behind_a_projection_are_the_ones_adapted(layers: int) -> None:
     assert paths(Model(lambda: Behind(layers)), "@sublayer.out") == in_each(*names)
 
 
+def test_a_transformer_that_computes_a_gate_is_part_of_the_branch_that_it_gates() -> None:
+    class Gated(Behind):
+        def __init__(self) -> None:
+            super().__init__(layers=2)
+            self.gate = nn.Linear(WIDTH, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.proj_in(self.norm(x))
+            gate = z
+            for layer in self.layers:
+                gate = layer(gate)
+            return x + self.proj_out(z * self.gate(gate))
+
+    assert paths(Model(Gated), "@sublayer.out") == in_each("proj_out")
+
+
 # --- tokens mixed by a convolution ------------------------------------------------------------------------------------
 
 

@@ -88,7 +88,7 @@ class Norms:
     def after(self, branch: Branch) -> ModuleCall | None:
         """Return the norm, in the block or beside it, that takes the sum and makes the stream of it; None if none does."""
         flow, node = self.flow, branch.addition.node.index
-        if self.is_stream(node):  # the next branch is added to the sum itself: this is no post-norm block
+        if self._goes_on(node):
             return None
         readers = list(flow.readers_through_views(node))
         for call in self._candidates(branch):
@@ -111,6 +111,11 @@ class Norms:
         """Tell whether the sum is normalised; where `after` is None, a function or a few operations do it."""
         return self._normalised(branch) is not None
 
+    def _goes_on(self, node: int) -> bool:
+        """Tell whether the next branch is added to a sum itself, or to what the sum was put together with."""
+        joined = (i for i in self.flow.readers_through_views(node) if self.flow.nodes[i].op == "cat")
+        return self.is_stream(node) or any(map(self.is_stream, joined))
+
     def is_stream(self, node: int) -> bool:
         """Tell whether something is added to a node in turn."""
         return any(node in (a.stream, self.flow.source(a.skip)) for a in self.additions)
@@ -131,7 +136,7 @@ class Norms:
     def _normalised(self, branch: Branch) -> int | None:
         """Return the sum as it is normalised: the stream of the next step, or what the block returns; None if it is not."""
         node = branch.addition.node.index
-        if self.is_stream(node):
+        if self._goes_on(node):
             return None
         return next((i for i in self._following(branch) if self._normalises(node, i)), None)
 

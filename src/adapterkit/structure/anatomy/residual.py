@@ -16,6 +16,7 @@ from .skips import skip_and_branch
 
 __all__ = ["residual_additions", "side_branches"]
 
+_FACTORS = frozenset(("mul", "mul_"))
 # What scores go through before their softmax.
 _MASKING = CONSTANT_STEPS | {"masked_fill", "masked_fill_", "where", "clamp"}
 
@@ -247,8 +248,26 @@ def _holds_a_stream(flow: Flow, outer: Addition, inside: list[Addition]) -> bool
             a for a in inside if a is not addition and follows(flow, addition, a.stream) and _is_in(outer, addition, a)
         ]
         computed = [flow.between(a.stream, a.branch) for a in (addition, *following)]
-        if is_behind and following and any(_is_of_tokens(flow, nodes) for nodes in computed):
+        is_value = _arrives_whole(flow, [addition, *following][-1].node.index, outer)
+        if is_behind and following and is_value and any(_is_of_tokens(flow, nodes) for nodes in computed):
             return True
+    return False
+
+
+def _arrives_whole(flow: Flow, start: int, outer: Addition) -> bool:
+    """Tell whether a node arrives at the end of a branch as a value, not as a gate: a factor of more numbers than its own.
+
+    A transformer of one channel may compute how much each position of a convolution counts.
+    """
+    inside, seen, todo = flow.between(outer.stream, outer.branch), 0, [start]
+    while todo:
+        i = todo.pop()
+        if i == outer.branch:
+            return True
+        readers = [flow.nodes[k] for k in flow.readers[i] if inside >> k & 1 and not seen >> k & 1]
+        size = math.prod(flow.nodes[i].shape)
+        todo += [n.index for n in readers if n.op not in _FACTORS or math.prod(n.shape) <= size]
+        seen |= sum(1 << n.index for n in readers)
     return False
 
 
