@@ -107,7 +107,7 @@ def _hash_of_type(kind: type) -> str:
 
     Not over its identity: methods may be replaced, and a new class may come to lie where a forgotten one lay.
     """
-    digest = hashlib.sha256()
+    digest, seen = hashlib.sha256(), set[int]()  # what several methods call is written once
     for base in kind.__mro__:
         if base in (nn.Module, object):
             continue
@@ -115,7 +115,7 @@ def _hash_of_type(kind: type) -> str:
         for name, value in vars(base).items():
             if name.startswith("__") and name != "__call__":
                 continue
-            lines = [f"={_text(value)}"[:_LONGEST]] if isinstance(value, _PLAIN) else _function(value, set())
+            lines = [f"={_text(value)}"[:_LONGEST]] if isinstance(value, _PLAIN) else _function(value, seen)
             digest.update("".join((f"\n{name} ", *lines)).encode())
     return digest.hexdigest()
 
