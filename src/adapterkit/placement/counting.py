@@ -67,7 +67,7 @@ class Counting:
         """Tell whether a module is a list that may be one of blocks, or of stages."""
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             return False
-        holding = [type(item) for item in module if any(True for _ in item.children())]
+        holding = [type(item) for item in module.children() if any(True for _ in item.children())]
         return bool(holding) and (len({*holding}) == 1 and (len(holding) > 1 or len(module) == 1))
 
     @cached_property

@@ -87,15 +87,24 @@ def find_locations(
         here = _location(path, outputs.get(path), search)
         host = here.location.path
         if at_hosts.setdefault(host, here) != here:
-            raise TargetError(
-                f"two targets lead to {host!r} (parallel branches have one sum); exclude {path!r} or target another"
-            )
+            raise TargetError(_two_at_one(host, path, at_hosts[host].location, here.location))
     kept = {host: here for host, here in at_hosts.items() if host not in excluded}  # a host may be another than the target
     if not kept:
         raise TargetError(
             f"every module that would be adapted ({list(at_hosts)}) is excluded by exclude={list(config.exclude)}"
         )
     return kept
+
+
+def _two_at_one(host: str, path: str, one: Location, other: Location) -> str:
+    """Write the message for two targets that lead to one module, where they mean different things."""
+    if one.output != other.output and one.reads == other.reads == "site":
+        return (
+            f"{host!r} returns the sums of two streams, at {list(one.output or ())} and {list(other.output or ())} of its "
+            "output, and an adapter sits at one; their branches are scaled before they are added, so that it cannot sit "
+            f"there either. Exclude {path!r}, or use a preset that adapts the branches themselves, such as 'houlsby'"
+        )
+    return f"two targets lead to {host!r} (parallel branches have one sum); exclude {path!r} or target another"
 
 
 def _role_outputs(search: _Search, excluded: Collection[str]) -> dict[str, ModuleOutput]:

@@ -1,10 +1,12 @@
 """Whose projections make queries, keys and values, in the ways that people write an attention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapterkit.structure.anatomy.description import Anatomy
 from adapterkit.structure.anatomy.discover import discover
@@ -63,6 +65,19 @@ class ValueResidual(Layer):
         return (q @ k.mT).softmax(-1) @ (0.5 * v + 0.5 * first)
 
 
+class Lerped(Layer):
+    def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        first = kept.setdefault("v", v)
+        return (q @ k.mT).softmax(-1) @ v.lerp(first, self.gate(m)[..., :1].sigmoid())
+
+
+class NormedHeads(Layer):
+    def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Any) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+        weights = self.before((q @ k.mT).softmax(-1).permute(0, 2, 3, 1))
+        return (F.layer_norm(weights, (HEADS,)).permute(0, 3, 1, 2) @ v).transpose(1, 2).flatten(2)
+
+
 class GatedValues(Layer):
     def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Any) -> Tensor:
         return (q @ k.mT).softmax(-1) @ (v * 2 * self.gate(m).sigmoid())
@@ -82,6 +97,17 @@ class ByHand(Layer):
         scores = (q[:, :, None] * k[:, None]).sum(-1)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         return ((weights / weights.sum(-1, keepdim=True))[..., None] * v[:, None]).sum(2)
+
+
+class ByLogsumexp(Layer):
+    def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Any) -> Tensor:
+        scores = q @ k.mT
+        return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+class ByLogSoftmax(Layer):
+    def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Any) -> Tensor:
+        return (q @ k.mT).log_softmax(-1).exp() @ v
 
 
 class Differential(Layer):
@@ -121,7 +147,8 @@ def look(layer: type[Layer], memory: str = "none", tokens: int = 5, keys: int = 
 
 
 ATTENTIONS = [
-    TalkingHeads, Einsum, KeysFirst, KeptScores, ValueResidual, GatedValues, Sampled, ByHand, Differential,
+    TalkingHeads, Einsum, KeysFirst, KeptScores, ValueResidual, Lerped, NormedHeads, GatedValues, Sampled, ByHand, ByLogsumexp,
+    ByLogSoftmax, Differential,
 ]  # fmt: skip
 
 
@@ -153,6 +180,68 @@ def test_one_key_is_enough(layer: type[Layer]) -> None:
     check(look(layer, "given", keys=1), "crossattention")
 
 
+class Compressed(Layer):
+    """Keys and values are projected over tokens, too, as in Linformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fewer = nn.Linear(5, 3)
+
+    def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Any) -> Tensor:
+        return (q @ self.fewer(k.mT)).softmax(-1) @ self.fewer(v.mT).mT
+
+
+class Convolved(Layer):
+    """Each feature of queries, keys and values is convolved with its neighbours, as in Primer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH) for _ in range(3))
+
+    def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Any) -> Tensor:
+        q, k, v = (near(t.mT).mT for near, t in zip(self.near, (q, k, v), strict=True))
+        return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("layer", [Compressed, Convolved])
+def test_what_mixes_no_features_makes_no_queries_keys_or_values(layer: type[Layer]) -> None:
+    check(look(layer), "attention")
+
+
 @pytest.mark.parametrize("layer", [Linear, Sigmoid])
 def test_attention_without_a_softmax_mixes_tokens(layer: type[Layer]) -> None:
     assert [s.kind for s in look(layer).sublayers] == ["mixer", "feedforward"] * 2
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda w: w.float().type_as(w),
+        lambda w: w.swapaxes(1, 2).swapaxes(1, 2),
+        lambda w: w.expand_as(w).narrow(-1, 0, w.shape[-1]),
+        lambda w: F.dropout(w, 0.1, training=False).multiply(2.0),
+        lambda w: w.moveaxis(1, 2).mT,
+        lambda w: w.tensor_split(1, 1)[0].reshape_as(w),
+    ],
+)
+def test_a_forward_in_inference_mode_shows_the_same(step: Callable[[Tensor], Tensor]) -> None:
+    """Composite operations arrive whole there. Llama's and DeepSeek's own code runs its forward that way."""
+
+    class Stepping(Layer):
+        def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Any) -> Tensor:
+            return step((q @ k.mT).softmax(-1)) @ v
+
+    class Inferring(Stack):
+        @torch.inference_mode()
+        def forward(self, x: Tensor, given: Tensor) -> Tensor:
+            return super().forward(x, given)
+
+    def anatomy(kind: type[Stack]) -> Anatomy:
+        torch.manual_seed(0)
+        return discover(kind(Stepping, "none").eval(), (torch.randn(2, 5, WIDTH), torch.randn(2, 3, WIDTH)))[0]
+
+    check(anatomy(Inferring), "attention")
+    here, there = (
+        [(s.kind, s.out, s.norm, s.first, s.last) for s in anatomy(kind).sublayers] for kind in (Inferring, Stack)
+    )
+    assert here == there

@@ -140,6 +140,19 @@ class Slots(nn.Module):
         return scores.softmax(-1) @ torch.stack([expert(slots[:, i]) for i, expert in enumerate(self.experts)], 1)
 
 
+class NormedSlots(Slots):
+    """Its router is learned embeddings of slots, which a norm takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots, self.norm = nn.Parameter(torch.randn(EXPERTS, 1, WIDTH)), nn.RMSNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.einsum("btd,esd->btes", x, self.norm(self.slots)).flatten(2)
+        slots = scores.softmax(1).mT @ x
+        return scores.softmax(-1) @ torch.stack([expert(slots[:, i]) for i, expert in enumerate(self.experts)], 1)
+
+
 class StackedSlots(Dense):
     """The same, of experts in one tensor."""
 
@@ -173,7 +186,7 @@ def test_a_shift_or_a_gate_of_all_tokens_leaves_a_feedforward_one(mixture: type[
     assert [kind for kind, _ in kinds(mixture)] == ["attention", "feedforward"] * 2
 
 
-@pytest.mark.parametrize("mixture", [Dense, Hashed, ExpertChoice, Gathered, Slots, StackedSlots])
+@pytest.mark.parametrize("mixture", [Dense, Hashed, ExpertChoice, Gathered, Slots, NormedSlots, StackedSlots])
 def test_experts_that_are_put_together_by_products_are_feedforwards(mixture: type[nn.Module]) -> None:
     assert [kind for kind, _ in kinds(mixture)] == ["attention", "feedforward"] * 2
 

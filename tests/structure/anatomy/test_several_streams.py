@@ -433,6 +433,46 @@ def test_the_sums_of_two_streams_of_one_block_are_adapted_each() -> None:
     assert torch.allclose(adapted, model.states(IDS, adapt), rtol=1e-9, atol=1e-9)
 
 
+def test_an_attention_and_a_feedforward_whose_sum_a_module_returns_are_two_branches() -> None:
+    class Both(Pre):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.norm1(x)
+            return self.attention(z) + self.mlp(z)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Both()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    assert paths(Model(Around), "@sublayer.out") == in_each("inner.attention", "inner.mlp")
+    assert paths(Model(Around), "@feedforward.out") == in_each("inner.mlp")
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_scores_that_are_mixed_and_added_are_no_stream(is_masked: bool) -> None:
+    class Adding(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+            q, k, v = (linear(x).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+            scores = q @ k.mT
+            scores = scores + self.mix(scores)
+            scores = scores.masked_fill(x[:, None, None, :, 0] > 1e3, -1e9) if is_masked else scores
+            return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    class Block(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Adding()
+
+    assert paths(Model(Block), "@sublayer.out") == in_each("attention", "mlp")
+
+
 def test_a_parallel_adapter_reads_the_mixture_that_enters_a_hyper_connected_branch() -> None:
     class Streams(Pre):
         def __init__(self) -> None:

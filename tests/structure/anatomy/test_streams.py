@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import adapterkit as ak
 from adapterkit.structure.anatomy.description import Anatomy
@@ -267,6 +268,34 @@ def test_a_loop_over_positions_is_a_mixer() -> None:
 
     anatomy, _ = found(Model(Block))
     assert outs(anatomy)[:2] == [("mixer", "blocks.0.attention"), ("feedforward", "blocks.0.mlp")]
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+def test_convolutions_that_are_told_what_to_look_at_are_no_experts(chooses: bool) -> None:
+    """TimesNet folds a series by its strongest frequencies, and convolves what it has folded."""
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.Sequential(
+                nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            strength, _ = x.abs().mean(-1).topk(1) if chooses else (torch.ones(len(x), 1), None)
+            y = self.convs(F.pad(x, (0, 0, 0, 1)).unflatten(1, (2, 3)).permute(0, 3, 1, 2))
+            return y.permute(0, 2, 3, 1).flatten(1, 2)[:, :5] * strength[..., None].softmax(1)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.folded = nn.LayerNorm(WIDTH), Folded()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + self.folded(x))
+
+    anatomy, _ = found(Model(Block))  # type: ignore[arg-type]  # a block of one branch
+    assert outs(anatomy) == [("convolution", f"blocks.{i}.folded") for i in (0, 1)]
 
 
 def test_a_layer_that_serves_two_streams_carries_one_adapter_for_both() -> None:

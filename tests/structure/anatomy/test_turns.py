@@ -390,3 +390,20 @@ class TokenMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x.mT).mT
+
+
+def test_a_list_may_hold_nothing_in_a_place() -> None:
+    """Lists of [norm, attention, None] have no norm behind."""
+
+    class Sparse(Adding):
+        def __init__(self) -> None:
+            super().__init__()
+            holders = ([nn.LayerNorm(WIDTH), MAKERS[kind](), None] for kind in "afaf")
+            self.layers = nn.ModuleList(nn.ModuleList(holder) for holder in holders)
+
+        def branches(self) -> Iterable[nn.Module]:
+            return (layer[1] for layer in self.layers)  # type: ignore[index]  # lists
+
+    sites = ak.wrap(randomised(Sparse()), X).sites("houlsby")
+    assert [site.path for site in sites] == [f"layers.{i}.1" for i in range(4)]
+    assert len(ak.wrap(randomised(Sparse()), X).sites("pfeiffer")) == 2

@@ -163,3 +163,15 @@ def test_looks_at_once_leave_the_compiler_as_it_was() -> None:
     second.__exit__(None, None, None)
     stances.append(torch._dynamo.eval_frame._stance.stance)
     assert stances == ["force_eager"] * 3 + ["default"]
+
+
+def test_a_class_may_have_a_train_that_returns_nothing() -> None:
+    """As the backbones of mmcv have."""
+
+    class Own(Plain):
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+
+    model = Own()
+    model.eval()
+    assert places(model) == places(Plain().eval())

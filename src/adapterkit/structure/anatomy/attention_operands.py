@@ -14,6 +14,7 @@ import torch
 
 from ..tracing.attentions import Attending
 from ..tracing.flow import CONSTANT_STEPS, MATMULS, VIEWS, Flow, bits
+from ..tracing.graph import Operation
 from ..tracing.replay import Replays
 from .feature_axes import FeatureAxes
 
@@ -63,7 +64,7 @@ class Attentions:
         for core in bits(self.flow.attentions):
             readers = dict(zip("qkv", self.operands(core), strict=True))
             made = {
-                part: _makers(self.flow, self._read(reader), self.aside)
+                part: _makers(self.flow, self.axes, self._read(reader), self.aside)
                 for part, reader in readers.items()
                 if reader is not None
             }
@@ -164,26 +165,39 @@ class Attentions:
         return self.flow.nodes[reader[0]].inputs[reader[1]]
 
 
-def _makers(flow: Flow, operand: int, aside: int) -> int:
+def _makers(flow: Flow, axes: FeatureAxes, operand: int, aside: int) -> int:
     """Return the set of projections that make a tensor: the last ones on its ways back, but for those of gates."""
-    found = _last_projections(flow, operand, aside)
+    found = _last_projections(flow, axes, operand, aside) or flow.nearest(operand, flow.projections, ~aside)
     # The angles of rotary positions may be a product with frequencies, which are constant, as weights are.
     return found & flow.features or found
 
 
-def _last_projections(flow: Flow, operand: int, aside: int) -> int:
-    """Return the set of projections that are met first on the ways back along values, not along gates and indices."""
+def _last_projections(flow: Flow, axes: FeatureAxes, operand: int, aside: int) -> int:
+    """Return the set of projections that are met first on the ways back along values, not along gates and indices.
+
+    One that runs over tokens (Linformer's of keys and values), or over the neighbours of each feature (a depthwise
+    convolution), hands on the features that another made.
+    """
     found, seen, todo = 0, aside, [operand]
     while todo:
         i = todo.pop()
         if seen >> i & 1:
             continue
         seen |= 1 << i
-        if flow.projections >> i & 1:
+        node = flow.nodes[i]
+        if flow.projections >> i & 1 and not axes.projects_tokens(node) and not _is_depthwise(flow, node):
             found |= 1 << i
         else:
             todo.extend(_values_of(flow, i))
     return found
+
+
+def _is_depthwise(flow: Flow, node: Operation) -> bool:
+    """Tell whether an operation is a convolution of each feature by itself."""
+    if not node.op.endswith("convolution"):
+        return False
+    outputs, inputs = flow.nodes[node.inputs[1]].shape[:2]
+    return inputs == 1 < outputs
 
 
 def _values_of(flow: Flow, index: int) -> list[int]:
@@ -192,6 +206,8 @@ def _values_of(flow: Flow, index: int) -> list[int]:
     # Of top-k, which returns values and indices, it is told by the tensor that is read.
     are_indices = {i for i, tensor in zip(node.inputs, node.taken, strict=False) if not tensor.is_floating_point()}
     inputs = [i for i in node.inputs if i not in are_indices] or list(node.inputs)
+    if node.op in ("lerp", "lerp_"):  # of two tensors, by a weight
+        return list(node.inputs[:2])
     if node.op in ("mul", "mul_", "addcmul"):
         return [i for i in inputs if not _is_gate(flow, i)] or inputs
     return inputs

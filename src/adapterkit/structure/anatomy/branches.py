@@ -102,7 +102,10 @@ class BranchReader:
         ends = list(self._parallel(addition, total))
         # One end, or a module returns their sum: then it is one branch, and what scales it is looked for from the addition.
         on_the_way = self.flow.between(total, addition.branch) | 1 << addition.branch
-        if len(ends) == 1 or any(list(self._finished(addition, i)) for i in bits(on_the_way)):
+        is_returned = any(list(self._finished(addition, i)) for i in bits(on_the_way))
+        if is_returned:  # an attention and a feed-forward are two, whoever returns their sum; experts are one
+            ends = list(self._of_two_kinds(addition, total))
+        if len(ends) == 1:
             ends, shared_scales = [addition.branch], ()
         for end in ends:
             inside = self._inside(addition, end)
@@ -144,6 +147,18 @@ class BranchReader:
                 yield from self._parallel(addition, i)
         else:
             yield end
+
+    def _of_two_kinds(self, addition: Addition, end: int) -> Iterator[int]:
+        """Yield the addends of a sum that a module returns if one attends and the other projects twice; else the sum."""
+        flow = self.flow
+        operands = addends(flow, flow.nodes[end]) or ()
+        inside = [flow.between(addition.stream, i) for i in operands if flow.leads_to(addition.stream, i)]
+        attends = [bool(nodes & flow.attentions) for nodes in inside]
+        chained = (
+            any(flow.ancestors[i] & nodes & flow.projections for i in bits(nodes & flow.projections)) for nodes in inside
+        )
+        is_two = len(inside) == len(operands) == 2 and attends.count(True) == 1 and all(chained)
+        yield from operands if is_two else (end,)
 
     def _finished(self, addition: Addition, node: int) -> Iterator[tuple[ModuleCall, pytree.Path]]:
         """Yield the calls that returned a node before it was added, with where in their output it lies."""

@@ -48,6 +48,24 @@ class FeatureAxes:
         axis = self.of(index)
         return None if axis is None else axis == len(node.shape) - 1
 
+    def projects_tokens(self, node: Operation) -> bool:
+        """Tell whether a product with a weight runs over the tokens' axis, and leaves features where they are.
+
+        MLP-Mixer does so by a Linear on a transposed tensor or by a pointwise convolution, Linformer with keys and values.
+        """
+        shown = self.flow.evidence.get(node.index)
+        if shown is not None and shown.kind == "projection":  # it mixes features, on the axis that numbers show
+            ((reader, at),) = shown.operands
+            operand = self.flow.nodes[reader].inputs[at]
+            return self.of(operand) not in (len(self.flow.nodes[operand].shape) + shown.input_axis, None)
+        if not self.flow.projections >> node.index & 1:
+            return False
+        taken = self.flow.activations(node)
+        if node.op in _CONVOLUTIONS:
+            is_wide = any(size > 1 for size in self.flow.nodes[node.inputs[1]].shape[2:])
+            return not is_wide and self.of(taken[0]) not in (1, None)
+        return len(taken) == 1 and self.is_last(taken[0]) is False
+
     def on_the_way(self, start: int, end: int, axis: int | None) -> int | None:
         """Return the axis of `start` that becomes this one of `end`; None if that cannot be told, or `end` reads more."""
         way = [end]

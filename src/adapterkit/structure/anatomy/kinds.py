@@ -38,7 +38,9 @@ def branch_kind(attentions: Attentions, addition: Addition, inside: int, end: in
     """
     flow, axes = attentions.flow, attentions.axes
     nodes = [flow.nodes[i] for i in bits(inside)]
-    routes = any(node.op in _ROUTING for node in nodes)
+    is_wide = any(_is_wide_convolution(flow, node) for node in nodes)
+    # What chooses, and is no router, chooses no experts: TimesNet's convolutions are told by which periods to run.
+    routes = any(node.op in _ROUTING for node in nodes) and bool(weighing or not is_wide)
     unweighed = [node for node in nodes if not flow.ancestors[node.index] & weighing]
     cores = list(bits(inside & flow.attentions))
     if cores:
@@ -46,9 +48,8 @@ def branch_kind(attentions: Attentions, addition: Addition, inside: int, end: in
         return ("crossattention" if is_cross else "attention"), False
     if _fills_slots(flow, inside, weighing):
         return "feedforward", True
-    if not routes and (any(_mixes_tokens(flow, axes, node) for node in nodes) or _is_recurrent(unweighed)):
+    if not routes and (any(_mixes_tokens(axes, node) for node in nodes) or _is_recurrent(unweighed)):
         return "mixer", False
-    is_wide = any(_is_wide_convolution(flow, node) for node in nodes)
     multiplies = not routes and any(flow.products >> node.index & 1 and node.op in MATMULS for node in nodes)
     if not routes and not multiplies and (is_wide or any("pool" in node.op for node in nodes)):
         return ("convolution" if is_wide else "mixer"), False  # a convolution may pool besides, to gate channels
@@ -114,22 +115,11 @@ def _moves_between_tokens(attentions: Attentions, addition: Addition, inside: in
     return moves
 
 
-def _mixes_tokens(flow: Flow, axes: FeatureAxes, node: Operation) -> bool:
+def _mixes_tokens(axes: FeatureAxes, node: Operation) -> bool:
     """Tell whether an operation is a scan, a Fourier transform, or projects the tokens' axis."""
     if node.op in _MIXING or node.op.startswith("_fft"):
         return True
-    shown = flow.evidence.get(node.index)
-    if shown is not None and shown.kind == "projection":  # it mixes features, on the axis that numbers show
-        ((reader, at),) = shown.operands
-        operand = flow.nodes[reader].inputs[at]
-        return axes.of(operand) not in (len(flow.nodes[operand].shape) + shown.input_axis, None)
-    if node.op not in MATMULS or flow.products >> node.index & 1:
-        return False
-    taken = flow.activations(node)
-    # MLP-Mixer projects the axis of tokens, by a Linear on a transposed tensor or by a pointwise convolution.
-    if node.op.endswith("convolution"):
-        return not _is_wide_convolution(flow, node) and axes.of(taken[0]) not in (1, None)
-    return len(taken) == 1 and axes.is_last(taken[0]) is False
+    return axes.projects_tokens(node)
 
 
 def _is_recurrent(nodes: list[Operation]) -> bool:

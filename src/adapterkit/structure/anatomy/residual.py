@@ -118,7 +118,7 @@ def _is_scores(flow: Flow, node: Operation) -> bool:
             if flow.nodes[i].op in SOFTMAX:
                 return True
             # A mask or a bias of positions may be added first; something computed may not, for then this is a stream.
-            others = flow.activations(flow.nodes[i])
+            others = [k for k in flow.activations(flow.nodes[i]) if flow.nodes[k].is_floating]
             if flow.nodes[i].op in _MASKING and len(others) == 1:
                 todo.append(i)
     return False

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .operations import BOUNDED, MATMULS, SCALES, SOFTMAX, VIEWS
+from .operations import BOUNDED, MATMULS, SCALES, SOFTMAX, VIEWS, WHOLE_NORMS
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Attending", "find_attentions"]
 
 _SUMS = frozenset(("add", "add_", "sub", "sub_"))  # a bias; the difference of two maps of weights
-_STEPS = VIEWS | SCALES | _SUMS
+_STEPS = VIEWS | SCALES | _SUMS | WHOLE_NORMS  # a norm over heads (DeepViT)
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,14 @@ class _Finder:
         return any(flow.nodes[i].op == "sum" for i in flow.readers[node.index])
 
     def _is_softmax(self, node: Operation) -> bool:
-        """Tell whether a node is a softmax, or one by hand: exp(x) / exp(x).sum()."""
+        """Tell whether a node is a softmax, or one by hand: exp(x) / exp(x).sum(), or the exp of one's logarithm."""
         flow = self.flow
         if node.op in SOFTMAX:
             return True
+        if node.op == "exp":
+            before = flow.nodes[flow.source(node.inputs[0])]
+            taken_off = {flow.nodes[flow.source(i)].op for i in before.inputs[1:2]} if before.op == "sub" else set()
+            return "log_softmax" in before.op or "logsumexp" in taken_off
         above = [flow.source(i) for i in node.inputs[:2]] if node.op == "div" else []
         if len(above) < 2 or flow.nodes[above[0]].op != "exp" or flow.nodes[above[1]].op != "sum":
             return False

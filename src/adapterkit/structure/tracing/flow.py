@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from functools import cached_property, reduce
+from itertools import accumulate
 from operator import and_
 
 from ..base_tensors import base_parameters
@@ -233,8 +234,11 @@ class Flow:
 
         What a module is called with is no weight, even if it comes of parameters alone (the learned queries of a decoder).
         """
-        # Of more than two axes: a weight that is handed to a module (a tied embedding's, to the head) has two at most.
-        given = {i for call in self.calls for _, i in call.inputs if len(self.nodes[i].shape) > 2}
+        # Of more than two axes: a weight that is handed to a module (a tied embedding's, to the head) has two at most. And
+        # to what multiplies by a matrix: a norm of weights makes weights.
+        multiplying = list(accumulate((node.op in MATMULS or not node.is_torchs for node in self.nodes), initial=0))
+        calls = (c for c in self.calls if multiplying[c.start] < multiplying[len(self.nodes) if c.end is None else c.end])
+        given = {i for call in calls for _, i in call.inputs if len(self.nodes[i].shape) > 2}
         constant: list[bool] = []
         for node in self.nodes:
             derived = node.op == "parameter" or (bool(node.inputs) and all(constant[i] for i in node.inputs))

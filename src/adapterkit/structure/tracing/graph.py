@@ -30,10 +30,6 @@ __all__ = ["ADDITIONS", "Graph", "ModuleCall", "Operation", "record_graph"]
 
 ADDITIONS = ("add", "add_", "addcmul", "addcmul_")
 _TORCHS = ("aten", "prims", "prim")  # the namespaces of torch's own operators
-# In inference mode torch shows operations as they were called, not the one that all of them become.
-_WHOLE = dict.fromkeys(
-    ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "convolution"
-)
 
 
 @dataclass(eq=False)
@@ -162,6 +158,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # In inference mode torch shows composite operations (`conv2d`, `type_as`) whole: elsewhere, what they are made of.
+        if torch.is_inference_mode_enabled() and isinstance(func, torch._ops.OpOverload):
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         node = self._reading(func, args, kwargs)
         out = func(*args, **kwargs)
         self._add(node, *(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
@@ -276,7 +278,7 @@ def _name_of(func: Any) -> str:
     full = str(func._schema.name)
     namespace, _, name = full.partition("::")
     if namespace in _TORCHS:
-        return _WHOLE.get(name, name)
+        return name
     # One name for all products: what asks for matrix products further on need not know whose they are. Any other keeps its
     # namespace, for another package's `silu` need not do what torch's does.
     return "linear" if full in product_names() else full
