@@ -392,6 +392,23 @@ class TokenMixer(nn.Module):
         return self.mix(x.mT).mT
 
 
+def test_a_list_in_which_less_is_found_than_in_one_that_is_built_alike_is_refused() -> None:
+    """Its first layer goes on with half of the tokens, in a way that shows no addition to the stream that it took."""
+
+    class Sampling(Pairs):
+        def forward(self, x: Tensor) -> Tensor:
+            for n, (attention, mlp) in enumerate(self.layers):  # type: ignore[misc]  # lists
+                branch = attention(x)
+                x = branch[:, ::2] * x[:, ::2].sigmoid() if n == 0 else x + branch
+                x = x + mlp(x)
+            return x
+
+    kit = ak.wrap(randomised(Sampling(3, "af")), X)
+    for targets in ("@attention.q", "@sublayer.out"):
+        with pytest.raises(ak.TargetError, match="are built alike, but tracing finds"):
+            kit.sites(ak.LoRAConfig(targets=[targets]) if targets.endswith("q") else ak.BottleneckConfig(targets=[targets]))
+
+
 def test_a_list_may_hold_nothing_in_a_place() -> None:
     """Lists of [norm, attention, None] have no norm behind."""
 

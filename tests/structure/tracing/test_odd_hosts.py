@@ -175,3 +175,17 @@ def test_a_class_may_have_a_train_that_returns_nothing() -> None:
     model = Own()
     model.eval()
     assert places(model) == places(Plain().eval())
+
+
+def test_tokens_of_different_numbers_in_one_tensor_are_looked_at_or_refused() -> None:
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.plain = nn.Parameter(torch.ones(WIDTH)), Plain()
+
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            x = torch.nested.nested_tensor([one, other], layout=torch.jagged) * self.scale
+            return self.plain.inner(x).values()
+
+    with pytest.raises(ak.TargetError, match="speaks of transformer blocks"):
+        ak.wrap(Ragged().eval(), (torch.randn(3, WIDTH), torch.randn(5, WIDTH))).sites("pfeiffer")

@@ -93,7 +93,7 @@ def _makes_stream(flow: Flow, block: str, name: str, sublayers: Sequence[Sublaye
     """Tell whether what a block first adds to comes of its inputs through one module alone: that makes the stream."""
     made = sum({1 << i for call in flow.calls if call.path == _path(block, name) for _, i in call.outputs})
     taken = sum({1 << i for call in flow.calls if call.path == block for _, i in call.inputs})
-    if not sublayers or not made:
+    if not sublayers or not made or not taken:  # of a block that is a list, no call tells what it takes
         return False
     operands = flow.nodes[sublayers[0].addition[1]].inputs[:2]
     return any(not flow.nearest(i, taken, (1 << len(flow.nodes)) - 1, made) for i in operands)

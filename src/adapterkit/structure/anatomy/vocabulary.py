@@ -21,7 +21,9 @@ def output_calls(flow: Flow, streams: Iterable[int]) -> list[ModuleCall]:
     weights = {_origin(flow, flow.nodes[i].inputs[0]) for i in tables}
     sizes = {flow.nodes[flow.nodes[i].inputs[0]].shape[0] for i in tables}
     last = [i for i in _linear(flow) if not flow.descendants[i] & flow.projections]
-    found = [i for i in last if flow.nodes[i].shape[-1] in sizes and any(flow.leads_to(table, i) for table in tables)]
+    found = [
+        i for i in last if sizes.intersection(flow.nodes[i].shape[-1:]) and any(flow.leads_to(table, i) for table in tables)
+    ]
     # A head may classify into as many classes as there are tokens by chance; one that shares the weight cannot.
     tied = [i for i in found if weights & {_origin(flow, j) for j in flow.nodes[i].inputs if flow.is_constant[j]}]
     calls = (flow.nodes[i].call for i in tied or found)

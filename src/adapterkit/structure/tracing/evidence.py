@@ -121,7 +121,7 @@ def _takes_both(node: Operation, held: int) -> bool:
     """Tell whether an operation takes an activation, and a matrix that the model holds."""
     pairs = [(held >> i & 1, tensor) for i, tensor in zip(node.inputs, node.taken, strict=False)]
     return any(not is_held for is_held, _ in pairs) and any(
-        is_held and tensor.numel() > max(tensor.shape, default=0) for is_held, tensor in pairs
+        is_held and not tensor.is_nested and tensor.numel() > max(tensor.shape, default=0) for is_held, tensor in pairs
     )
 
 
