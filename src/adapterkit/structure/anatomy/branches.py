@@ -154,10 +154,10 @@ class BranchReader:
         operands = addends(flow, flow.nodes[end]) or ()
         inside = [flow.between(addition.stream, i) for i in operands if flow.leads_to(addition.stream, i)]
         attends = [bool(nodes & flow.attentions) for nodes in inside]
-        chained = (
-            any(flow.ancestors[i] & nodes & flow.projections for i in bits(nodes & flow.projections)) for nodes in inside
-        )
-        is_two = len(inside) == len(operands) == 2 and attends.count(True) == 1 and all(chained)
+        # By matrices: what convolves an attention's values, and is added to what it returns, is part of that.
+        linear = [[i for i in bits(nodes & flow.projections) if "conv" not in flow.nodes[i].op] for nodes in inside]
+        is_chained = all(any(flow.leads_to(i, k) for i in some for k in some) for some in linear)
+        is_two = len(inside) == len(operands) == 2 and attends.count(True) == 1 and is_chained
         yield from operands if is_two else (end,)
 
     def _finished(self, addition: Addition, node: int) -> Iterator[tuple[ModuleCall, pytree.Path]]:
