@@ -1,5 +1,7 @@
 """`@linear`: every linear layer of the blocks, and nothing else."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,3 +134,32 @@ def test_it_works_with_other_methods_and_without_blocks_it_is_refused() -> None:
     assert ak.LoRAConfig(targets="all-linear") == ak.LoRAConfig(targets=["@linear"])
     with pytest.raises(ak.TargetError, match="speaks of transformer blocks"):
         ak.wrap(FeedForward(), torch.randn(2, WIDTH)).sites("lora", targets=["@linear"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w, scale: scale * w,
+        lambda w, scale: (scale * w)[:WIDTH],
+        lambda w, scale: w / w.norm(dim=1, keepdim=True),
+        lambda w, scale: F.layer_norm(w, w.shape[-1:]).to(w.dtype),
+    ],
+)
+def test_a_parameter_that_is_changed_before_it_multiplies_is_named(change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.up, self.down = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.gelu(F.linear(x, change(self.up, self.scale))), change(self.down, self.scale))
+
+    class Block(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Own()  # type: ignore[assignment]  # takes and returns the same
+
+    sites = ak.wrap(randomised(Model(Block)), IDS).sites("lora", targets="all-linear", layers=[0], rank=2)
+    found = {(site.path, site.parameters) for site in sites if "attention" not in site.path}
+    assert found == {("blocks.0.mlp", ("up",)), ("blocks.0.mlp", ("down",))}

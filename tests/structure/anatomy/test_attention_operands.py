@@ -71,6 +71,12 @@ class Lerped(Layer):
         return (q @ k.mT).softmax(-1) @ v.lerp(first, self.gate(m)[..., :1].sigmoid())
 
 
+class MixedByGates(Layer):
+    def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        first, gate = kept.setdefault("v", v), self.gate(m)[..., :1].sigmoid()
+        return (q @ k.mT).softmax(-1) @ (v * gate + first * (1 - gate))
+
+
 class NormedHeads(Layer):
     def mix(self, z: Tensor, m: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Any) -> Tensor:
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
@@ -147,7 +153,7 @@ def look(layer: type[Layer], memory: str = "none", tokens: int = 5, keys: int = 
 
 
 ATTENTIONS = [
-    TalkingHeads, Einsum, KeysFirst, KeptScores, ValueResidual, Lerped, NormedHeads, GatedValues, Sampled, ByHand, ByLogsumexp,
+    TalkingHeads, Einsum, KeysFirst, KeptScores, ValueResidual, Lerped, MixedByGates, NormedHeads, GatedValues, Sampled, ByHand, ByLogsumexp,
     ByLogSoftmax, Differential,
 ]  # fmt: skip
 
@@ -245,3 +251,24 @@ def test_a_forward_in_inference_mode_shows_the_same(step: Callable[[Tensor], Ten
         [(s.kind, s.out, s.norm, s.first, s.last) for s in anatomy(kind).sublayers] for kind in (Inferring, Stack)
     )
     assert here == there
+
+
+def test_weights_that_are_computed_early_in_a_block_make_no_crossattention() -> None:
+    """Zipformer computes them once, of the stream as it enters, and applies them further on."""
+
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(WIDTH)
+            self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+            self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.norm(x)
+            weights = (self.q(z) @ self.k(z).mT).softmax(-1)
+            x = x + self.down(self.up(x).relu())
+            return x + self.o(weights @ self.v(x))
+
+    torch.manual_seed(0)
+    anatomy, _ = discover(nn.Sequential(Early(), Early()).eval(), torch.randn(2, 5, WIDTH))
+    assert [s.kind for s in anatomy.sublayers] == ["feedforward", "attention"] * 2

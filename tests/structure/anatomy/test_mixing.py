@@ -163,6 +163,17 @@ class StackedSlots(Dense):
         return torch.einsum("bte,bed->btd", scores.softmax(-1), each)
 
 
+class FromTheLeft(nn.Module):
+    """A weight of tokens by tokens multiplies from the left, and the einsum puts rows and features together (gMLP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.weight = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("mn,bnd->bmd", self.weight, self.inner(x))
+
+
 class SoftmaxKernel(Layers):
     """Efficient attention: softmaxes of queries and of keys stand in for that of their products."""
 
@@ -176,7 +187,7 @@ def kinds(mixture: Callable[[], nn.Module]) -> list[tuple[str, bool]]:
     return [(s.kind, s.is_moe) for s in anatomy.sublayers]
 
 
-@pytest.mark.parametrize("mixture", [OneContext, PooledQuery, Decayed, SoftmaxKernel])
+@pytest.mark.parametrize("mixture", [OneContext, PooledQuery, Decayed, FromTheLeft, SoftmaxKernel])
 def test_what_sums_over_tokens_is_a_mixer(mixture: type[nn.Module]) -> None:
     assert kinds(mixture) == [("attention", False), ("mixer", False)] * 2
 
@@ -223,3 +234,22 @@ def test_streams_of_one_token_that_are_mixed_mix_no_tokens(is_last: bool) -> Non
 
     anatomy, _ = discover(randomised(Hyper(Streams)), IDS)
     assert [s.kind for s in anatomy.sublayers] == ["attention", "feedforward"] * 2
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+def test_a_weight_on_the_left_mixes_tokens_whatever_the_number_of_rows(one_row: bool) -> None:
+    anatomy, _ = discover(randomised(Model(block_of(FromTheLeft))), IDS[:1] if one_row else IDS)
+    assert [s.kind for s in anatomy.sublayers] == ["attention", "mixer"] * 2
+
+
+def test_a_branch_that_starts_at_zero_is_what_it_will_be() -> None:
+    class ReZero(OneContext):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    anatomy, _ = discover(Model(block_of(ReZero)).eval(), IDS)
+    assert [s.kind for s in anatomy.sublayers] == ["attention", "mixer"] * 2

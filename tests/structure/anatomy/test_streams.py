@@ -416,3 +416,30 @@ def test_an_adapter_on_a_branch_of_tokens_works_on_the_features() -> None:
         ("blocks.0.attention.2", WIDTH, -2),
         ("blocks.0.mlp", WIDTH, -1),
     ]
+
+
+def test_the_gates_of_a_gated_unit_are_no_branches() -> None:
+    """GTrXL's gates take the stream and what the attention returns: x' = (1 - z) x + z tanh(W y + U r x)."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wz, self.uz, self.w, self.u = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+            self.bias = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            z = (self.wz(y) + self.uz(x) - self.bias).sigmoid()
+            return (1 - z) * x + z * (self.w(y) + self.u(x)).tanh()
+
+    class Block(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gates = nn.ModuleList(Gate() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.gates[0](x, self.attention(self.norm1(x)))
+            return self.gates[1](x, self.mlp(self.norm2(x)))
+
+    model = randomised(Model(Block))
+    with pytest.raises(ak.TargetError, match="no block that adds what it computes to a stream"):
+        ak.wrap(model, torch.zeros(2, 5, dtype=torch.long)).sites("houlsby")

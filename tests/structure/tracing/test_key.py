@@ -147,3 +147,14 @@ def test_what_adapterkit_does_to_a_model_is_no_part_of_the_key() -> None:
     kit.add("a", "pfeiffer")
     kit.train_adapter("a")
     assert structure_key(model, IDS) == before
+
+
+def test_functions_that_belong_to_no_module_have_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that `exec` makes."""
+    monkeypatch.setattr(block, "__module__", None)
+
+    class Calling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return block(1)()(x)
+
+    assert structure_key(Calling(), torch.ones(1))

@@ -104,8 +104,17 @@ class Attentions:
         if not self.flow.from_inputs >> key & 1:  # keys of parameters alone are a memory of its own, and no other input
             return False
         if not self._is_made_of(self._read(queries), stream, inside, start):  # of the other half of a reversible stream
+            if self._taken_by(core, "q") & self._taken_by(
+                core, "k"
+            ):  # or of the stream as it was when weights were computed
+                return False
             return key != stream and not self.flow.leads_to(stream, key)
         return not self._is_made_of(key, stream, inside, start)
+
+    def _taken_by(self, core: int, part: str) -> set[int]:
+        """Return what the projections that make queries ("q") or keys ("k") take."""
+        makers = (self.flow.nodes[i] for i in bits(self._makers[core].get(part, 0)))
+        return {self.flow.source(i) for node in makers for i in self.flow.activations(node)}
 
     def _start(self, core: int, stream: int) -> int:
         """Return the first node of the innermost module call around an attention that takes the stream; 0 if none does."""
@@ -216,5 +225,7 @@ def _values_of(flow: Flow, index: int) -> list[int]:
 def _is_gate(flow: Flow, index: int) -> bool:
     """Tell whether a node is a curved function of each number for itself: sigmoid, tanh, silu, a cosine."""
     node = flow.nodes[flow.unscaled(index)]
+    while node.op in ("rsub", "neg") and len(flow.activations(node)) == 1:  # 1 - gate
+        node = flow.nodes[flow.unscaled(flow.activations(node)[0])]
     tags = getattr(node.operation[0], "tags", ()) if node.operation else ()
     return torch.Tag.pointwise in tags and node.op not in _STRAIGHT

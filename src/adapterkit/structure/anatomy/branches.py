@@ -200,6 +200,8 @@ class BranchReader:
             # Of value * gate, both computed from the stream, go on with the value: the gate is smaller, or between bounds.
             size = max(math.prod(self.flow.nodes[i].shape) for i in before)
             gates = {i for i in before if math.prod(flow.nodes[i].shape) != size or self._is_bounded(i)}
+            if len(before) > 1 and len(gates) == len(before):  # z * tanh(y), in a gated unit: which is the value?
+                return
             end = max(set(before) - gates or before)
 
     def _is_bounded(self, index: int) -> bool:

@@ -15,6 +15,7 @@ from ..tracing.graph import Operation
 __all__ = ["FeatureAxes"]
 
 _CONVOLUTIONS = frozenset(("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution"))
+_MATRIX_PRODUCTS = frozenset(("mm", "bmm", "addmm", "baddbmm", "matmul"))
 _CHANNEL_NORMS = ("batch_norm", "group_norm")
 _REGROUPED = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"))
 
@@ -64,7 +65,17 @@ class FeatureAxes:
         if node.op in _CONVOLUTIONS:
             is_wide = any(size > 1 for size in self.flow.nodes[node.inputs[1]].shape[2:])
             return not is_wide and self.of(taken[0]) not in (1, None)
-        return len(taken) == 1 and self.is_last(taken[0]) is False
+        if len(taken) != 1:
+            return False
+        if not self._weighs_from_the_left(node):
+            return self.is_last(taken[0]) is False
+        axis = self.of(taken[0])
+        return axis is not None and axis != len(self.flow.nodes[taken[0]].shape) - 2
+
+    def _weighs_from_the_left(self, node: Operation) -> bool:
+        """Tell whether a product is W @ x, which runs over the axis before the last of x, where others run over the last."""
+        factors = node.inputs[: len(node.taken)][-2:]
+        return node.op in _MATRIX_PRODUCTS and len(factors) == 2 and not self.flow.is_constant[factors[1]]
 
     def on_the_way(self, start: int, end: int, axis: int | None) -> int | None:
         """Return the axis of `start` that becomes this one of `end`; None if that cannot be told, or `end` reads more."""
@@ -106,6 +117,8 @@ class FeatureAxes:
         if node.op in _CONVOLUTIONS:
             axis = self._found[taken[0]]
             return axis if axis is not None and len(self.flow.nodes[taken[0]].shape) == len(node.shape) else 1
+        if self._weighs_from_the_left(node):
+            return self._found[taken[0]]  # whether it mixes features or tokens, these stay where they are
         return None if self.is_last(taken[0]) is False else len(node.shape) - 1
 
     def _axis(self, node: Operation) -> int | None:

@@ -87,9 +87,11 @@ def _moves_between_tokens(attentions: Attentions, addition: Addition, inside: in
         None if they do not tell.
     """
     flow, axes, stream = attentions.flow, attentions.axes, addition.stream
-    if not may_mix(flow, inside):
-        return False
     projections = inside & flow.projections & ~beside
+    # The einsum of a weight and a tensor may put axes together before it multiplies, so that the axis is lost from sight.
+    is_unclear = any(axes.of(i) is None for k in bits(projections) for i in flow.activations(flow.nodes[k]))
+    if not is_unclear and not may_mix(flow, inside):
+        return False
     first = [i for i in bits(projections) if not flow.ancestors[i] & projections]
     # What they take, with the axis of its features.
     read = ((flow.nodes[k].op, i) for k in first for i in flow.activations(flow.nodes[k]))

@@ -140,13 +140,13 @@ def _is_product_of_codes(flow: Flow, index: int, node: int) -> bool:
 
 
 def _weight(flow: Flow, names: dict[int, str], node: Operation) -> str | None:
-    """Return the name of the Parameter that a product multiplies by, followed through casts and transposes; else None."""
+    """Return the name of the Parameter that a product multiplies by, whatever is done to it before; None if of several."""
     for i in node.inputs[: len(node.taken)]:
         if flow.is_constant[i] and len(flow.nodes[i].shape) > 1:
-            origin = flow.nodes[i]
-            while origin.op != "parameter" and len(origin.inputs) == 1:
-                origin = flow.nodes[origin.inputs[0]]
-            return names.get(id(origin.made[0])) if origin.made else None
+            # A weight may be cut, scaled or normalised before it multiplies: the one matrix that it is made of counts.
+            origins = [flow.nodes[k] for k in bits(flow.ancestors[i] | 1 << i) if flow.nodes[k].op == "parameter"]
+            matrices = [n for n in origins if len(n.shape) > 1] or origins
+            return names.get(id(matrices[0].made[0])) if len(matrices) == 1 else None
     return None
 
 

@@ -91,8 +91,13 @@ def _is_straight_through(flow: Flow, stream: int, branch: int) -> bool:
 
 
 def _is_inside_a_cell(flow: Flow, node: Operation) -> bool:
-    """Tell whether a sum is a gate of a recurrent cell: all that reads it is a sigmoid or tanh."""
-    readers = [j for i in flow.readers[node.index] for j in (flow.readers[i] if flow.nodes[i].op in VIEWS else [i])]
+    """Tell whether a sum is a gate of a recurrent cell: all that reads it, or it and a bias, is a sigmoid or tanh."""
+    readers, todo = set[int](), [node.index]
+    while todo:
+        for i in flow.readers_through_views(todo.pop()):
+            reader = flow.nodes[i]
+            is_shift = reader.op in ("add", "sub", "add_", "sub_") and len(flow.activations(reader)) == 1
+            (todo.append if is_shift else readers.add)(i)
     return bool(readers) and all(flow.nodes[i].op in BOUNDED for i in readers)
 
 

@@ -143,7 +143,7 @@ def _globals(function: FunctionType, seen: set[int]) -> Iterator[str]:
     """Yield the functions and settings of its file that a function names: what it calls beside its class's methods."""
     for name in _names(function.__code__):
         value = function.__globals__.get(name)  # most names are attributes, and no globals: those are not in question here
-        if isinstance(value, FunctionType) and not value.__module__.startswith("torch."):
+        if isinstance(value, FunctionType) and not str(value.__module__).startswith("torch."):
             yield from _function(value, seen)
         elif isinstance(value, (bool, int, float, str)):
             yield f" {name}={_text(value)}"[:_LONGEST]

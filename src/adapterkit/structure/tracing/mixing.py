@@ -133,7 +133,7 @@ def _as_recorded(tensor: Tensor) -> Tensor:
     """Return a tensor from outside; but random numbers for one of zeros, which would hide what depends on it."""
     if tensor.is_meta:
         raise ValueError("the meta device has no numbers")
-    if tensor.is_floating_point() and tensor.dim() > 1 and not tensor.any():
+    if tensor.is_floating_point() and not tensor.any():
         return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
     return tensor.detach()
 
