@@ -443,3 +443,21 @@ def test_the_gates_of_a_gated_unit_are_no_branches() -> None:
     model = randomised(Model(Block))
     with pytest.raises(ak.TargetError, match="no block that adds what it computes to a stream"):
         ak.wrap(model, torch.zeros(2, 5, dtype=torch.long)).sites("houlsby")
+
+
+def test_an_attention_that_a_gated_unit_mixes_with_the_stream_is_not_left_out() -> None:
+    class Block(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRUCell(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            attended = self.attention(self.norm1(x))
+            x = self.gru(attended.flatten(0, 1), x.flatten(0, 1)).view_as(x)
+            return x + self.mlp(self.norm2(x))
+
+    kit = ak.wrap(randomised(Model(Block)), torch.zeros(2, 5, dtype=torch.long))
+    with pytest.raises(ak.TargetError, match=r"attention that 'blocks.0.attention' computes .* is not added to the stream"):
+        kit.sites("houlsby")
+    assert len(kit.sites("pfeiffer")) == 2  # the last of each block is known
+    assert len(kit.sites("houlsby", exclude=["blocks.*.attention"])) == 2

@@ -203,6 +203,7 @@ class Anatomy:
         stacks: Of each stack, of each of its blocks in the order in which they run: the paths of what holds it, which are
             several where no module holds all of it.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
+        stray: Attentions in a block that are on no branch, while the stream goes around them: (block, module).
         idle: Modules that are built as the blocks beside them, but did not run.
         unknown: What is not understood: roles and presets do not rest on it, and say so.
         products: What the transformer blocks multiply by, but for routers and convolutions.
@@ -218,6 +219,7 @@ class Anatomy:
     blocks: tuple[ModuleOutput, ...]
     stacks: tuple[tuple[tuple[str, ...], ...], ...] = ()
     unexplained: tuple[tuple[str, str], ...] = ()
+    stray: tuple[tuple[str, str], ...] = ()
     idle: tuple[str, ...] = ()
     unknown: tuple[Unknown, ...] = ()
     products: tuple[Product, ...] = ()

@@ -50,6 +50,7 @@ def dissect(flow: Flow, modules: dict[str, nn.Module]) -> Anatomy:
         blocks=tuple(dissection.blocks(sublayers, turns)),
         stacks=stacks_of(flow, modules, turns),
         unexplained=tuple(dissection.unexplained(branches)),
+        stray=tuple(dissection.stray(branches)),
         unknown=tuple(unknown_operations(flow, branches)),
         idle=tuple(dissection.idle(inside)),
         products=tuple(multiplied),
@@ -189,6 +190,26 @@ class _Dissection:
                 is_inner = any(within(path or "", inner) for inner in inner_blocks)
                 if path is not None and within(path, block) and not is_inner and self._leads_out(i, block):
                     yield block, path
+
+    def stray(self, branches: list[Branch]) -> Iterator[tuple[str, str]]:
+        """Yield (block, module) of attentions in a block that are on no branch, where the stream goes around them.
+
+        A gated unit may mix with the stream what they return. One that all of the stream goes through makes the stream.
+        """
+        flow, on_branches = self.flow, 0
+        for a in self.reader.every_addition:
+            on_branches |= flow.between(a.stream, a.branch)
+        for core in bits(flow.attentions & ~on_branches):
+            call = flow.nodes[core].call
+            around = [c for c in call.around() if c.path] if call else []
+            for branch in branches:
+                inside = [c for c in around if branch.block and within(c.path or "", branch.block)]
+                stream = branch.addition.stream
+                if inside and flow.leads_to(core, stream):  # the next branch in its block
+                    taken = (i for _, i in inside[-1].inputs if flow.leads_to(i, stream))
+                    if any(not flow.passed(i, [stream]) >> core & 1 for i in taken):
+                        yield branch.block or "", inside[0].path or ""
+                    break
 
     def _path_of(self, node: int) -> str | None:
         """Return the path of the innermost module that ran a node; None if the model holds none that did."""

@@ -73,7 +73,7 @@ class FeatureAxes:
         return axis is not None and axis != len(self.flow.nodes[taken[0]].shape) - 2
 
     def _weighs_from_the_left(self, node: Operation) -> bool:
-        """Tell whether a product is W @ x, which runs over the axis before the last of x, where others run over the last."""
+        """Tell whether a product is W @ x, which runs over the axis of x before the last; others run over the last."""
         factors = node.inputs[: len(node.taken)][-2:]
         return node.op in _MATRIX_PRODUCTS and len(factors) == 2 and not self.flow.is_constant[factors[1]]
 

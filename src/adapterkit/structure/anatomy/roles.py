@@ -125,6 +125,8 @@ def check_whole(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
     _check_alike(role, anatomy, excluded)
     if role in ("@sublayer.out", "@block.last"):
         _check_explained(role, anatomy, excluded)
+    if role == "@sublayer.out":
+        _check_stray(role, anatomy, excluded)
     if role == LINEAR:
         _check_idle(role, [path for path in anatomy.unread if excluded.isdisjoint(ancestors(path))])
     if role in ("@sublayer.out", "@block.last", LINEAR):
@@ -139,6 +141,17 @@ def _check_explained(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
                 f"{role!r}: {path!r} comes after all that tracing understands of the block {block!r}, and what it computes "
                 "is not added to the stream in a way that it knows, so that the block's last sub-layer is not known. Name "
                 f"modules by pattern, or set exclude=[{path!r}] to go without it"
+            )
+
+
+def _check_stray(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
+    """Raise TargetError where a block attends in a way that is no branch, so that the role would leave that out."""
+    for block, path in anatomy.stray:
+        if block in anatomy.transformer_blocks and not {block, path} & excluded:
+            raise TargetError(
+                f"{role!r}: the attention that {path!r} computes in the block {block!r} is not added to the stream, but "
+                "mixed with it in a way that tracing does not know (by a gated unit, say). Name modules by pattern, or set "
+                f"exclude=[{path!r}] to go without it"
             )
 
 
