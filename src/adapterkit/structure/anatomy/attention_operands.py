@@ -14,9 +14,7 @@ import torch
 
 from ..tracing.attentions import Attending
 from ..tracing.flow import CONSTANT_STEPS, MATMULS, VIEWS, Flow, bits
-from ..tracing.graph import Operation
-from ..tracing.replay import Replays
-from .feature_axes import FeatureAxes
+from .feature_axes import FeatureAxes, is_depthwise
 
 __all__ = ["Attentions", "Projected"]
 
@@ -49,8 +47,8 @@ class Attentions:
         aside: The set of nodes in low-rank branches beside single layers, which make no operand: the layers do.
     """
 
-    def __init__(self, flow: Flow, axes: FeatureAxes, aside: int, replays: Replays) -> None:
-        self.flow, self.axes, self.aside, self.replays = flow, axes, aside, replays
+    def __init__(self, flow: Flow, axes: FeatureAxes, aside: int) -> None:
+        self.flow, self.axes, self.aside = flow, axes, aside
         self._cross: dict[int, bool] = {}  # of the attentions that were asked about
 
     @cached_property
@@ -103,10 +101,9 @@ class Attentions:
         key, start = self._read(keys), self._start(core, stream)
         if not self.flow.from_inputs >> key & 1:  # keys of parameters alone are a memory of its own, and no other input
             return False
-        if not self._is_made_of(self._read(queries), stream, inside, start):  # of the other half of a reversible stream
-            if self._taken_by(core, "q") & self._taken_by(
-                core, "k"
-            ):  # or of the stream as it was when weights were computed
+        if not self._is_made_of(self._read(queries), stream, inside, start):
+            # They are of the stream as it was when weights were computed, or of the other half of a reversible one.
+            if self._taken_by(core, "q") & self._taken_by(core, "k"):
                 return False
             return key != stream and not self.flow.leads_to(stream, key)
         return not self._is_made_of(key, stream, inside, start)
@@ -194,19 +191,11 @@ def _last_projections(flow: Flow, axes: FeatureAxes, operand: int, aside: int) -
             continue
         seen |= 1 << i
         node = flow.nodes[i]
-        if flow.projections >> i & 1 and not axes.projects_tokens(node) and not _is_depthwise(flow, node):
+        if flow.projections >> i & 1 and not axes.projects_tokens(node) and not is_depthwise(flow, node):
             found |= 1 << i
         else:
             todo.extend(_values_of(flow, i))
     return found
-
-
-def _is_depthwise(flow: Flow, node: Operation) -> bool:
-    """Tell whether an operation is a convolution of each feature by itself."""
-    if not node.op.endswith("convolution"):
-        return False
-    outputs, inputs = flow.nodes[node.inputs[1]].shape[:2]
-    return inputs == 1 < outputs
 
 
 def _values_of(flow: Flow, index: int) -> list[int]:

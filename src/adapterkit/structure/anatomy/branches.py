@@ -24,9 +24,10 @@ from .additions import Addition, addends
 from .attention_operands import Attentions
 from .description import Kind, ModuleOutput
 from .feature_axes import FeatureAxes
-from .kinds import branch_kind
+from .kinds import Kinds
 from .residual import residual_additions, side_branches
 from .routers import routers, weighs_by_softmax
+from .token_mixing import TokenMixing
 
 __all__ = ["Branch", "BranchReader", "Turn"]
 
@@ -93,7 +94,8 @@ class BranchReader:
         self.additions, self.every_addition = residual_additions(flow)
         self.replays = Replays(flow)
         self.aside = side_branches(flow, self.additions, self.every_addition)
-        self.attentions = Attentions(flow, self.axes, self.aside, self.replays)
+        self.attentions = Attentions(flow, self.axes, self.aside)
+        self.kinds = Kinds(self.attentions, TokenMixing(flow, self.axes, self.replays, self.aside))
         self.repeats = Counter((call.path, id(call.parent)) for call in flow.calls)
 
     def branches(self, addition: Addition) -> Iterator[Branch]:
@@ -111,7 +113,7 @@ class BranchReader:
             inside = self._inside(addition, end)
             call, scales = self._module_of(addition, end)
             weighing = 0 if inside & self.flow.attentions else routers(self.flow, inside, end)
-            kind, is_moe = branch_kind(self.attentions, addition, inside, end, weighing)
+            kind, is_moe = self.kinds.of(addition, inside, end, weighing)
             weighing *= kind == "feedforward"
             is_moe = is_moe or weighs_by_softmax(self.flow, weighing, inside)
             # addcmul and the like scale as they add.

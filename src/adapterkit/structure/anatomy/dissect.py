@@ -13,6 +13,7 @@ from torch import nn
 
 from ..paths import ancestors
 from ..tracing.flow import VIEWS, Flow, bits
+from ..tracing.graph import ModuleCall
 from .additions import follows
 from .alike import unlike
 from .blocks import find_blocks, stacks_of, template_of, within
@@ -202,14 +203,16 @@ class _Dissection:
         for core in bits(flow.attentions & ~on_branches):
             call = flow.nodes[core].call
             around = [c for c in call.around() if c.path] if call else []
-            for branch in branches:
-                inside = [c for c in around if branch.block and within(c.path or "", branch.block)]
-                stream = branch.addition.stream
-                if inside and flow.leads_to(core, stream):  # the next branch in its block
-                    taken = (i for _, i in inside[-1].inputs if flow.leads_to(i, stream))
-                    if any(not flow.passed(i, [stream]) >> core & 1 for i in taken):
-                        yield branch.block or "", inside[0].path or ""
-                    break
+            following = (b for b in branches if b.block and flow.leads_to(core, b.addition.stream))
+            mates = ((b, [c for c in around if within(c.path or "", b.block)]) for b in following)
+            branch, calls = next(((b, calls) for b, calls in mates if calls), (None, []))
+            if branch is not None and self._has_way_around(core, calls[-1], branch.addition.stream):
+                yield branch.block or "", calls[0].path or ""
+
+    def _has_way_around(self, core: int, call: ModuleCall, stream: int) -> bool:
+        """Tell whether a stream comes of what a call took, also by a way that does not lead through a node in it."""
+        taken = (i for _, i in call.inputs if self.flow.leads_to(i, stream))
+        return any(not self.flow.passed(i, [stream]) >> core & 1 for i in taken)
 
     def _path_of(self, node: int) -> str | None:
         """Return the path of the innermost module that ran a node; None if the model holds none that did."""

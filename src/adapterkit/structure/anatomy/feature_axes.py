@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..tracing.flow import Flow
 from ..tracing.graph import Operation
 
-__all__ = ["FeatureAxes"]
+__all__ = ["FeatureAxes", "is_depthwise", "is_wide_convolution"]
 
 _CONVOLUTIONS = frozenset(("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution"))
 _MATRIX_PRODUCTS = frozenset(("mm", "bmm", "addmm", "baddbmm", "matmul"))
@@ -63,8 +63,7 @@ class FeatureAxes:
             return False
         taken = self.flow.activations(node)
         if node.op in _CONVOLUTIONS:
-            is_wide = any(size > 1 for size in self.flow.nodes[node.inputs[1]].shape[2:])
-            return not is_wide and self.of(taken[0]) not in (1, None)
+            return not is_wide_convolution(self.flow, node) and self.of(taken[0]) not in (1, None)
         if len(taken) != 1:
             return False
         if not self._weighs_from_the_left(node):
@@ -139,6 +138,19 @@ class FeatureAxes:
             if kept is not None:
                 return kept
         return None
+
+
+def is_wide_convolution(flow: Flow, node: Operation) -> bool:
+    """Tell whether an operation is a convolution whose kernel covers more than one position."""
+    return node.op in _CONVOLUTIONS and any(size > 1 for size in flow.nodes[node.inputs[1]].shape[2:])
+
+
+def is_depthwise(flow: Flow, node: Operation) -> bool:
+    """Tell whether an operation is a convolution of each feature by itself."""
+    if node.op not in _CONVOLUTIONS:
+        return False
+    outputs, inputs = flow.nodes[node.inputs[1]].shape[:2]
+    return inputs == 1 < outputs
 
 
 def _axis_after(node: Operation, shape: tuple[int, ...], axis: int) -> int | None:

@@ -51,9 +51,7 @@ def _residual(flow: Flow, node: Operation, found: dict[int, Addition]) -> Additi
     skip, branch, stream, is_projected, is_mixed = split
     if _is_straight_through(flow, stream, branch) or _is_inside_a_cell(flow, node):
         return None
-    if flow.nodes[skip].shape != node.shape or _is_taken_off(flow, skip, branch):
-        return None
-    if _is_scores(flow, node):
+    if flow.nodes[skip].shape != node.shape or _is_taken_off(flow, skip, branch) or _is_scores(flow, node):
         return None
     computes = flow.between(stream, branch) & flow.endings
     is_residual = computes and _ends(flow, branch, stream, found)

@@ -33,6 +33,15 @@ ROLES = (
     "@embedding",
     "@output_embedding",
 )
+# What is said of something in a block that is not understood.
+_AFTER_ALL = (
+    "{path!r} comes after all that tracing understands of the block {block!r}, and what it computes is not added to the "
+    "stream in a way that it knows, so that the block's last sub-layer is not known"
+)
+_MIXED_IN = (
+    "the attention that {path!r} computes in the block {block!r} is not added to the stream, but mixed with it in a way "
+    "that tracing does not know (by a gated unit, say)"
+)
 # Roles of the whole model, not of its sub-layers.
 _OF_MODEL: dict[str, Callable[[Anatomy], tuple[ModuleOutput, ...]]] = {
     "@block.out": lambda anatomy: anatomy.blocks,
@@ -125,8 +134,6 @@ def check_whole(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
     _check_alike(role, anatomy, excluded)
     if role in ("@sublayer.out", "@block.last"):
         _check_explained(role, anatomy, excluded)
-    if role == "@sublayer.out":
-        _check_stray(role, anatomy, excluded)
     if role == LINEAR:
         _check_idle(role, [path for path in anatomy.unread if excluded.isdisjoint(ancestors(path))])
     if role in ("@sublayer.out", "@block.last", LINEAR):
@@ -134,24 +141,15 @@ def check_whole(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
 
 
 def _check_explained(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
-    """Raise TargetError where a block computes something that is not understood after its last sub-layer."""
-    for block, path in anatomy.unexplained:
+    """Raise TargetError where a block computes something that is not understood, so that the role would leave it out."""
+    found = [(block, path, _AFTER_ALL) for block, path in anatomy.unexplained]
+    if role == "@sublayer.out":  # the last sub-layer of its block is known all the same
+        found += [(block, path, _MIXED_IN) for block, path in anatomy.stray]
+    for block, path, reason in found:
         if block in anatomy.transformer_blocks and not {block, path} & excluded:
             raise TargetError(
-                f"{role!r}: {path!r} comes after all that tracing understands of the block {block!r}, and what it computes "
-                "is not added to the stream in a way that it knows, so that the block's last sub-layer is not known. Name "
-                f"modules by pattern, or set exclude=[{path!r}] to go without it"
-            )
-
-
-def _check_stray(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
-    """Raise TargetError where a block attends in a way that is no branch, so that the role would leave that out."""
-    for block, path in anatomy.stray:
-        if block in anatomy.transformer_blocks and not {block, path} & excluded:
-            raise TargetError(
-                f"{role!r}: the attention that {path!r} computes in the block {block!r} is not added to the stream, but "
-                "mixed with it in a way that tracing does not know (by a gated unit, say). Name modules by pattern, or set "
-                f"exclude=[{path!r}] to go without it"
+                f"{role!r}: {reason.format(path=path, block=block)}. Name modules by pattern, or set exclude=[{path!r}] to "
+                "go without it"
             )
 
 

@@ -60,9 +60,11 @@ def only_weighs(flow: Flow, start: int, inside: int, end: int, found: int = 0) -
         seen.add((i, chooses))
         for reader in {*flow.readers[i]}:
             node = flow.nodes[reader]
-            if inside >> reader & 1 and (reader, i) in flow.coded:
+            if not inside >> reader & 1:
+                continue
+            if (reader, i) in flow.coded:
                 return False
-            if not inside >> reader & 1 or found >> reader & 1 or not _reads_numbers(node, i) or _is_weight(node, i):
+            if found >> reader & 1 or not _is_value(node, i):
                 continue
             is_product = node.op in MATMULS or bool(flow.attentions >> reader & 1)
             if is_product and chooses and not flow.projections >> reader & 1:
@@ -71,6 +73,11 @@ def only_weighs(flow: Flow, start: int, inside: int, end: int, found: int = 0) -
                 return False
             todo.append((reader, chooses or node.op in _CHOOSING))
     return True
+
+
+def _is_value(node: Operation, index: int) -> bool:
+    """Tell whether an operation takes a node's numbers as values, and neither as weights nor to choose by."""
+    return _reads_numbers(node, index) and not _is_weight(node, index)
 
 
 def _reads_numbers(node: Operation, index: int) -> bool:

@@ -22,18 +22,7 @@ from ..hosts import holds_described_weights
 from .attentions import find_attentions
 from .evidence import ask
 from .graph import Graph, ModuleCall, Operation
-from .operations import (
-    BOUNDED,
-    CONSTANT_STEPS,
-    LOOKUPS,
-    MATMULS,
-    NORMS,
-    SCALES,
-    SOFTMAX,
-    VIEWS,
-    WHOLE_NORMS,
-    is_attention,
-)  # fmt: skip
+from .operations import BOUNDED, CONSTANT_STEPS, LOOKUPS, MATMULS, NORMS, SCALES, SOFTMAX, VIEWS, WHOLE_NORMS, is_attention
 from .parts import piece_of
 
 __all__ = [
