@@ -123,6 +123,7 @@ def _hash_of_type(kind: type) -> str:
 def _function(value: Any, seen: set[int]) -> Iterator[str]:
     """Yield the code of a function, or of those inside a method, property or partial; nothing for any other value."""
     if id(value) in seen:
+        yield f" {getattr(value, '__qualname__', '')} again"
         return
     seen.add(id(value))
     if isinstance(value, (staticmethod, classmethod, MethodType)):

@@ -49,12 +49,12 @@ NORMS = WHOLE_NORMS | _ops(
     "cudnn_batch_norm "
     "sqrt std std_mean var var_mean"  # norms written by hand
 )
-# They choose, sort, put or fill in, sample, or are a whole recurrent layer: with a matrix of the model's, no product.
+# They choose, sort, measure, fill in, sample, or are a whole recurrent layer: with a matrix of the model's, no product.
 _OTHERS = _ops(
     "max min sort topk kthvalue median mode searchsorted bucketize isin take put masked_select repeat_interleave "
     "index_add index_copy index_fill index_put index_reduce _unsafe_index _unsafe_index_put masked_scatter "
     "scatter_add scatter_reduce slice_scatter select_scatter diagonal_scatter as_strided_scatter segment_reduce "
-    "copy fill set_ resize_as grid_sampler_2d grid_sampler_3d "
+    "_euclidean_dist _cdist_forward cdist copy fill set_ resize_as grid_sampler_2d grid_sampler_3d "
     "lstm gru rnn_tanh rnn_relu mkldnn_rnn_layer _cudnn_rnn miopen_rnn"
 )
 _NAMED = VIEWS | SCALES | CONSTANT_STEPS | BOUNDED | MATMULS | LOOKUPS | SOFTMAX | NORMS | _OTHERS
