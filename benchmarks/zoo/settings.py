@@ -459,6 +459,7 @@ EXPLAINED: dict[str, str] = {
     "pegasus_x": "one feed-forward serves two streams, whose sums are two: houlsby fits, pfeiffer is refused",
     "pp_ocrv5_mobile_rec": "a CNN whose blocks add up convolutions side by side",
     "sam3_lite_text": "its token mixer adds what functions compute",
+    "timesformer": "what its attention over space computes for the class token is averaged over frames before it is added",
     "vits": "blocks of normalising flows, which differ",
     "xlnet": "one dropout serves the attention's weights and its branch, so that no module yields the branch alone",
     "xmod": "one norm runs before the language adapter and after it: a hook there would change both",

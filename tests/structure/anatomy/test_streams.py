@@ -461,3 +461,34 @@ def test_an_attention_that_a_gated_unit_mixes_with_the_stream_is_not_left_out() 
         kit.sites("houlsby")
     assert len(kit.sites("pfeiffer")) == 2  # the last of each block is known
     assert len(kit.sites("houlsby", exclude=["blocks.*.attention"])) == 2
+
+
+def test_a_stream_may_be_taken_apart_and_put_together_to_be_added_to() -> None:
+    """The spatial attention of TimeSformer: what it computes for the class token is averaged over the frames."""
+
+    class Block(Pre):
+        def forward(self, x: Tensor) -> Tensor:
+            first, rest = x[:, :1], x[:, 1:]
+            frames = rest.reshape(2 * len(x), 2, WIDTH)
+            branch = self.attention(self.norm1(torch.cat([first.repeat_interleave(2, 0), frames], 1)))
+            of_first = branch[:, 0].reshape(len(x), 2, WIDTH).mean(1, keepdim=True)
+            x = torch.cat([first, rest], 1) + torch.cat([of_first, branch[:, 1:].reshape(rest.shape)], 1)
+            return x + self.mlp(self.norm2(x))
+
+    anatomy, _ = found(Model(Block))
+    assert [(s.kind, s.out is None) for s in anatomy.sublayers] == [("attention", True), ("feedforward", False)] * 2
+    with pytest.raises(ak.TargetError, match=r"no module returns what is added in 'blocks\.0'"):
+        ak.wrap(randomised(Model(Block)), IDS).sites("houlsby")
+
+
+@pytest.mark.parametrize(("factor", "site"), [(1, "blocks.0"), (1.0, "blocks.0"), (2.0, "blocks.0.inner")])
+def test_a_sum_that_is_divided_by_one_is_returned_as_it_is(factor: float, site: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.inner(x)) / factor
+
+    assert ak.wrap(randomised(Model(Block)), IDS).sites("pfeiffer")[0].path == site

@@ -381,6 +381,51 @@ def test_a_convolution_may_stand_for_a_feed_forward(tokens: str) -> None:
     assert anatomy.transformer_blocks >= {f"convs.{i}" for i in range(3)}
 
 
+def test_lists_that_stand_beside_one_another_are_looked_into() -> None:
+    """A stage of Stable Diffusion's UNet: a convolution and a transformer behind projections, both from lists, in turn."""
+
+    class Transformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.out_of = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.blocks = nn.ModuleList([Pre()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.into(x)
+            for block in self.blocks:
+                h = block(h)
+            return x + self.out_of(h)
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Convolved()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    class Stage(nn.Module):
+        def __init__(self, resnets: int, attentions: int) -> None:
+            super().__init__()
+            self.resnets = nn.ModuleList(Residual() for _ in range(resnets))
+            self.attentions = nn.ModuleList(Transformer() for _ in range(attentions))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for n, resnet in enumerate(self.resnets):
+                x = resnet(x)
+                x = self.attentions[n](x) if n < len(self.attentions) else x
+            return x
+
+    # Stages of one of each, in a list; beside it the stage in the middle, which also ends in a convolution.
+    model = randomised(nn.Sequential(nn.Sequential(Stage(1, 1), Stage(1, 1), Stage(1, 0)), Stage(2, 1)))
+    blocks = [f"{stage}.attentions.0.blocks.0" for stage in ("0.0", "0.1", "1")]
+    kit = ak.wrap(model, X)
+    assert [site.path for site in kit.sites("houlsby")] == [
+        f"{b}.{inner}" for b in blocks for inner in ("attention", "mlp")
+    ]
+    assert [site.path for site in kit.sites("pfeiffer")] == blocks
+
+
 class TokenMixer(nn.Module):
     """Mixes tokens by a Linear on the transposed tensor."""
 

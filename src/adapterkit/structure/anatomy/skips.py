@@ -64,6 +64,11 @@ def _carried_skip(flow: Flow, a: int, b: int, found: Mapping[int, Addition]) -> 
         before = found.get(flow.source(skip))
         if before is not None and flow.leads_to(before.stream, branch):
             return skip, branch, before.stream
+    for skip, branch in ((a, b), (b, a)):  # a stream that was taken apart, and is put together to be added to
+        whole = flow.nodes[flow.source(skip)]
+        pieces = [flow.source(i) for i in flow.activations(whole)] if whole.op == "cat" else []
+        if pieces and all(flow.leads_to(i, branch) for i in pieces) and not flow.leads_to(flow.source(branch), skip):
+            return skip, branch, max(pieces)
     return None
 
 

@@ -183,7 +183,8 @@ class _Cutter:
     def _parts(self, part: _Part, depth: int) -> list[_Part]:
         """Split a part where the place inside it changes; a branch that is computed right there is a part of its own.
 
-        Where places take turns, as a list of attentions and one of feed-forwards do, it is the places in them that count.
+        Where places take turns, as a list of attentions and one of feed-forwards do, or are lists beside one another, it is
+        the places in them that count.
         """
         pairs = list(zip(part.branches, part.homes, strict=True))
 
@@ -191,13 +192,20 @@ class _Cutter:
             return pair[1][at] if len(pair[1]) > at else id(pair[0])
 
         runs = Counter(key for key, _ in groupby(pairs, key=place))
+        is_inside = max(runs.values()) > 1 or (len(runs) > 1 and all(map(self._is_list, runs)))
         parts = []
-        for key, run in groupby(pairs, key=lambda pair: (place(pair), runs[place(pair)] > 1 and place(pair, depth + 1))):
+        for key, run in groupby(pairs, key=lambda pair: (place(pair), is_inside and place(pair, depth + 1))):
             branches, homes = zip(*run, strict=True)
             inner = key[1] or key[0]
             item = isinstance(inner, tuple) and is_item(inner[1], self.modules)
             parts.append(_Part([*branches], [*homes], item, part.is_fine))
         return parts
+
+    def _is_list(self, place: object) -> bool:
+        """Tell whether a place is a list or dict of modules, which no call runs, and no item of another."""
+        if not isinstance(place, tuple) or is_item(place[1], self.modules):
+            return False
+        return isinstance(self.modules.get(place[1]), (nn.ModuleList, nn.ModuleDict))
 
     def _are_blocks(self, parts: list[_Part]) -> bool:
         """Tell whether parts of one kind are blocks: modules of one class, each of which adds what it computes itself."""

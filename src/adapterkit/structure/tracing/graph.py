@@ -180,6 +180,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def _reading(self, func: Any, args: Any, kwargs: Any) -> Operation:
         """Return the node of an operation that is about to run, with all that it reads."""
         leaves, name = tree_leaves((args, kwargs)), _name_of(func)
+        if name in ("mul", "div") and not kwargs and type(args[1]) in (int, float) and args[1] == 1:
+            name = "alias"  # a model may divide by a setting that is 1
         if any(isinstance(leaf, Tensor) and id(leaf) not in self._node_of for leaf in leaves):
             args, kwargs = self._as_known((args, kwargs))
             leaves = tree_leaves((args, kwargs))
