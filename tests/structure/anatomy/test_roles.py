@@ -6,7 +6,19 @@ from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 
-from ...hosts.blocks import VOCAB, EncoderDecoder, Functional, Model, Parallel, Post, PostByHand, Pre, Scaled, randomised
+from ...hosts.blocks import (
+    VOCAB,
+    WIDTH,
+    EncoderDecoder,
+    Functional,
+    Model,
+    Parallel,
+    Post,
+    PostByHand,
+    Pre,
+    Scaled,
+    randomised,
+)
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(1))
 
@@ -415,3 +427,27 @@ def test_a_stream_that_is_overwritten_is_read_as_it_was_in_inference_mode() -> N
     with kit.base():
         expected = run(model, lambda x, b, path: x + b.mlp(b.norm2(x)) + bottleneck(kit, f"{path}.mlp", x))
     assert torch.allclose(adapted, expected, atol=1e-4)
+
+
+def test_an_attention_that_is_added_to_nothing_is_not_left_out_of_its_roles() -> None:
+    """The first layer of SAM's mask decoder goes on with what its attention returns."""
+
+    class Block(Pre):
+        def __init__(self, *, adds: bool) -> None:
+            super().__init__()
+            self.adds = adds
+
+        def forward(self, x: Tensor) -> Tensor:
+            attended = self.attention(self.norm1(x))
+            x = x + attended if self.adds else attended
+            return x + self.mlp(self.norm2(x))
+
+    model = randomised(nn.Sequential(nn.Embedding(VOCAB, WIDTH), Block(adds=False), Block(adds=True)))
+    kit = ak.wrap(model, IDS)
+    lora = ak.LoRAConfig(targets=["@attention.q"])
+    with pytest.raises(
+        ak.TargetError, match=r"attention that '1\.attention' computes in the block '1' is added to nothing"
+    ):
+        kit.sites(lora)
+    assert [s.path for s in kit.sites(lora, exclude=["1.attention"])] == ["2.attention.q"]
+    assert [s.path for s in kit.sites("houlsby")] == ["1.mlp", "2.attention", "2.mlp"]

@@ -426,6 +426,77 @@ def test_lists_that_stand_beside_one_another_are_looked_into() -> None:
     assert [site.path for site in kit.sites("pfeiffer")] == blocks
 
 
+def test_what_stands_beside_blocks_in_a_list_is_one_block_if_it_is_a_whole_turn() -> None:
+    """Perceiver's layers are lists [cross-attention, feed-forward, [[attention, feed-forward], …]]."""
+
+    class Perceiver(nn.Module):
+        def __init__(self, inner: int) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.ModuleList([MAKERS["a"](), MAKERS["f"](), Pairs(inner, "af").layers]) for _ in "12"
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            for first, mlp, pairs in self.layers:  # type: ignore[misc]  # lists
+                x = x + first(x)
+                x = x + mlp(x)
+                for pair in pairs:
+                    for branch in pair:
+                        x = x + branch(x)
+            return x
+
+    for inner in (1, 2):
+        paths = [site.path for site in ak.wrap(randomised(Perceiver(inner)), X).sites("pfeiffer")]
+        last = [[f"layers.{i}.1", *(f"layers.{i}.2.{n}.1" for n in range(inner))] for i in (0, 1)]
+        assert paths == [*last[0], *last[1]]
+
+
+@pytest.mark.parametrize("depth", [(1, 2), (2, 2), (3,)])
+def test_turns_may_follow_on_a_convolution_in_one_item_of_a_list(depth: tuple[int, ...]) -> None:
+    """MaxViT's layers are lists of a convolution and two blocks; the first convolution of a stage has no skip."""
+
+    class Residual(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    def layer(*, is_first: bool) -> nn.Module:
+        blocks = [Residual(MAKERS[kind]()) for kind in "afaf"]
+        return nn.Sequential(Convolved() if is_first else Residual(Convolved()), *blocks)
+
+    model = randomised(nn.Sequential(*(layer(is_first=n == 0) for size in depth for n in range(size))))
+    sites = ak.wrap(model, X).sites("pfeiffer")
+    assert [site.path for site in sites] == [f"{n}.{last}" for n in range(sum(depth)) for last in (2, 4)]
+
+
+def test_a_block_alone_in_its_stage_is_cut_as_those_of_its_class() -> None:
+    """Microsoft's EfficientViT: blocks of two feed-forwards around one attention, of which the first stage has one."""
+
+    class Block(Adding):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.Sequential(
+                *(Residual(inner) for inner in (Convolved(), MAKERS["f"](), MAKERS["a"](), MAKERS["f"]()))
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts(x)
+
+    class Residual(Adding):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def branches(self) -> Iterable[nn.Module]:
+            return [self.inner]
+
+    model = randomised(nn.Sequential(nn.Sequential(Block()), nn.Sequential(Block(), Block())))
+    assert [site.path for site in ak.wrap(model, X).sites("pfeiffer")] == ["0.0", "1.0", "1.1"]
+
+
 class TokenMixer(nn.Module):
     """Mixes tokens by a Linear on the transposed tensor."""
 

@@ -12,7 +12,7 @@ the branch back into the stream. A `Sublayer` is one branch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..pytree import Argument, Path
 
@@ -25,6 +25,7 @@ __all__ = [
     "Norm",
     "Product",
     "Slices",
+    "Stray",
     "Sublayer",
     "Unknown",
     "Unlike",
@@ -173,6 +174,20 @@ class Unknown:
     is_aside: bool = False
 
 
+class Stray(NamedTuple):
+    """An attention in a block, on no branch.
+
+    Attributes:
+        block: The path of the block.
+        path: The outermost module in it that attends.
+        is_mixed: Whether the stream goes around it, too: a gated unit, say, mixes both. If not, it makes the stream.
+    """
+
+    block: str
+    path: str
+    is_mixed: bool
+
+
 @dataclass(frozen=True)
 class Unlike:
     """A block in which something else was found than in one of the same classes and shapes.
@@ -203,7 +218,7 @@ class Anatomy:
         stacks: Of each stack, of each of its blocks in the order in which they run: the paths of what holds it, which are
             several where no module holds all of it.
         unexplained: Projections after the last sub-layer of their block that lead on, on no branch: (block, module).
-        stray: Attentions in a block that are on no branch, while the stream goes around them: (block, module).
+        stray: Attentions in a block that are on no branch.
         idle: Modules that are built as the blocks beside them, but did not run.
         unknown: What is not understood: roles and presets do not rest on it, and say so.
         products: What the transformer blocks multiply by, but for routers and convolutions.
@@ -219,7 +234,7 @@ class Anatomy:
     blocks: tuple[ModuleOutput, ...]
     stacks: tuple[tuple[tuple[str, ...], ...], ...] = ()
     unexplained: tuple[tuple[str, str], ...] = ()
-    stray: tuple[tuple[str, str], ...] = ()
+    stray: tuple[Stray, ...] = ()
     idle: tuple[str, ...] = ()
     unknown: tuple[Unknown, ...] = ()
     products: tuple[Product, ...] = ()

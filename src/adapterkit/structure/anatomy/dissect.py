@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 
 from torch import nn
 
@@ -18,7 +20,7 @@ from .additions import follows
 from .alike import unlike
 from .blocks import find_blocks, stacks_of, template_of, within
 from .branches import Branch, BranchReader, Turn
-from .description import Anatomy, ModuleOutput, Norm, Sublayer
+from .description import Anatomy, ModuleOutput, Norm, Stray, Sublayer
 from .fused import fused_projections
 from .norms import Norms
 from .products import first_of, last_of, products, resting, unread
@@ -192,22 +194,22 @@ class _Dissection:
                 if path is not None and within(path, block) and not is_inner and self._leads_out(i, block):
                     yield block, path
 
-    def stray(self, branches: list[Branch]) -> Iterator[tuple[str, str]]:
-        """Yield (block, module) of attentions in a block that are on no branch, where the stream goes around them.
-
-        A gated unit may mix with the stream what they return. One that all of the stream goes through makes the stream.
-        """
-        flow, on_branches = self.flow, 0
-        for a in self.reader.every_addition:
-            on_branches |= flow.between(a.stream, a.branch)
+    def stray(self, branches: list[Branch]) -> Iterator[Stray]:
+        """Yield the attentions in a block that are on no branch."""
+        flow = self.flow
+        on_branches, on_any = (
+            reduce(or_, (flow.between(a.stream, a.branch) for a in additions), 0)
+            for additions in (self.additions, self.reader.every_addition)
+        )
         for core in bits(flow.attentions & ~on_branches):
             call = flow.nodes[core].call
             around = [c for c in call.around() if c.path] if call else []
             following = (b for b in branches if b.block and flow.leads_to(core, b.addition.stream))
             mates = ((b, [c for c in around if within(c.path or "", b.block)]) for b in following)
             branch, calls = next(((b, calls) for b, calls in mates if calls), (None, []))
-            if branch is not None and self._has_way_around(core, calls[-1], branch.addition.stream):
-                yield branch.block or "", calls[0].path or ""
+            if branch is not None:
+                is_mixed = not on_any >> core & 1 and self._has_way_around(core, calls[-1], branch.addition.stream)
+                yield Stray(branch.block or "", calls[0].path or "", is_mixed)
 
     def _has_way_around(self, core: int, call: ModuleCall, stream: int) -> bool:
         """Tell whether a stream comes of what a call took, also by a way that does not lead through a node in it."""

@@ -42,6 +42,7 @@ _MIXED_IN = (
     "the attention that {path!r} computes in the block {block!r} is not added to the stream, but mixed with it in a way "
     "that tracing does not know (by a gated unit, say)"
 )
+_ADDED_TO_NOTHING = "the attention that {path!r} computes in the block {block!r} is added to nothing"
 # Roles of the whole model, not of its sub-layers.
 _OF_MODEL: dict[str, Callable[[Anatomy], tuple[ModuleOutput, ...]]] = {
     "@block.out": lambda anatomy: anatomy.blocks,
@@ -132,8 +133,7 @@ def check_whole(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
         excluded: The modules that the config leaves out.
     """
     _check_alike(role, anatomy, excluded)
-    if role in ("@sublayer.out", "@block.last"):
-        _check_explained(role, anatomy, excluded)
+    _check_explained(role, anatomy, excluded)
     if role == LINEAR:
         _check_idle(role, [path for path in anatomy.unread if excluded.isdisjoint(ancestors(path))])
     if role in ("@sublayer.out", "@block.last", LINEAR):
@@ -142,9 +142,13 @@ def check_whole(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
 
 def _check_explained(role: str, anatomy: Anatomy, excluded: Set[str]) -> None:
     """Raise TargetError where a block computes something that is not understood, so that the role would leave it out."""
-    found = [(block, path, _AFTER_ALL) for block, path in anatomy.unexplained]
-    if role == "@sublayer.out":  # the last sub-layer of its block is known all the same
-        found += [(block, path, _MIXED_IN) for block, path in anatomy.stray]
+    speaks_of_attention = role.partition(".")[0] in ("@attention", "@crossattention")
+    is_preset = role in ("@sublayer.out", "@block.last")
+    found = [(block, path, _AFTER_ALL) for block, path in anatomy.unexplained if is_preset]
+    for block, path, is_mixed in anatomy.stray:
+        # A preset leaves out what makes the stream; and the last sub-layer of a block is known, whatever was before.
+        if speaks_of_attention or (is_mixed and role == "@sublayer.out"):
+            found.append((block, path, _MIXED_IN if is_mixed else _ADDED_TO_NOTHING))
     for block, path, reason in found:
         if block in anatomy.transformer_blocks and not {block, path} & excluded:
             raise TargetError(

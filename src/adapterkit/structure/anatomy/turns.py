@@ -83,7 +83,33 @@ def turns_of(flow: Flow, modules: dict[str, nn.Module], branches: Sequence[Branc
         blocks = [tuple(branch.kind for branch in turn.branches) for turn in fine if turn.is_block]
         if len(blocks) > 1 and len({*blocks}) == 1 and len({*blocks[0]}) > 1:
             return fine  # each has a convolution, say, in the place of a feed-forward
-    return cutter.turns(_Part(single, homes), 0, is_inside=False)
+    return _alike(cutter.turns(_Part(single, homes), 0, is_inside=False), modules)
+
+
+def _alike(turns: list[Turn], modules: dict[str, nn.Module]) -> list[Turn]:
+    """Join the turns in a module of a class that is one block elsewhere, and does the same there.
+
+    A stage of one block may show no more than the parts of that block; another stage shows what they belong to.
+    """
+
+    def what(branches: Sequence[Branch]) -> tuple[object, ...] | None:
+        around = common([trail_of(branch.addition.node.call) for branch in branches])
+        classes = (type(modules[path]) for _, path in reversed(around))
+        own = next((kind for kind in classes if not issubclass(kind, _LISTS)), None)
+        return None if own is None else (own, *(branch.kind for branch in branches))
+
+    blocks = {what(turn.branches) for turn in turns} - {None}
+    sizes = {len(block) - 1 for block in blocks if block}
+    joined: list[Turn] = []
+    for turn in turns:
+        joined.append(turn)
+        for n in range(len(joined) - 2, -1, -1):
+            branches = [branch for before in joined[n:] for branch in before.branches]
+            if len(branches) in sizes and what(branches) in blocks:
+                joined[n:] = [Turn(branches)]
+            if len(branches) >= max(sizes, default=0):
+                break
+    return joined
 
 
 def home_of(flow: Flow, branch: Branch) -> tuple[Place, ...]:
@@ -221,6 +247,7 @@ class _Cutter:
 
     def _stacked(self, parts: list[_Part], kinds: set[str], *, repeats: bool) -> Iterator[Turn]:
         """Yield the turns of a stack's parts. A part that is no whole turn, and does not repeat, is beside the blocks."""
+        parts = list(self._joined(parts, kinds))
         stacked = [turn for part in parts if part.is_stack for turn in part.turns]
         fine = {branch.kind for turn in stacked for branch in turn.branches}
         lone = {turn.branches[0].kind for turn in stacked if len(turn.branches) == 1}
@@ -230,6 +257,21 @@ class _Cutter:
             is_odd |= bool(stacked) and part.does == ("convolution",) and "convolution" not in lone
             is_beside = is_odd and not (part.is_stack or repeats or self._adds_in_a_list(part))
             yield from [Turn(part.branches, is_block=False)] if is_beside else part.turns
+
+    def _joined(self, parts: list[_Part], kinds: set[str]) -> Iterator[_Part]:
+        """Yield a stack's parts; neighbours none of which is a whole turn as one, if together they are.
+
+        So a list [cross-attention, feed-forward, [blocks]] begins with a block, too.
+        """
+        for is_whole, run in groupby(parts, key=lambda part: part.is_stack or part.kinds == kinds):
+            some = list(run)
+            branches = [branch for part in some for branch in part.branches]
+            is_turn = {branch.kind for branch in branches} - {"convolution", "feedforward"} and self._is_chain(some)
+            if is_whole or not is_turn or {kind for part in some for kind in part.kinds} != kinds:
+                yield from some
+                continue
+            homes = [home for part in some for home in part.homes]
+            yield _Part(branches, homes, all(part.is_item for part in some), some[0].is_fine, [Turn(branches)])
 
     def _adds_in_a_list(self, part: _Part) -> bool:
         """Tell whether what adds a part's branches is an item of a list, or in one."""
@@ -244,23 +286,25 @@ class _Cutter:
         if not self._is_chain(parts):
             return _cut(parts, [0])
         for tokens in ways:
-            period = self._period(parts, tokens)
-            if period < len(parts):
-                return _cut(parts, range(0, len(parts), period))
+            starts = self._starts(parts, tokens)
+            if len(starts) > 1:
+                return _cut(parts, starts)
         return _cut(parts, [0] if is_inside else _after_feedforwards(parts))
 
-    def _period(self, parts: list[_Part], tokens: Sequence[object]) -> int:
-        """Return after how many parts what they do repeats; their number if it does not.
+    def _starts(self, parts: list[_Part], tokens: Sequence[object]) -> list[int]:
+        """Return where what parts do begins anew; only 0 if it does not repeat.
 
-        Whole turns may repeat and leave a rest, as a feed-forward behind what makes a stage narrower.
+        Whole turns may repeat and leave a rest, as a feed-forward behind what makes a stage narrower. Or something else is
+        before them, and belongs to the first: [convolution, attention, feed-forward, attention, feed-forward].
         """
         whole = {kind for part in parts for kind in part.kinds}
-        for period in range(1, len(tokens) // 2 + 1):
-            has_rest = bool(len(tokens) % period)
-            is_whole = {kind for part in parts[:period] for kind in part.kinds} == whole
-            if _repeats(tokens, period) and (is_whole or not has_rest):
-                return period
-        return len(tokens)
+        for before, period in ((n, k) for n in range(len(parts)) for k in range(1, (len(parts) - n) // 2 + 1)):
+            is_uneven = before or len(parts) % period
+            is_whole = {kind for part in parts[before : before + period] for kind in part.kinds} == whole
+            has_rest = before and (len(parts) - before) % period
+            if _repeats(tokens[before:], period) and (is_whole or not is_uneven) and not has_rest:
+                return [0, *range(before + period, len(parts), period)]
+        return [0]
 
     def _is_chain(self, parts: list[_Part]) -> bool:
         """Tell whether each part computes from what the one before it was added to or, beside it, from the same stream."""
