@@ -519,3 +519,36 @@ def test_a_parallel_adapter_reads_the_mixture_that_enters_a_hyper_connected_bran
         adapted = model(IDS)
     with kit.base():
         assert torch.allclose(adapted, model.run(IDS, beside), rtol=1e-9, atol=1e-9)
+
+
+def test_what_one_stream_gives_to_another_that_it_looked_at_is_a_branch() -> None:
+    """The outer product mean of AlphaFold's Evoformer: the pairs look at sequences whose attention looked at the pairs."""
+
+    class Evoformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias, self.attention, self.transition = nn.Linear(WIDTH, WIDTH), Attention(), FeedForward()
+            self.product, self.to_pairs, self.pairs = nn.Linear(WIDTH, 2), nn.Linear(4, WIDTH), FeedForward()
+
+        def mean_of_products(self, x: Tensor) -> Tensor:
+            a = self.product(x)
+            return self.to_pairs(torch.einsum("bic,bjd->bijcd", a, a).flatten(-2))
+
+        def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            x = x + self.attention(x + self.bias(z).mean(2))
+            x = x + self.transition(x)
+            z = z + self.mean_of_products(x)
+            return x, z + self.pairs(z)
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Evoformer() for _ in range(2))
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            for block in self.blocks:
+                x, z = block(x, z)
+            return x.sum(1) + z.sum((1, 2))
+
+    kit = ak.wrap(randomised(Stack()), (torch.randn(2, 5, WIDTH), torch.randn(2, 5, 5, WIDTH)))
+    assert [s.path for s in kit.sites("houlsby")] == in_each("attention", "transition", "to_pairs", "pairs")

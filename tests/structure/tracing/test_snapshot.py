@@ -61,6 +61,29 @@ def test_attributes_containers_children_and_buffers_are_as_before() -> None:
     assert [held(block) for block in model.blocks] == before
 
 
+def test_an_object_that_a_model_keeps_is_as_before() -> None:
+    class Cache:
+        def __init__(self) -> None:
+            self.length, self.keys, self.by_layer = 0, None, {"first": []}
+
+    class Cached(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.caches = [Cache()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            cache = self.caches[0]
+            cache.length += x.shape[1]
+            cache.by_layer["first"].append(x)
+            cache.new = True
+            return super().forward(x)
+
+    model = randomised(Model(Cached))
+    ak.wrap(model, IDS).add("a", "pfeiffer")
+    for block in model.blocks:
+        assert vars(block.caches[0]) == {"length": 0, "keys": None, "by_layer": {"first": []}}
+
+
 def test_hooks_that_a_forward_registers_go_with_the_attribute_that_remembers_them() -> None:
     class Capturing(Model):
         has_hooks = False

@@ -240,12 +240,16 @@ def _holds_a_stream(flow: Flow, outer: Addition, inside: list[Addition]) -> bool
     """Tell whether a branch is a transformer behind a projection: x + proj_out(layers(proj_in(x))), as in diffusion U-Nets.
 
     Its layers are what is adapted, and the skip around them is long, however few they are. A chain of two additions that
-    compute on tokens is a layer; one alone, or one of convolutions, belongs to the branch.
+    compute on tokens is a layer; one alone, or one of convolutions, belongs to the branch. A stream that is not made of the
+    outer one, and only looks at it, is beside it.
 
     Args:
         inside: The additions in the branch of `outer`.
     """
+    found = {addition.node.index: addition for addition in inside}
     for addition in inside:
+        if not flow.leads_to(outer.stream, _first_skip(flow, flow.source(addition.skip), found)):
+            continue
         is_behind = flow.between(outer.stream, addition.stream) & flow.projections
         following = [
             a for a in inside if a is not addition and follows(flow, addition, a.stream) and _is_in(outer, addition, a)

@@ -21,10 +21,10 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 class Snapshot:
     """The state of a module, without its children's, as it was when this was made.
 
-    Kept are its attributes; what lies in containers among them (hooks, buffers and children, too), and in containers in
-    those; the state of random generators; buffers and their values; gradients; and which parameters there are. Two things
-    are not kept: what lies in other objects, and which objects the parameters are. A sharded module (FSDP) exchanges those
-    in its forward, and keeps book of it elsewhere.
+    Kept are its attributes; what lies in containers among them (hooks, buffers and children, too), in objects of the
+    module's own package (a cache, a counter), and in those in turn; the state of random generators; buffers and their
+    values; gradients; and which parameters there are. Two things are not kept: what lies in other objects, and which objects
+    the parameters are. A sharded module (FSDP) exchanges those in its forward, and keeps book of it elsewhere.
 
     Of a lazy module only the mode is kept, for the first forward makes it another. Of a scripted one it is the mode and the
     values of buffers: its attributes live in C++.
@@ -40,7 +40,7 @@ class Snapshot:
             self._attributes = dict(module.__dict__)
             self._parameters = {name: parameter is not None for name, parameter in module._parameters.items()}
         attributes = [value for name, value in self._attributes.items() if name != "_parameters"]
-        self._contents = [(value, value.copy()) for value in _containers(attributes, set())]
+        self._contents = [(value, value.copy()) for value in _containers(attributes, _package(module), set())]
         self._generators = [restore for restore in map(generator_state, attributes) if restore is not None]
         held = module._parameters.values() if self._attributes else ()
         self._gradients = [(p, p.grad) for p in held if p is not None and p.is_leaf]
@@ -91,21 +91,32 @@ class _Buffer:
             self._buffer.copy_(self._value)
 
 
-def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
-    """Yield each container among values, and in those, once.
+def _containers(values: Iterable[Any], package: str, seen: set[int]) -> Iterator[Any]:
+    """Yield each container among values, and in those, once; of an object, the dict of its attributes.
 
     Args:
+        package: Objects of this one are gone into, and no others.
         seen: The `id`s of containers that were gone through: they may lead back to one another.
     """
     for value in values:
         kind = type(value)
-        if (kind not in _CONTAINERS and kind is not tuple) or id(value) in seen:
+        is_object = (
+            package == _package(value) != "" and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor))
+        )
+        if (kind not in _CONTAINERS and kind is not tuple and not is_object) or id(value) in seen:
             continue
         seen.add(id(value))
+        inside = vars(value) if is_object else value
         if kind is not tuple:
-            yield value
+            yield inside
         if kind is not set:  # its entries are hashable, so none is a container
-            yield from _containers(value.values() if isinstance(value, dict) else value, seen)
+            yield from _containers(inside.values() if isinstance(inside, dict) else inside, package, seen)
+
+
+def _package(value: object) -> str:
+    """Return the package of an object's class; torch's own objects belong to none, for a forward may set them up."""
+    name = type(value).__module__.partition(".")[0]
+    return "" if name in ("torch", "builtins", "collections") else name
 
 
 def _refill(container: Any, content: Any) -> None:
