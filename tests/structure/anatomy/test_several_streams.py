@@ -527,15 +527,22 @@ def test_what_one_stream_gives_to_another_that_it_looked_at_is_a_branch() -> Non
     class Evoformer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bias, self.attention, self.transition = nn.Linear(WIDTH, WIDTH), Attention(), FeedForward()
-            self.product, self.to_pairs, self.pairs = nn.Linear(WIDTH, 2), nn.Linear(4, WIDTH), FeedForward()
+            self.bias, self.rows, self.columns = nn.Linear(WIDTH, WIDTH), Attention(), Attention()
+            self.transition, self.product, self.to_pairs, self.pairs = (
+                FeedForward(),
+                nn.Linear(WIDTH, 2),
+                nn.Linear(4, WIDTH),
+                FeedForward(),
+            )
 
         def mean_of_products(self, x: Tensor) -> Tensor:
-            a = self.product(x)
-            return self.to_pairs(torch.einsum("bic,bjd->bijcd", a, a).flatten(-2))
+            a = self.product(x).flatten(1)
+            products = (a[:, :, None] @ a[:, None]).view(len(x), x.shape[1], 2, x.shape[1], 2)
+            return self.to_pairs(products.transpose(2, 3).flatten(3))
 
         def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-            x = x + self.attention(x + self.bias(z).mean(2))
+            x = x + self.rows(x + self.bias(z).mean(2))
+            x = x + self.columns(x)
             x = x + self.transition(x)
             z = z + self.mean_of_products(x)
             return x, z + self.pairs(z)
@@ -551,4 +558,4 @@ def test_what_one_stream_gives_to_another_that_it_looked_at_is_a_branch() -> Non
             return x.sum(1) + z.sum((1, 2))
 
     kit = ak.wrap(randomised(Stack()), (torch.randn(2, 5, WIDTH), torch.randn(2, 5, 5, WIDTH)))
-    assert [s.path for s in kit.sites("houlsby")] == in_each("attention", "transition", "to_pairs", "pairs")
+    assert [s.path for s in kit.sites("houlsby")] == in_each("rows", "columns", "transition", "to_pairs", "pairs")

@@ -23,8 +23,8 @@ class Snapshot:
 
     Kept are its attributes; what lies in containers among them (hooks, buffers and children, too), in objects of the
     module's own package (a cache, a counter), and in those in turn; the state of random generators; buffers and their
-    values; gradients; and which parameters there are. Two things are not kept: what lies in other objects, and which objects
-    the parameters are. A sharded module (FSDP) exchanges those in its forward, and keeps book of it elsewhere.
+    values; gradients; and which parameters there are. Two things are not kept: what lies in other objects, and which
+    objects the parameters are. A sharded module (FSDP) exchanges those in its forward, and keeps book of it elsewhere.
 
     Of a lazy module only the mode is kept, for the first forward makes it another. Of a scripted one it is the mode and the
     values of buffers: its attributes live in C++.
