@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import adapterkit as ak
 from adapterkit.structure.anatomy.discover import discover
 
-from ...hosts.blocks import VOCAB, Model, Pre, randomised
+from ...hosts.blocks import VOCAB, WIDTH, Model, Pre, randomised
 
 IDS = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
 Function = Callable[[Tensor], Tensor]
@@ -175,3 +175,19 @@ def test_the_norm_of_what_a_sum_was_put_together_with_is_the_next_branchs() -> N
         return x + block.attention(block.norm1(x))
 
     assert norms(forward) == ["none", "pre"] * 2
+
+
+def test_a_block_that_normalises_before_its_branches_may_end_in_a_norm() -> None:
+    """Conformer's last feed-forward is halved, so that only the norm behind the sum can be adapted."""
+
+    class Block(Pre):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(self.norm1(x))
+            return self.last(x + 0.5 * self.mlp(self.norm2(x)))
+
+    sites = ak.wrap(randomised(Model(Block)), IDS).sites("pfeiffer")
+    assert [(site.path, site.reads) for site in sites] == [(f"blocks.{i}.last", "norm") for i in (0, 1)]

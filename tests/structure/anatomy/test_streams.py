@@ -461,6 +461,8 @@ def test_an_attention_that_a_gated_unit_mixes_with_the_stream_is_not_left_out() 
         kit.sites("houlsby")
     assert len(kit.sites("pfeiffer")) == 2  # the last of each block is known
     assert len(kit.sites("houlsby", exclude=["blocks.*.attention"])) == 2
+    with pytest.raises(ak.TargetError, match="is not added to the stream"):  # a block that is the whole model
+        ak.wrap(randomised(Block()), torch.randn(2, 5, WIDTH)).sites("houlsby")
 
 
 def test_a_stream_may_be_taken_apart_and_put_together_to_be_added_to() -> None:

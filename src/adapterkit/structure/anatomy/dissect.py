@@ -203,8 +203,8 @@ class _Dissection:
         )
         for core in bits(flow.attentions & ~on_branches):
             call = flow.nodes[core].call
-            around = [c for c in call.around() if c.path] if call else []
-            following = (b for b in branches if b.block and flow.leads_to(core, b.addition.stream))
+            around = [c for c in call.around() if c.path is not None] if call else []
+            following = (b for b in branches if b.block is not None and flow.leads_to(core, b.addition.stream))
             mates = ((b, [c for c in around if within(c.path or "", b.block)]) for b in following)
             branch, calls = next(((b, calls) for b, calls in mates if calls), (None, []))
             if branch is not None:
