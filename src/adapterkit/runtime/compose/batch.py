@@ -143,17 +143,14 @@ def indices_per_row(
     Raises:
         CompatibilityError: the rows are not those of the composition, or the tensor is not that of all their tokens.
     """
-    rows, size = fixed_rows(composition), tensor.shape[layout.axis or 0]
-    batch = None if _is_unseen() else running(state)
-    wrong = None
-    if rows is None and not layout.in_turn:
-        # The fewest, not the batch's: a recomputation, which sees no call, must divide the tensor in the same way.
-        rows = max(1, least_rows(composition))
-    elif rows is None:  # fewer rows would take each other's indices, too
-        rows = None if batch is None else batch.rows
-        wrong = None if rows else "they lie in turn, and how many rows there are is not seen here (under a compiler, say)"
-    rows = rows or 1
-    wrong = wrong or (f"{rows} rows do not divide it" if size % rows else None)
+    size, batch = tensor.shape[layout.axis or 0], None if _is_unseen() else running(state)
+    # Of rows in turn, fewer would take each other's indices, too.
+    seen = batch.rows if batch is not None and layout.in_turn else None
+    # Else the fewest, not the batch's: a recomputation, which sees no call, must divide the tensor in the same way.
+    rows = fixed_rows(composition) or seen or max(1, least_rows(composition))
+    wrong = f"{rows} rows do not divide it" if size % rows else None
+    if layout.in_turn and fixed_rows(composition) is None and not seen:
+        wrong = "they lie in turn, and how many rows there are is not seen here (under a compiler, say)"
     if batch is not None and batch.rows:
         wrong = _misfit(batch, batch.rows, size, layout, composition) or wrong
     if wrong is not None and size:

@@ -16,7 +16,7 @@ from torch import nn
 from ..paths import ancestors
 from ..tracing.flow import VIEWS, Flow, bits
 from ..tracing.graph import ModuleCall
-from .additions import follows
+from .additions import Addition, follows
 from .alike import unlike
 from .blocks import find_blocks, stacks_of, template_of, within
 from .branches import Branch, BranchReader, Turn
@@ -196,11 +196,7 @@ class _Dissection:
 
     def stray(self, branches: list[Branch]) -> Iterator[Stray]:
         """Yield the attentions in a block that are on no branch."""
-        flow = self.flow
-        on_branches, on_any = (
-            reduce(or_, (flow.between(a.stream, a.branch) for a in additions), 0)
-            for additions in (self.additions, self.reader.every_addition)
-        )
+        flow, on_branches, on_any = self.flow, self._inside(self.additions), self._inside(self.reader.every_addition)
         for core in bits(flow.attentions & ~on_branches):
             call = flow.nodes[core].call
             around = [c for c in call.around() if c.path is not None] if call else []
@@ -210,6 +206,10 @@ class _Dissection:
             if branch is not None:
                 is_mixed = not on_any >> core & 1 and self._has_way_around(core, calls[-1], branch.addition.stream)
                 yield Stray(branch.block or "", calls[0].path or "", is_mixed)
+
+    def _inside(self, additions: list[Addition]) -> int:
+        """Return the set of nodes in the branches of additions."""
+        return reduce(or_, (self.flow.between(a.stream, a.branch) for a in additions), 0)
 
     def _has_way_around(self, core: int, call: ModuleCall, stream: int) -> bool:
         """Tell whether a stream comes of what a call took, also by a way that does not lead through a node in it."""

@@ -41,10 +41,8 @@ class Kinds:
 
         The order of the questions matters: an attention has products that mix tokens, a mixture of experts may sort them.
         """
-        cores = list(bits(inside & self.flow.attentions))
-        if cores:
-            is_cross = all(self.attentions.is_cross(core, addition.stream, inside) for core in cores)
-            return ("crossattention" if is_cross else "attention"), False
+        if inside & self.flow.attentions:
+            return self._attention(addition, inside), False
         if _fills_slots(self.flow, inside, weighing):
             return "feedforward", True
         nodes = [self.flow.nodes[i] for i in bits(inside)]
@@ -60,6 +58,12 @@ class Kinds:
         if moves is None:
             moves = not routes and self._multiplies(nodes)
         return ("mixer", False) if moves else ("feedforward", routes)
+
+    def _attention(self, addition: Addition, inside: int) -> Kind:
+        """Return which attention a branch is: a cross-attention if all that is in it attend to something else."""
+        cores = bits(inside & self.flow.attentions)
+        is_cross = all(self.attentions.is_cross(core, addition.stream, inside) for core in cores)
+        return "crossattention" if is_cross else "attention"
 
     def _named(self, nodes: Sequence[Operation], weighing: int, *, is_wide: bool) -> Kind | None:
         """Return what a branch without experts does, as far as its operations tell by name; None if they do not."""

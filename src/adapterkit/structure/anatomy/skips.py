@@ -64,7 +64,12 @@ def _carried_skip(flow: Flow, a: int, b: int, found: Mapping[int, Addition]) -> 
         before = found.get(flow.source(skip))
         if before is not None and flow.leads_to(before.stream, branch):
             return skip, branch, before.stream
-    for skip, branch in ((a, b), (b, a)):  # a stream that was taken apart, and is put together to be added to
+    return _joined_skip(flow, a, b)
+
+
+def _joined_skip(flow: Flow, a: int, b: int) -> tuple[int, int, int] | None:
+    """Return (skip, branch, stream) of cat(x0, x1) + f(x0, x1): a stream that was taken apart, and is put together."""
+    for skip, branch in ((a, b), (b, a)):
         whole = flow.nodes[flow.source(skip)]
         pieces = [flow.source(i) for i in flow.activations(whole)] if whole.op == "cat" else []
         if pieces and all(flow.leads_to(i, branch) for i in pieces) and not flow.leads_to(flow.source(branch), skip):

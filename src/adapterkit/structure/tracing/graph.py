@@ -179,9 +179,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def _reading(self, func: Any, args: Any, kwargs: Any) -> Operation:
         """Return the node of an operation that is about to run, with all that it reads."""
-        leaves, name = tree_leaves((args, kwargs)), _name_of(func)
-        if name in ("mul", "div") and not kwargs and type(args[1]) in (int, float) and args[1] == 1:
-            name = "alias"  # a model may divide by a setting that is 1
+        leaves = tree_leaves((args, kwargs))
+        name = "alias" if _changes_nothing(func, args, kwargs) else _name_of(func)
         if any(isinstance(leaf, Tensor) and id(leaf) not in self._node_of for leaf in leaves):
             args, kwargs = self._as_known((args, kwargs))
             leaves = tree_leaves((args, kwargs))
@@ -284,6 +283,12 @@ def _name_of(func: Any) -> str:
     # One name for all products: what asks for matrix products further on need not know whose they are. Any other keeps its
     # namespace, for another package's `silu` need not do what torch's does.
     return "linear" if full in product_names() else full
+
+
+def _changes_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Tell whether an operation multiplies or divides by 1, as models do by a setting."""
+    is_scale = _name_of(func) in ("mul", "div") and not kwargs
+    return is_scale and type(args[1]) in (int, float) and args[1] == 1
 
 
 def _returns_list(func: Any) -> bool:

@@ -40,7 +40,7 @@ class Snapshot:
             self._attributes = dict(module.__dict__)
             self._parameters = {name: parameter is not None for name, parameter in module._parameters.items()}
         attributes = [value for name, value in self._attributes.items() if name != "_parameters"]
-        self._contents = [(value, value.copy()) for value in _containers(attributes, _package(module), set())]
+        self._contents = [(value, value.copy()) for value in _containers(attributes, _package(module))]
         self._generators = [restore for restore in map(generator_state, attributes) if restore is not None]
         held = module._parameters.values() if self._attributes else ()
         self._gradients = [(p, p.grad) for p in held if p is not None and p.is_leaf]
@@ -91,32 +91,37 @@ class _Buffer:
             self._buffer.copy_(self._value)
 
 
-def _containers(values: Iterable[Any], package: str, seen: set[int]) -> Iterator[Any]:
+def _containers(values: Iterable[Any], package: str) -> Iterator[Any]:
     """Yield each container among values, and in those, once; of an object, the dict of its attributes.
 
     Args:
         package: Objects of this one are gone into, and no others.
-        seen: The `id`s of containers that were gone through: they may lead back to one another.
     """
-    for value in values:
-        kind = type(value)
-        is_object = (
-            package == _package(value) != "" and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor))
-        )
-        if (kind not in _CONTAINERS and kind is not tuple and not is_object) or id(value) in seen:
+    seen, todo = set[int](), [*values]  # containers may lead back to one another
+    while todo:
+        value = todo.pop()
+        inside = _inside(value, package)
+        if inside is None or id(value) in seen:
             continue
         seen.add(id(value))
-        inside = vars(value) if is_object else value
-        if kind is not tuple:
+        if type(value) is not tuple:
             yield inside
-        if kind is not set:  # its entries are hashable, so none is a container
-            yield from _containers(inside.values() if isinstance(inside, dict) else inside, package, seen)
+        if type(value) is not set:  # its entries are hashable, so none is a container
+            todo.extend(inside.values() if isinstance(inside, dict) else inside)
+
+
+def _inside(value: Any, package: str) -> Any:
+    """Return what a forward may change in a value: a container is that itself; None if it is not gone into."""
+    if type(value) in _CONTAINERS or type(value) is tuple:
+        return value
+    is_own = package == _package(value) != "" and not isinstance(value, (nn.Module, Tensor, type))
+    return vars(value) if is_own and hasattr(value, "__dict__") else None
 
 
 def _package(value: object) -> str:
-    """Return the package of an object's class; torch's own objects belong to none, for a forward may set them up."""
+    """Return the package of an object's class; torch's own and ours have none, for a look may set them up."""
     name = type(value).__module__.partition(".")[0]
-    return "" if name in ("torch", "builtins", "collections") else name
+    return "" if name in ("torch", "builtins", "collections", __package__.partition(".")[0]) else name
 
 
 def _refill(container: Any, content: Any) -> None:
