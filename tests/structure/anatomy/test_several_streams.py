@@ -272,6 +272,20 @@ def test_layers_behind_a_projection_are_the_ones_adapted(layers: int) -> None:
     assert paths(Model(lambda: Behind(layers)), "@sublayer.out") == in_each(*names)
 
 
+def test_layers_under_a_long_skip_are_the_ones_adapted() -> None:
+    """A stage of SwinIR: x + projection(layers(x)). Its layers begin with the very stream that the skip hands on."""
+
+    class Stage(Behind):
+        def __init__(self) -> None:
+            super().__init__(layers=2)
+            self.proj_in, self.norm = nn.Identity(), nn.Identity()  # type: ignore[assignment]  # what they do not do
+
+    assert paths(Model(Stage), "@sublayer.out") == in_each(
+        *(f"layers.{i}.{n}" for i in (0, 1) for n in ("attention", "mlp"))
+    )
+    assert {s.kind for s in discover(randomised(Model(Stage)), IDS)[0].sublayers} == {"attention", "feedforward"}
+
+
 def test_a_transformer_that_computes_a_gate_is_part_of_the_branch_that_it_gates() -> None:
     class Gated(Behind):
         def __init__(self) -> None:

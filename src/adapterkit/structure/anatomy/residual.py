@@ -248,7 +248,8 @@ def _holds_a_stream(flow: Flow, outer: Addition, inside: list[Addition]) -> bool
     """
     found = {addition.node.index: addition for addition in inside}
     for addition in inside:
-        if not flow.leads_to(outer.stream, _first_skip(flow, flow.source(addition.skip), found)):
+        first = _first_skip(flow, flow.source(addition.skip), found)
+        if first != outer.stream and not flow.leads_to(outer.stream, first):
             continue
         is_behind = flow.between(outer.stream, addition.stream) & flow.projections
         following = [
