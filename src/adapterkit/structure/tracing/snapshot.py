@@ -95,7 +95,7 @@ def _containers(values: Iterable[Any], package: str) -> Iterator[Any]:
     """Yield each container among values, and in those, once; of an object, the dict of its attributes.
 
     Args:
-        package: Objects of this one are gone into, and no others.
+        package: Objects of this one are gone into, and no others; none if it is empty.
     """
     seen, todo = set[int](), [*values]  # containers may lead back to one another
     while todo:
@@ -114,7 +114,7 @@ def _inside(value: Any, package: str) -> Any:
     """Return what a forward may change in a value: a container is that itself; None if it is not gone into."""
     if type(value) in _CONTAINERS or type(value) is tuple:
         return value
-    is_own = package == _package(value) != "" and not isinstance(value, (nn.Module, Tensor, type))
+    is_own = package and package == _package(value) and not isinstance(value, (nn.Module, Tensor, type))
     return vars(value) if is_own and hasattr(value, "__dict__") else None
 
 
