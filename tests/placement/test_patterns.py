@@ -17,6 +17,7 @@ from ..hosts.tiny import Tiny
         (["blocks.1.norm_?"], ["blocks.1.norm_1", "blocks.1.norm_2"]),
         (["blocks.**.out"], ["blocks.0.attention.out", "blocks.1.attention.out"]),
         (["blocks.[1-9].up"], ["blocks.1.up"]),
+        (["blocks.[!0].up"], ["blocks.1.up"]),
         (["re:blocks\\.0\\.(up|down)"], ["blocks.0.up", "blocks.0.down"]),
         ([""], [""]),
         (
@@ -33,6 +34,11 @@ def test_a_pattern_matches_whole_components_of_a_suffix(post_norm: Tiny, targets
 def test_a_pattern_does_not_match_part_of_a_component(post_norm: Tiny) -> None:
     with pytest.raises(TargetError, match=r"'ut' matches no module of Tiny, which has 24 modules\. "):
         match(post_norm, ["ut"])
+
+
+def test_a_set_of_what_is_not_meant_matches_no_dot(post_norm: Tiny) -> None:
+    with pytest.raises(TargetError, match="matches no module"):
+        match(post_norm, ["blocks.1[!0]up"])
 
 
 def test_excluded_modules_are_left_out(post_norm: Tiny) -> None:

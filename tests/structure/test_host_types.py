@@ -221,6 +221,24 @@ def test_a_described_layer_that_only_multiplies_is_merged() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def test_the_weight_of_a_described_layer_may_be_a_buffer() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.randn(5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T
+
+    register_host(HostType((Fixed,), lambda _: HostShape(5, 4), lambda _: Projection("linear", (5, 4), 0, 1)))
+    model, x = nn.Sequential(Fixed()), torch.randn(3, 4)
+    kit = ak.wrap(model)
+    kit.add("a", "dora", targets=["0"])
+    expected = model(x)
+    kit.activate("a")
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_layer_that_nobody_describes_is_unknown_until_it_is_described() -> None:
     """In one process: what was found before is not remembered after it."""
     kit = ak.wrap(quantised())

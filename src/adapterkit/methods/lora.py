@@ -155,9 +155,9 @@ def check_multiplies(site: SiteSpec, host: nn.Module, projection: Projection) ->
     """
     # A `forward` that is torch's own is known to multiply and add, and a Parameter is changed itself: nothing to try.
     is_plain = not projection.has_own_forward and described_projection(host) is None
-    if is_plain or site.parameters or next(host.parameters()).is_meta:
-        return
     module: Any = host
+    if is_plain or site.parameters or module.weight.is_meta:
+        return
     z = random_input(projection, module.weight)
     # `forward`, not a call: hooks of others may change the output, and are not what is asked about.
     found, expected = module.forward(z), project(projection, z, module.weight, getattr(module, "bias", None))

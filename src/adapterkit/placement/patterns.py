@@ -56,8 +56,9 @@ def _translate(target: str) -> str:
         return ""
     pieces, end = [], 0
     for glob in _GLOB.finditer(target):
-        # A set such as "[0-3]" means the same in both languages, and stays.
-        pieces += [re.escape(target[end : glob.start()]), _GLOB_MEANS.get(glob[0], glob[0])]
+        # A set such as "[0-3]" means the same in both languages, and stays; "[!0]" is any but 0, within a component.
+        what = re.sub(r"^\[!", "[^.", glob[0])
+        pieces += [re.escape(target[end : glob.start()]), _GLOB_MEANS.get(what, what)]
         end = glob.end()
     # "output.dense" -> r"(?:.*\.)?output\.dense": anything may stand before it, up to a dot.
     return r"(?:.*\.)?" + "".join(pieces) + re.escape(target[end:])
