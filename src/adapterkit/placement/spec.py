@@ -39,9 +39,8 @@ class SiteSpec:
         host: Name of the host's type, as in torch.nn where it derives from there.
         at: How the host is adapted: at its "output", its "input" or a Parameter ("weight"); see `runtime.acting`.
         reads: What the adapter reads: the tensor at the site ("site"), that tensor through the host ("norm"), what enters
-            the module `residual` ("residual"), the tensor at the site plus that ("sum"), what the host takes ("own_input"),
-            or
-            the Parameter ("weight").
+            the module `residual` ("residual"), the tensor at the site plus that ("sum"), what the host takes
+            ("own_input"), or the Parameter ("weight").
         width: Features of the tensor at the site; of a Parameter, its size on the first axis.
         input_width: Features of what the adapter reads; of a Parameter, its size on the last axis.
         axis: The axis they lie on.
@@ -107,8 +106,14 @@ def located(spec: SiteSpec, path: str) -> SiteSpec:
     residual = spec.residual
     if residual is not None and spec.path.endswith(f".{path}" if path else ""):
         # From the whole into a part: "bert.layer.0" is "layer.0" here, so "bert." goes from the residual's path, too.
-        residual = residual.removeprefix(spec.path[: len(spec.path) - len(path)])
+        beginning = _beginning(spec.path, path)
+        residual = "" if f"{residual}." == beginning else residual.removeprefix(beginning)
     elif residual is not None and path.endswith(f".{spec.path}" if spec.path else ""):
         # From a part into the whole: the residual's path gets the same beginning. Of "", the part itself, a dot is left.
-        residual = f"{path[: len(path) - len(spec.path)]}{residual}".rstrip(".")
+        residual = f"{_beginning(path, spec.path)}{residual}".rstrip(".")
     return replace(spec, path=path, residual=residual)
+
+
+def _beginning(path: str, end: str) -> str:
+    """Return what stands before the end of a path, with its dot: "bert." of "bert.layer.0" and "layer.0", or of "bert"."""
+    return path[: len(path) - len(end)] if end else f"{path}."
