@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 
-from ...hosts.blocks import VOCAB, WIDTH, Model, Pre
+from ...hosts.blocks import VOCAB, WIDTH, Model, Pre, randomised
 
 IDS = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -86,3 +86,17 @@ def test_rare_products_have_the_places_of_plain_ones(layer: type[nn.Module]) -> 
     for part, at in (("first", 0), ("last", 2)):
         found = places(layer, "houlsby", targets=[f"@feedforward.{part}"])
         assert found == [f"blocks.0.mlp.{at}", f"blocks.1.mlp.{at}"]
+
+
+def test_a_distance_to_the_entries_of_a_codebook_is_no_product() -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.codes = Pre(), nn.Parameter(torch.randn(6, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            nearest = torch.cdist(self.block(x).flatten(0, 1), self.codes).argmin(-1)
+            return self.block(self.codes[nearest].view_as(x))
+
+    kit = ak.wrap(randomised(Quantised()), torch.randn(2, 5, WIDTH))
+    assert [site.path for site in kit.sites("houlsby")] == ["block.attention", "block.mlp"]

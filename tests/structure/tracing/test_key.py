@@ -158,3 +158,14 @@ def test_functions_that_belong_to_no_module_have_a_key(monkeypatch: pytest.Monke
             return block(1)()(x)
 
     assert structure_key(Calling(), torch.ones(1))
+
+
+def test_which_of_two_functions_a_class_holds_again_is_part_of_the_key() -> None:
+    def one(x: Tensor) -> Tensor:
+        return x + 1
+
+    def two(x: Tensor) -> Tensor:
+        return x + 2
+
+    kinds = [type("Block", (Pre,), {"first": one, "second": two, "third": last}) for last in (one, two)]
+    assert structure_key(Model(kinds[0]), IDS) != structure_key(Model(kinds[1]), IDS)
