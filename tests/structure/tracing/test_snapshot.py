@@ -84,6 +84,30 @@ def test_an_object_that_a_model_keeps_is_as_before() -> None:
         assert vars(block.caches[0]) == {"length": 0, "keys": None, "by_layer": {"first": []}}
 
 
+def test_what_another_packages_layer_moves_into_its_object_is_not_lost() -> None:
+    """A layer of int8 (bitsandbytes): its first forward takes the codes from the weight, which nobody puts back."""
+
+    class State:
+        codes: Tensor | None = None
+
+    class Int8(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, WIDTH)
+            self.state = State()
+            self.weight.codes = torch.ones(3)  # type: ignore[attr-defined]  # as there
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.weight.codes is not None:  # type: ignore[attr-defined]
+                self.state.codes, self.weight.codes = self.weight.codes, None  # type: ignore[attr-defined]
+            return super().forward(x)
+
+    State.__module__ = Int8.__module__ = "elsewhere.layers"
+    model = Model(Pre)
+    model.blocks[0].mlp = layer = Int8()
+    ak.wrap(randomised(model), IDS).sites("pfeiffer")
+    assert layer.state.codes is not None
+
+
 def test_hooks_that_a_forward_registers_go_with_the_attribute_that_remembers_them() -> None:
     class Capturing(Model):
         has_hooks = False

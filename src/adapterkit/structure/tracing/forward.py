@@ -121,7 +121,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     without its cache of cast weights, which would hide casts from a trace. It runs outside of inference mode, so that it
     may ask for gradients, unless the model was itself made inside.
     """
-    snapshots = [Snapshot(module) for module in model.modules()]
+    snapshots = [Snapshot(module, model) for module in model.modules()]
     held = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor))
     made_inside = any(tensor.is_inference() for tensor in held)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

@@ -22,15 +22,19 @@ class Snapshot:
     """The state of a module, without its children's, as it was when this was made.
 
     Kept are its attributes; what lies in containers among them (hooks, buffers and children, too), in objects of the
-    module's own package (a cache, a counter), and in those in turn; the state of random generators; buffers and their
+    model's own package (a cache, a counter), and in those in turn; the state of random generators; buffers and their
     values; gradients; and which parameters there are. Two things are not kept: what lies in other objects, and which
-    objects the parameters are. A sharded module (FSDP) exchanges those in its forward, and keeps book of it elsewhere.
+    objects the parameters are. A sharded module (FSDP) exchanges those in its forward, and keeps book of it elsewhere; a
+    layer of int8 (bitsandbytes) moves what its weight holds into an object of its own.
 
     Of a lazy module only the mode is kept, for the first forward makes it another. Of a scripted one it is the mode and the
     values of buffers: its attributes live in C++.
+
+    Args:
+        model: The model that the module is in.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, model: nn.Module) -> None:
         self._module = module
         self._training = module.training
         self._attributes: dict[str, Any] = {}
@@ -40,7 +44,7 @@ class Snapshot:
             self._attributes = dict(module.__dict__)
             self._parameters = {name: parameter is not None for name, parameter in module._parameters.items()}
         attributes = [value for name, value in self._attributes.items() if name != "_parameters"]
-        self._contents = [(value, value.copy()) for value in _containers(attributes, _package(module))]
+        self._contents = [(value, value.copy()) for value in _containers(attributes, _package(model))]
         self._generators = [restore for restore in map(generator_state, attributes) if restore is not None]
         held = module._parameters.values() if self._attributes else ()
         self._gradients = [(p, p.grad) for p in held if p is not None and p.is_leaf]
