@@ -278,7 +278,7 @@ def test_layers_under_a_long_skip_are_the_ones_adapted() -> None:
     class Stage(Behind):
         def __init__(self) -> None:
             super().__init__(layers=2)
-            self.proj_in, self.norm = nn.Identity(), nn.Identity()  # type: ignore[assignment]  # what they do not do
+            self.proj_in, self.norm = nn.Identity(), nn.Identity()
 
     assert paths(Model(Stage), "@sublayer.out") == in_each(
         *(f"layers.{i}.{n}" for i in (0, 1) for n in ("attention", "mlp"))

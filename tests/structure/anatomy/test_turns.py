@@ -45,6 +45,17 @@ class Adding(nn.Module):
         return x
 
 
+class Residual(Adding):
+    """Adds what one module computes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def branches(self) -> Iterable[nn.Module]:
+        return [self.inner]
+
+
 class Pairs(Adding):
     """[[attention, feed-forward], …]"""
 
@@ -317,14 +328,6 @@ class TwoBranches(nn.Module):
 
 @pytest.mark.parametrize("first", [Gated, Attention])
 def test_stages_of_layers_behind_a_convolution(first: Callable[[], nn.Module]) -> None:
-    class Residual(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Convolved()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.inner(x)
-
     class Stage(nn.Module):
         def __init__(self, depth: int) -> None:
             super().__init__()
@@ -337,7 +340,7 @@ def test_stages_of_layers_behind_a_convolution(first: Callable[[], nn.Module]) -
                 x = layer(x)
             return self.up(x)
 
-    model = randomised(nn.Sequential(Residual(), Stage(2), Stage(4), Stage(3)))
+    model = randomised(nn.Sequential(Residual(Convolved()), Stage(2), Stage(4), Stage(3)))
     kit = ak.wrap(model, X)
     config = ak.BottleneckConfig(targets=["@feedforward.out"])
     layers = [f"{n}.layers.{i}" for n, depth in ((1, 2), (2, 4), (3, 3)) for i in range(depth)]
@@ -396,18 +399,10 @@ def test_lists_that_stand_beside_one_another_are_looked_into() -> None:
                 h = block(h)
             return x + self.out_of(h)
 
-    class Residual(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Convolved()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.inner(x)
-
     class Stage(nn.Module):
         def __init__(self, resnets: int, attentions: int) -> None:
             super().__init__()
-            self.resnets = nn.ModuleList(Residual() for _ in range(resnets))
+            self.resnets = nn.ModuleList(Residual(Convolved()) for _ in range(resnets))
             self.attentions = nn.ModuleList(Transformer() for _ in range(attentions))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -433,11 +428,11 @@ def test_what_stands_beside_blocks_in_a_list_is_one_block_if_it_is_a_whole_turn(
         def __init__(self, inner: int) -> None:
             super().__init__()
             self.layers = nn.ModuleList(
-                nn.ModuleList([MAKERS["a"](), MAKERS["f"](), Pairs(inner, "af").layers]) for _ in "12"
+                nn.ModuleList([MAKERS["a"](), MAKERS["f"](), Pairs(inner, "af").layers]) for _ in range(2)
             )
 
         def forward(self, x: Tensor) -> Tensor:
-            for first, mlp, pairs in self.layers:  # type: ignore[misc]  # lists
+            for first, mlp, pairs in self.layers:
                 x = x + first(x)
                 x = x + mlp(x)
                 for pair in pairs:
@@ -455,14 +450,6 @@ def test_what_stands_beside_blocks_in_a_list_is_one_block_if_it_is_a_whole_turn(
 def test_turns_may_follow_on_a_convolution_in_one_item_of_a_list(depth: tuple[int, ...]) -> None:
     """MaxViT's layers are lists of a convolution and two blocks; the first convolution of a stage has no skip."""
 
-    class Residual(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.inner(x)
-
     def layer(*, is_first: bool) -> nn.Module:
         blocks = [Residual(MAKERS[kind]()) for kind in "afaf"]
         return nn.Sequential(Convolved() if is_first else Residual(Convolved()), *blocks)
@@ -475,7 +462,7 @@ def test_turns_may_follow_on_a_convolution_in_one_item_of_a_list(depth: tuple[in
 def test_a_block_alone_in_its_stage_is_cut_as_those_of_its_class() -> None:
     """Microsoft's EfficientViT: blocks of two feed-forwards around one attention, of which the first stage has one."""
 
-    class Block(Adding):
+    class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.parts = nn.Sequential(
@@ -484,14 +471,6 @@ def test_a_block_alone_in_its_stage_is_cut_as_those_of_its_class() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             return self.parts(x)
-
-    class Residual(Adding):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def branches(self) -> Iterable[nn.Module]:
-            return [self.inner]
 
     model = randomised(nn.Sequential(nn.Sequential(Block()), nn.Sequential(Block(), Block())))
     assert [site.path for site in ak.wrap(model, X).sites("pfeiffer")] == ["0.0", "1.0", "1.1"]

@@ -94,11 +94,11 @@ def test_what_another_packages_layer_moves_into_its_object_is_not_lost() -> None
         def __init__(self) -> None:
             super().__init__(WIDTH, WIDTH)
             self.state = State()
-            self.weight.codes = torch.ones(3)  # type: ignore[attr-defined]  # as there
+            self.weight.codes = torch.ones(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            if self.weight.codes is not None:  # type: ignore[attr-defined]
-                self.state.codes, self.weight.codes = self.weight.codes, None  # type: ignore[attr-defined]
+            if self.weight.codes is not None:
+                self.state.codes, self.weight.codes = self.weight.codes, None
             return super().forward(x)
 
     State.__module__ = Int8.__module__ = "elsewhere.layers"
